@@ -1,0 +1,80 @@
+"""The distribution over latents that an autoencoder encodes a picture to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError
+
+
+class DiagonalGaussianDistribution:
+    """A normal distribution over latents with independent entries: q(z | x) of Kingma and Welling (2013).
+
+    Args:
+        parameters: [B, 2 C, H, W], the means and then the logarithms of the variances, clamped to [-30, 20].
+        deterministic: whether the variance counts as zero; then every sample is the mean.
+
+    Attributes:
+        mean, logvar, std, var: each [B, C, H, W].
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False):
+        mean, logvar = parameters.chunk(2, dim=1)
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(mean) if deterministic else torch.exp(0.5 * self.logvar)
+        self.var = torch.zeros_like(mean) if deterministic else torch.exp(self.logvar)
+
+    def sample(self, generator: Generator | Sequence[Generator] | None = None) -> Tensor:
+        """Draw latents, [B, C, H, W].
+
+        Args:
+            generator: one for a single draw over the whole batch, or a list with one for each picture.
+
+        Raises:
+            InputError: a list of generators that is not as long as the batch.
+        """
+        return self.mean + self.std * _standard_normal(self.mean, generator)
+
+    def mode(self) -> Tensor:
+        """The most likely latents, [B, C, H, W]: the mean."""
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """KL(self || other) in nats, summed over each picture: [B]; None is the standard normal."""
+        if self.deterministic:
+            return self.mean.new_zeros(self.mean.shape[0])
+        if other is None:
+            terms = self.mean**2 + self.var - 1.0 - self.logvar
+        else:
+            distance = (self.mean - other.mean) ** 2
+            terms = (distance + self.var) / other.var - 1.0 - self.logvar + other.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
+        """-log q(sample) in nats, summed over ``dims``: [B] by default."""
+        if self.deterministic:
+            return self.mean.new_zeros(self.mean.shape[0])
+        terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
+        return 0.5 * terms.sum(dim=tuple(dims))
+
+
+def _standard_normal(like: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    """Noise shaped as ``like``, drawn where the generator lives: a CPU one gives the same on any device."""
+    if isinstance(generator, Sequence):
+        if len(generator) == 1:
+            return _standard_normal(like, generator[0])
+        if len(generator) != like.shape[0]:
+            raise InputError(
+                f"{len(generator)} generators were given for {like.shape[0]} pictures; "
+                f"give one generator for the batch, or a list with one for each picture"
+            )
+        return torch.cat([_standard_normal(one, each) for one, each in zip(like.chunk(len(generator)), generator)])
+    source = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=source, dtype=like.dtype).to(like.device)

@@ -1,0 +1,93 @@
+"""Small layers that the transformers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer normalisation's affine part (DiT, 2212.09748): x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """[B, height * width, p * p * C] -> [B, C, height * p, width * p]."""
+    grid = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_size, patch_size, -1))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h p w q -> B C (h p) (w q)
+
+
+class TwoLayerMLP(nn.Module):
+    """Linear, activation, linear: the embedder of timesteps, sizes and captions."""
+
+    def __init__(self, in_features: int, hidden_size: int, activation: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear_1(x)  # [..., hidden_size]
+        out: Tensor = self.linear_2(self.activation(hidden))
+        return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """x σ(1.702 x) (Hendrycks and Gimpel 2016, 1606.08415, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A gated linear unit (2002.05202): half of the features gate the other half."""
+
+    def apply(x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * activation(gate)
+
+    return apply
+
+
+#: name in configs -> (function, whether it gates and so needs twice the width)
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "gelu": (F.gelu, False),
+    "gelu-approximate": (gelu_tanh, False),
+    "geglu": (_gated(F.gelu), True),
+    "geglu-approximate": (_quick_gelu, False),
+    "swiglu": (_gated(F.silu), True),
+    "linear-silu": (F.silu, False),
+}
+
+
+class _Activated(nn.Module):
+    """The projection into the hidden width and its activation; keys ``proj.*``."""
+
+    def __init__(self, dim: int, hidden: int, activation_fn: str):
+        super().__init__()
+        if activation_fn not in ACTIVATIONS:
+            raise ConfigurationError(f"activation_fn {activation_fn!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        self.activation, gates = ACTIVATIONS[activation_fn]
+        self.proj = nn.Linear(dim, 2 * hidden if gates else hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """Token-wise two-layer network, four times as wide inside; keys ``net.0.proj.*`` and ``net.2.*``."""
+
+    def __init__(self, dim: int, activation_fn: str = "gelu-approximate", dropout: float = 0.0):
+        super().__init__()
+        self.net = nn.Sequential(_Activated(dim, 4 * dim, activation_fn), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)  # [B, N, D]
+        return out

@@ -1,0 +1,170 @@
+"""The base of every model: config, load, save, dtype, device."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from ..checkpoints import hub, weights
+from ..checkpoints.config import Configurable
+from ..errors import ConfigurationError, InputError
+
+
+class Model(Configurable, nn.Module):
+    """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
+
+    #: Parts of parameter names that stay float32 whatever dtype is asked for.
+    keep_in_float32: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the (first floating-point) parameters."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def _rename_key(cls, name: str) -> str:
+        """A stored tensor's name -> the name in this class. Models with older layouts override it."""
+        return name
+
+    @classmethod
+    def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:
+        """A chance to let the stored tensors decide what an old config leaves open."""
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        use_safetensors: bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        device: torch.device | str = "cpu",
+        **overrides: Any,
+    ) -> Self:
+        """Load a model in evaluation mode from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, ``builtin:scenes``, or a hub id.
+            subfolder: where in it the model lies, for example ``"transformer"``.
+            dtype, torch_dtype: of the weights: a ``torch.dtype``, its name, or ``"auto"`` for the stored one;
+                float32 by default.
+            variant: ``"fp16"`` loads ``diffusion_pytorch_model.fp16.safetensors``.
+            use_safetensors: True: only safetensors; False: only ``.bin``; None: the first that is there. A
+                ``.bin`` may hold tensors only.
+            overrides: values that replace those of the config.
+
+        Raises:
+            CheckpointError: the folder or a file is missing or damaged, or weights and config do not fit.
+            ConfigurationError: the config holds values that cannot be used.
+        """
+        root = hub.resolve(
+            pretrained_model_name_or_path,
+            allow_patterns=[f"{subfolder}/*" if subfolder else "*"],
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        folder = root / subfolder if subfolder else root
+        config = cls.load_config(folder)
+        files = weights.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
+        config = cls._fit_config(config, weights.stored_names(files))
+        with torch.device("meta"):
+            model = cls.from_config(config, **overrides)
+        weights.load_into(
+            model,
+            files,
+            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+            device=device,
+            rename=cls._rename_key,
+            keep_in_float32=cls.keep_in_float32,
+        )
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write config.json and safetensors (sharded beyond ``max_shard_size``), readable by diffusers.
+
+        Raises:
+            OutputError: the folder cannot be written.
+            InputError: ``safe_serialization=False``: pickles are read but never written.
+        """
+        if not safe_serialization:
+            raise InputError("safe_serialization=False would write a pickle; only safetensors are written")
+        weights.save_weights(
+            self.state_dict(),
+            Path(save_directory),
+            variant=variant,
+            max_shard_bytes=parse_size(max_shard_size),
+        )
+        self.save_config(save_directory)
+
+
+def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:
+    """A ``torch.dtype`` or its name; ``"auto"`` is None (as stored); None is ``default``."""
+    if dtype is None:
+        return default
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise InputError(f"dtype must be a floating-point type, such as torch.bfloat16, not {dtype}")
+        return dtype
+    if dtype == "auto":
+        return None
+    names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+    found = getattr(torch, names.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16, float16 or auto")
+    return found
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or a text like ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
+    if isinstance(size, int):
+        found = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+        if match is None:
+            raise InputError(f"size {size!r} is not understood; write it like 5GB or 500MB")
+        base = 1024 if match[3] else 1000
+        found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if found <= 0:
+        raise InputError(f"size {size!r} must be more than zero")
+    return found
+
+
+def require_positive(owner: str, **values: int | float | Sequence[int]) -> None:
+    """Refuse sizes that no model can have, with the argument's name."""
+    for name, value in values.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
+                raise ConfigurationError(f"{owner}: {name} must be a positive number, not {value!r}")

@@ -1,0 +1,1 @@
+"""The small captioned world of shaded solids that the bundled model is trained and judged on."""

@@ -1,0 +1,146 @@
+"""DDIM: denoising diffusion implicit models (arXiv 2010.02502)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError
+from ..nn.outputs import keyed
+from .base import Scheduler, records_arguments
+from .noise import draw_noise
+from .noise_schedule import spaced_timesteps
+from .predictions import common_dtypes, dynamic_threshold, predicted_noise, predicted_original, require_same_shape
+
+
+@keyed
+class DDIMSchedulerOutput(NamedTuple):
+    """The result of one step."""
+
+    prev_sample: Tensor  # [B, C, H, W], x_{t-1}
+    pred_original_sample: Tensor | None = None  # [B, C, H, W], the x_0 that the model implies
+
+
+class DDIMScheduler(Scheduler):
+    """A deterministic sampler (``eta=0``) that becomes DDPM at ``eta=1``. A step depends only on its arguments.
+
+    Args:
+        num_train_timesteps: of the model's training.
+        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: given instead, [num_train_timesteps].
+        clip_sample, clip_sample_range: whether and where predicted originals are clipped; not for latents.
+        set_alpha_to_one: whether the last step ends without noise, or with that of timestep 0.
+        steps_offset: added to ``leading`` timesteps.
+        prediction_type: what the model predicts: epsilon, sample or v_prediction.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
+        timestep_spacing: leading, trailing or linspace.
+        rescale_betas_zero_snr: let the last training timestep be pure noise.
+
+    Raises:
+        ConfigurationError: a value that cannot be used.
+    """
+
+    @records_arguments
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ):
+        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
+        self._make_tables(
+            ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
+        )  # fmt: skip
+        self.final_alpha_cumprod = torch.tensor(1.0 if set_alpha_to_one else self._alpha_bars[0])
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Space ``num_inference_steps`` timesteps over the training schedule.
+
+        Raises:
+            InputError: fewer than 1 or more than num_train_timesteps.
+        """
+        steps = self._count_steps(num_inference_steps)
+        config = self.config
+        timesteps = spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset)
+        self.num_inference_steps = steps
+        self.timesteps = torch.from_numpy(timesteps).to(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor | None, ...]:
+        """x_t -> x_{t-1}.
+
+        Args:
+            model_output: [B, C, H, W], the model's prediction at ``timestep``.
+            timestep: one, of ``timesteps``.
+            sample: [B, C, H, W], x_t.
+            eta: from 0 (deterministic) to 1 (as random as DDPM).
+            use_clipped_model_output: derive the noise from the clipped original.
+            generator: of the noise that eta adds; a list has one for each sample.
+            variance_noise: that noise itself, instead of a generator.
+            return_dict: whether to name the results; False gives a plain tuple of the same.
+
+        Raises:
+            InputError: no schedule yet, a timestep or an eta out of range, shapes that differ.
+        """
+        steps = self._require_timesteps()
+        require_same_shape(model_output, sample)
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta must be between 0 (deterministic) and 1 (DDPM), not {eta!r}")
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise InputError("give either generator or variance_noise, not both: each decides the noise")
+        t, _ = self._locate(timestep)
+        previous = t - len(self) // steps
+        bar = self._alpha_bar(t)
+        previous_bar = self._alpha_bars[int(previous)] if previous >= 0 else float(self.final_alpha_cumprod)
+        alpha, sigma = math.sqrt(bar), math.sqrt(1 - bar)
+
+        dtype, working = common_dtypes(sample, model_output)
+        x, output = sample.to(working), model_output.to(working)
+        config = self.config
+        original = predicted_original(config.prediction_type, output, x, alpha, sigma)
+        noise = predicted_noise(config.prediction_type, output, x, alpha, sigma)
+        if config.thresholding:
+            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+        elif config.clip_sample:
+            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
+        if use_clipped_model_output:
+            noise = (x - alpha * original) / sigma
+
+        variance = (1 - previous_bar) / (1 - bar) * (1 - bar / previous_bar)
+        std = eta * math.sqrt(max(variance, 0.0))  # eq. 16
+        direction = math.sqrt(max(1 - previous_bar - std**2, 0.0)) * noise
+        x = math.sqrt(previous_bar) * original + direction  # eq. 12
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
+            x = x + std * variance_noise
+        output_tuple = DDIMSchedulerOutput(x.to(dtype), original.to(dtype))
+        return output_tuple if return_dict else tuple(output_tuple)

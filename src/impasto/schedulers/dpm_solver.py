@@ -1,0 +1,388 @@
+"""DPM-Solver and DPM-Solver++, multistep, for the diffusion ODE and SDE (arXiv 2206.00927 and 2211.01095).
+
+With lambda = log(alpha / sigma) and h = lambda_t - lambda_s, both families integrate a Taylor polynomial of the
+model's prediction m(lambda) = D0 + D1 (u / h) + D2 (u / h)², u = lambda - lambda_s, against an exponential:
+
+    x_t = a x_s - c [ (e^z - 1) D0 + b1 D1 + b2 D2 ] + s noise
+
+                       m       z     a                       c           s
+    dpmsolver++        x_0     -h    sigma_t/sigma_s         alpha_t     0                        (2211.01095 eq. 8)
+    sde-dpmsolver++    x_0     -2h   sigma_t/sigma_s e^-h    alpha_t     sigma_t sqrt(1 - e^-2h)  (its section 6)
+    dpmsolver          noise    h    alpha_t/alpha_s         sigma_t     0                        (2206.00927 eq. 3.4)
+    sde-dpmsolver      noise    h    alpha_t/alpha_s         2 sigma_t   sigma_t sqrt(e^2h - 1)
+
+    b1 = (e^z - 1) / z - 1 exactly ("heun"), or (e^z - 1) / 2 to the same order ("midpoint")
+    b2 = (e^z - 1 - z) / z² - 1/2
+
+D1 and D2 come from the predictions of the steps before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..errors import ConfigurationError, InputError
+from . import noise_schedule as schedules
+from .base import CountingScheduler, SchedulerOutput, records_arguments
+from .noise import draw_noise
+from .predictions import (
+    common_dtypes,
+    dynamic_threshold,
+    predicted_noise,
+    predicted_original,
+    require_same_shape,
+)
+
+Number = TypeVar("Number", float, Tensor)
+
+#: Names that configs of related schedulers use -> what this one does instead.
+RELATED = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+
+
+class DPMSolverMultistepScheduler(CountingScheduler):
+    """A fast high-order solver: 15 to 25 steps of one model call each.
+
+    Args:
+        num_train_timesteps: of the model's training.
+        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: given instead, [num_train_timesteps].
+        solver_order: 1, 2 (for guided sampling) or 3; the first steps and some last ones are of lower order.
+        prediction_type: what the model predicts: epsilon, sample, v_prediction or flow_prediction.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of predicted originals;
+            not for latents.
+        algorithm_type: dpmsolver++, sde-dpmsolver++ (over predictions of x_0), dpmsolver, sde-dpmsolver (of the noise).
+        solver_type: midpoint or heun, how the second order is reached.
+        lower_order_final: with fewer than 15 steps, lower the order of the last ones.
+        euler_at_final: the last step is of first order, whatever else is set.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas, use_flow_sigmas: at most one way
+            to space noise levels instead of timesteps.
+        flow_shift: moves flow sigmas towards noise.
+        final_sigmas_type: where the last step ends: zero noise, or that of timestep 0 ("sigma_min").
+        lambda_min_clipped: timesteps with a lower log(alpha / sigma) are not used.
+        variance_type: learned or learned_range for models that predict a variance too: it is left out.
+        timestep_spacing: linspace, leading or trailing.
+        steps_offset: added to ``leading`` timesteps.
+        rescale_betas_zero_snr: let the last training timestep be (all but) pure noise.
+        use_dynamic_shifting, time_shift_type: whether ``set_timesteps`` takes ``mu``: flow_shift = e^mu.
+
+    Attributes:
+        sigmas: [N + 1], sigma / alpha (with flow sigmas: sigma) of every step, and where the last one ends; on the CPU.
+
+    Raises:
+        ConfigurationError: a value, or a combination of values, that cannot be used.
+    """
+
+    @records_arguments
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ):
+        algorithm_type = RELATED.get(algorithm_type, algorithm_type)
+        solver_type = RELATED.get(solver_type, solver_type)
+        self._require("solver_order", solver_order, (1, 2, 3))
+        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction", "flow_prediction"))
+        self._require(
+            "algorithm_type", algorithm_type, ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
+        )
+        self._require("solver_type", solver_type, ("midpoint", "heun"))
+        self._require("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
+        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
+        self._require("time_shift_type", time_shift_type, ("exponential",))
+        self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
+        self._stochastic = algorithm_type in ("sde-dpmsolver++", "sde-dpmsolver")
+        if not self._over_original:
+            if final_sigmas_type == "zero":
+                raise ConfigurationError(
+                    f"algorithm_type={algorithm_type!r} cannot end at zero noise; set "
+                    f"final_sigmas_type='sigma_min', or use dpmsolver++ or sde-dpmsolver++"
+                )
+            if prediction_type == "flow_prediction":
+                raise ConfigurationError(
+                    f"algorithm_type={algorithm_type!r} does not take flow_prediction; "
+                    f"use dpmsolver++ or sde-dpmsolver++"
+                )
+            if self._stochastic and solver_order == 3:
+                raise ConfigurationError("sde-dpmsolver has no solver_order=3; use 1 or 2, or sde-dpmsolver++")
+        spacings = {
+            "use_karras_sigmas": use_karras_sigmas,
+            "use_lu_lambdas": use_lu_lambdas,
+            "use_exponential_sigmas": use_exponential_sigmas,
+            "use_beta_sigmas": use_beta_sigmas,
+            "use_flow_sigmas": use_flow_sigmas,
+        }
+        chosen = [name for name, used in spacings.items() if used]
+        if len(chosen) > 1:
+            raise ConfigurationError(f"{' and '.join(chosen)} contradict each other; set at most one of them")
+        self._spacing = chosen[0] if chosen else None
+        self._flow = use_flow_sigmas
+        self._order = solver_order
+        self._midpoint = solver_type == "midpoint"
+
+        self._make_tables(
+            ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
+        )  # fmt: skip
+        if self.alphas_cumprod[-1] == 0:
+            self.alphas_cumprod[-1] = 2**-24  # the first noise level must be finite
+        self.timesteps = self.timesteps.float()
+        self._table = schedules.noise_levels(self.alphas_cumprod)
+        self.sigmas = torch.from_numpy(self._table.copy())
+        self._history: list[Tensor] = []
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Space ``num_inference_steps`` steps as configured, or take the given ``timesteps`` or ``sigmas``.
+
+        Args:
+            mu: with use_dynamic_shifting, flow_shift = e^mu.
+            timesteps: descending; fractional ones are interpolated.
+            sigmas: noise levels sigma / alpha (with use_flow_sigmas: sigma in (0, 1]), descending. A last one of 0 is
+                where the last step ends; otherwise that is final_sigmas_type. Timesteps are the nearest whole ones.
+
+        Raises:
+            InputError: not exactly one of the three; a number of steps out of range; custom values that do not
+                descend or are out of range; timesteps where the config spaces noise levels; mu without
+                use_dynamic_shifting.
+        """
+        self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        if mu is not None and not self.config.use_dynamic_shifting:
+            raise InputError("mu needs a scheduler with use_dynamic_shifting=True")
+        final = float(self._table[0]) if self.config.final_sigmas_type == "sigma_min" else 0.0
+        if timesteps is not None:
+            if self._spacing not in (None, "use_flow_sigmas"):
+                raise InputError(f"timesteps cannot be given with {self._spacing}=True; give sigmas, or unset it")
+            points = schedules.custom_timesteps(timesteps, len(self), whole=False)
+            levels = points / len(self) if self._flow else schedules.timesteps_to_sigmas(points, self._table)
+        elif sigmas is not None:
+            levels, final = self._custom_sigmas(sigmas, final)
+            points = self._timesteps_of(levels)
+        else:
+            assert num_inference_steps is not None
+            steps = self._count_steps(num_inference_steps)
+            points, levels = self._spaced(steps, self.config.flow_shift if mu is None else math.exp(mu))
+        self.sigmas = torch.from_numpy(np.append(levels, final).astype(np.float32))
+        self.timesteps = torch.from_numpy(points).to(device)
+        self.num_inference_steps = len(points)
+        self._history = []
+        self._restart()
+
+    def _spaced(self, steps: int, flow_shift: float) -> tuple[schedules.Array, schedules.Array]:
+        """Timesteps and noise levels as configured."""
+        largest, smallest = float(self._table[-1]), float(self._table[0])
+        if self._spacing is None:
+            # lambda falls with t, so those above the clip come first.
+            log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
+            usable = len(self) - int(torch.searchsorted(log_snr.flip(0), self.config.lambda_min_clipped))
+            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
+            points = schedules.spaced_timesteps(spacing, steps, len(self), offset, last=usable, skip_lowest=True)
+            return points, schedules.timesteps_to_sigmas(points, self._table)
+        if self._spacing == "use_flow_sigmas":
+            levels = schedules.flow_sigmas(steps, len(self), flow_shift)
+        elif self._spacing == "use_karras_sigmas":
+            levels = schedules.karras_sigmas(largest, smallest, steps)
+        elif self._spacing == "use_beta_sigmas":
+            levels = schedules.beta_sigmas(largest, smallest, steps)
+        else:  # exponential, and Lu's lambdas: the same levels
+            levels = schedules.exponential_sigmas(largest, smallest, steps)
+        return self._timesteps_of(levels), levels
+
+    def _timesteps_of(self, levels: schedules.Array) -> schedules.Array:
+        """The whole timesteps that stand for noise levels; rounded or cut as in the reference."""
+        if self._flow:
+            return (levels * len(self)).astype(np.int64)
+        points = schedules.sigmas_to_timesteps(levels, self._table)
+        rounds = self._spacing not in ("use_exponential_sigmas", "use_beta_sigmas")
+        if rounds and self.config.beta_schedule != "squaredcos_cap_v2":
+            points = points.round()
+        return points.astype(np.int64)
+
+    def _custom_sigmas(self, sigmas: Sequence[float], final: float) -> tuple[schedules.Array, float]:
+        """Check a caller's noise levels; split off a last 0."""
+        listed = [float(value) for value in sigmas]
+        if listed and listed[-1] == 0:
+            if not self._over_original:
+                raise InputError(
+                    f"sigmas cannot end in 0 with algorithm_type={self.config.algorithm_type!r}; leave it out"
+                )
+            listed, final = listed[:-1], 0.0
+        levels = np.asarray(listed, dtype=np.float64)
+        if len(levels) == 0 or not np.isfinite(levels).all() or (levels <= 0).any():
+            raise InputError(f"sigmas must be one or more numbers above 0 (the last may be 0), not {list(sigmas)}")
+        if (np.diff(levels) >= 0).any():
+            raise InputError(f"sigmas must be in descending order; these are {listed}")
+        highest = 1.0 if self._over_original else np.nextafter(1.0, 0.0)
+        if self._flow and levels[0] > highest:
+            raise InputError(f"with use_flow_sigmas, sigmas lie between 0 and 1; these begin with {levels[0]}")
+        return levels, final
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | float | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The sample at this step's noise level -> at the next one.
+
+        Args:
+            model_output: [B, C, H, W], the model's prediction; more channels with a learned variance.
+            timestep: of ``timesteps``; only the first one decides which step is taken, further ones follow it.
+            sample: [B, C, H, W].
+            generator: of the SDE solvers' noise; a list has one for each sample.
+            variance_noise: that noise itself, instead of a generator.
+            return_dict: whether to name the result; False gives a plain tuple of the same.
+
+        Raises:
+            InputError: no schedule yet, all steps taken, shapes that do not fit.
+        """
+        index = self._this_step(timestep)
+        if self.config.variance_type in ("learned", "learned_range"):
+            model_output = model_output[:, : sample.shape[1]]
+        require_same_shape(model_output, sample)
+        dtype, working = common_dtypes(sample, model_output)
+        x = sample.to(working)
+        prediction = self._convert(model_output.to(working), x, *self._alpha_sigma_of(float(self.sigmas[index])))
+        self._history = [*self._history, prediction][-self._order :]
+        noise = None
+        if self._stochastic:
+            noise = variance_noise
+            if noise is None:
+                noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
+            noise = noise.to(sample.device, torch.float32)
+        x = self._update(x, index, self._order_at(index), noise)
+        self._step_index = index + 1
+        return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
+
+    def _convert(self, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """The model's prediction as m: of x_0 or of the noise."""
+        kind, config = self.config.prediction_type, self.config
+        if not self._over_original and not config.thresholding:
+            return predicted_noise(kind, output, x, alpha, sigma)
+        original = predicted_original(kind, output, x, alpha, sigma)
+        if config.thresholding:
+            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+        return original if self._over_original else (x - alpha * original) / sigma
+
+    def _order_at(self, index: int) -> int:
+        """The order of this step: grows from 1 with the history, and may fall towards the end."""
+        order, left = len(self._history), len(self._timestep_values) - index
+        falls = self.config.lower_order_final and len(self._timestep_values) < 15
+        if left == 1 and (falls or self.config.euler_at_final or self.sigmas[-1] == 0):
+            return 1
+        return min(order, 2) if left == 2 and falls else order
+
+    def _update(self, x: Tensor, index: int, order: int, noise: Tensor | None) -> Tensor:
+        """One step, as in the table at the top."""
+        alpha_t, sigma_t = self._alpha_sigma_of(float(self.sigmas[index + 1]))
+        alpha_s, sigma_s = self._alpha_sigma_of(float(self.sigmas[index]))
+        lambda_s = half_log_snr(alpha_s, sigma_s)
+        h = half_log_snr(alpha_t, sigma_t) - lambda_s
+        if h == 0:  # the same noise level twice: nothing to integrate
+            return x
+        if self._over_original:
+            z = -2 * h if self._stochastic else -h
+            a = sigma_t / sigma_s * (math.exp(-h) if self._stochastic else 1.0)
+            c = alpha_t
+            s = sigma_t * math.sqrt(-math.expm1(-2 * h)) if self._stochastic else 0.0
+        else:
+            z = h
+            a = alpha_t / alpha_s
+            c = 2 * sigma_t if self._stochastic else sigma_t
+            s = sigma_t * math.sqrt(math.expm1(2 * h)) if self._stochastic else 0.0
+
+        # Steps back in lambda; one of length 0 (a repeated level) tells nothing about slopes.
+        before = [half_log_snr(*self._alpha_sigma_of(float(self.sigmas[index - i]))) for i in range(1, order)]
+        h0 = lambda_s - before[0] if order > 1 else 0.0
+        h1 = before[0] - before[1] if order > 2 else 0.0
+        m0 = self._history[-1]
+        total = math.expm1(z) * m0
+        if h0 != 0:
+            slope0 = (h / h0) * (m0 - self._history[-2])
+            if h1 == 0:
+                b1 = math.expm1(z) / 2 if self._midpoint else math.expm1(z) / z - 1
+                total = total + b1 * slope0
+            else:
+                slope1 = (h / h1) * (self._history[-2] - self._history[-3])
+                d1 = slope0 + h0 / (h0 + h1) * (slope0 - slope1)
+                d2 = h / (h0 + h1) * (slope0 - slope1)
+                # The derivation has -1/2 for both. The reference adds it in the SDE, and numbers are to be its.
+                half = 0.5 if self._stochastic else -0.5
+                b1, b2 = math.expm1(z) / z - 1, (math.expm1(z) - z) / z**2 + half
+                total = total + b1 * d1 + b2 * d2
+        x = a * x - c * total
+        return x if noise is None else x + s * noise
+
+    def _alpha_sigma_of(self, level: Number) -> tuple[Number, Number]:
+        """Noise level -> (alpha, sigma): alpha² + sigma² = 1, or alpha + sigma = 1 on the straight line of flows."""
+        if self._flow:
+            return 1 - level, level
+        alpha = (level**2 + 1) ** -0.5
+        return alpha, level * alpha
+
+    def _alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """For ``add_noise``: the level of the step begun with, else of the schedule's entry, else of training."""
+        timesteps = timesteps.to(like.device).reshape(-1)
+        sigmas = self.sigmas.to(like.device)
+        if self._begin_index is not None:
+            index = self._begin_index if self._step_index is None else self._step_index
+            levels = sigmas[index].expand(len(timesteps))
+        else:
+            if self._flow:
+                levels = timesteps.float() / len(self)
+            else:
+                table = torch.from_numpy(self._table).to(like.device)
+                low = timesteps.long().clamp(0, len(table) - 2)
+                levels = torch.lerp(table[low], table[low + 1], (timesteps - low).float().clamp(0, 1))
+            if self.num_inference_steps is not None:
+                matches = timesteps[:, None] == self.timesteps.to(like.device)[None]  # [B, N]
+                levels = torch.where(matches.any(1), sigmas[matches.int().argmax(1)], levels)
+        alpha, sigma = self._alpha_sigma_of(levels.reshape(-1, *[1] * (like.ndim - 1)))
+        return alpha, sigma
+
+
+def half_log_snr(alpha: float, sigma: float) -> float:
+    """lambda = log(alpha / sigma); infinite where one of them is 0."""
+    if sigma == 0:
+        return math.inf
+    return math.log(alpha) - math.log(sigma) if alpha > 0 else -math.inf

@@ -1,0 +1,181 @@
+"""LCM: multistep sampling of latent consistency models (arXiv 2310.04378, algorithm 3)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from ..errors import InputError
+from ..nn.outputs import keyed
+from .base import CountingScheduler, records_arguments
+from .noise import draw_noise
+from .noise_schedule import custom_timesteps
+from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape
+
+logger = logging.getLogger("impasto")
+
+#: The standard deviation of data that the boundary condition assumes.
+SIGMA_DATA = 0.5
+
+
+@keyed
+class LCMSchedulerOutput(NamedTuple):
+    """The result of one step."""
+
+    prev_sample: Tensor  # [B, C, H, W], the next, less noisy sample
+    denoised: Tensor | None = None  # [B, C, H, W], what the consistency function gave
+
+
+class LCMScheduler(CountingScheduler):
+    """Jump to the clean sample, add the next timestep's noise to it, and again.
+
+    Args:
+        num_train_timesteps: of the model's training.
+        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: given instead, [num_train_timesteps].
+        original_inference_steps: of the solver that the model was distilled from; timesteps are picked from its.
+        clip_sample, clip_sample_range: whether and where predicted originals are clipped; not for latents.
+        set_alpha_to_one, steps_offset, timestep_spacing: stored; the distillation schedule has no use for them.
+        prediction_type: what the model predicts: epsilon, sample or v_prediction.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
+        timestep_scaling: how fast the boundary condition fades with the timestep.
+        rescale_betas_zero_snr: let the last training timestep be pure noise.
+
+    Raises:
+        ConfigurationError: a value that cannot be used.
+    """
+
+    @records_arguments
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
+        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
+        self._make_tables(
+            ("linear", "scaled_linear", "squaredcos_cap_v2"),
+            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
+        )  # fmt: skip
+        self.final_alpha_cumprod = torch.tensor(1.0 if set_alpha_to_one else self._alpha_bars[0])
+        self.custom_timesteps = False
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        original_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Pick ``num_inference_steps`` from the distillation schedule, or take the given ``timesteps``.
+
+        Args:
+            original_inference_steps: the length of the distillation schedule; the config's by default.
+            strength: the part of the schedule to use, from 0 (excluded) to 1 (all; image to image uses less).
+
+        Raises:
+            InputError: both or neither; more steps than the distillation schedule has; timesteps that do not descend.
+        """
+        self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        original = original_inference_steps
+        if original is None:
+            original = self.config.original_inference_steps
+        if not 1 <= original <= len(self):
+            raise InputError(
+                f"original_inference_steps must be from 1 to num_train_timesteps={len(self)}, not {original}"
+            )
+        if not 0 < strength <= 1:
+            raise InputError(f"strength must be above 0 and at most 1, not {strength!r}")
+        distilled = np.arange(1, int(original * strength) + 1) * (len(self) // original) - 1  # ascending
+        if timesteps is not None:
+            schedule = custom_timesteps(timesteps, len(self), whole=True)
+            strangers = sorted(set(schedule.tolist()) - set(distilled.tolist()), reverse=True)
+            if strangers:
+                logger.warning("LCMScheduler: the model was not distilled at timesteps %s; expect artefacts", strangers)
+            schedule = schedule[len(schedule) - int(len(schedule) * strength) :]
+            if len(schedule) == 0:
+                raise InputError(f"strength={strength} leaves none of {len(timesteps)} timesteps; raise it")
+        else:
+            assert num_inference_steps is not None
+            steps = self._count_steps(num_inference_steps)
+            if steps > len(distilled):
+                raise InputError(
+                    f"num_inference_steps={steps} is more than the {len(distilled)} steps of the distillation schedule "
+                    f"(original_inference_steps={original} times strength={strength}); use fewer"
+                )
+            picked = np.floor(np.linspace(0, len(distilled), num=steps, endpoint=False)).astype(np.int64)
+            schedule = distilled[::-1][picked]
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(schedule)
+        self.timesteps = torch.from_numpy(schedule.copy()).to(device)
+        self._restart()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> LCMSchedulerOutput | tuple[Tensor | None, ...]:
+        """x_t -> the sample at the next timestep; the last step returns the clean one.
+
+        Args:
+            model_output: [B, C, H, W], the model's prediction at ``timestep``.
+            timestep: one, of ``timesteps``.
+            sample: [B, C, H, W], x_t.
+            generator: of the noise; a list has one for each sample.
+            return_dict: whether to name the results; False gives a plain tuple of the same.
+
+        Raises:
+            InputError: no schedule yet, all steps taken, a timestep out of range, shapes that differ.
+        """
+        index = self._this_step(timestep)
+        require_same_shape(model_output, sample)
+        t, _ = self._locate(timestep)
+        bar = self._alpha_bar(t)
+        dtype, working = common_dtypes(sample, model_output)
+        x, output = sample.to(working), model_output.to(working)
+        config = self.config
+        original = predicted_original(config.prediction_type, output, x, math.sqrt(bar), math.sqrt(1 - bar))
+        if config.thresholding:
+            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+        elif config.clip_sample:
+            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
+
+        # The consistency function is the identity at t = 0 (consistency models, arXiv 2303.01469, appendix C).
+        scaled = t * config.timestep_scaling
+        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
+        denoised = c_skip * x + c_out * original
+
+        x = denoised
+        if index + 1 < len(self._timestep_values):
+            next_bar = self._alpha_bar(self._timestep_values[index + 1])
+            noise = draw_noise(sample.shape, generator, sample.device, dtype)
+            x = math.sqrt(next_bar) * denoised + math.sqrt(1 - next_bar) * noise
+        self._step_index = index + 1
+        output_tuple = LCMSchedulerOutput(x.to(dtype), denoised.to(dtype))
+        return output_tuple if return_dict else tuple(output_tuple)

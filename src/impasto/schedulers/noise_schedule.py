@@ -1,0 +1,209 @@
+"""Noise schedules as pure functions: betas, sigmas, timesteps and the ways between them.
+
+Notation: x_t = alpha_t x_0 + sigma_t noise with alpha_t² = alphas_cumprod[t]. A *noise level* ("sigma" in
+arrays of this file) is the ratio sigma_t / alpha_t, as in Karras et al. (arXiv 2206.00364).
+Tables are float32, because checkpoints were trained and published on tables of that precision.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ConfigurationError, InputError
+
+Array = NDArray[Any]
+
+
+# --- betas: how much noise each training step adds ---------------------------------------------------------
+
+
+def linear_betas(count: int, start: float, end: float) -> Tensor:
+    """Equally spaced betas (DDPM, arXiv 2006.11239, section 4)."""
+    return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
+
+
+def scaled_linear_betas(count: int, start: float, end: float) -> Tensor:
+    """Betas whose square roots are equally spaced (latent diffusion)."""
+    return linear_betas(count, start**0.5, end**0.5) ** 2
+
+
+def sigmoid_betas(count: int, start: float, end: float) -> Tensor:
+    """Betas that rise from start to end along a sigmoid over [-6, 6]."""
+    ramp = torch.linspace(-6, 6, count, dtype=torch.float32, device="cpu")
+    return torch.sigmoid(ramp) * (end - start) + start
+
+
+def betas_from_alpha_bar(count: int, alpha_bar: Callable[[float], float], largest: float = 0.999) -> Tensor:
+    """Discretise alphas_cumprod = alpha_bar(t), t in [0, 1] (improved DDPM, arXiv 2102.09672, section 3.2)."""
+    levels = [alpha_bar(step / count) for step in range(count + 1)]
+    betas = [min(1 - after / before, largest) for before, after in itertools.pairwise(levels)]
+    return torch.tensor(betas, dtype=torch.float32, device="cpu")
+
+
+def cosine_betas(count: int, start: float, end: float) -> Tensor:
+    """The cosine schedule (arXiv 2102.09672, eq. 17), betas capped at 0.999. start and end have no effect."""
+    return betas_from_alpha_bar(count, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
+
+
+def laplace_betas(count: int, start: float, end: float) -> Tensor:
+    """log-SNR by the quantiles of a Laplace distribution (arXiv 2407.03297). start and end have no effect."""
+
+    def alpha_bar(t: float) -> float:
+        half_log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
+        snr = math.exp(half_log_snr)
+        return math.sqrt(snr / (1 + snr))
+
+    return betas_from_alpha_bar(count, alpha_bar)
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "squaredcos_cap_v2": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "laplace": laplace_betas,
+}
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(alphas_cumprod) so that the last is 0, the first kept (arXiv 2305.08891, alg. 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
+    alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+    return 1 - alphas
+
+
+# --- timesteps: where in the training schedule the steps of sampling lie -----------------------------------
+
+
+def spaced_timesteps(
+    spacing: str, steps: int, train_steps: int, offset: int = 0, *, last: int | None = None, skip_lowest: bool = False
+) -> Array:
+    """Descending whole timesteps, [steps] (arXiv 2305.08891, table 2).
+
+    Args:
+        spacing: ``linspace``, ``leading`` or ``trailing``.
+        offset: added to ``leading`` timesteps.
+        last: one more than the highest timestep to use; ``train_steps`` by default.
+        skip_lowest: space one step more, and leave out the lowest: for solvers whose final step goes beyond it.
+    """
+    last = train_steps if last is None else last
+    count = steps + skip_lowest
+    timesteps: Array
+    if spacing == "linspace":
+        timesteps = np.linspace(0, last - 1, count).round()[::-1][:steps]
+    elif spacing == "leading":
+        if last // count == 0:
+            raise InputError(
+                f"num_inference_steps={steps} is too many for timestep_spacing='leading' with {last} timesteps; "
+                f"use at most {last - skip_lowest}, or another spacing"
+            )
+        timesteps = (np.arange(count) * (last // count))[::-1][:steps] + offset
+    elif spacing == "trailing":
+        # Cut to the number of steps: rounding makes arange one too long for some of them (61, 103, ...).
+        timesteps = np.arange(last, 0, -train_steps / steps).round()[:steps] - 1
+    else:
+        raise ConfigurationError(f"timestep_spacing must be linspace, leading or trailing, not {spacing!r}")
+    if timesteps[0] >= train_steps:
+        raise InputError(
+            f"steps_offset={offset} moves the first of {steps} steps to timestep {int(timesteps[0])}, beyond the "
+            f"last one trained, {train_steps - 1}; use fewer steps, or another timestep_spacing"
+        )
+    return timesteps.astype(np.int64)
+
+
+def custom_timesteps(timesteps: Sequence[float] | Tensor | Array, train_steps: int, *, whole: bool) -> Array:
+    """Check a caller's timesteps: finite, in [0, train_steps), descending; strictly so, and whole, if ``whole``."""
+    listed = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
+    values = np.asarray(listed, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise InputError(f"timesteps must be a list of one or more numbers, not {timesteps!r}")
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() >= train_steps:
+        raise InputError(f"timesteps must lie between 0 and {train_steps - 1}; these are {listed}")
+    steps = np.diff(values)
+    if (steps > 0).any() or (whole and (steps == 0).any()):
+        raise InputError(f"timesteps must be in descending order; these are {listed}")
+    is_whole = bool((values == values.round()).all())
+    if whole and not is_whole:
+        raise InputError(f"timesteps must be whole numbers; these are {listed}")
+    return values.astype(np.int64) if is_whole else values
+
+
+# --- noise levels -----------------------------------------------------------------------------------------
+
+
+def noise_levels(alphas_cumprod: Tensor) -> Array:
+    """sigma_t / alpha_t for every training timestep, ascending, [T]."""
+    levels: Array = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
+    return levels
+
+
+def timesteps_to_sigmas(timesteps: Array, table: Array) -> Array:
+    """Noise levels at timesteps, fractional ones interpolated linearly."""
+    levels: Array = np.interp(timesteps, np.arange(len(table)), table)
+    return levels
+
+
+def sigmas_to_timesteps(sigmas: Array, table: Array) -> Array:
+    """Fractional timesteps of noise levels, interpolated in log sigma and clipped to the table."""
+    log_table = np.log(table)
+    log_sigmas = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(log_table, log_sigmas, side="right") - 1, 0, len(table) - 2)
+    weight = np.clip((log_table[low] - log_sigmas) / (log_table[low] - log_table[low + 1]), 0, 1)
+    timesteps: Array = (1 - weight) * low + weight * (low + 1)
+    return timesteps
+
+
+def karras_sigmas(largest: float, smallest: float, steps: int, rho: float = 7.0) -> Array:
+    """Equally spaced in sigma^(1/rho) (arXiv 2206.00364, eq. 5)."""
+    ramp = np.linspace(0, 1, steps)
+    levels: Array = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
+    return levels
+
+
+def exponential_sigmas(largest: float, smallest: float, steps: int) -> Array:
+    """Equally spaced in log sigma, that is in log-SNR (DPM-Solver, arXiv 2206.00927, section 3.4)."""
+    levels: Array = np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
+    return levels
+
+
+def beta_sigmas(largest: float, smallest: float, steps: int, shape: float = 0.6) -> Array:
+    """Spaced by the quantiles of a symmetric Beta distribution, denser at both ends (arXiv 2407.12173)."""
+    quantiles = symmetric_beta_quantiles(1 - np.linspace(0, 1, steps), shape)
+    levels: Array = smallest + quantiles * (largest - smallest)
+    return levels
+
+
+def symmetric_beta_quantiles(probabilities: Array, shape: float) -> Array:
+    """The inverse of the distribution function of Beta(shape, shape), to float64 rounding, without SciPy."""
+    # By symmetry quantile(p) = 1 - quantile(1 - p), so only x <= 1/2 is needed, where the series
+    # I_x(a, a) = x^a (1 - x)^a / (a B(a, a)) · sum_n prod_{k<n} (2a + k) / (a + 1 + k) x^n converges like 2^-n.
+    lower = np.minimum(probabilities, 1 - probabilities)
+    order = np.arange(80)
+    factors = np.concatenate([[1.0], np.cumprod((2 * shape + order) / (shape + 1 + order))])
+    log_scale = math.lgamma(2 * shape) - 2 * math.lgamma(shape) - math.log(shape)
+    below, above = np.zeros_like(lower), np.full_like(lower, 0.5)
+    for _ in range(60):  # bisection
+        x = (below + above) / 2
+        series = (factors * x[:, None] ** np.arange(81)).sum(axis=1)
+        too_low = math.exp(log_scale) * (x * (1 - x)) ** shape * series < lower
+        below, above = np.where(too_low, x, below), np.where(too_low, above, x)
+    x = np.where(lower == 0, 0.0, (below + above) / 2)
+    quantiles: Array = np.where(probabilities <= 0.5, x, 1 - x)
+    return quantiles
+
+
+def flow_sigmas(steps: int, train_steps: int, shift: float) -> Array:
+    """Straight-line noise levels in (0, 1): linear in time, then shifted towards noise (arXiv 2403.03206, eq. 23)."""
+    linear = 1.0 - np.linspace(1, 1 / train_steps, steps + 1)
+    shifted: Array = np.flip(shift * linear / (1 + (shift - 1) * linear))[:-1].copy()
+    return shifted

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from impasto.errors import InputError
+from impasto.scenes.captions import caption, statement
+from impasto.scenes.dataset import scene_batch
+from impasto.scenes.world import (
+    COLOURS,
+    FRAMES,
+    LEFT,
+    ON_TOP,
+    RELATIONS,
+    RIGHT,
+    SHAPES,
+    Scene,
+    Solid,
+    is_held_out,
+    recolour,
+    sample_scene,
+)
+
+
+def pair(first: str, relation: str, second: str) -> Scene:
+    solids = []
+    for words in (first, second):
+        color, shape = words.split()
+        solids.append(Solid(shape, color, "large"))
+    return Scene(tuple(solids), (relation,), "gray")
+
+
+def test_sampling_is_deterministic_by_seed() -> None:
+    def draw(seed: int) -> list[Scene]:
+        rng = np.random.default_rng(seed)
+        return [sample_scene(rng) for _ in range(20)]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_sampling_covers_the_vocabulary() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(600)]
+    assert {s.shape for scene in scenes for s in scene.solids} == set(SHAPES)
+    assert {s.color for scene in scenes for s in scene.solids} == set(COLOURS)
+    assert {r for scene in scenes for r in scene.relations} == set(RELATIONS)
+    assert {(scene.height, scene.width) for scene in scenes} == set(FRAMES)
+    counts = np.bincount([len(scene.solids) for scene in scenes], minlength=4)[1:] / len(scenes)
+    np.testing.assert_allclose(counts, [0.25, 0.60, 0.15], atol=0.06)
+    assert all(len({(s.color, s.shape) for s in scene.solids}) == len(scene.solids) for scene in scenes)
+
+
+def test_recolouring_keeps_the_arrangement() -> None:
+    scene = sample_scene(np.random.default_rng(1))
+    other = recolour(scene, np.random.default_rng(2))
+    assert [(s.shape, s.size) for s in scene.solids] == [(s.shape, s.size) for s in other.solids]
+    assert (scene.relations, scene.seed) == (other.relations, other.seed)
+
+
+def test_about_a_tenth_of_the_combinations_is_held_out() -> None:
+    names = [f"{color} {shape}" for color in COLOURS for shape in SHAPES]
+    held = [is_held_out(pair(a, relation, b)) for a in names for relation in RELATIONS for b in names if a != b]
+    assert 0.08 < np.mean(held) < 0.12
+
+
+def test_the_demo_prompt_is_trained() -> None:
+    assert not is_held_out(pair("red cube", ON_TOP, "blue sphere"))
+
+
+def test_a_combination_and_its_mirror_wording_are_held_out_together() -> None:
+    names = [f"{color} {shape}" for color in COLOURS for shape in SHAPES]
+    for a in names[::3]:
+        for b in names[::5]:
+            assert is_held_out(pair(a, LEFT, b)) == is_held_out(pair(b, RIGHT, a))
+
+
+def test_batches_leave_out_held_out_scenes_and_are_deterministic() -> None:
+    pictures, scenes, captions = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
+    assert pictures.shape == (30, 3, 32, 48)
+    assert len(scenes) == len(captions) == 30
+    assert not any(is_held_out(scene) for scene in scenes)
+    again = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
+    assert (again[0] == pictures).all()
+    assert again[1:] == (scenes, captions)
+    assert (scene_batch(6, 6, 5, 32, 48)[0] != pictures).any()
+
+
+def test_canonical_caption() -> None:
+    assert statement(pair("red cube", ON_TOP, "blue sphere")) == "a red cube on top of a blue sphere"
+    assert statement(pair("orange cone", LEFT, "white cube"), with_size=True) == (
+        "a large orange cone to the left of a large white cube"
+    )
+    three = Scene(
+        (*pair("red cube", ON_TOP, "blue sphere").solids, Solid("cone", "green", "small")),
+        (ON_TOP, LEFT),
+        "beige",
+    )
+    assert statement(three) == "a red cube on top of a blue sphere, to the left of a green cone"
+
+
+def test_captions_name_every_attribute_and_vary() -> None:
+    rng = np.random.default_rng(0)
+    sized = grounded = 0
+    for _ in range(300):
+        scene = sample_scene(rng)
+        text = caption(scene, rng)
+        assert text == text.lower()
+        place = 0
+        for index, solid in enumerate(scene.solids):
+            place = text.index(f"{solid.color} {solid.shape}", place)
+            if index:
+                assert scene.relations[index - 1] in text
+        size = any(f"{s.size} {s.color}" in text for s in scene.solids)
+        assert size == all(f"{s.size} {s.color}" in text for s in scene.solids)
+        sized += size
+        grounded += f"on a {scene.background} background" in text
+    assert 80 < sized < 160
+    assert 80 < grounded < 160
+    scene = pair("red cube", ON_TOP, "blue sphere")
+    assert len({caption(scene, rng) for _ in range(200)}) > 15
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Solid("torus", "red", "small"),
+        lambda: Solid("cube", "pink", "small"),
+        lambda: Scene((), (), "gray"),
+        lambda: Scene((Solid("cube", "red", "small"),), (LEFT,), "gray"),
+        lambda: Scene((Solid("cube", "red", "small"),) * 2, ("under",), "gray"),
+        lambda: Scene((Solid("cube", "red", "small"),) * 3, (LEFT, RIGHT), "gray"),
+        lambda: Scene((Solid("cube", "red", "small"),), (), "crimson"),
+    ],
+)
+def test_words_outside_the_world_are_refused(make: object) -> None:
+    with pytest.raises(InputError):
+        make()  # type: ignore[operator]
