@@ -1,6 +1,6 @@
 """Make the bundled model from nothing: render, autoencoder, latents, tokenizer, text encoder and transformer, export.
 
-    python scripts/build_scenes_model.py --out runs/scenes [--stage render|autoencoder|latents|tokenizer|transformer|export]
+    python scripts/build_scenes_model.py --out runs/scenes [--stage STAGE]
 
 Every stage resumes where it was interrupted. Without --stage all of them run in order.
 """
@@ -8,38 +8,85 @@ Every stage resumes where it was interrupted. Without --stage all of them run in
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
+import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.scenes.captions import caption
+from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
+from impasto.scenes.evaluate import held_out_prompts, judge_pictures
+from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
+from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
+from impasto.training.state import append_log, load_state
+from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
+from impasto.training.text_to_image import Batch, TextToImageRecipe, initialize, train_text_to_image
 
 SEED = 2026
+STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export")
 CHUNKS = 400  # of 256 pictures
 GEOMETRIES, COLOURINGS, WORDINGS = 32, 8, 4
+AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation pictures are square
 FRAMES = [(128, 128)] * 4 + [(96, 160), (160, 96), (112, 144), (144, 112)]
 
 AUTOENCODER = {
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [24, 32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [32, 48, 64],
     "layers_per_block": 1,
-    "latent_channels": 8,
+    "latent_channels": 4,
     "norm_num_groups": 8,
-    "sample_size": 128,
+    "sample_size": 64,
     "scaling_factor": 0.13025,
     "mid_block_add_attention": False,
 }
+
+
+TEXT_ENCODER = {
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": False,
+}
+TRANSFORMER = {
+    "num_attention_heads": 7,
+    "attention_head_dim": 32,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 8,
+    "cross_attention_dim": 224,
+    "sample_size": 16,
+    "patch_size": 2,
+    "interpolation_scale": 1,
+    "use_additional_conditions": False,
+    "caption_channels": 128,
+}
+#: That of the published PixArt checkpoints.
+SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
+WARM_START_STEPS = 800
 
 
 def render(out: Path, chunks: int) -> None:
@@ -60,49 +107,287 @@ def render(out: Path, chunks: int) -> None:
         os.replace(temporary, path)
 
 
-def pictures_of(out: Path, chunks: list[int]) -> list[Tensor]:
-    return [torch.from_numpy(np.load(out / "pictures" / f"{chunk:04d}.npz")["pictures"]) for chunk in chunks]
+def load_pictures(out: Path, chunk: int) -> Tensor:
+    """A chunk at half its rendered size, uint8 [N, 3, H, W]."""
+    pictures = torch.from_numpy(np.load(out / "pictures" / f"{chunk:04d}.npz")["pictures"])
+    return F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8)
 
 
-def crops(pictures: list[Tensor], batch: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Random square crops: a convolutional autoencoder learns the same from them, four times as cheaply."""
+def random_pictures(chunks: list[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
     rng = np.random.default_rng(seed)
     while True:
-        out = torch.empty(batch, 3, size, size)
-        for i in range(batch):
-            chunk = pictures[rng.integers(len(pictures))]
-            picture = chunk[rng.integers(len(chunk))]
-            # Of two places the busier one: backgrounds are learnt soonest.
-            places = [[rng.integers(side - size + 1) for side in picture.shape[1:]] for _ in range(2)]
-            candidates = [picture[:, top : top + size, left : left + size].float() for top, left in places]
-            out[i] = max(candidates, key=lambda crop: float(crop.std()))
-        yield out / 127.5 - 1
+        chunk = chunks[rng.integers(len(chunks))]
+        yield chunk[torch.from_numpy(rng.integers(len(chunk), size=batch))].float() / 127.5 - 1
 
 
 def train_vae(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
-    ready = sorted(int(path.stem) for path in (out / "pictures").glob("[0-9]*.npz") if path.stem.isdigit())
-    train, held = [c for c in ready if c != 4][:64], pictures_of(out, [4])[0]
-    validation = held[::8].float() / 127.5 - 1  # one colouring of each arrangement
     folder = out / "autoencoder"
-    done = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] if (folder / "log.jsonl").exists() else 0
-    batches = crops(pictures_of(out, train), 16, 64, seed=SEED + int(done))
+    validation = load_pictures(out, VALIDATION_CHUNK)[::COLOURINGS].float() / 127.5 - 1
+    train = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
+    log = folder / "log.jsonl"
+    done = int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0
+    batches = random_pictures(train, 16, seed=SEED + done)
     train_autoencoder(model, batches, AutoencoderRecipe(steps=steps), folder, validation)
     model.save_pretrained(folder / "model")
+
+
+@torch.no_grad()
+def encode(out: Path) -> None:
+    """Standardise the latents' channels inside the autoencoder, and store the latents of every chunk."""
+    model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
+    folder = out / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (out / "vae" / "config.json").exists():
+        sample = torch.cat([load_pictures(out, chunk)[::2].float() / 127.5 - 1 for chunk in range(4)])
+        latents = model.encode(sample).latent_dist.mode()
+        standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        model.save_pretrained(out / "vae")
+    model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
+    for path in sorted((out / "pictures").glob("[0-9]*.npz")):
+        target = folder / f"{path.stem}.npy"
+        if target.exists():
+            continue
+        pictures = load_pictures(out, int(path.stem)).float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+        temporary = target.with_suffix(".tmp.npy")
+        np.save(temporary, (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous().numpy())
+        os.replace(temporary, target)
+
+
+def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Fold an affine map into the 1 x 1 convolutions, so that scaled latents have mean 0 and deviation 1.
+
+    z' = (z - mean) / (std * scaling_factor), and back in front of the decoder.
+    """
+    assert model.quant_conv is not None
+    assert model.post_quant_conv is not None
+    scale = 1.0 / (std * AUTOENCODER["scaling_factor"])
+    channels = len(mean)
+    weight, bias = model.quant_conv.weight, model.quant_conv.bias
+    assert bias is not None
+    weight[:channels] *= scale.view(-1, 1, 1, 1)
+    bias[:channels] = (bias[:channels] - mean) * scale
+    bias[channels:] += 2 * scale.log()  # log-variances
+    weight, bias = model.post_quant_conv.weight, model.post_quant_conv.bias
+    assert bias is not None
+    bias += weight[:, :, 0, 0] @ mean
+    weight /= scale.view(1, -1, 1, 1)
+
+
+def train_tokenizer(out: Path) -> None:
+    """A sentencepiece unigram model on the training captions, in T5's layout: pad 0, </s> 1, unk 2.
+
+    So few words give the trainer nothing to compress, and it spells most of them; each becomes a piece afterwards.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    folder = out / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = [text for path in sorted((out / "pictures").glob("[0-9]*.npz"))[:40] for text in captions_of(path)]
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=stream,
+        vocab_size=160,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'()-",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    model = ModelProto.FromString(stream.getvalue())
+    known = {piece.piece for piece in model.pieces}
+    for word in sorted({word.strip(",") for text in captions for word in text.split()}):
+        if f"▁{word}" not in known:
+            model.pieces.add(piece=f"▁{word}", score=-2.0)
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": MAX_TOKENS,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 0,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def captions_of(path: Path) -> list[str]:
+    """All wordings in a chunk, picture by picture."""
+    return [text for texts in json.loads(str(np.load(path)["captions"])) for text in texts]
+
+
+class Samples:
+    """Latents and tokenised captions of all chunks, in memory."""
+
+    def __init__(self, out: Path, tokenizer: T5Tokenizer):
+        self.out = out
+        self.tokenizer = tokenizer
+        self.latents: dict[str, Tensor] = {}
+        self.tokens: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def refresh(self) -> list[str]:
+        """Take up the chunks that were encoded since the last time."""
+        for path in sorted((self.out / "latents").glob("[0-9]???.npy")):
+            if path.stem not in self.latents:
+                self.latents[path.stem] = torch.from_numpy(np.load(path))
+                self.tokens[path.stem] = tokenise(
+                    self.tokenizer, captions_of(self.out / "pictures" / f"{path.stem}.npz")
+                )
+        return list(self.latents)
+
+    def batches(self, size: int, seed: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([SEED, seed])
+        for number in itertools.count():
+            if number % 200 == 0:
+                chunks = self.refresh()
+            chunk = chunks[rng.integers(len(chunks))]
+            rows = torch.from_numpy(rng.choice(len(self.latents[chunk]), size=size, replace=False))
+            wordings = rows * WORDINGS + torch.from_numpy(rng.integers(WORDINGS, size=size))
+            ids, mask = self.tokens[chunk]
+            yield Batch(self.latents[chunk][rows].float(), ids[wordings], mask[wordings])
+
+
+def tokenise(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    encoded = tokenizer(texts, padding="max_length", max_length=TRAINED_TOKENS, truncation=True, return_tensors="pt")
+    return encoded.input_ids, encoded.attention_mask
+
+
+def labelled_text(tokenizer: T5Tokenizer, batch: int, seed: int) -> Iterator[LabelledText]:
+    """Captions of scenes that nobody has to draw, with what they say of each solid."""
+    rng = np.random.default_rng([SEED, seed])
+    while True:
+        texts, labels = [], torch.zeros(batch, 3, 5, dtype=torch.long)  # 0: not told
+        while len(texts) < batch:
+            scene = sample_scene(rng, 128, 128)
+            if is_held_out(scene):
+                continue
+            text = caption(scene, rng)
+            row = labels[len(texts)]
+            with_size = statement(scene, with_size=True) in text
+            for slot, solid in enumerate(scene.solids):
+                row[slot, 0] = 1 + list(COLOURS).index(solid.color)
+                row[slot, 1] = 1 + SHAPES.index(solid.shape)
+                row[slot, 2] = 1 + SIZES.index(solid.size) if with_size else 0
+                row[slot, 3] = 1 + RELATIONS.index(scene.relations[slot]) if slot < len(scene.relations) else 0
+            if f"on a {scene.background} background" in text:
+                row[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
+            texts.append(text)
+        ids, mask = tokenise(tokenizer, texts)
+        yield LabelledText(ids, mask, labels)
+
+
+def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
+    """Warm-start the text encoder, then train it and the transformer together."""
+    torch.manual_seed(SEED)
+    folder = out / "transformer"
+    tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
+    transformer = PixArtTransformer2DModel(**TRANSFORMER)
+    initialize(transformer)
+    if not (folder / "state.pt").exists():
+        classes = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(SIZES), 1 + len(RELATIONS), 1 + len(BACKGROUNDS))
+        reader = SlotReader(TEXT_ENCODER["d_model"], 3, classes)
+        right = warm_start(text_encoder, labelled_text(tokenizer, 64, seed=1), reader, WARM_START_STEPS)
+        append_log(folder / "warm_start.jsonl", steps=WARM_START_STEPS, right=right)
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
+    vae = AutoencoderKL.from_pretrained(out / "vae")
+    pipeline = PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = held_out_prompts(48, seed=1)  # not those of the final table
+    samples = Samples(out, tokenizer)
+
+    def draw(step: int) -> None:
+        texts = [prompt.text for prompt in prompts]
+        generators = [torch.Generator().manual_seed(i) for i in range(len(texts))]
+        pictures = pipeline(texts, generator=generators, guidance_scale=4.5, num_inference_steps=20).images
+        counts = judge_pictures(prompts, pictures).counts()
+        append_log(folder / "judged.jsonl", step=step, **{name: hit / max(1, n) for name, (hit, n) in counts.items()})
+        sheet = Image.new("RGB", (8 * 64, 6 * 64))
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i % 8 * 64, i // 8 * 64))
+        sheet.save(folder / f"pictures_{step:06d}.png")
+
+    log = folder / "log.jsonl"
+    done = int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0
+    ids, mask = tokenizer([""], return_tensors="pt").values()
+    batches = samples.batches(recipe.batch_size, seed=done)
+    train_text_to_image(
+        transformer, text_encoder, batches, (ids[0], mask[0]), scheduler.betas, recipe, folder, on_save=draw
+    )
+
+
+def export(out: Path, target: Path) -> None:
+    """The averaged models in float16 and the ordinary folder format, and the run's records beside them."""
+    state = load_state(out / "transformer" / "state.pt")
+    tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
+    text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
+    transformer = PixArtTransformer2DModel(**TRANSFORMER)
+    for name, model in (("transformer", transformer), ("text_encoder", text_encoder)):
+        prefix = f"{name}."
+        averages = {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        missing, unexpected = model.load_state_dict(averages, strict=False)
+        # Only the tied copy of the embedding may be absent.
+        assert not unexpected
+        assert all("embed_tokens" in key for key in missing)
+        model.half()
+    vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float16)
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
+    PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(target)
+    shutil.copyfile(out / "tokenizer" / "spiece.model", target / "tokenizer" / "spiece.model")  # for older readers
+    records = target.parents[3] / "docs" / "scenes" / "training"
+    records.mkdir(parents=True, exist_ok=True)
+    for name, path in {
+        "autoencoder.jsonl": out / "autoencoder" / "log.jsonl",
+        "warm_start.jsonl": out / "transformer" / "warm_start.jsonl",
+        "transformer.jsonl": out / "transformer" / "log.jsonl",
+        "judged.jsonl": out / "transformer" / "judged.jsonl",
+    }.items():
+        shutil.copyfile(path, records / name)
+    configuration = {
+        "seed": SEED,
+        "step": state["step"],
+        "chunks": CHUNKS,
+        "geometries": GEOMETRIES,
+        "colourings": COLOURINGS,
+        "wordings": WORDINGS,
+        "text_encoder": TEXT_ENCODER,
+        "transformer": TRANSFORMER,
+        "autoencoder": AUTOENCODER,
+        "scheduler": SCHEDULER,
+        "recipe": dataclasses.asdict(TextToImageRecipe(steps=state["step"])),
+    }
+    (records / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
-    parser.add_argument("--stage", choices=["render", "autoencoder"])
+    parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--chunks", type=int, default=CHUNKS)
-    parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--autoencoder-steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=5000, help="of the transformer")
+    target = Path(__file__).resolve().parents[1] / "src" / "impasto" / "scenes" / "checkpoint"
+    parser.add_argument("--target", type=Path, default=target, help="where the finished checkpoint goes")
     options = parser.parse_args()
     if options.stage in (None, "render"):
         render(options.out, options.chunks)
     if options.stage in (None, "autoencoder"):
         train_vae(options.out, options.autoencoder_steps)
+    if options.stage in (None, "latents"):
+        encode(options.out)
+    if options.stage in (None, "tokenizer"):
+        train_tokenizer(options.out)
+    if options.stage in (None, "transformer"):
+        train_transformer(options.out, TextToImageRecipe(steps=options.steps))
+    if options.stage in (None, "export"):
+        export(options.out, options.target)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small real parts for tests: a T5 tokenizer that was trained on a few words, a T5 encoder with random weights."""
+"""Small real parts for tests: a T5 tokenizer that was trained on a few words, models with random weights, pipelines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import random
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import sentencepiece
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.pipelines.base import Pipeline
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 
 WORDS = """
     a an the and with of on in at to from into is are one two three red green blue yellow purple orange white black
@@ -83,3 +90,60 @@ def tiny_text_encoder(d_model: int = 32, num_layers: int = 2, seed: int = 0) -> 
         for parameter in encoder.parameters():  # T5's own start leaves some weights too small to see a difference
             torch.nn.init.normal_(parameter, std=0.3)
     return encoder.eval()
+
+
+def tiny_transformer(seed: int = 0, **overrides: Any) -> PixArtTransformer2DModel:
+    """A denoiser of two layers with random weights: latents of 8 px, 4 -> 8 channels."""
+    config: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "cross_attention_dim": 24,
+        "sample_size": 8,
+        "caption_channels": 32,
+        "use_additional_conditions": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PixArtTransformer2DModel(**{**config, **overrides}).eval()
+
+
+def tiny_vae(seed: int = 0, **overrides: Any) -> AutoencoderKL:
+    """An autoencoder of two levels (2x), 4 latent channels, random weights; ``levels=4`` makes it 8x."""
+    levels = overrides.pop("levels", 2)
+    config: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": [8] * levels,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.7,
+        "sample_size": 16,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(**{**config, **overrides}).eval()
+
+
+P = TypeVar("P", bound=Pipeline)
+
+
+def tiny_pipeline(cls: type[P], **overrides: Any) -> P:
+    """A pipeline of tiny parts, whose pictures are 16 px wide, without a progress bar."""
+    parts = {
+        "tokenizer": tiny_tokenizer,
+        "text_encoder": tiny_text_encoder,
+        "vae": tiny_vae,
+        "transformer": tiny_transformer,
+        "scheduler": DPMSolverMultistepScheduler,
+    }
+    pipe = cls(**{name: overrides[name] if name in overrides else make() for name, make in parts.items()})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_pipeline(folder: Path, cls: type[Pipeline] = PixArtSigmaPipeline, **overrides: Any) -> Path:
+    """Write a tiny pipeline as a published checkpoint, and return its folder."""
+    tiny_pipeline(cls, **overrides).save_pretrained(folder)
+    return folder

@@ -1,0 +1,110 @@
+"""Impasto: the PixArt text-to-image diffusion transformers, run and trained.
+
+    from impasto import PixArtSigmaPipeline
+
+    pipe = PixArtSigmaPipeline.from_pretrained("builtin:scenes")
+    pipe("a red cube on top of a blue sphere").images[0].save("cube.png")
+
+Names are resolved when they are first used, so ``import impasto`` and the command line's ``--help`` load no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    HubError,
+    ImpastoError,
+    InputError,
+    MissingDependencyError,
+    OutputError,
+    ResourceError,
+    WeightsMismatchError,
+)
+
+if TYPE_CHECKING:
+    from .models.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+    from .models.pixart import PixArtTransformer2DModel
+    from .models.pixart import PixArtTransformer2DModel as Transformer2DModel
+    from .nn.gaussian import DiagonalGaussianDistribution
+    from .nn.outputs import Transformer2DModelOutput
+    from .pipelines.base import ImagePipelineOutput
+    from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+    from .schedulers.base import SchedulerOutput
+    from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
+    from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
+    from .schedulers.dpm_solver import DPMSolverMultistepScheduler
+    from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLOutput",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigurationError",
+    "DDIMScheduler",
+    "DDIMSchedulerOutput",
+    "DDPMScheduler",
+    "DDPMSchedulerOutput",
+    "DPMSolverMultistepScheduler",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "HubError",
+    "ImagePipelineOutput",
+    "ImpastoError",
+    "InputError",
+    "LCMScheduler",
+    "LCMSchedulerOutput",
+    "MissingDependencyError",
+    "OutputError",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "PixArtTransformer2DModel",
+    "ResourceError",
+    "SchedulerOutput",
+    "Transformer2DModel",
+    "Transformer2DModelOutput",
+    "WeightsMismatchError",
+    "__version__",
+]
+
+#: Where each lazy name is defined. The old checkpoints' ``Transformer2DModel`` is the PixArt transformer.
+_HOMES = {
+    "AutoencoderKL": ".models.autoencoder_kl:AutoencoderKL",
+    "AutoencoderKLOutput": ".models.autoencoder_kl:AutoencoderKLOutput",
+    "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
+    "DDIMSchedulerOutput": ".schedulers.ddim:DDIMSchedulerOutput",
+    "DDPMScheduler": ".schedulers.ddpm:DDPMScheduler",
+    "DDPMSchedulerOutput": ".schedulers.ddpm:DDPMSchedulerOutput",
+    "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
+    "DecoderOutput": ".models.autoencoder_kl:DecoderOutput",
+    "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
+    "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
+    "LCMScheduler": ".schedulers.lcm:LCMScheduler",
+    "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",
+    "PixArtAlphaPipeline": ".pipelines.pixart:PixArtAlphaPipeline",
+    "PixArtSigmaPipeline": ".pipelines.pixart:PixArtSigmaPipeline",
+    "PixArtTransformer2DModel": ".models.pixart:PixArtTransformer2DModel",
+    "SchedulerOutput": ".schedulers.base:SchedulerOutput",
+    "Transformer2DModel": ".models.pixart:PixArtTransformer2DModel",
+    "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name].split(":")
+    value = getattr(import_module(module, __name__), attribute)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -251,8 +251,8 @@ class PixArtTransformer2DModel(Model):
     def encode_context(self, text_embeds: Tensor | None, mask: Tensor | None = None) -> PixArtContext:
         """Project the text and, in inference, make every layer's keys and values.
 
-        Discarded tokens are left out, so that padded text costs nothing; inside a compiled graph, whose shapes
-        are static, they are masked.
+        Discarded tokens are left out, so that padded text costs nothing; in training and inside a compiled graph,
+        where shapes are to be static, they are masked.
 
         Args:
             text_embeds: [B, M, caption_channels], or [B, M, cross_attention_dim] without ``caption_channels``;
@@ -270,7 +270,7 @@ class PixArtTransformer2DModel(Model):
             return PixArtContext(None, None, None, None)
         bias = None if mask is None else _bias(mask)
         layout = None
-        if bias is not None and not torch.compiler.is_compiling():
+        if bias is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             layout = _Layout.of(bias)
             text_embeds, bias = (
                 layout.pack(text_embeds),
@@ -279,7 +279,7 @@ class PixArtTransformer2DModel(Model):
 
         text = text_embeds if self.caption_projection is None else self.caption_projection(text_embeds)  # [B, M, D]
         if torch.is_grad_enabled():
-            return PixArtContext(text if layout is None else layout.unpack(text[:, None])[:, 0], None, None, bias)
+            return PixArtContext(text, None, None, bias)
         pairs = [block.encode_text(text) for block in self.transformer_blocks]
         if layout is not None:
             pairs = [(layout.unpack(key), layout.unpack(value)) for key, value in pairs]

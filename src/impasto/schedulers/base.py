@@ -160,7 +160,7 @@ class Scheduler(Configurable):
         self.betas = rescale_zero_terminal_snr(betas) if zero_snr else betas
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self._alpha_bars: list[float] = self.alphas_cumprod.tolist()  # float64 arithmetic, no trips to the device
+        self._alpha_bars = self.alphas_cumprod.clone()  # stays on the CPU: reading it never waits for a device
         self.timesteps = torch.arange(count - 1, -1, -1, device="cpu")
 
     # --- the schedule ---
@@ -212,7 +212,8 @@ class Scheduler(Configurable):
         values = self._timestep_values
         return timestep, values.index(timestep) if timestep in values else None
 
-    def _alpha_bar(self, timestep: int | float) -> float:
+    def _alpha_bar(self, timestep: int | float) -> Tensor:
+        """alphas_cumprod at a timestep, a scalar in float32: its rounding is part of published results."""
         if timestep != int(timestep) or not 0 <= timestep < len(self._alpha_bars):
             raise InputError(
                 f"timestep must be a whole number from 0 to {len(self._alpha_bars) - 1}, not {timestep!r}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,8 +118,8 @@ class DDIMScheduler(Scheduler):
         t, _ = self._locate(timestep)
         previous = t - len(self) // steps
         bar = self._alpha_bar(t)
-        previous_bar = self._alpha_bars[int(previous)] if previous >= 0 else float(self.final_alpha_cumprod)
-        alpha, sigma = math.sqrt(bar), math.sqrt(1 - bar)
+        previous_bar = self._alpha_bars[int(previous)] if previous >= 0 else self.final_alpha_cumprod
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
 
         dtype, working = common_dtypes(sample, model_output)
         x, output = sample.to(working), model_output.to(working)
@@ -135,9 +134,9 @@ class DDIMScheduler(Scheduler):
             noise = (x - alpha * original) / sigma
 
         variance = (1 - previous_bar) / (1 - bar) * (1 - bar / previous_bar)
-        std = eta * math.sqrt(max(variance, 0.0))  # eq. 16
-        direction = math.sqrt(max(1 - previous_bar - std**2, 0.0)) * noise
-        x = math.sqrt(previous_bar) * original + direction  # eq. 12
+        std = eta * variance.clamp(min=0).sqrt()  # eq. 16
+        direction = (1 - previous_bar - std**2).clamp(min=0).sqrt() * noise
+        x = previous_bar.sqrt() * original + direction  # eq. 12
         if eta > 0:
             if variance_noise is None:
                 variance_noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -143,34 +142,34 @@ class DDPMScheduler(Scheduler):
         t, _ = self._locate(timestep)
         previous = self.previous_timestep(timestep)
         bar = self._alpha_bar(t)
-        previous_bar = self._alpha_bars[previous] if previous >= 0 else 1.0
+        previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
         alpha = bar / previous_bar
         beta = 1 - alpha
 
         dtype, working = common_dtypes(sample, model_output)
         x, output = sample.to(working), model_output.to(working)
         config = self.config
-        original = predicted_original(config.prediction_type, output, x, math.sqrt(bar), math.sqrt(1 - bar))
+        original = predicted_original(config.prediction_type, output, x, bar.sqrt(), (1 - bar).sqrt())
         if config.thresholding:
             original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
         elif config.clip_sample:
             original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
 
-        x_weight = math.sqrt(alpha) * (1 - previous_bar) / (1 - bar)
-        x = math.sqrt(previous_bar) * beta / (1 - bar) * original + x_weight * x  # eq. 7, the posterior's mean
+        x_weight = alpha.sqrt() * (1 - previous_bar) / (1 - bar)
+        x = previous_bar.sqrt() * beta / (1 - bar) * original + x_weight * x  # eq. 7, the posterior's mean
         if t > 0:
-            posterior = max((1 - previous_bar) / (1 - bar) * beta, 1e-20)  # eq. 7; its logarithm is taken below
+            posterior = ((1 - previous_bar) / (1 - bar) * beta).clamp(min=1e-20)  # eq. 7; its logarithm is taken below
             noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
             x = x + self._std(beta, posterior, learned) * noise
         output_tuple = DDPMSchedulerOutput(x.to(dtype), original.to(dtype))
         return output_tuple if return_dict else tuple(output_tuple)
 
-    def _std(self, beta: float, posterior: float, learned: Tensor | None) -> float | Tensor:
+    def _std(self, beta: Tensor, posterior: Tensor, learned: Tensor | None) -> Tensor:
         """The standard deviation of the noise that a step adds (section 3.2)."""
         if self.variance_type in ("fixed_small", "fixed_small_log"):
-            return math.sqrt(posterior)
+            return posterior.sqrt()
         if self.variance_type in ("fixed_large", "fixed_large_log"):
-            return math.sqrt(beta)
+            return beta.sqrt()
         if learned is None:
             raise InputError(
                 f"variance_type={self.variance_type!r} needs a model_output with twice the sample's channels: the "
@@ -180,4 +179,4 @@ class DDPMScheduler(Scheduler):
         if self.variance_type == "learned":
             return learned.sqrt()
         fraction = (learned + 1) / 2  # improved DDPM (arXiv 2102.09672), eq. 15
-        return torch.exp(0.5 * (fraction * math.log(beta) + (1 - fraction) * math.log(posterior)))
+        return torch.exp(0.5 * (fraction * beta.log() + (1 - fraction) * posterior.log()))

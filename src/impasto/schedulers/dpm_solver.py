@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ from .predictions import (
     predicted_original,
     require_same_shape,
 )
-
-Number = TypeVar("Number", float, Tensor)
 
 #: Names that configs of related schedulers use -> what this one does instead.
 RELATED = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
@@ -160,7 +158,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         self.timesteps = self.timesteps.float()
         self._table = schedules.noise_levels(self.alphas_cumprod)
         self.sigmas = torch.from_numpy(self._table.copy())
-        self._history: list[Tensor] = []
+        self._history: list[tuple[float, Tensor]] = []  # (lambda, prediction) of the last steps
 
     def set_timesteps(
         self,
@@ -221,8 +219,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             levels = schedules.karras_sigmas(largest, smallest, steps)
         elif self._spacing == "use_beta_sigmas":
             levels = schedules.beta_sigmas(largest, smallest, steps)
-        else:  # exponential, and Lu's lambdas: the same levels
+        elif self._spacing == "use_exponential_sigmas":
             levels = schedules.exponential_sigmas(largest, smallest, steps)
+        else:
+            levels = schedules.lu_sigmas(self._table, steps)
         return self._timesteps_of(levels), levels
 
     def _timesteps_of(self, levels: schedules.Array) -> schedules.Array:
@@ -282,8 +282,11 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         require_same_shape(model_output, sample)
         dtype, working = common_dtypes(sample, model_output)
         x = sample.to(working)
-        prediction = self._convert(model_output.to(working), x, *self._alpha_sigma_of(float(self.sigmas[index])))
-        self._history = [*self._history, prediction][-self._order :]
+        prediction = self._convert(model_output.to(working), x, index)
+        level = self._level(index)[2]
+        if self._history and self._history[-1][0] == level:  # a repeated level: slopes need distinct ones
+            self._history.pop()
+        self._history = [*self._history, (level, prediction)][-self._order :]
         noise = None
         if self._stochastic:
             noise = variance_noise
@@ -294,9 +297,12 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         self._step_index = index + 1
         return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
 
-    def _convert(self, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    def _convert(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """The model's prediction as m: of x_0 or of the noise."""
         kind, config = self.config.prediction_type, self.config
+        alpha, sigma, _ = self._level(index)
+        if kind == "flow_prediction":
+            sigma = float(self.sigmas[index])  # the same with flow sigmas; without, what the reference takes
         if not self._over_original and not config.thresholding:
             return predicted_noise(kind, output, x, alpha, sigma)
         original = predicted_original(kind, output, x, alpha, sigma)
@@ -314,10 +320,9 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
     def _update(self, x: Tensor, index: int, order: int, noise: Tensor | None) -> Tensor:
         """One step, as in the table at the top."""
-        alpha_t, sigma_t = self._alpha_sigma_of(float(self.sigmas[index + 1]))
-        alpha_s, sigma_s = self._alpha_sigma_of(float(self.sigmas[index]))
-        lambda_s = half_log_snr(alpha_s, sigma_s)
-        h = half_log_snr(alpha_t, sigma_t) - lambda_s
+        alpha_t, sigma_t, lambda_t = self._level(index + 1)
+        alpha_s, sigma_s, lambda_s = self._level(index)
+        h = lambda_t - lambda_s
         if h == 0:  # the same noise level twice: nothing to integrate
             return x
         if self._over_original:
@@ -331,33 +336,38 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             c = 2 * sigma_t if self._stochastic else sigma_t
             s = sigma_t * math.sqrt(math.expm1(2 * h)) if self._stochastic else 0.0
 
-        # Steps back in lambda; one of length 0 (a repeated level) tells nothing about slopes.
-        before = [half_log_snr(*self._alpha_sigma_of(float(self.sigmas[index - i]))) for i in range(1, order)]
-        h0 = lambda_s - before[0] if order > 1 else 0.0
-        h1 = before[0] - before[1] if order > 2 else 0.0
-        m0 = self._history[-1]
+        _, m0 = self._history[-1]
         total = math.expm1(z) * m0
-        if h0 != 0:
-            slope0 = (h / h0) * (m0 - self._history[-2])
-            if h1 == 0:
-                b1 = math.expm1(z) / 2 if self._midpoint else math.expm1(z) / z - 1
-                total = total + b1 * slope0
-            else:
-                slope1 = (h / h1) * (self._history[-2] - self._history[-3])
-                d1 = slope0 + h0 / (h0 + h1) * (slope0 - slope1)
-                d2 = h / (h0 + h1) * (slope0 - slope1)
-                # The derivation has -1/2 for both. The reference adds it in the SDE, and numbers are to be its.
-                half = 0.5 if self._stochastic else -0.5
-                b1, b2 = math.expm1(z) / z - 1, (math.expm1(z) - z) / z**2 + half
-                total = total + b1 * d1 + b2 * d2
+        if order > 1:
+            lambda_1, m1 = self._history[-2]
+            h0 = lambda_s - lambda_1
+            slope0 = (h / h0) * (m0 - m1)
+        if order == 2:
+            b1 = math.expm1(z) / 2 if self._midpoint else math.expm1(z) / z - 1
+            total = total + b1 * slope0
+        elif order == 3:
+            lambda_2, m2 = self._history[-3]
+            h1 = lambda_1 - lambda_2
+            slope1 = (h / h1) * (m1 - m2)
+            d1 = slope0 + h0 / (h0 + h1) * (slope0 - slope1)
+            d2 = h / (h0 + h1) * (slope0 - slope1)
+            # The derivation has -1/2 for both. The reference adds it in the SDE, and numbers are to be its.
+            half = 0.5 if self._stochastic else -0.5
+            b1, b2 = math.expm1(z) / z - 1, (math.expm1(z) - z) / z**2 + half
+            total = total + b1 * d1 + b2 * d2
         x = a * x - c * total
         return x if noise is None else x + s * noise
 
-    def _alpha_sigma_of(self, level: Number) -> tuple[Number, Number]:
+    def _level(self, index: int) -> tuple[float, float, float]:
+        """alpha, sigma and lambda of a step, rounded to float32: its rounding is part of published results."""
+        alpha, sigma = self._alpha_sigma_of(self.sigmas[index])
+        return float(alpha), float(sigma), float(torch.log(alpha) - torch.log(sigma))  # lambda may be infinite
+
+    def _alpha_sigma_of(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Noise level -> (alpha, sigma): alpha² + sigma² = 1, or alpha + sigma = 1 on the straight line of flows."""
         if self._flow:
             return 1 - level, level
-        alpha = (level**2 + 1) ** -0.5
+        alpha = 1 / (level**2 + 1) ** 0.5
         return alpha, level * alpha
 
     def _alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,12 +387,4 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             if self.num_inference_steps is not None:
                 matches = timesteps[:, None] == self.timesteps.to(like.device)[None]  # [B, N]
                 levels = torch.where(matches.any(1), sigmas[matches.int().argmax(1)], levels)
-        alpha, sigma = self._alpha_sigma_of(levels.reshape(-1, *[1] * (like.ndim - 1)))
-        return alpha, sigma
-
-
-def half_log_snr(alpha: float, sigma: float) -> float:
-    """lambda = log(alpha / sigma); infinite where one of them is 0."""
-    if sigma == 0:
-        return math.inf
-    return math.log(alpha) - math.log(sigma) if alpha > 0 else -math.inf
+        return self._alpha_sigma_of(levels.reshape(-1, *[1] * (like.ndim - 1)))

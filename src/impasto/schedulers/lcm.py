@@ -159,7 +159,7 @@ class LCMScheduler(CountingScheduler):
         dtype, working = common_dtypes(sample, model_output)
         x, output = sample.to(working), model_output.to(working)
         config = self.config
-        original = predicted_original(config.prediction_type, output, x, math.sqrt(bar), math.sqrt(1 - bar))
+        original = predicted_original(config.prediction_type, output, x, bar.sqrt(), (1 - bar).sqrt())
         if config.thresholding:
             original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
         elif config.clip_sample:
@@ -175,7 +175,7 @@ class LCMScheduler(CountingScheduler):
         if index + 1 < len(self._timestep_values):
             next_bar = self._alpha_bar(self._timestep_values[index + 1])
             noise = draw_noise(sample.shape, generator, sample.device, dtype)
-            x = math.sqrt(next_bar) * denoised + math.sqrt(1 - next_bar) * noise
+            x = next_bar.sqrt() * denoised + (1 - next_bar).sqrt() * noise
         self._step_index = index + 1
         output_tuple = LCMSchedulerOutput(x.to(dtype), denoised.to(dtype))
         return output_tuple if return_dict else tuple(output_tuple)

@@ -171,8 +171,15 @@ def karras_sigmas(largest: float, smallest: float, steps: int, rho: float = 7.0)
 
 
 def exponential_sigmas(largest: float, smallest: float, steps: int) -> Array:
-    """Equally spaced in log sigma, that is in log-SNR (DPM-Solver, arXiv 2206.00927, section 3.4)."""
+    """Equally spaced in log sigma."""
     levels: Array = np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
+    return levels
+
+
+def lu_sigmas(table: Array, steps: int) -> Array:
+    """Equally spaced in lambda = -log sigma, from the float32 table of logarithms (arXiv 2206.00927, section 3.4)."""
+    log_table = np.log(table)
+    levels: Array = np.exp(karras_sigmas(float(log_table[-1]), float(log_table[0]), steps, rho=1.0))
     return levels
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..errors import InputError
 
 
-def predicted_original(kind: str, prediction: Tensor, sample: Tensor, alpha: float, sigma: float) -> Tensor:
+def predicted_original(
+    kind: str, prediction: Tensor, sample: Tensor, alpha: float | Tensor, sigma: float | Tensor
+) -> Tensor:
     """x_0 from a prediction of the noise, of x_0, of v = alpha noise - sigma x_0, or of the flow noise - x_0."""
     if kind == "epsilon":
         return (sample - sigma * prediction) / alpha  # DDPM (arXiv 2006.11239) eq. 15
@@ -20,7 +22,9 @@ def predicted_original(kind: str, prediction: Tensor, sample: Tensor, alpha: flo
     return sample - sigma * prediction
 
 
-def predicted_noise(kind: str, prediction: Tensor, sample: Tensor, alpha: float, sigma: float) -> Tensor:
+def predicted_noise(
+    kind: str, prediction: Tensor, sample: Tensor, alpha: float | Tensor, sigma: float | Tensor
+) -> Tensor:
     """The noise, from a prediction of itself, of x_0, or of v."""
     if kind == "epsilon":
         return prediction

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
-    """Shadow copies of named parameters: shadow <- decay * shadow + (1 - decay) * parameter.
+    """Shadow copies of named tensors: shadow <- decay * shadow + (1 - decay) * parameter.
 
     Early on, where the average would still hold mostly the initial values, the decay is (1 + n) / (10 + n) after n
     updates.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], decay: float):
+    def __init__(self, named: Mapping[str, Tensor], decay: float):
         self.decay = decay
         self.updates = 0
-        self.parameters = dict(named_parameters)
-        self.shadow = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.live = dict(named)
+        self.shadow = {name: tensor.detach().clone() for name, tensor in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the live parameters; a second call takes it back."""
-        for name, parameter in self.parameters.items():
-            live = parameter.detach().clone()
-            parameter.copy_(self.shadow[name])
-            self.shadow[name] = live
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {"updates": self.updates, **self.shadow}

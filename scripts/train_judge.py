@@ -1,0 +1,316 @@
+"""Train the judge that reads pictures of the small world back into scenes, and tell how often it is right.
+
+    python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
+
+Every stage resumes where it was interrupted. Without --stage all of them run in order. Unlike the generator, the judge
+learns from all combinations, those that the generator never sees included: it is the one that has to read them.
+Arrangements are traced once and coloured anew every time they are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from impasto.scenes.judge import CELL, SLOTS, WEIGHTS, Judge, JudgeOutput
+from impasto.scenes.reading import ARRANGEMENTS, Reading, canonical, canonical_order, compare
+from impasto.scenes.renderer import render as draw
+from impasto.scenes.renderer import trace
+from impasto.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    is_held_out,
+    sample_arrangement,
+    sample_scene,
+)
+from impasto.training.state import append_log, load_state, save_state
+
+SEED, UNSEEN_SEED = 7102, 8102
+CHUNKS = 31
+ARRANGEMENTS_A_CHUNK = 256
+FRAMES = [(128, 128), (96, 160), (128, 128), (160, 96), (128, 128), (112, 144), (128, 128), (144, 112)]
+KEEP = {1: 0.5, 2: 0.7, 3: 1.0}  # part of the sampled arrangements that is kept: three solids are the hardest to read
+DIFFUSE_UNIT = 240  # brightness goes up to 1.05
+
+STEPS = 4500
+SETTLED_STEPS = 500  # the last ones, with batch normalisation as it is in use
+SETTLING_BATCHES = 100
+BATCH = 32
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 100
+WEIGHT_DECAY = 0.02
+CELL_WEIGHT = 1.0  # of the loss of finding the solids, beside those of the answers
+VALIDATE_EVERY = 200
+VALIDATION_SCENES = 384
+REPORT_SCENES = 2000
+
+
+def render(out: Path, chunks: int) -> None:
+    """Chunks of traced arrangements of one frame size, solids in canonical order."""
+    folder = out / "geometry"
+    folder.mkdir(parents=True, exist_ok=True)
+    for chunk in range(chunks):
+        path = folder / f"{chunk:04d}.npz"
+        if path.exists():
+            continue
+        height, width = FRAMES[chunk % len(FRAMES)]
+        rng = np.random.default_rng([SEED, chunk])
+        # Background and up to three solids, then the gloss.
+        buffers = torch.zeros(ARRANGEMENTS_A_CHUNK, 5, height, width, dtype=torch.uint8)
+        labels = np.zeros((ARRANGEMENTS_A_CHUNK, 7), dtype=np.int64)  # arrangement, shape and size of each solid
+        for i in range(ARRANGEMENTS_A_CHUNK):
+            scene = sample_arrangement(rng, height, width)
+            while rng.random() > KEEP[len(scene.solids)]:
+                scene = sample_arrangement(rng, height, width)
+            buffer = trace(scene, height, width, scene.seed)
+            order = [0] + [number + 1 for number in canonical_order(scene.relations)]
+            buffers[i, : len(order)] = (buffer.diffuse[order] * DIFFUSE_UNIT).round().to(torch.uint8)
+            buffers[i, 4] = (buffer.gloss * 255).round().to(torch.uint8)
+            reading = canonical(scene)
+            labels[i, 0] = ARRANGEMENTS.index(reading.relations)
+            for slot, solid in enumerate(reading.solids):
+                labels[i, 1 + 2 * slot] = SHAPES.index(solid.shape)
+                labels[i, 2 + 2 * slot] = SIZES.index(solid.size)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(temporary, buffers=buffers.numpy(), labels=labels)
+        os.replace(temporary, path)
+
+
+def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Buffers [N, 5, H, W], labels [N, 7] and the part of each cell that a slot covers [N, 1 + SLOTS, h, w], uint8."""
+    with np.load(path) as chunk:
+        buffers, labels = torch.from_numpy(chunk["buffers"]), torch.from_numpy(chunk["labels"])
+    solids = F.avg_pool2d((buffers[:, 1:4] > DIFFUSE_UNIT // 8).float(), CELL)
+    cells = torch.cat([(1 - solids.sum(1, keepdim=True)).clamp_min(0), solids], 1)
+    return buffers, labels, (cells * 255).round().to(torch.uint8)
+
+
+def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colours."""
+    grounds = torch.tensor(list(BACKGROUNDS.values()))[backgrounds][:, None]  # [B, 1, 3]
+    palette = torch.cat([grounds, torch.tensor(list(COLOURS.values()))[colours]], 1)  # [B, 1 + SLOTS, 3]
+    palette = (palette + 0.025 * torch.randn_like(palette)).clamp(0, 1)
+    layers = buffers.float()
+    pictures = (palette.mT / DIFFUSE_UNIT) @ layers[:, :4].flatten(2)  # [B, 3, H * W]
+    gloss = layers[:, 4:].flatten(2) / 255
+    return torch.lerp(pictures, torch.ones(()), gloss).clamp_(0, 1).unflatten(2, layers.shape[2:])
+
+
+def degrade(pictures: Tensor) -> Tensor:
+    """What generated pictures may suffer from, each in some of the pictures and to a varied degree."""
+    batch, _, height, width = pictures.shape
+
+    def few(part: float) -> Tensor:
+        return torch.randperm(batch)[: max(1, round(part * batch))]
+
+    def amounts(chosen: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(chosen), 1, 1, 1)
+
+    # Light and colour: nearly the identity matrix, which also turns hues a little, and contrast about the middle.
+    matrix = torch.eye(3) + 0.03 * torch.randn(batch, 3, 3)
+    matrix = matrix * (1 + 0.15 * (2 * torch.rand(batch, 1, 1) - 1))
+    shift = 0.06 * (2 * torch.rand(batch, 1, 1) - 1) + 0.5 * (1 - matrix.sum(2, keepdim=True))
+    pictures = torch.baddbmm(shift, matrix, pictures.flatten(2)).view_as(pictures)
+    # Blur in two strengths; a negative share of the blur sharpens.
+    for chosen, low, high in ((few(0.35), -0.5, 1.0), (few(0.2), 0.3, 1.0)):
+        some = pictures[chosen]
+        blurred = F.avg_pool2d(some, 3, 1, padding=1, count_include_pad=False)
+        pictures[chosen] = torch.lerp(some, blurred, amounts(chosen, low, high))
+    # Stains and grain.
+    chosen = few(0.3)
+    stains = F.interpolate(torch.randn(len(chosen), 3, height // 8, width // 8), (height, width), mode="bilinear")
+    pictures[chosen] += amounts(chosen, 0.0, 0.045) * stains
+    chosen = few(0.3)
+    pictures[chosen] += amounts(chosen, 0.0, 0.05) * torch.randn(len(chosen), 3, height, width)
+    # JPEG: coefficients of 8 x 8 blocks, rounded to steps that grow with the frequency.
+    chosen = few(0.15)
+    k = torch.arange(8.0)
+    basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) * torch.where(k > 0, 0.5, 8**-0.5)[:, None]
+    blocks = pictures[chosen].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, h, w, 8, 8]
+    steps = (1 + k[:, None] + k[None]) * 0.02 * torch.rand(len(chosen), 1, 1, 1, 1, 1) + 1e-4
+    waves = ((basis @ blocks @ basis.T) / steps).round() * steps
+    pictures[chosen] = (basis.T @ waves @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
+    return pictures.clamp_(0, 1)
+
+
+def losses(
+    output: JudgeOutput, labels: Tensor, colours: Tensor, backgrounds: Tensor, cells: Tensor
+) -> dict[str, Tensor]:
+    counts = torch.tensor([len(relations) + 1 for relations in ARRANGEMENTS])[labels[:, 0]]
+    present = torch.arange(SLOTS)[None] < counts[:, None]  # [B, SLOTS]
+    return {
+        "arrangement": F.cross_entropy(output.arrangement, labels[:, 0]),
+        "shape": F.cross_entropy(output.shape[present], labels[:, 1::2][present]),
+        "colour": F.cross_entropy(output.colour[present], colours[present]),
+        "size": F.cross_entropy(output.size[present], labels[:, 2::2][present]),
+        "background": F.cross_entropy(output.background, backgrounds),
+        "cells": CELL_WEIGHT * F.cross_entropy(output.cells, cells.float() / 255),
+    }
+
+
+def unseen(name: str, count: int, folder: Path) -> tuple[list[Tensor], list[Scene]]:
+    """Renders that no chunk holds: scenes as the world samples them, of all frame sizes and combinations."""
+    rng = np.random.default_rng([UNSEEN_SEED, *name.encode()])
+    scenes = [sample_scene(rng) for _ in range(count)]
+    path = folder / f"{name}.pt"
+    if path.exists():
+        return load_state(path)["pictures"], scenes
+    pictures = [draw(scene).mul(255).round().to(torch.uint8) for scene in scenes]
+    save_state(path, {"pictures": pictures})
+    return pictures, scenes
+
+
+def accuracy(readings: list[Reading], scenes: list[Scene]) -> dict[str, tuple[int, int]]:
+    """Of each attribute, how often it is read right and how often it was there."""
+    scores = [compare(reading, scene) for reading, scene in zip(readings, scenes)]
+    flags = {
+        "solids counted": [score.count for score in scores],
+        **{
+            name: [flag for score in scores for flag in getattr(score, name)]
+            for name in ("colours", "shapes", "sizes", "relations", "background")
+        },
+        "whole": [score.whole for score in scores],
+    }
+    return {name: (sum(values), len(values)) for name, values in flags.items()}
+
+
+def sample(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A batch from one chunk in new colours, degraded: pictures, labels, colours, backgrounds and cells."""
+    buffers, labels, cells = chunks[int(torch.randint(len(chunks), ()))]
+    chosen = torch.randperm(len(buffers))[:BATCH]
+    colours = torch.randint(len(COLOURS), (BATCH, SLOTS))
+    backgrounds = torch.randint(len(BACKGROUNDS), (BATCH,))
+    pictures = degrade(colour(buffers[chosen], colours, backgrounds))
+    return pictures, labels[chosen], colours, backgrounds, cells[chosen]
+
+
+@torch.no_grad()
+def settle(judge: Judge, chunks: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Measure the statistics of batch normalisation anew, evenly over all frame sizes."""
+    norms = [module for module in judge.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    for _ in range(SETTLING_BATCHES):
+        judge(sample(chunks)[0])
+
+
+def train(out: Path, steps: int) -> None:
+    torch.manual_seed(SEED)
+    judge = Judge().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    start, best = 0, -1.0
+    if (out / "state.pt").exists():
+        state = load_state(out / "state.pt")
+        judge.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, best = state["step"], state["best"]
+        torch.manual_seed(SEED + start)
+    if start >= steps:
+        return
+    chunks = [load(path) for path in sorted((out / "geometry").glob("[0-9][0-9][0-9][0-9].npz"))]
+    pictures, scenes = unseen("validation", VALIDATION_SCENES, out)
+    clock, sums = time.monotonic(), dict[str, float]()
+    for step in range(start, steps):
+        progress = max(0.0, (step - WARMUP_STEPS) / (steps - WARMUP_STEPS))
+        rate = min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        # A batch has one frame size, whose statistics are not those of the mixture that the judge will use.
+        if step == steps - SETTLED_STEPS:
+            settle(judge, chunks)
+        if step >= steps - SETTLED_STEPS:
+            judge.eval()
+        batch, labels, colours, backgrounds, cells = sample(chunks)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = judge(batch)
+        output = JudgeOutput(*(value.float() for value in output))
+        parts = losses(output, labels, colours, backgrounds, cells)
+        sum(parts.values()).backward()
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
+        if (step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps:
+            done = (step - start) % VALIDATE_EVERY + 1
+            judge.eval()
+            right = accuracy(judge.read(pictures), scenes)
+            judge.train()
+            percent = {f"val {name}": 100 * value / count for name, (value, count) in right.items()}
+            means = {f"loss {name}": value / done for name, value in sums.items()}
+            append_log(out / "log.jsonl", step=step + 1, **means, **percent, seconds=time.monotonic() - clock)
+            sums = {}
+            if percent["val whole"] >= best:
+                best = percent["val whole"]
+                save_state(out / "best.pt", judge.state_dict())
+            state = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "best": best}
+            save_state(out / "state.pt", state)
+
+
+def report(out: Path, docs: Path) -> None:
+    """Store the best judge in float16, and its accuracy as stored."""
+    judge = Judge()
+    judge.load_state_dict(load_state(out / "best.pt"))
+    judge.half().save_pretrained(WEIGHTS)
+    judge = Judge.from_pretrained(WEIGHTS)
+    pictures, scenes = unseen("report", REPORT_SCENES, out)
+    torch.manual_seed(SEED)
+    worse = [degrade(picture[None].float() / 255)[0] for picture in pictures]
+    readings = judge.read(pictures)
+    held = [i for i, scene in enumerate(scenes) if is_held_out(scene)]
+    tables = {
+        "unseen renders": accuracy(readings, scenes),
+        "of these, combinations that the generator never sees": accuracy(
+            [readings[i] for i in held], [scenes[i] for i in held]
+        ),
+        "each degraded by light and colour shifts, blur, stains, grain and JPEG": accuracy(judge.read(worse), scenes),
+    }
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    recipe = {
+        name.lower(): value for name, value in globals().items() if name.isupper() and isinstance(value, int | float)
+    }
+    content = {
+        "recipe": {**recipe, "parameters": judge.num_parameters()},
+        "renders": len(scenes),
+        "accuracy": {
+            title: {name: f"{100 * right / count:.2f} % ({right} of {count})" for name, (right, count) in table.items()}
+            for title, table in tables.items()
+        },
+        "log": [{name: round(value, 4) for name, value in row.items()} for row in log],
+    }
+    text = json.dumps(content, indent=1)
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "judge.json").write_text(text + "\n")
+    print(json.dumps(content["accuracy"], indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/scenes"))
+    parser.add_argument("--stage", choices=["render", "train", "report"])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.stage in (None, "render"):
+        render(options.out, CHUNKS)
+    if options.stage in (None, "train"):
+        train(options.out, options.steps)
+    if options.stage in (None, "report"):
+        report(options.out, options.docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""How well a generator draws the small world: prompts that it was not trained on, and the judge's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+from .captions import caption, statement
+from .judge import Judge, Picture, bundled_judge
+from .reading import Reading, Score, compare
+from .world import Scene, is_held_out, sample_scene
+
+TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
+# First words of the random seed: prompts are apart from training samples, which are seeded by one number.
+PROMPT_STREAM = 40_507
+ATTRIBUTES = ("colours", "shapes", "sizes", "relations", "background", "count", "whole")
+MEANING = {
+    "colours": "of each solid",
+    "shapes": "of each solid",
+    "sizes": "of each solid, where the prompt tells them",
+    "relations": "each one that the prompt states",
+    "background": "where the prompt tells it",
+    "count": "the number of solids",
+    "whole": "everything that the prompt tells",
+}
+
+
+class Prompt(NamedTuple):
+    """A prompt, the scene that it describes, and of which kind it is (`KINDS`)."""
+
+    scene: Scene
+    text: str
+    kind: str
+
+    @property
+    def with_size(self) -> bool:
+        return statement(self.scene, with_size=True) in self.text
+
+    @property
+    def with_background(self) -> bool:
+        return f"on a {self.scene.background} background" in self.text
+
+
+def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
+    """Draw `n` prompts in varied wording, the two kinds taking turns.
+
+    - "unseen prompt": a new scene all of whose combinations (colour, shape, relation, colour, shape) may occur in
+      training, drawn as the training scenes are: 25 % have one solid, 60 % two, 15 % three.
+    - "never trained": a scene with a combination that training leaves out (`is_held_out`), so with two or three solids.
+
+    Every scene is new, and no prompt comes twice in the list. Only the second kind is certain to have a wording that
+    training did not have: there are few ways to ask for a single solid, and training has seen most of them.
+    """
+    rng = np.random.default_rng([PROMPT_STREAM, seed])
+    prompts: dict[str, Prompt] = {}
+    while len(prompts) < n:
+        kind = KINDS[len(prompts) % 2]
+        scene = sample_scene(rng)
+        text = caption(scene, rng)
+        if is_held_out(scene) == (kind == NEVER_TRAINED) and text not in prompts:
+            prompts[text] = Prompt(scene, text, kind)
+    return list(prompts.values())
+
+
+class Verdict(NamedTuple):
+    """One picture: what was asked for, what the judge sees, and what of it is right."""
+
+    prompt: Prompt
+    reading: Reading
+    score: Score
+
+
+def _flags(score: Score, attribute: str) -> tuple[bool, ...]:
+    value: bool | tuple[bool, ...] = getattr(score, attribute)
+    return (value,) if isinstance(value, bool) else value
+
+
+@dataclass(frozen=True)
+class Report:
+    """The judge's verdicts and how they add up."""
+
+    verdicts: tuple[Verdict, ...]
+
+    def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
+        """Of each of `ATTRIBUTES`, how often it is right and how often it was asked for; None: in both kinds."""
+        scores = [verdict.score for verdict in self.verdicts if kind in (None, verdict.prompt.kind)]
+        flags = {name: [flag for score in scores for flag in _flags(score, name)] for name in ATTRIBUTES}
+        return {name: (sum(values), len(values)) for name, values in flags.items()}
+
+    def table(self) -> str:
+        """Percentages with counts as text, one line an attribute, one column for each kind of prompts and for all."""
+        columns = {"all": self.counts(), **{kind: self.counts(kind) for kind in KINDS}}
+        lines = [f"{'':12}" + "".join(f"{title:>23}" for title in columns)]
+        for name in ATTRIBUTES:
+            cells = (
+                f"{100 * right / asked:.1f} % ({right}/{asked})" if asked else "-"
+                for right, asked in (column[name] for column in columns.values())
+            )
+            lines.append(f"{name:12}" + "".join(f"{cell:>23}" for cell in cells) + f"   {MEANING[name]}")
+        pictures = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in KINDS)
+        lines.append(f"{len(self.verdicts)} pictures: {pictures}.")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same numbers, and each prompt with what was seen, as JSON has them."""
+        return {
+            "accuracy": {
+                title: {
+                    name: {"right": right, "asked": asked, "percent": round(100 * right / asked, 2) if asked else None}
+                    for name, (right, asked) in self.counts(kind).items()
+                }
+                for title, kind in (("all", None), *((kind, kind) for kind in KINDS))
+            },
+            "pictures": [
+                {
+                    "prompt": prompt.text,
+                    "kind": prompt.kind,
+                    "seen": {
+                        "solids": [f"{solid.size} {solid.color} {solid.shape}" for solid in reading.solids],
+                        "relations": list(reading.relations),
+                        "background": reading.background,
+                    },
+                    "whole": score.whole,
+                }
+                for prompt, reading, score in self.verdicts
+            ],
+        }
+
+
+def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[Picture], judge: Judge | None = None) -> Report:
+    """Read `pictures`, one for each prompt, and compare them with what was asked for."""
+    readings = (judge or bundled_judge()).read(pictures)
+    assert len(readings) == len(prompts), "one picture a prompt"
+    return Report(
+        tuple(
+            Verdict(
+                prompt,
+                reading,
+                compare(reading, prompt.scene, with_size=prompt.with_size, with_background=prompt.with_background),
+            )
+            for prompt, reading in zip(prompts, readings)
+        )
+    )
+
+
+def evaluate(
+    generate: Callable[[list[str]], Sequence[Picture]],
+    n: int = 200,
+    seed: int = 0,
+    batch_size: int = 16,
+    judge: Judge | None = None,
+) -> Report:
+    """Let `generate` draw held-out prompts, and judge what it draws.
+
+    Args:
+        generate: from up to `batch_size` prompts to as many pictures: PIL images, or tensors [3, H, W], float in [0, 1]
+            or uint8, of any size.
+        n: how many prompts; half of them of each kind of `held_out_prompts`.
+        judge: the bundled one by default.
+
+    Raises:
+        InputError: `n` or `batch_size` is less than one, or `generate` returns something else than was asked for.
+    """
+    if n < 1 or batch_size < 1:
+        raise InputError(f"n and batch_size must be at least 1, not {n} and {batch_size}.")
+    prompts = held_out_prompts(n, seed)
+    pictures: list[Picture] = []
+    for start in range(0, n, batch_size):
+        texts = [prompt.text for prompt in prompts[start : start + batch_size]]
+        drawn = generate(texts)
+        if len(drawn) != len(texts):
+            raise InputError(f"generate was given {len(texts)} prompts and returned {len(drawn)} pictures.")
+        pictures.extend(drawn)
+    return judge_pictures(prompts, pictures, judge)
