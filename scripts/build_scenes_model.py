@@ -86,7 +86,7 @@ TRANSFORMER = {
 #: That of the published PixArt checkpoints.
 SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
-WARM_START_STEPS = 800
+WARM_START_STEPS = 400
 
 
 def render(out: Path, chunks: int) -> None:
@@ -233,8 +233,9 @@ class Samples:
         self.tokens: dict[str, tuple[Tensor, Tensor]] = {}
 
     def refresh(self) -> list[str]:
-        """Take up the chunks that were encoded since the last time."""
-        for path in sorted((self.out / "latents").glob("[0-9]???.npy")):
+        """Take up some chunks that are new since the last time: a run need not wait for the last of them."""
+        paths = sorted((self.out / "latents").glob("[0-9]???.npy"))
+        for path in paths[: len(self.latents) + (12 if self.latents else 48)]:
             if path.stem not in self.latents:
                 self.latents[path.stem] = torch.from_numpy(np.load(path))
                 self.tokens[path.stem] = tokenise(
@@ -245,7 +246,7 @@ class Samples:
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng([SEED, seed])
         for number in itertools.count():
-            if number % 200 == 0:
+            if number % 100 == 0:
                 chunks = self.refresh()
             chunk = chunks[rng.integers(len(chunks))]
             rows = torch.from_numpy(rng.choice(len(self.latents[chunk]), size=size, replace=False))

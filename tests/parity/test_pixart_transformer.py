@@ -8,17 +8,17 @@ import torch
 
 from impasto.models.pixart import PixArtTransformer2DModel
 
-BASE = dict(
-    num_attention_heads=2,
-    attention_head_dim=24,
-    in_channels=4,
-    out_channels=8,
-    num_layers=2,
-    cross_attention_dim=48,
-    caption_channels=20,
-    sample_size=8,
-    use_additional_conditions=False,
-)
+BASE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 48,
+    "caption_channels": 20,
+    "sample_size": 8,
+    "use_additional_conditions": False,
+}
 
 OPTIONS = {
     "base": {},
@@ -59,15 +59,15 @@ def pair(**options: object) -> tuple[PixArtTransformer2DModel, diffusers.PixArtT
 
 
 def arguments(batch: int = 2, channels: int = 4, height: int = 8, width: int = 8, text: int = 20, tokens: int = 7):
-    return dict(
-        hidden_states=torch.randn(batch, channels, height, width),
-        encoder_hidden_states=torch.randn(batch, tokens, text),
-        timestep=torch.linspace(3, 998, batch).long(),
-        added_cond_kwargs={
+    return {
+        "hidden_states": torch.randn(batch, channels, height, width),
+        "encoder_hidden_states": torch.randn(batch, tokens, text),
+        "timestep": torch.linspace(3, 998, batch).long(),
+        "added_cond_kwargs": {
             "resolution": torch.tensor([[1024.0, 512.0]]).repeat(batch, 1),
             "aspect_ratio": torch.tensor([[2.0]]).repeat(batch, 1),
         },
-    )
+    }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -133,14 +133,60 @@ def test_timesteps_per_sample_and_fractional(timestep):
         assert relative(ours(**inputs).sample, reference(**inputs).sample) <= 1e-5
 
 
-def test_gradients_agree():
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_gradients_agree(checkpointing):
+    """Relative to the largest gradient where one is mathematically zero: softmax does not see the bias of keys."""
     ours, reference = pair()
+    if checkpointing:
+        ours.enable_gradient_checkpointing()
     inputs = arguments() | {"encoder_attention_mask": MASKS["ragged"]}
     ours(**inputs).sample.square().sum().backward()
     reference(**inputs).sample.square().sum().backward()
-    expected = dict(reference.named_parameters())
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    largest = max(gradient.norm() for gradient in expected.values())
     for name, parameter in ours.named_parameters():
-        assert relative(parameter.grad, expected[name].grad) <= 1e-4, name
+        if name.endswith("to_k.bias"):
+            assert parameter.grad.norm() <= 1e-6 * largest, name
+            assert expected[name].norm() <= 1e-6 * largest, name
+        else:
+            assert relative(parameter.grad, expected[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": False}, {"upcast_attention": True}], ids=str)
+def test_fused_projections_agree(options):
+    ours, reference = pair(**options)
+    inputs = arguments() | {"encoder_attention_mask": MASKS["holes"]}
+    ours.fuse_qkv_projections()
+    with torch.no_grad():
+        assert relative(ours(**inputs).sample, reference(**inputs).sample) <= 1e-5
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_bfloat16_is_as_near_to_float64_as_the_reference(fused):
+    """Averaged over inputs, because each error is a matter of luck."""
+    ours, reference = pair(num_layers=4)
+    exact = pair(num_layers=4)[1].double()
+    ours, reference = ours.bfloat16(), reference.bfloat16()
+    if fused:
+        ours.fuse_qkv_projections()
+    errors, allowed = [], []
+    with torch.no_grad():
+        for _ in range(8):
+            inputs = arguments(height=16, width=16)
+            low = {name: inputs[name].bfloat16() for name in ("hidden_states", "encoder_hidden_states")}
+            high = {name: value.double() for name, value in low.items()}
+            expected = exact(**inputs | high).sample
+            errors.append(relative(ours(**inputs | low).sample.double(), expected))
+            allowed.append(relative(reference(**inputs | low).sample.double(), expected))
+    assert sum(errors) <= 1.2 * sum(allowed)
+    assert 1e-4 < sum(errors) / len(errors) < 0.05  # it did compute in bfloat16
+
+
+def test_config_loads_without_a_warning(tmp_path, caplog):
+    ours, _ = pair()
+    ours.save_pretrained(tmp_path)
+    diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert [record.message for record in caplog.records] == []
 
 
 def test_folders_load_in_either(tmp_path):

@@ -77,7 +77,8 @@ class Configurable:
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
-    #: Keys of old or foreign configs that have no meaning here and are dropped without a word.
+    #: Keys that have no meaning: dropped without a word if no argument has that name, and only written where they
+    #: differ from the argument's default.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
 
     config: Config
@@ -118,7 +119,13 @@ class Configurable:
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
         """Write the config file into ``folder``, readable by diffusers."""
-        write_json(Path(folder) / self.config_name, {"_class_name": type(self).__name__, **self.config})
+        arguments = inspect.signature(type(self).__init__).parameters
+        values = {
+            name: value
+            for name, value in self.config.items()
+            if name not in self.ignored_config_keys or value != arguments[name].default
+        }
+        write_json(Path(folder) / self.config_name, {"_class_name": type(self).__name__, **values})
 
 
 def read_json(path: Path) -> dict[str, Any]:

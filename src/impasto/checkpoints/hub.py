@@ -38,13 +38,13 @@ def resolve(
         if name not in BUILTIN:
             raise CheckpointNotFoundError(f"there is no bundled model {name!r}; bundled: {', '.join(BUILTIN)}")
         return Path(str(resources.files("impasto"))) / BUILTIN[name]
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise InputError(f"{name} is a file; give the folder of the checkpoint that holds it")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise CheckpointNotFoundError(
-            f"the folder {name} does not exist. Give an existing folder, a hub id such as "
+            f"the folder {name or repr(name)} does not exist. Give an existing folder, a hub id such as "
             f"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, or {', '.join(BUILTIN)}."
         )
     return _download(name, allow_patterns, revision, cache_dir, local_files_only, token)
@@ -72,7 +72,7 @@ def _download(
             repo_id,
             allow_patterns=list(allow_patterns) if allow_patterns is not None else None,
             revision=revision,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             token=token,
         )

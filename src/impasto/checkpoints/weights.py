@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def find_weight_files(
 
     Raises:
         CheckpointNotFoundError: the folder holds none, or a shard of the index is missing.
+        CheckpointError: an index or a shard is damaged, or they do not belong together.
     """
     suffixes = {None: (".safetensors", ".bin"), True: (".safetensors",), False: (".bin",)}[use_safetensors]
     tried = []
@@ -66,7 +68,7 @@ def _shards_of(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} has no weight_map; download or save the checkpoint again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise CheckpointError(f"{index} points outside its folder: {name!r}; do not trust this checkpoint")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -74,7 +76,17 @@ def _shards_of(index: Path) -> list[Path]:
             f"{index.parent} lacks {len(missing)} of its {len(names)} weight files: {', '.join(missing)}. "
             f"Download the missing files into that folder."
         )
-    return [index.parent / name for name in names]
+    shards = [index.parent / name for name in names]
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            held = tensor_headers(shard)
+            lacking = [key for key, name in weight_map.items() if name == shard.name and key not in held]
+            if lacking:
+                raise WeightsMismatchError(
+                    f"{shard} does not hold what {index.name} lists for it: {_listing('missing', lacking)}"
+                    f"The shards are of different saves, or the file is of another model; download them again."
+                )
+    return shards
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -201,7 +213,7 @@ def save_weights(
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.detach().contiguous()
+        shards[-1][name] = tensor.detach()
         size += tensor.nbytes
 
     single = with_variant(f"{stem}.safetensors", variant)
@@ -217,7 +229,10 @@ def save_weights(
         for name, shard in zip(names, shards, strict=True):
             temporary = folder / f".{name}.{os.getpid()}.tmp"
             staged.append((temporary, folder / name))
-            save_file(shard, temporary, metadata={"format": "pt"})
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # what the user's umask leaves
+            save_file(_standing_alone(shard), temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)  # safetensors makes files that nobody else may read
         for temporary, final in staged:
             os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -230,6 +245,20 @@ def save_weights(
         total = sum(tensor.nbytes for tensor in state_dict.values())
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _standing_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own, as safetensors want it: parts of larger ones and twins are copied."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            found[name] = tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            seen.add(storage.data_ptr())
+            found[name] = tensor.contiguous()
+    return found
 
 
 def _remove_stale(folder: Path, stem: str, middle: str, keep: set[str]) -> None:
@@ -251,7 +280,9 @@ def tensor_headers(path: Path) -> dict[str, dict[str, Any]]:
             if not 0 < length <= 100_000_000:
                 raise CheckpointError(f"{path} is not a safetensors file; download or save it again")
             header = json.loads(file.read(length))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error}); download or save it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header (no JSON object); download or save it again")
     header.pop("__metadata__", None)
-    return dict(header)
+    return header

@@ -14,7 +14,7 @@ Letters in the margins: B pictures, C channels, H and W the sides at that level,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,12 @@ class AutoencoderKL(Model):
         self.latent_channels = latent_channels
         self.use_slicing = False
 
+    @overload
+    def encode(self, x: Tensor, return_dict: Literal[True] = True) -> AutoencoderKLOutput: ...
+
+    @overload
+    def encode(self, x: Tensor, return_dict: bool) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
+
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Pictures to a distribution over latents.
 
@@ -137,6 +143,16 @@ class AutoencoderKL(Model):
         _check_channels("encode", x, self.in_channels)
         distribution = DiagonalGaussianDistribution(self._sliced(self._encode, x))  # [B, 2 C, H / f, W / f]
         return AutoencoderKLOutput(distribution) if return_dict else (distribution,)
+
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: Literal[True] = True, generator: Generator | None = None
+    ) -> DecoderOutput: ...
+
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: bool, generator: Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]: ...
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Generator | None = None

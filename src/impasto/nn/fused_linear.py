@@ -34,7 +34,7 @@ class FusedLinear:
                 )
             self.layers.append(layer)
         sizes = [layer.out_features for layer in self.layers]
-        self._views: list[tuple[nn.Parameter, Tensor]] = []  # each parameter and its part of the fused one
+        self._views: list[tuple[Tensor, Tensor]] = []  # each parameter and its part of the fused one
         with torch.no_grad():
             self.weight = torch.cat([layer.weight for layer in self.layers])
             self.bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from ..errors import InputError
+from .noise import draw_noise
 
 
 class DiagonalGaussianDistribution:
@@ -40,7 +40,7 @@ class DiagonalGaussianDistribution:
         Raises:
             InputError: a list of generators that is not as long as the batch.
         """
-        return self.mean + self.std * _standard_normal(self.mean, generator)
+        return self.mean + self.std * draw_noise(self.mean.shape, generator, self.mean.device, self.mean.dtype)
 
     def mode(self) -> Tensor:
         """The most likely latents, [B, C, H, W]: the mean."""
@@ -63,18 +63,3 @@ class DiagonalGaussianDistribution:
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
         return 0.5 * terms.sum(dim=tuple(dims))
-
-
-def _standard_normal(like: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
-    """Noise shaped as ``like``, drawn where the generator lives: a CPU one gives the same on any device."""
-    if isinstance(generator, Sequence):
-        if len(generator) == 1:
-            return _standard_normal(like, generator[0])
-        if len(generator) != like.shape[0]:
-            raise InputError(
-                f"{len(generator)} generators were given for {like.shape[0]} pictures; "
-                f"give one generator for the batch, or a list with one for each picture"
-            )
-        return torch.cat([_standard_normal(one, each) for one, each in zip(like.chunk(len(generator)), generator)])
-    source = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=source, dtype=like.dtype).to(like.device)

@@ -18,7 +18,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """[B, height * width, p * p * C] -> [B, C, height * p, width * p]."""
-    grid = tokens.unflatten(1, (height, width)).unflatten(-1, (patch_size, patch_size, -1))
+    grid = torch.unflatten(torch.unflatten(tokens, 1, (height, width)), -1, (patch_size, patch_size, -1))
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h p w q -> B C (h p) (w q)
 
 

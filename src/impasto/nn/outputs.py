@@ -31,7 +31,7 @@ def keyed(cls: T) -> T:
             return getattr(self, key)
         return tuple.__getitem__(self, key)
 
-    cls.__getitem__ = getitem  # type: ignore[method-assign, assignment]
+    cls.__getitem__ = getitem  # type: ignore[method-assign]
     cls.keys = lambda self: self._fields  # type: ignore[attr-defined]
     cls.to_tuple = lambda self: tuple(self)  # type: ignore[attr-defined]
     return cls

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.pixart import PixArtContext, PixArtTransformer2DModel
-from ..schedulers.noise import draw_noise
+from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline, unwrapped
 from .families import ALPHA, SIGMA, Family, mixtures

@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError
+from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from .base import Scheduler, records_arguments
-from .noise import draw_noise
 from .noise_schedule import spaced_timesteps
 from .predictions import common_dtypes, dynamic_threshold, predicted_noise, predicted_original, require_same_shape
 
@@ -69,7 +69,7 @@ class DDIMScheduler(Scheduler):
             ("linear", "scaled_linear", "squaredcos_cap_v2"),
             beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
         )  # fmt: skip
-        self.final_alpha_cumprod = torch.tensor(1.0 if set_alpha_to_one else self._alpha_bars[0])
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self._alpha_bars[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Space ``num_inference_steps`` timesteps over the training schedule.

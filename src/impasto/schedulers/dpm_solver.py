@@ -28,9 +28,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import ConfigurationError, InputError
+from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
 from .base import CountingScheduler, SchedulerOutput, records_arguments
-from .noise import draw_noise
 from .predictions import (
     common_dtypes,
     dynamic_threshold,

@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import InputError
+from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from .base import CountingScheduler, records_arguments
-from .noise import draw_noise
 from .noise_schedule import custom_timesteps
 from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape
 

@@ -32,7 +32,7 @@ class TextToImageRecipe:
     """
 
     steps: int
-    batch_size: int = 64  # a multiple of 4
+    batch_size: int = 32  # a multiple of 4
     learning_rate: float = 1e-3
     warmup_steps: int = 200
     decay_share: float = 0.3  # of the steps, at the end: the rate falls linearly

@@ -1,0 +1,201 @@
+"""The parts of PixArt's denoiser, from the outside in: patches, modulation, the block and its attention.
+
+Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..nn.attention import attention
+from ..nn.embeddings import timestep_features
+from ..nn.fused_linear import FusedLinear
+from ..nn.layers import FeedForward, TwoLayerMLP, modulate
+from .pixart_context import Modulation
+
+
+class PatchEmbed(nn.Module):
+    """A token for each patch of the latents; keys ``proj.*``."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(latents)  # [B, D, H / p, W / p]
+        return tokens.flatten(2).transpose(1, 2)  # [B, N, D]
+
+
+class AdaLayerNormSingle(nn.Module):
+    """The modulation that all blocks share (PixArt-α, 2.3)."""
+
+    def __init__(self, width: int, use_additional_conditions: bool):
+        super().__init__()
+        self.emb = TimestepAndSizeEmbedder(width, use_additional_conditions)
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, timestep: Tensor, conditions: Mapping[str, Tensor | None]) -> Modulation:
+        embedded = self.emb(timestep, conditions, self.linear.weight.dtype)  # [B, D]
+        shared = self.linear(F.silu(embedded))  # [B, 6 * D]
+        return Modulation(shared=torch.unflatten(shared, -1, (6, -1)), timestep=embedded[:, None])
+
+
+class TimestepAndSizeEmbedder(nn.Module):
+    """Timestep features, and for α at 1024 px those of resolution and aspect ratio, added to them."""
+
+    def __init__(self, width: int, use_additional_conditions: bool):
+        super().__init__()
+        self.timestep_embedder = TwoLayerMLP(256, width)
+        self.use_additional_conditions = use_additional_conditions
+        if use_additional_conditions:
+            self.resolution_embedder = TwoLayerMLP(256, width // 3)
+            self.aspect_ratio_embedder = TwoLayerMLP(256, width // 3)
+
+    def forward(self, timestep: Tensor, conditions: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        embedded: Tensor = self.timestep_embedder(timestep_features(timestep).to(dtype))  # [B, D]
+        if not self.use_additional_conditions:
+            return embedded
+        resolution, aspect_ratio = conditions.get("resolution"), conditions.get("aspect_ratio")
+        if resolution is None or aspect_ratio is None:
+            raise InputError(
+                "this model takes micro-conditions: give added_cond_kwargs={'resolution': [B, 2] (height and "
+                "width in pixels), 'aspect_ratio': [B, 1] (height / width)}"
+            )
+        rows = resolution.shape[0]
+        if tuple(resolution.shape) != (rows, 2) or aspect_ratio.numel() != rows or rows not in (1, embedded.shape[0]):
+            raise InputError(
+                f"added_cond_kwargs: resolution has shape {list(resolution.shape)} and aspect_ratio "
+                f"{list(aspect_ratio.shape)}; expected [{embedded.shape[0]}, 2] and [{embedded.shape[0]}, 1]"
+            )
+        parts = [
+            self.resolution_embedder(timestep_features(resolution[:, 0]).to(dtype)),  # [B, D / 3]
+            self.resolution_embedder(timestep_features(resolution[:, 1]).to(dtype)),  # [B, D / 3]
+            self.aspect_ratio_embedder(timestep_features(aspect_ratio.flatten()).to(dtype)),  # [B, D / 3]
+        ]
+        return embedded + torch.cat(parts, dim=-1)  # [B, D]
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the timestep."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        cross_attention_dim: int | None,
+        *,
+        attention_bias: bool,
+        activation_fn: str,
+        dropout: float,
+        norm_elementwise_affine: bool,
+        norm_eps: float,
+        upcast_attention: bool,
+    ):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.attn1 = Attention(width, width, heads, attention_bias, dropout, upcast_attention)
+        self.attn2 = (
+            None
+            if cross_attention_dim is None
+            else Attention(width, cross_attention_dim, heads, attention_bias, dropout, upcast_attention)
+        )
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
+        self.ff = FeedForward(width, activation_fn, dropout)
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, M, head_dim] of the projected text [B, M, D]."""
+        assert self.attn2 is not None
+        return self.attn2.keys_values(text)
+
+    def fuse(self) -> None:
+        """One product for query, key and value of each attention."""
+        self.attn1.fuse(cross=False)
+        if self.attn2 is not None:
+            self.attn2.fuse(cross=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        shared: Tensor,
+        text: Tensor | None,
+        key_value: tuple[Tensor, Tensor] | None,
+        text_bias: Tensor | None,
+        self_bias: Tensor | None,
+    ) -> Tensor:
+        modulation = self.scale_shift_table[None] + shared  # [B, 6, D]
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)  # [B, 1, D] each
+
+        attended = self.attn1.self_attention(modulate(self.norm1(x), shift_attn, scale_attn), self_bias)
+        x = torch.addcmul(x, gate_attn, attended)  # [B, N, D]
+        if self.attn2 is not None:  # not normalised: the original model has no layer norm here
+            if key_value is None:
+                key_value = self.attn2.keys_values(x if text is None else text)
+            x = x + self.attn2.cross_attention(x, *key_value, text_bias)  # [B, N, D]
+        return torch.addcmul(x, gate_ff, self.ff(modulate(self.norm2(x), shift_ff, scale_ff)))  # [B, N, D]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of image tokens to themselves or to the text."""
+
+    def __init__(self, width: int, context_dim: int, heads: int, bias: bool, dropout: float, upcast: bool):
+        super().__init__()
+        self.heads = heads
+        self.upcast = upcast
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_dim, width, bias=bias)
+        self.to_v = nn.Linear(context_dim, width, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self._fused: FusedLinear | None = None
+
+    def self_attention(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; bias [B, 1, 1, N]."""
+        if self._fused is not None and self._fused.holds(self.to_q, self.to_k, self.to_v):
+            query, key, value = self._fused(x).chunk(3, dim=-1)  # [B, N, D] each
+        else:
+            query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)  # [B, N, D] each
+        return self._attend(query, self._split(key), self._split(value), bias)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, M, C] -> two of [B, heads, M, head_dim]."""
+        if self._fused is not None and self._fused.holds(self.to_k, self.to_v):
+            key, value = self._fused(text).chunk(2, dim=-1)  # [B, M, D] each
+        else:
+            key, value = self.to_k(text), self.to_v(text)  # [B, M, D] each
+        return self._split(key), self._split(value)
+
+    def cross_attention(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; key and value [B, heads, M, head_dim], bias [B, 1, 1, M]."""
+        return self._attend(self.to_q(x), key, value, bias)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        q = self._split(query)
+        if self.upcast:
+            q, key, value = q.float(), key.float(), value.float()
+        out = attention(q, key, value, bias).to(query.dtype)  # [B, heads, N, head_dim]
+        projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, D]
+        return projected
+
+    def _split(self, x: Tensor) -> Tensor:
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
+
+    def fuse(self, cross: bool) -> None:
+        """Compute key and value (and in self-attention the query) in one product."""
+        layers = [self.to_k, self.to_v] if cross else [self.to_q, self.to_k, self.to_v]
+        self._fused = FusedLinear(layers)
+
+    def unfuse(self) -> None:
+        self._fused = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moving or casting gives every projection storage of its own again.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._fused is not None:
+            self._fused = FusedLinear(self._fused.layers)
+        return self

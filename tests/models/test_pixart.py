@@ -1,0 +1,463 @@
+"""PixArtTransformer2DModel by itself; tests/parity compares it with the reference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impasto.errors import ConfigurationError, InputError
+from impasto.models.pixart import Modulation, PixArtContext, PixArtTransformer2DModel
+
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "cross_attention_dim": 24,
+    "caption_channels": 10,
+    "sample_size": 8,
+    "use_additional_conditions": False,
+}
+RAGGED = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+
+def tiny(**options: Any) -> PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(**{**CONFIG, **options}).eval()
+
+
+def arguments(batch: int = 2, size: int = 8, tokens: int = 5) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(batch, 4, size, size),
+        "encoder_hidden_states": torch.randn(batch, tokens, 10),
+        "timestep": torch.linspace(3, 998, batch).long(),
+    }
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def predict(model: nn.Module, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).sample
+
+
+# The three stages
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_stages_compose_to_forward(grad: bool) -> None:
+    model, inputs = tiny(), arguments()
+    with torch.set_grad_enabled(grad):
+        expected = model(**inputs, encoder_attention_mask=RAGGED).sample
+        context = model.encode_context(inputs["encoder_hidden_states"], RAGGED)
+        modulation = model.modulate(inputs["timestep"])
+        staged = model.denoise(inputs["hidden_states"], context, modulation)
+        given = model(inputs["hidden_states"], context, modulation).sample
+    assert (context.keys is None) == grad
+    assert torch.equal(staged, expected)
+    assert torch.equal(given, expected)
+
+
+def test_discarded_tokens_are_left_out() -> None:
+    model, inputs = tiny(), arguments()
+    mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
+    with torch.no_grad():
+        context = model.encode_context(inputs["encoder_hidden_states"], mask)
+    assert context.length == 2
+    assert context.bias is not None
+    assert context.bias[:, 0, 0].tolist() == [[0, 0], [0, -torch.inf]]
+
+
+def test_select_and_concat_are_rows_of_a_batch() -> None:
+    model = tiny()
+    inputs = arguments(batch=3)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        expected = model(**inputs, encoder_attention_mask=mask).sample
+        parts = [
+            model.encode_context(inputs["encoder_hidden_states"][rows], mask[rows])
+            for rows in (slice(0, 1), slice(1, 3))
+        ]
+        assert [part.length for part in parts] == [4, 2]
+        joined = PixArtContext.concat(parts)
+        steps = [model.modulate(t[None]) for t in inputs["timestep"]]
+        modulation = Modulation.concat(steps)
+        assert distance(model(inputs["hidden_states"], joined, modulation).sample, expected) <= 1e-6
+        for rows in ([2], [2, 0], slice(1, 3), torch.tensor([1])):
+            some = model(inputs["hidden_states"][rows], joined.select(rows), modulation.select(rows)).sample
+            assert distance(some, expected[rows]) <= 1e-6
+
+
+def test_concat_of_projected_text_pads_with_discarded_tokens() -> None:
+    model, inputs = tiny(), arguments()
+    text = inputs["encoder_hidden_states"]
+    joined = PixArtContext.concat([model.encode_context(text[:1, :2]), model.encode_context(text[1:])])
+    assert joined.text is not None
+    assert joined.text.shape == (2, 5, 24)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    expected = model(**inputs, encoder_attention_mask=mask).sample
+    given = model(**{**inputs, "encoder_hidden_states": joined}).sample
+    assert distance(given, expected) <= 1e-6
+
+
+def test_contexts_without_text_join_their_masks() -> None:
+    model, inputs = tiny(caption_channels=None), arguments() | {"encoder_hidden_states": None}
+    mask = torch.rand(2, 16) > 0.5
+    with torch.no_grad():
+        expected = model(**inputs, encoder_attention_mask=mask).sample
+        joined = PixArtContext.concat([model.encode_context(None, mask[i : i + 1]) for i in range(2)])
+        assert torch.equal(model(**inputs | {"encoder_hidden_states": joined}).sample, expected)
+        plain = PixArtContext.concat([model.encode_context(None), model.encode_context(None)])
+        assert torch.equal(predict(model, **inputs | {"encoder_hidden_states": plain}), predict(model, **inputs))
+        with pytest.raises(InputError, match="all of them have a mask, or none"):
+            PixArtContext.concat([joined, model.encode_context(None)])
+
+
+@pytest.mark.parametrize("mask", [RAGGED, torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0]]), None], ids=str)
+def test_a_picture_does_not_depend_on_its_batch(mask: Tensor | None) -> None:
+    model, inputs = tiny(), arguments()
+    together = predict(model, **inputs, encoder_attention_mask=mask)
+    for i in range(2):
+        row = {name: value[i : i + 1] for name, value in inputs.items()}
+        alone = predict(model, **row, encoder_attention_mask=None if mask is None else mask[i : i + 1])
+        assert distance(alone, together[i : i + 1]) <= 1e-6
+
+
+# Rows without any token
+
+
+def without_text(model: PixArtTransformer2DModel, inputs: dict[str, Any], row: int) -> Tensor:
+    """The prediction where cross-attention gives its output bias alone: its output's weight is zero."""
+    bare = copy.deepcopy(model)
+    for block in bare.transformer_blocks:
+        block.attn2.to_out[0].weight.data.zero_()
+    return predict(bare, **inputs)[row]
+
+
+@pytest.mark.parametrize("mask", ["keep", "bias"])
+@pytest.mark.parametrize("rows", [[0], [0, 1]], ids=["one row", "every row"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_a_row_without_tokens_gets_the_output_bias_only(mask: str, rows: list[int], grad: bool) -> None:
+    model, inputs = tiny(), arguments()
+    keep = torch.ones(2, 5)
+    keep[rows] = 0
+    value = keep if mask == "keep" else ((1 - keep) * -10000.0)[:, None]
+    with torch.set_grad_enabled(grad):
+        output = model(**inputs, encoder_attention_mask=value).sample
+    for row in rows:
+        assert distance(output[row], without_text(model, inputs, row)) <= 1e-6
+    if grad:
+        output.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# Fused projections
+
+
+def test_fusing_changes_neither_outputs_nor_the_state_dict() -> None:
+    model, inputs = tiny(), arguments()
+    expected, state = predict(model, **inputs), {name: x.clone() for name, x in model.state_dict().items()}
+    memory = sum(x.nbytes for x in model.state_dict().values())
+    model.fuse_qkv_projections()
+    assert distance(predict(model, **inputs), expected) <= 1e-5
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in model.state_dict().values()}
+    assert sum(storages.values()) == memory
+    model.unfuse_qkv_projections()
+    assert torch.equal(predict(model, **inputs), expected)
+    model.fuse_qkv_projections()
+    model.set_default_attn_processor()
+    assert torch.equal(predict(model, **inputs), expected)
+
+
+def test_fused_weights_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients only the fused products are computed; with gradients, the layers' own."""
+    model, inputs = tiny(), arguments()
+    model.fuse_qkv_projections()
+    calls = count_calls(model.transformer_blocks[0].attn1.to_k, monkeypatch)
+    predict(model, **inputs)
+    assert calls == []
+    model(**inputs)
+    assert len(calls) == 1
+
+
+def count_calls(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: calls.append(1) or forward(x))
+    return calls
+
+
+def double(layer: nn.Linear) -> None:
+    layer.weight.data.mul_(2.0)
+
+
+def replace_parameter(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+def assign_data(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data * 2
+
+
+def load(layer: nn.Linear) -> None:
+    layer.load_state_dict({"weight": layer.weight * 2, "bias": layer.bias})
+
+
+def load_by_assignment(layer: nn.Linear) -> None:
+    layer.load_state_dict({"weight": layer.weight.detach() * 2, "bias": layer.bias}, assign=True)
+
+
+def add_a_hook(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda _, __, output: 2 * output - layer.bias)
+
+
+@pytest.mark.parametrize(
+    "change", [double, replace_parameter, assign_data, load, load_by_assignment, add_a_hook], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("where", ["attn1", "attn2"])
+def test_fused_projections_are_never_stale(change: Callable[[nn.Linear], None], where: str) -> None:
+    plain, fused, inputs = tiny(), tiny(), arguments()
+    fused.fuse_qkv_projections()
+    before = predict(fused, **inputs)
+    for model in (plain, fused):
+        change(getattr(model.transformer_blocks[1], where).to_k)
+    assert distance(predict(fused, **inputs), predict(plain, **inputs)) <= 1e-5
+    assert distance(predict(fused, **inputs), before) > 1e-4
+
+
+def test_an_adapter_put_in_after_fusing_is_honoured() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Module):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * self.base(x)
+
+    plain, fused, inputs = tiny(), tiny(), arguments()
+    fused.fuse_qkv_projections()
+    for model in (plain, fused):
+        model.transformer_blocks[0].attn1.to_v = Adapter(model.transformer_blocks[0].attn1.to_v)
+    assert distance(predict(fused, **inputs), predict(plain, **inputs)) <= 1e-5
+    fused.to(torch.float64).to(torch.float32)
+    assert distance(predict(fused, **inputs), predict(plain, **inputs)) <= 1e-5
+    with pytest.raises(ConfigurationError, match=r"cannot fuse a Adapter.*Merge or remove it first"):
+        fused.fuse_qkv_projections()
+    assert all(block.attn2._fused is None for block in fused.transformer_blocks)  # all or none
+
+
+def test_fused_projections_survive_casts_loading_and_copies() -> None:
+    model, inputs = tiny(), arguments()
+    rounded = predict(tiny().bfloat16().float(), **inputs)
+    model.fuse_qkv_projections()
+    other = PixArtTransformer2DModel(**CONFIG)
+    model.load_state_dict(other.state_dict())
+    assert distance(predict(model, **inputs), predict(other.eval(), **inputs)) <= 1e-5
+    model.load_state_dict(tiny().state_dict())
+    model.to(torch.bfloat16).to(torch.float32)
+    assert distance(predict(model, **inputs), rounded) <= 1e-5
+    for block in model.transformer_blocks:  # and they are still fused
+        assert block.attn1.to_q.weight.data_ptr() == block.attn1._fused.weight.data_ptr()
+    twin = copy.deepcopy(model)
+    twin.transformer_blocks[0].attn1.to_q.weight.data.zero_()
+    assert distance(predict(model, **inputs), rounded) <= 1e-5
+    assert distance(predict(twin, **inputs), rounded) > 1e-4
+
+
+def test_a_step_of_training_is_seen_by_the_fused_weights() -> None:
+    plain, fused, inputs = tiny(), tiny(), arguments()
+    fused.fuse_qkv_projections()
+    for model in (plain, fused):
+        model(**inputs).sample.square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert distance(predict(fused, **inputs), predict(plain, **inputs)) <= 1e-5
+    assert distance(predict(fused, **inputs), predict(tiny(), **inputs)) > 1e-4
+
+
+def test_a_fused_model_is_saved_whole(tmp_path: Any) -> None:
+    model, inputs = tiny(), arguments()
+    expected = predict(model, **inputs)
+    model.fuse_qkv_projections()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(PixArtTransformer2DModel.from_pretrained(tmp_path), **inputs), expected)
+
+
+# Gradient checkpointing, compilation
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    model, inputs = tiny(dropout=0.2).train(), arguments()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(7)  # of dropout
+        model.zero_grad()
+        model(**inputs, encoder_attention_mask=RAGGED).sample.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    model.enable_gradient_checkpointing()
+    for ours, plain in zip(gradients(), expected, strict=True):
+        assert torch.equal(ours, plain)
+    model.disable_gradient_checkpointing()
+    assert all(torch.equal(ours, plain) for ours, plain in zip(gradients(), expected, strict=True))
+
+
+def check_compiled(backend: str) -> None:
+    model, inputs = tiny(), arguments() | {"encoder_attention_mask": RAGGED}
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert distance(predict(compiled, **inputs), predict(model, **inputs)) <= 1e-5
+    with torch.no_grad():
+        context = model.encode_context(inputs["encoder_hidden_states"], RAGGED)
+        modulation = model.modulate(inputs["timestep"])
+        staged = compiled(inputs["hidden_states"], context, modulation).sample
+    assert distance(staged, predict(model, **inputs)) <= 1e-5
+    model.fuse_qkv_projections()
+    assert distance(predict(compiled, **inputs), predict(model, **inputs)) <= 1e-5
+
+
+def test_compiles_into_one_graph() -> None:
+    check_compiled("eager")
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor() -> None:
+    check_compiled("inductor")
+
+
+# Bad input
+
+BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "channels of latents": ({}, {"hidden_states": torch.zeros(2, 3, 8, 8)}, r"\[2, 3, 8, 8\]; expected \[batch, 4"),
+    "three dimensions": ({}, {"hidden_states": torch.zeros(4, 8, 8)}, r"expected \[batch, 4, height, width\]"),
+    "odd height": ({}, {"hidden_states": torch.zeros(2, 4, 7, 8)}, "with sides that 2 divides"),
+    "odd width": ({}, {"hidden_states": torch.zeros(2, 4, 8, 9)}, "with sides that 2 divides"),
+    "nothing": ({}, {"hidden_states": torch.zeros(2, 4, 0, 8)}, "with sides that 2 divides"),
+    "no text": ({}, {"encoder_hidden_states": None}, "this model projects captions; give text embeddings"),
+    "channels of text": (
+        {},
+        {"encoder_hidden_states": torch.zeros(2, 5, 11)},
+        r"encoder_hidden_states has shape \[2, 5, 11\]; expected \[batch, tokens, 10\]",
+    ),
+    "text of another batch": ({}, {"encoder_hidden_states": torch.zeros(3, 5, 10)}, "holds 3 texts for 2 pictures"),
+    "flat text": ({}, {"encoder_hidden_states": torch.zeros(5, 10)}, r"expected \[batch, tokens, 10\]"),
+    "mask of another length": (
+        {},
+        {"encoder_attention_mask": torch.ones(2, 4)},
+        r"encoder_attention_mask has shape \[2, 4\]; expected \[2, 5\] \(1 keeps\) or \[2, 1, 5\] \(a bias\)",
+    ),
+    "mask of another batch": ({}, {"encoder_attention_mask": torch.ones(1, 5)}, r"expected \[2, 5\]"),
+    "mask of four dimensions": ({}, {"encoder_attention_mask": torch.ones(2, 1, 1, 5)}, r"expected \[2, 5\]"),
+    "image mask": (
+        {},
+        {"attention_mask": torch.ones(2, 5)},
+        r"attention_mask has shape \[2, 5\]; it masks image tokens: expected \[2, 16\]",
+    ),
+    "mask without text": (
+        {"caption_channels": None},
+        {"encoder_hidden_states": None, "encoder_attention_mask": torch.ones(2, 5)},
+        r"encoder_attention_mask masks the image tokens: expected \[2, 16\]",
+    ),
+    "no timestep": ({}, {"timestep": None}, "timestep is None; give one number for the batch or one for each"),
+    "timesteps": ({}, {"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 values for 2 pictures; give 1 or 2"),
+    "no micro-conditions": ({"use_additional_conditions": True}, {}, "takes micro-conditions: give added_cond_kwargs"),
+    "micro-conditions of None": (
+        {"use_additional_conditions": True},
+        {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+        "takes micro-conditions: give added_cond_kwargs",
+    ),
+    "half of the micro-conditions": (
+        {"use_additional_conditions": True},
+        {"added_cond_kwargs": {"resolution": torch.ones(2, 2)}},
+        "takes micro-conditions: give added_cond_kwargs",
+    ),
+    "micro-conditions of another shape": (
+        {"use_additional_conditions": True},
+        {"added_cond_kwargs": {"resolution": torch.ones(2), "aspect_ratio": torch.ones(2, 1)}},
+        r"resolution has shape \[2\] and aspect_ratio \[2, 1\]; expected \[2, 2\] and \[2, 1\]",
+    ),
+    "attention arguments": ({}, {"cross_attention_kwargs": {"gligen": 1}}, "gligen.*takes none of them"),
+}
+
+
+@pytest.mark.parametrize(("options", "change", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_say_what_was_expected(options: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    model = tiny(**options)
+    with pytest.raises(InputError, match=message):
+        predict(model, **{**arguments(), **change})
+
+
+def test_prepared_inputs_of_another_batch_are_refused() -> None:
+    model, inputs = tiny(), arguments()
+    with torch.no_grad():
+        context = model.encode_context(torch.randn(3, 5, 10))
+        with pytest.raises(InputError, match="holds 3 texts for 2 pictures"):
+            model(inputs["hidden_states"], context, inputs["timestep"])
+        modulation = model.modulate(torch.tensor([1, 2, 3]))
+        with pytest.raises(InputError, match="timestep holds 3 rows for 2 pictures; give 1 or 2"):
+            model(inputs["hidden_states"], inputs["encoder_hidden_states"], modulation)
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "norm_type": ({"norm_type": "layer_norm"}, "norm_type 'layer_norm' is not PixArt's; use 'ada_norm_single'"),
+    "attention_type": ({"attention_type": "gated"}, "attention_type 'gated' is not PixArt's; use 'default'"),
+    "num_vector_embeds": ({"num_vector_embeds": 5}, "num_vector_embeds=5 asks for discrete latents"),
+    "num_embeds_ada_norm": ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm cannot be None"),
+    "activation_fn": ({"activation_fn": "mish"}, "activation_fn 'mish' is unknown; use one of gelu"),
+    "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+    "num_layers": ({"num_layers": 0}, "num_layers must be a positive whole number, not 0"),
+    "patch_size": ({"patch_size": -2}, "patch_size must be a positive whole number, not -2"),
+    "sample_size": ({"sample_size": 1}, "sample_size 1 is smaller than patch_size 2"),
+    "out_channels": ({"out_channels": -8}, "out_channels must be a positive whole number, not -8"),
+    "caption_channels": ({"caption_channels": 0}, "caption_channels must be a positive whole number, not 0"),
+    "interpolation_scale": ({"interpolation_scale": 0}, "interpolation_scale must be a positive number, not 0"),
+    "width": ({"num_attention_heads": 1, "attention_head_dim": 6}, "is 6; 2-D positions need a multiple of 4"),
+    "thirds": (
+        {"attention_head_dim": 8, "cross_attention_dim": 16, "use_additional_conditions": True},
+        "splits the width 16 in three; it must be a multiple of 3",
+    ),
+    "contradiction": (
+        {"cross_attention_dim": 20},
+        "projected to the width 24, so cross_attention_dim cannot be 20; make them equal",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_refused_constructor_values_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        tiny(**options)
+
+
+# Config
+
+
+def test_deprecated_arguments_are_stored_and_written_only_where_given(tmp_path: Any) -> None:
+    model = tiny()
+    assert model.config.use_linear_projection is False
+    assert model.config.num_vector_embeds is None
+    model.save_config(tmp_path / "default")
+    written = model.load_config(tmp_path / "default")
+    assert not {"use_linear_projection", "num_vector_embeds"} & set(written)
+    assert set(written) - {"_class_name"} == set(model.config) - {"use_linear_projection", "num_vector_embeds"}
+    tiny(use_linear_projection=True).save_config(tmp_path / "given")
+    assert model.load_config(tmp_path / "given")["use_linear_projection"] is True
+
+
+def test_the_weights_decide_on_micro_conditions(tmp_path: Any) -> None:
+    """Configs that lack the key, at sample_size 128: α has the embedders, Σ has not."""
+    for embeds in (True, False):
+        folder = tmp_path / str(embeds)
+        tiny(sample_size=128, use_additional_conditions=embeds).save_pretrained(folder)
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace(f'"use_additional_conditions": {str(embeds).lower()},', ""))
+        assert "use_additional_conditions" not in (folder / "config.json").read_text()
+        assert PixArtTransformer2DModel.from_pretrained(folder).use_additional_conditions is embeds

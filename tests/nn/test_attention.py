@@ -1,0 +1,128 @@
+"""Every path of the seam against the plain formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from impasto.nn import attention as seam
+from impasto.nn.attention import attention, attention_formula
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def tensors(batch: int = 2, heads: int = 3, n: int = 5, m: int = 7, size: int = 12, **options: object) -> Tensors:
+    return tuple(torch.randn(batch, heads, length, size, **options) for length in (n, m, m))
+
+
+def bias_of(kind: str | None) -> Tensor | None:
+    if kind is None:
+        return None
+    if kind == "by key":
+        bias = torch.zeros(2, 1, 1, 7)
+        bias[0, ..., 4:] = -torch.inf
+        return bias
+    if kind == "soft":
+        return torch.randn(2, 1, 1, 7)
+    if kind == "by query and key":
+        return torch.randn(2, 3, 5, 7).masked_fill(torch.rand(2, 3, 5, 7) > 0.8, -torch.inf)
+    assert kind == "an empty row"
+    bias = torch.zeros(2, 1, 1, 7)
+    bias[1] = -torch.inf
+    return bias
+
+
+KINDS = [None, "by key", "soft", "by query and key", "an empty row"]
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_float32_agrees_with_the_formula(kind: str | None, scale: float | None, training: bool) -> None:
+    query, key, value = tensors(requires_grad=training)
+    bias = bias_of(kind)
+    out = attention(query, key, value, bias, scale)
+    exact = attention_formula(query, key, value, bias, scale)
+    assert out.dtype == torch.float32
+    assert distance(out, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "an empty row"])  # there the formula has none
+def test_gradients_agree_with_the_formula(kind: str | None) -> None:
+    inputs = tensors(requires_grad=True)
+    bias = bias_of(kind)
+    weights = torch.randn(2, 3, 5, 12)
+
+    def gradients(function: Callable[..., Tensor]) -> Tensors:
+        return torch.autograd.grad((function(*inputs, bias) * weights).sum(), inputs)
+
+    for ours, exact in zip(gradients(attention), gradients(attention_formula)):
+        assert ours.isfinite().all()
+        assert distance(ours, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_keys_gives_zeros_and_finite_gradients(training: bool, dtype: torch.dtype) -> None:
+    query, key, value = tensors(requires_grad=training, dtype=dtype)
+    out = attention(query, key, value, bias_of("an empty row"))
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert out[0].abs().min() > 0
+    if training:
+        out.sum().backward()
+        for x in (query, key, value):
+            assert x.grad is not None
+            assert torch.equal(x.grad[1], torch.zeros_like(x.grad[1]))
+        assert value.grad is not None
+        assert value.grad[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_bfloat16_is_as_near_as_its_rounding_allows(kind: str | None, training: bool) -> None:
+    query, key, value = tensors(batch=2, dtype=torch.bfloat16, requires_grad=training)
+    bias = bias_of(kind)
+    out = attention(query, key, value, bias)  # the bias may have another dtype
+    assert out.dtype == torch.bfloat16
+    assert distance(out, attention_formula(query, key, value, bias)) <= 2**-8 * 2
+
+
+def test_half_precision_biases_may_be_the_lowest_number() -> None:
+    """-65504 in float16 discards like -inf, without overflowing to NaN in a sum."""
+    query, key, value = tensors(requires_grad=True)
+    lowest = torch.zeros(2, 1, 1, 7, dtype=torch.float16)
+    lowest[0, ..., 4:] = torch.finfo(torch.float16).min
+    exact = attention_formula(query, key, value, bias_of("by key"))
+    assert distance(attention(query, key, value, lowest), exact) <= 1e-6
+
+
+def test_training_on_the_cpu_takes_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only that: inference, and more scores than memory is meant for, do not."""
+    calls: list[int] = []
+    products = seam._products
+    monkeypatch.setattr(seam, "_products", lambda *a: calls.append(1) or products(*a))
+    query, key, value = tensors(requires_grad=True)
+    attention(query, key, value)
+    assert len(calls) == 1
+    with torch.no_grad():
+        attention(query, key, value)
+    attention(query.detach(), key.detach(), value.detach())
+    monkeypatch.setattr(seam, "_MAX_SCORES_IN_TRAINING", 2 * 3 * 5 * 7 - 1)
+    attention(query, key, value)
+    assert len(calls) == 1
+
+
+def test_the_formula_is_softmax_of_products_times_values() -> None:
+    """By hand: scores 0 and log 3 weigh 1/4 and 3/4."""
+    query = torch.ones(1, 1, 1, 1)
+    key = torch.tensor([1.0, 3.0]).log().reshape(1, 1, 2, 1)
+    value = torch.tensor([[4.0], [8.0]]).reshape(1, 1, 2, 1)
+    assert attention_formula(query, key, value).item() == pytest.approx(7.0)
+    assert attention(query, key, value).item() == pytest.approx(7.0)

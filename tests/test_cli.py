@@ -1,0 +1,318 @@
+"""The command line: files, seeds, settings, errors, and that help costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from impasto import cli
+from impasto.errors import CheckpointNotFoundError
+from impasto.pipelines.image import check_picture_path, read_settings
+from impasto.pipelines.inspection import inspect_model, picture_size
+from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+from impasto.scenes.evaluate import held_out_prompts
+from impasto.scenes.judge import read
+from impasto.schedulers.lcm import LCMScheduler
+
+from .tiny import tiny_pipeline, tiny_transformer, write_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def call(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def generate(model: Path, *arguments: Any) -> Result:
+    return call("generate", "--model", model, "--steps", 2, "--device", "cpu", *arguments)
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(int)
+
+
+def fresh(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+# --- generate ---
+
+
+def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cube.png"
+    options = ("--seed", 7, "--guidance-scale", 3.5, "--negative-prompt", "grey, blue", "--scheduler", "ddim")
+    result = generate(model, "a red cube", "--output", path, "--height", 16, "--width", 24, *options)
+    assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+    assert result.stderr == "seed 7\n"
+    settings = read_settings(path)
+    assert (settings.prompt, settings.negative_prompt, settings.steps) == ("a red cube", "grey, blue", 2)
+    assert (settings.seed, settings.guidance_scale, settings.sampler) == (7, 3.5, "ddim")
+    assert (settings.height, settings.width, settings.model) == (16, 24, str(model))
+    assert settings.extra["Dtype"] == "float32"
+    assert pixels(path).shape == (16, 24, 3)
+
+
+def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
+    """Order of the files, seeds, and the picture itself: made together, in other batches, and alone."""
+    prompts = ["a red cube", "a blue sphere"]
+    made = {}
+    for batch in (3, 4):
+        folder = tmp_path / f"batches of {batch}"
+        result = generate(model, *prompts, "--num-images", 2, "--seed", 5, "--batch-size", batch, "--output", folder)
+        made[batch] = sorted(folder.iterdir())
+        assert result.stdout.split("\n")[:-1] == [str(folder / f"{i:04d}.png") for i in range(4)]
+        assert [path.name for path in made[batch]] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    settings = [read_settings(path) for path in made[4]]
+    assert [s.prompt for s in settings] == ["a red cube", "a red cube", "a blue sphere", "a blue sphere"]
+    assert [s.seed for s in settings] == [5, 6, 7, 8]
+
+    generate(model, "a blue sphere", "--seed", 7, "--output", tmp_path / "alone.png")
+    alone = pixels(tmp_path / "alone.png")
+    assert abs(pixels(made[4][2]) - alone).max() <= 1
+    assert abs(pixels(made[3][2]) - alone).max() <= 1
+    assert abs(pixels(made[4][3]) - alone).max() > 5
+
+
+def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+    generate(model, "a red cube", "--seed", 3, "--scheduler", "lcm", "--output", tmp_path / "x.png")
+    pipe = PixArtSigmaPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    expected = pipe("a red cube", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+    assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: Path) -> None:
+    first = generate(model, "a red cube", "--output", f"{tmp_path}/new/folder/")
+    path = tmp_path / "new" / "folder" / "0000.png"
+    assert first.stdout == f"{path}\n"
+    seed = read_settings(path).seed
+    assert f"seed {seed}\n" in first.stderr
+    generate(model, "a red cube", "--output", tmp_path / "again.png", "--seed", seed)
+    assert (pixels(path) == pixels(tmp_path / "again.png")).all()
+    other = generate(model, "a red cube", "--output", tmp_path / "other.png")
+    assert f"seed {seed}\n" not in other.stderr
+
+
+def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = write_pipeline(tmp_path / "alpha", PixArtAlphaPipeline)
+    lengths = []
+    encode = PixArtAlphaPipeline.encode_prompt
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["max_sequence_length"])
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(PixArtAlphaPipeline, "encode_prompt", spy)
+    assert generate(alpha, "a red cube", "--output", tmp_path / "x.webp").exit_code == 0
+    assert lengths == [120]
+    assert read_settings(tmp_path / "x.webp").sampler == "dpm++"
+
+
+def test_dtypes(model: Path, tmp_path: Path) -> None:
+    native = torch.cpu.get_capabilities().get("avx512_bf16")
+    assert cli._choose_dtype(cli.DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    generate(model, "a red cube", "--dtype", "bfloat16", "--seed", 1, "--output", tmp_path / "x.png")
+    assert read_settings(tmp_path / "x.png").extra["Dtype"] == "bfloat16"
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["x", "y", "--output", "{tmp}/x.png"], "2 pictures do not fit into the one file"),
+        (["x", "--num-images", 3, "--output", "{tmp}/x.png"], "3 pictures do not fit into the one file"),
+        (["x", "--output", "{tmp}/x.gif"], "extensions of a picture"),
+        (["x", "--output", "{tmp}/missing/x.png"], "does not exist; create it"),
+        (["x", "--output", "{tmp}/model.1"], "is a file, and should be a folder"),
+        (["  "], "a prompt is empty"),
+        (["x", "--guidance-scale", "nan"], "guidance_scale must be a finite number"),
+        (["x", "--steps", 0], "steps must be a whole number of 1 or more"),
+        (["x", "--num-images", 0], "num_images must be a whole number of 1 or more"),
+        (["x", "--batch-size", 0], "batch_size must be a whole number of 1 or more"),
+        (["x", "--seed", -1], "the seed must be a whole number from 0"),
+        (["x", "--height", 18], "the nearest size is 16 x 16"),
+        (["x", "--device", "cuda:99"], "the device cuda:99 is not available; this machine has cpu"),
+        (["x", "--device", "toaster"], "there is no device 'toaster'"),
+        (["x", "--model", "no/such/model"], "the folder no/such/model does not exist"),
+        (["x", "--model", "builtin:nothing"], "there is no bundled model"),
+        (["x", "--model", "owner/name"], "the hub cannot be reached"),
+        (["x", "--model", "{tmp}"], "has no model_index.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_costs_no_loading(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "model.1").touch()
+    result = generate(model, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert expected in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate"], ["generate", "x", "--steps", "many"], ["generate", "x", "--scheduler", "magic"], ["fly"]],
+)
+def test_usage_errors_have_status_2(arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in result.stderr
+
+
+def test_debug_lets_the_error_through(tmp_path: Path) -> None:
+    result = call("--debug", "info", tmp_path)
+    assert isinstance(result.exception, CheckpointNotFoundError)
+
+
+def test_an_interruption_has_status_130(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupt)
+    result = generate(model, "x", "--output", tmp_path / "x.png")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_is_explained(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PixArtSigmaPipeline, "__call__", exhausted)
+    result = generate(model, "x", "--output", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "use a smaller --batch-size" in result.stderr
+
+
+def test_the_extensions_are_those_that_can_be_written(tmp_path: Path) -> None:
+    for extension in cli.PICTURE_EXTENSIONS:
+        check_picture_path(tmp_path / f"x{extension}")
+
+
+# --- info ---
+
+
+def test_info_counts_what_is_stored(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.transformer = tiny_transformer().half()
+    pipe.save_pretrained(tmp_path, max_shard_size=20_000)
+    found = inspect_model(tmp_path)
+    parts = found.by_name
+    assert list(parts) == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
+    for name in ("vae", "transformer"):
+        assert parts[name].parameters == pipe.components[name].num_parameters()
+    encoder = {name: p.numel() for name, p in pipe.text_encoder.named_parameters()}
+    assert parts["text_encoder"].parameters == sum(encoder.values())
+    assert (parts["transformer"].dtypes, parts["vae"].dtypes) == (("float16",), ("float32",))
+    assert parts["tokenizer"].parameters == parts["scheduler"].parameters == 0
+    assert parts["vae"].disk_bytes == sum(path.stat().st_size for path in (tmp_path / "vae").iterdir())
+
+    assert parts["transformer"].memory("float32") == 4 * parts["transformer"].parameters
+    loaded = PixArtSigmaPipeline.from_pretrained(tmp_path, dtype="float16").text_encoder
+    assert parts["text_encoder"].memory("float16") == sum(p.nbytes for p in loaded.parameters())
+    both, single = (found.peak_memory("bfloat16", one_at_a_time=flag) for flag in (False, True))
+    assert max(part.memory("bfloat16") for part in found.parts) < single < both
+    config = pipe.transformer.config
+    assert picture_size(config, pipe.vae.config) == (config.sample_size * pipe.vae_scale_factor, 4)
+
+    result = call("info", tmp_path)
+    assert result.exit_code == 0
+    assert f"{parts['transformer'].parameters:,}" in result.stdout
+    assert "pictures of 16 x 16 px" in result.stdout
+
+
+def test_info_of_a_variant(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert inspect_model(tmp_path).by_name["vae"].parameters == pipe.vae.num_parameters()
+
+
+@pytest.mark.parametrize(("damage", "expected"), [("remove", "holds no weights"), ("corrupt", "damaged header")])
+def test_info_of_a_damaged_checkpoint(tmp_path: Path, damage: str, expected: str) -> None:
+    write_pipeline(tmp_path)
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes((64).to_bytes(8, "little") + b"x" * 64)
+    result = call("info", tmp_path)
+    assert result.exit_code == 1
+    assert expected in result.stderr
+
+
+# --- evaluate ---
+
+
+def test_evaluate_prints_the_table_and_writes_the_verdicts(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    result = call("evaluate", "--model", model, "--n", 3, "--steps", 1, "--batch-size", 2, "--output", path)
+    assert result.exit_code == 0, result.output
+    assert "3 pictures: 2 unseen prompt, 1 never trained." in result.stdout
+    report = json.loads(path.read_text())
+    assert report["settings"]["n"] == 3
+    assert [picture["prompt"] for picture in report["pictures"]] == [prompt.text for prompt in held_out_prompts(3)]
+
+
+# --- in a process of its own ---
+
+
+def test_help_fits_one_screen_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from impasto import cli\n"
+        "try: cli.app(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('loaded:', sorted({'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    *text, loaded = fresh("-c", code).stdout.splitlines()
+    assert loaded == "loaded: []"
+    assert len(text) <= 40
+    assert all(len(line) <= 100 for line in text)
+    for option in ("--model", "--output", "--negative-prompt", "--num-images", "--scheduler", "--dtype", "--device"):
+        assert any(option in line for line in text), option
+
+
+def test_an_error_of_the_command_itself(tmp_path: Path) -> None:
+    done = fresh("-m", "impasto", "generate", "x", "--model", str(tmp_path / "no model"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" in fresh("-m", "impasto", "--debug", "info", str(tmp_path)).stderr
+
+
+def test_version() -> None:
+    import impasto
+
+    assert call("--version").stdout == f"impasto {impasto.__version__}\n"
+
+
+def test_the_bundled_model_draws_what_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    result = call("generate", "a red cube on top of a blue sphere", "--seed", 7, "--output", path)
+    assert result.exit_code == 0, result.output
+    with Image.open(path) as picture:
+        (seen,) = read([picture])
+    assert {(solid.color, solid.shape) for solid in seen.solids} == {("red", "cube"), ("blue", "sphere")}
+    assert seen.relations == ("on top of",)
