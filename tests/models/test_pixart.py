@@ -414,6 +414,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "activation_fn": ({"activation_fn": "mish"}, "activation_fn 'mish' is unknown; use one of gelu"),
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
     "num_layers": ({"num_layers": 0}, "num_layers must be a positive whole number, not 0"),
+    "in_channels": ({"in_channels": None}, "in_channels must be a positive whole number, not None"),
     "patch_size": ({"patch_size": -2}, "patch_size must be a positive whole number, not -2"),
     "sample_size": ({"sample_size": 1}, "sample_size 1 is smaller than patch_size 2"),
     "out_channels": ({"out_channels": -8}, "out_channels must be a positive whole number, not -8"),

@@ -109,12 +109,14 @@ class PixArtTransformer2DModel(Model):
             "num_layers": num_layers,
             "sample_size": sample_size,
             "patch_size": patch_size,
+        }
+        optional = {
             "out_channels": out_channels,
             "cross_attention_dim": cross_attention_dim,
             "caption_channels": caption_channels,
         }
-        for key, size in sizes.items():
-            if size is not None and (not isinstance(size, int) or size <= 0):
+        for key, size in (sizes | {key: size for key, size in optional.items() if size is not None}).items():
+            if not isinstance(size, int) or size <= 0:
                 raise ConfigurationError(f"{name}: {key} must be a positive whole number, not {size!r}")
         require_positive(name, norm_eps=norm_eps)
         if interpolation_scale is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read what ``save_state`` wrote."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # damaged bytes make the reader stumble in any way: IndexError, KeyError, ...
         raise CheckpointError(f"{path} is not a training state; delete it to start anew ({error})") from error
-    assert isinstance(state, dict)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a training state but a {type(state).__name__}; delete it to start anew")
     return state
 
 

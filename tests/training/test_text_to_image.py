@@ -1,0 +1,222 @@
+"""Training of a tiny PixArt transformer with a tiny text encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.training.state import load_state
+from impasto.training.text_to_image import (
+    Batch,
+    Masters,
+    TextToImageRecipe,
+    drop_captions,
+    initialize,
+    train_text_to_image,
+)
+
+from ..tiny import tiny_text_encoder, tiny_transformer
+
+BETAS = torch.linspace(1e-4, 0.02, 1000)
+EMPTY = (torch.tensor([1]), torch.tensor([1]))  # </s> alone
+
+
+def recipe(steps: int, **overrides: Any) -> TextToImageRecipe:
+    small: dict[str, Any] = {"batch_size": 8, "warmup_steps": 2, "compile_blocks": False, "log_every": 1}
+    return TextToImageRecipe(steps=steps, **{**small, **overrides})
+
+
+class Batches(Iterator[Batch]):
+    """Flat latents whose sign is told by the caption; counts how many were asked for."""
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self.taken = 0
+
+    def __next__(self) -> Batch:
+        self.taken += 1
+        generator = torch.Generator().manual_seed(self.taken)
+        kind = torch.randint(2, (self.size,), generator=generator)
+        latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+        ids = torch.stack([kind + 5, torch.full_like(kind, 1), torch.zeros_like(kind)], 1)
+        return Batch(latents, ids, torch.tensor([1, 1, 0]).expand(self.size, 3))
+
+
+def models(seed: int = 0) -> tuple[PixArtTransformer2DModel, nn.Module]:
+    transformer = tiny_transformer(seed)
+    initialize(transformer)
+    return transformer, tiny_text_encoder(num_layers=1, seed=seed)
+
+
+def train(
+    parts: tuple[PixArtTransformer2DModel, nn.Module],
+    batches: Batches,
+    recipe: TextToImageRecipe,
+    folder: Path,
+    on_save: Callable[[int], None] | None = None,
+) -> None:
+    train_text_to_image(*parts, batches, EMPTY, BETAS, recipe, folder, on_save)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def named(parts: tuple[PixArtTransformer2DModel, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": parameter
+        for part, model in zip(("transformer", "text_encoder"), parts, strict=True)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
+    parts = models()
+    before = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
+    train(parts, Batches(), recipe(60, learning_rate=3e-3, log_every=5), tmp_path)
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [float(step) for step in range(5, 61, 5)]
+    assert log[-1]["loss"] < 0.35 * log[0]["loss"]
+    for band in ("t0_250", "t250_500", "t500_750", "t750_1000"):
+        assert 0 < log[-1][band] < log[0][band]
+    changed = {name for name, parameter in named(parts).items() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("text_encoder.") for name in changed)
+    assert any(".attn2." in name for name in changed)
+
+
+def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
+    parts = models()
+    train(parts, Batches(), recipe(5), tmp_path)
+    state = load_state(tmp_path / "state.pt")
+    assert state["step"] == state["ema"]["updates"] == 5
+    for name, parameter in named(parts).items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, state["ema"][name]), name
+    assert any(not torch.equal(state["ema"][name], state["models"][name]) for name in named(parts))
+    assert not any(model.training for model in parts)
+
+
+def test_an_interrupted_run_continues(tmp_path: Path) -> None:
+    def stop(step: int) -> None:
+        raise KeyboardInterrupt
+
+    plan = recipe(6, save_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(models(), Batches(), plan, tmp_path, stop)
+    halfway = load_state(tmp_path / "state.pt")
+    assert halfway["step"] == 3
+
+    calls: list[int] = []
+    batches = Batches()
+    train(models(seed=1), batches, plan, tmp_path, calls.append)
+    assert batches.taken == 3
+    assert calls == [6]
+    state = load_state(tmp_path / "state.pt")
+    assert state["step"] == state["ema"]["updates"] == 6
+    assert float(state["optimizer"]["state"][0]["step"]) == 6
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert [row["rate"] for row in log] == pytest.approx([plan.rate(step) for step in range(6)], abs=1e-6)
+    # Three steps of at most about the learning rate away from where the first run stopped, not from new weights.
+    for name, tensor in state["models"].items():
+        assert float((tensor - halfway["models"][name]).abs().max()) < 10 * plan.learning_rate, name
+
+
+def test_a_finished_run_only_gives_its_averages_back(tmp_path: Path) -> None:
+    first, second, batches = models(), models(seed=1), Batches()
+    train(first, Batches(), recipe(2), tmp_path)
+    train(second, batches, recipe(2), tmp_path)
+    assert batches.taken == 0
+    for (name, a), b in zip(named(first).items(), named(second).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_models_hold_their_averages_while_a_save_is_reported(tmp_path: Path) -> None:
+    parts = models()
+    seen: list[int] = []
+
+    def check(step: int) -> None:
+        state = load_state(tmp_path / "state.pt")
+        for name, parameter in named(parts).items():
+            assert torch.equal(parameter, state["ema"][name].bfloat16()), name
+        assert not any(model.training for model in parts)
+        assert not torch.is_grad_enabled()
+        seen.append(step)
+
+    train(parts, Batches(), recipe(5, save_every=2), tmp_path, check)
+    assert seen == [2, 4, 5]
+
+
+def test_masters_add_up_changes_that_bfloat16_would_lose() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    masters = Masters(model)
+    assert model.weight.dtype == torch.bfloat16
+    for _ in range(100):
+        model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+        masters.take_gradients()
+        assert model.weight.grad is None
+        master = masters.named["weight"]
+        assert master.grad is not None
+        master -= 1e-4 * master.grad
+        masters.publish()
+    torch.testing.assert_close(masters.named["weight"], torch.full((1, 2), 0.99), rtol=0, atol=1e-5)
+    assert torch.equal(model.weight, masters.named["weight"].bfloat16())
+    masters.take_gradients()  # a parameter that took no part has no gradient
+    assert float(masters.named["weight"].grad.abs().max()) == 0  # type: ignore[union-attr]
+
+
+def test_drop_captions_gives_the_empty_caption_its_own_mask() -> None:
+    batch = Batch(torch.randn(2, 4, 8, 8), torch.tensor([[7, 8, 9, 1], [5, 6, 1, 0]]), torch.ones(2, 4).long())
+    ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
+    dropped = drop_captions(batch, EMPTY, 1.0, torch.Generator())
+    assert dropped.input_ids.tolist() == [[1, 0, 0, 0]] * 2
+    assert dropped.attention_mask.tolist() == [[1, 0, 0, 0]] * 2
+    assert torch.equal(dropped.latents, batch.latents)
+    assert torch.equal(batch.input_ids, ids)  # the source may be shared, and is left alone
+    assert torch.equal(batch.attention_mask, mask)
+
+
+def test_drop_captions_drops_about_its_share_and_nothing_of_the_others() -> None:
+    n = 4000
+    batch = Batch(torch.zeros(n, 1, 1, 1), torch.full((n, 3), 7), torch.ones(n, 3).long())
+    result = drop_captions(batch, EMPTY, 0.1, torch.Generator().manual_seed(0))
+    gone = result.input_ids[:, 0] == 1
+    assert 0.08 < float(gone.float().mean()) < 0.12
+    assert bool((result.input_ids[~gone] == 7).all())
+    assert torch.equal(result.attention_mask[:, 1], (~gone).long())
+    untouched = drop_captions(batch, EMPTY, 0.0, torch.Generator())
+    assert torch.equal(untouched.input_ids, batch.input_ids)
+
+
+def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> None:
+    transformer = tiny_transformer()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "timestep": torch.tensor([3, 900]),
+    }
+    with torch.no_grad():
+        assert float(transformer(**inputs).sample.abs().max()) > 0
+        initialize(transformer)
+        assert float(transformer(**inputs).sample.abs().max()) == 0
+        nn.init.normal_(transformer.proj_out.weight)
+        first = transformer(**inputs).sample
+        second = transformer(**{**inputs, "encoder_hidden_states": torch.randn(2, 5, 32)}).sample
+    assert float(first.abs().max()) > 0
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("step", "share"), [(0, 0.01), (49, 0.5), (99, 1.0), (699, 1.0), (850, 0.5), (999, 0.02), (5000, 0.02)]
+)
+def test_the_rate_rises_stays_and_falls(step: int, share: float) -> None:
+    plan = TextToImageRecipe(steps=1000, learning_rate=2.0, warmup_steps=100, decay_share=0.3)
+    assert plan.rate(step) == pytest.approx(2.0 * share)
