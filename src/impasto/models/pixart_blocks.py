@@ -29,7 +29,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens: Tensor = self.proj(latents)  # [B, D, H / p, W / p]
-        return tokens.flatten(2).transpose(1, 2)  # [B, N, D]
+        return tokens.flatten(2).transpose(1, 2).contiguous()  # [B, N, D]; every layer would copy it otherwise
 
 
 class AdaLayerNormSingle(nn.Module):
