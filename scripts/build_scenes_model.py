@@ -2,7 +2,8 @@
 
     python scripts/build_scenes_model.py --out runs/scenes [--stage STAGE]
 
-Every stage resumes where it was interrupted. Without --stage all of them run in order.
+Every stage resumes where it was interrupted. Without --stage all but the last run in order: render, autoencoder,
+latents, tokenizer, transformer, export, restore (which makes a run's folder from an exported checkpoint).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from impasto.models.autoencoder_kl import AutoencoderKL
@@ -34,12 +35,12 @@ from impasto.scenes.evaluate import held_out_prompts, judge_pictures
 from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.state import append_log, load_state
+from impasto.training.state import append_log, load_state, save_state
 from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
 from impasto.training.text_to_image import Batch, TextToImageRecipe, initialize, train_text_to_image
 
 SEED = 2026
-STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export")
+STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")
 CHUNKS = 400  # of 256 pictures
 GEOMETRIES, COLOURINGS, WORDINGS = 32, 8, 4
 AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation pictures are square
@@ -324,7 +325,19 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     )
 
 
-def export(out: Path, target: Path) -> None:
+def restore(out: Path, target: Path, records: Path) -> None:
+    """Go on from an exported checkpoint where the run's own folder is gone. Renders and latents are made anew."""
+    shutil.copytree(target / "vae", out / "vae", dirs_exist_ok=True)
+    shutil.copytree(target / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    pipeline = PixArtSigmaPipeline.from_pretrained(target)
+    models = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
+    named = {name: parameter.detach() for name, parameter in models.named_parameters()}
+    step = json.loads((records / "configuration.json").read_text())["step"]
+    state = {"models": named, "ema": {"updates": step, **named}, "step": step}
+    save_state(out / "transformer" / "state.pt", state)
+
+
+def export(out: Path, target: Path, records: Path) -> None:
     """The averaged models in float16 and the ordinary folder format, and the run's records beside them."""
     state = load_state(out / "transformer" / "state.pt")
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
@@ -342,7 +355,8 @@ def export(out: Path, target: Path) -> None:
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
     PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(target)
     shutil.copyfile(out / "tokenizer" / "spiece.model", target / "tokenizer" / "spiece.model")  # for older readers
-    records = target.parents[3] / "docs" / "scenes" / "training"
+    for path in target.rglob("*.*"):
+        path.chmod(0o644)  # some writers leave files that only their owner can read
     records.mkdir(parents=True, exist_ok=True)
     for name, path in {
         "autoencoder.jsonl": out / "autoencoder" / "log.jsonl",
@@ -374,8 +388,10 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--autoencoder-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=5000, help="of the transformer")
-    target = Path(__file__).resolve().parents[1] / "src" / "impasto" / "scenes" / "checkpoint"
+    root = Path(__file__).resolve().parents[1]
+    target, records = root / "src" / "impasto" / "scenes" / "checkpoint", root / "docs" / "scenes" / "training"
     parser.add_argument("--target", type=Path, default=target, help="where the finished checkpoint goes")
+    parser.add_argument("--records", type=Path, default=records, help="where logs and configuration of the run go")
     options = parser.parse_args()
     if options.stage in (None, "render"):
         render(options.out, options.chunks)
@@ -387,8 +403,10 @@ def main() -> None:
         train_tokenizer(options.out)
     if options.stage in (None, "transformer"):
         train_transformer(options.out, TextToImageRecipe(steps=options.steps))
+    if options.stage == "restore":
+        restore(options.out, options.target, options.records)
     if options.stage in (None, "export"):
-        export(options.out, options.target)
+        export(options.out, options.target, options.records)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class TextToImageRecipe:
     clip: float = 1.0
     caption_dropout: float = 0.1
     ema_decay: float = 0.998
-    max_weight: float = 50.0
+    max_weight: float = 1000.0
     bound_weight: float = 0.02
     compile_blocks: bool = True
     log_every: int = 50
@@ -138,7 +138,8 @@ def train_text_to_image(
         state = load_state(state_path)
         for name, master in masters.named.items():
             master.copy_(state["models"][name])
-        optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:  # a state made from a finished checkpoint has none
+            optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         masters.publish()
         start = state["step"]
