@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
-import itertools
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -32,7 +34,7 @@ from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
 from impasto.scenes.evaluate import held_out_prompts, judge_pictures
-from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
+from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from impasto.training.state import append_log, load_state, save_state
@@ -44,6 +46,8 @@ STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "expor
 CHUNKS = 400  # of 256 pictures
 GEOMETRIES, COLOURINGS, WORDINGS = 32, 8, 4
 AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation pictures are square
+CELL = 8  # pixels of a render that one latent stands for: halved, then made 4 times smaller
+LABEL_CLASSES = (4, len(COLOURS) + len(BACKGROUNDS), 1 + len(SHAPES))
 FRAMES = [(128, 128)] * 4 + [(96, 160), (160, 96), (112, 144), (144, 112)]
 
 AUTOENCODER = {
@@ -84,28 +88,56 @@ TRANSFORMER = {
     "use_additional_conditions": False,
     "caption_channels": 128,
 }
-#: That of the published PixArt checkpoints.
-SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+#: The noise of the published PixArt checkpoints.
+SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
 MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
 WARM_START_STEPS = 400
 
 
 def render(out: Path, chunks: int) -> None:
-    """Chunks of pictures with several wordings of each caption; one frame size a chunk."""
+    """Chunks of pictures with several wordings of each caption; one frame size a chunk. All cores work at it."""
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    for chunk in range(chunks):
-        path = folder / f"{chunk:04d}.npz"
-        if path.exists():
-            continue
-        height, width = FRAMES[chunk % len(FRAMES)]
-        pictures, scenes, _ = scene_batch(SEED + chunk, GEOMETRIES, COLOURINGS, height, width)
-        rng = np.random.default_rng([SEED, chunk])
-        captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, pictures=pictures.numpy(), captions=json.dumps(captions))
-        os.replace(temporary, path)
+    missing = [chunk for chunk in range(chunks) if not (folder / f"{chunk:04d}.npz").exists()]
+    in_parallel(functools.partial(render_chunk, folder), missing)
+
+
+def in_parallel(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """One process a core, with one thread each."""
+    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pool.map(work, items, chunksize=1)
+
+
+def render_chunk(folder: Path, chunk: int) -> None:
+    height, width = FRAMES[chunk % len(FRAMES)]
+    pictures, scenes, _, ids = scene_batch(SEED + chunk, GEOMETRIES, COLOURINGS, height, width)
+    rng = np.random.default_rng([SEED, chunk])
+    captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
+    path = folder / f"{chunk:04d}.npz"
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(
+        temporary,
+        pictures=pictures.numpy(),
+        captions=json.dumps(captions),
+        labels=label_cells(ids, scenes).numpy(),
+    )
+    os.replace(temporary, path)
+
+
+def label_cells(ids: Tensor, scenes: list[Scene]) -> Tensor:
+    """What fills most of each cell that becomes one latent: [N, 3, H / CELL, W / CELL] uint8.
+
+    Its solid (0: none), its colour (COLOURS, then BACKGROUNDS) and its shape (0: none), as LABEL_CLASSES counts them.
+    """
+    share = torch.stack([F.avg_pool2d((ids == number).float(), CELL) for number in range(LABEL_CLASSES[0])])
+    solid = share.argmax(0)  # [N, H / CELL, W / CELL]
+    table = torch.zeros(len(scenes), LABEL_CLASSES[0], 2, dtype=torch.long)
+    for row, scene in zip(table, scenes, strict=True):
+        row[0, 0] = len(COLOURS) + list(BACKGROUNDS).index(scene.background)
+        for number, item in enumerate(scene.solids, 1):
+            row[number] = torch.tensor([list(COLOURS).index(item.color), 1 + SHAPES.index(item.shape)])
+    shown = table[torch.arange(len(scenes))[:, None, None], solid]  # [N, H / CELL, W / CELL, 2]
+    return torch.stack([solid, *shown.unbind(-1)], 1).to(torch.uint8)
 
 
 def load_pictures(out: Path, chunk: int) -> Tensor:
@@ -145,17 +177,20 @@ def encode(out: Path) -> None:
         latents = model.encode(sample).latent_dist.mode()
         standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         model.save_pretrained(out / "vae")
+    missing = [p for p in sorted((out / "pictures").glob("[0-9]???.npz")) if not (folder / f"{p.stem}.npy").exists()]
+    in_parallel(functools.partial(encode_chunk, out), missing)
+
+
+@torch.no_grad()
+def encode_chunk(out: Path, rendered: Path) -> None:
     model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
-    for path in sorted((out / "pictures").glob("[0-9]*.npz")):
-        target = folder / f"{path.stem}.npy"
-        if target.exists():
-            continue
-        pictures = load_pictures(out, int(path.stem)).float() / 127.5 - 1
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-        temporary = target.with_suffix(".tmp.npy")
-        np.save(temporary, (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous().numpy())
-        os.replace(temporary, target)
+    pictures = load_pictures(out, int(rendered.stem)).float() / 127.5 - 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+    target = out / "latents" / f"{rendered.stem}.npy"
+    temporary = target.with_suffix(".tmp.npy")
+    np.save(temporary, (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous().numpy())
+    os.replace(temporary, target)
 
 
 def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
@@ -225,35 +260,27 @@ def captions_of(path: Path) -> list[str]:
 
 
 class Samples:
-    """Latents and tokenised captions of all chunks, in memory."""
+    """All pictures in memory, by frame size: latents, labels, and the tokens of their captions."""
 
     def __init__(self, out: Path, tokenizer: T5Tokenizer):
-        self.out = out
-        self.tokenizer = tokenizer
-        self.latents: dict[str, Tensor] = {}
-        self.tokens: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def refresh(self) -> list[str]:
-        """Take up some chunks that are new since the last time: a run need not wait for the last of them."""
-        paths = sorted((self.out / "latents").glob("[0-9]???.npy"))
-        for path in paths[: len(self.latents) + (12 if self.latents else 48)]:
-            if path.stem not in self.latents:
-                self.latents[path.stem] = torch.from_numpy(np.load(path))
-                self.tokens[path.stem] = tokenise(
-                    self.tokenizer, captions_of(self.out / "pictures" / f"{path.stem}.npz")
-                )
-        return list(self.latents)
+        chunks: dict[torch.Size, list[Batch]] = {}
+        for path in sorted((out / "latents").glob("[0-9]???.npy")):
+            rendered = out / "pictures" / path.with_suffix(".npz").name
+            latents, labels = torch.from_numpy(np.load(path)), torch.from_numpy(np.load(rendered)["labels"])
+            tokens = tokenise(tokenizer, captions_of(rendered))
+            chunks.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
+        self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in chunks.values()]
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng([SEED, seed])
-        for number in itertools.count():
-            if number % 100 == 0:
-                chunks = self.refresh()
-            chunk = chunks[rng.integers(len(chunks))]
-            rows = torch.from_numpy(rng.choice(len(self.latents[chunk]), size=size, replace=False))
+        share = np.array([len(frame.latents) for frame in self.frames], dtype=float)
+        while True:
+            frame = self.frames[rng.choice(len(self.frames), p=share / share.sum())]
+            rows = torch.from_numpy(rng.integers(len(frame.latents), size=size))
             wordings = rows * WORDINGS + torch.from_numpy(rng.integers(WORDINGS, size=size))
-            ids, mask = self.tokens[chunk]
-            yield Batch(self.latents[chunk][rows].float(), ids[wordings], mask[wordings])
+            ids, mask = frame.input_ids[wordings], frame.attention_mask[wordings]
+            assert frame.labels is not None
+            yield Batch(frame.latents[rows].float(), ids, mask, frame.labels[rows])
 
 
 def tokenise(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -327,6 +354,12 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
 
 def restore(out: Path, target: Path, records: Path) -> None:
     """Go on from an exported checkpoint where the run's own folder is gone. Renders and latents are made anew."""
+    vae = AutoencoderKL.from_pretrained(target / "vae")
+    log = (records / "autoencoder.jsonl").read_text()
+    steps = int(json.loads(log.splitlines()[-1])["step"])
+    save_state(out / "autoencoder" / "state.pt", {"model": vae.state_dict(), "step": steps})
+    (out / "autoencoder" / "log.jsonl").write_text(log)
+    vae.save_pretrained(out / "autoencoder" / "model")
     shutil.copytree(target / "vae", out / "vae", dirs_exist_ok=True)
     shutil.copytree(target / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     pipeline = PixArtSigmaPipeline.from_pretrained(target)
@@ -402,7 +435,7 @@ def main() -> None:
     if options.stage in (None, "tokenizer"):
         train_tokenizer(options.out)
     if options.stage in (None, "transformer"):
-        train_transformer(options.out, TextToImageRecipe(steps=options.steps))
+        train_transformer(options.out, TextToImageRecipe(steps=options.steps, label_classes=LABEL_CLASSES))
     if options.stage == "restore":
         restore(options.out, options.target, options.records)
     if options.stage in (None, "export"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from impasto.errors import InputError
 from impasto.training.diffusion_loss import DiffusionLoss
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -151,3 +152,23 @@ def test_first_and_later_timesteps_mix_in_a_batch(objective: DiffusionLoss) -> N
         alone = objective(output[one], x0[one], noise[one], xt[one], t[one]).variational_bound
         torch.testing.assert_close(together[one], alone)
     assert bool(together.isfinite().all())
+
+
+def test_a_velocity_is_judged_as_the_noise_that_it_implies() -> None:
+    x0, noise, xt, t = sample(600)
+    alpha_bar = ALPHA_BAR[600].float()
+    objective = DiffusionLoss(BETAS, "v_prediction")
+    epsilon, interpolation = noise + 0.01 * torch.randn_like(noise), torch.rand_like(noise) * 2 - 1
+    velocity = (epsilon - (1 - alpha_bar).sqrt() * xt) / alpha_bar.sqrt()  # from x_t and the noise
+    losses = objective(torch.cat([velocity, interpolation], 1), x0, noise, xt, t)
+    expected = DiffusionLoss(BETAS)(torch.cat([epsilon, interpolation], 1), x0, noise, xt, t)
+    torch.testing.assert_close(losses.mse, expected.mse / alpha_bar, rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses.variational_bound, expected.variational_bound, rtol=1e-3, atol=1e-6)
+
+    exact = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    assert float(objective(exact, x0, noise, xt, t).mse.max()) < 1e-10
+
+
+def test_an_unknown_prediction_type_is_refused() -> None:
+    with pytest.raises(InputError, match="prediction_type is 'sample'"):
+        DiffusionLoss(BETAS, "sample")

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from impasto.errors import InputError
 from impasto.models.pixart import PixArtTransformer2DModel
 from impasto.training.state import load_state
 from impasto.training.text_to_image import (
     Batch,
+    LabelHead,
     Masters,
     TextToImageRecipe,
     drop_captions,
     initialize,
+    make_optimizers,
     train_text_to_image,
 )
 
@@ -80,9 +83,9 @@ def named(parts: tuple[PixArtTransformer2DModel, nn.Module]) -> dict[str, Tensor
 def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
     parts = models()
     before = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
-    train(parts, Batches(), recipe(60, learning_rate=3e-3, log_every=5), tmp_path)
+    train(parts, Batches(), recipe(100, learning_rate=3e-3, log_every=5), tmp_path)
     log = rows(tmp_path)
-    assert [row["step"] for row in log] == [float(step) for step in range(5, 61, 5)]
+    assert [row["step"] for row in log] == [float(step) for step in range(5, 101, 5)]
     assert log[-1]["loss"] < 0.35 * log[0]["loss"]
     for band in ("t0_250", "t250_500", "t500_750", "t750_1000"):
         assert 0 < log[-1][band] < log[0][band]
@@ -120,7 +123,7 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     assert calls == [6]
     state = load_state(tmp_path / "state.pt")
     assert state["step"] == state["ema"]["updates"] == 6
-    assert float(state["optimizer"]["state"][0]["step"]) == 6
+    assert float(state["optimizers"][1]["state"][0]["step"]) == 6
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
     assert [row["rate"] for row in log] == pytest.approx([plan.rate(step) for step in range(6)], abs=1e-6)
@@ -220,3 +223,58 @@ def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> No
 def test_the_rate_rises_stays_and_falls(step: int, share: float) -> None:
     plan = TextToImageRecipe(steps=1000, learning_rate=2.0, warmup_steps=100, decay_share=0.3)
     assert plan.rate(step) == pytest.approx(2.0 * share)
+
+
+def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trace(tmp_path: Path) -> None:
+    class Labelled(Batches):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            kind = (batch.latents[:, :1] > 0).long()  # [B, 1, H, W]
+            return batch._replace(labels=torch.cat([kind, 2 * kind], 1))
+
+    parts = models()
+    names = set(parts[0].state_dict())
+    train(parts, Labelled(), recipe(60, learning_rate=3e-3, label_block=0, label_classes=(2, 3)), tmp_path)
+    log = rows(tmp_path)
+    assert log[0]["labels"] == pytest.approx(torch.tensor([2.0, 3.0]).log().sum().item(), rel=0.3)
+    assert log[-1]["labels"] < 0.3 * log[0]["labels"]
+    assert set(parts[0].state_dict()) == names
+    assert any(name.startswith("label_head.") for name in load_state(tmp_path / "state.pt")["models"])
+
+
+def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
+    transformer = tiny_transformer()
+    head = LabelHead(transformer, 0, (2, 3))
+    torch.nn.init.zeros_(head.read.weight)
+    torch.nn.init.zeros_(head.read.bias)
+    head.read.bias.data.view(2, 2, 5)[0, 1, 0] = 50.0  # in the upper right of each patch, sure of the first class
+    with torch.no_grad():
+        transformer(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.tensor([3]))
+    labels = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
+    expected = torch.tensor([0.75 * torch.tensor(2.0).log(), torch.tensor(3.0).log()]).sum()
+    torch.testing.assert_close(head(labels), expected.view(1))
+
+
+def test_muon_takes_the_matrices_between_hidden_states_alone() -> None:
+    masters = Masters(nn.ModuleDict(dict(zip(("transformer", "text_encoder"), models(), strict=True))))
+    muon, adamw = make_optimizers(masters.named, recipe(1))
+    by_id = {id(p): name for name, p in masters.named.items()}
+    names = {by_id[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert {n for n in names if "text_encoder" in n and "relative" not in n}
+    assert "transformer.transformer_blocks.0.attn1.to_q.weight" in names
+    assert not [n for n in names if "table" in n or "bias" in n or "embed" in n or "proj_out" in n or "shared" in n]
+    others = {by_id[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert names | others == set(masters.named)
+    assert not names & others
+
+
+def test_an_unknown_prediction_type_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prediction_type"):
+        train(models(), Batches(), recipe(1, prediction_type="flow"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_both_predictions_learn(kind: str, tmp_path: Path) -> None:
+    train(models(), Batches(), recipe(30, learning_rate=3e-3, prediction_type=kind), tmp_path)
+    log = rows(tmp_path)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]

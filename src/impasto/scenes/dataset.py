@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .captions import caption
-from .renderer import shade, trace
+from .renderer import SUPERSAMPLING, shade, trace
 from .world import Scene, is_held_out, recolour, sample_arrangement
 
 
-def scene_batch(
-    seed: int, geometries: int, colourings: int, height: int = 128, width: int = 128
-) -> tuple[Tensor, list[Scene], list[str]]:
+class SceneBatch(NamedTuple):
+    pictures: Tensor  # [N, 3, H, W] uint8
+    scenes: list[Scene]
+    captions: list[str]
+    ids: Tensor  # [N, H, W] uint8: what a pixel shows, 0 the background, i the i-th solid of its scene
+
+
+def scene_batch(seed: int, geometries: int, colourings: int, height: int = 128, width: int = 128) -> SceneBatch:
     """Draw `geometries` arrangements in `colourings` colourings each: N = geometries * colourings samples.
 
-    Returns uint8 pictures [N, 3, height, width], their scenes and their captions, the colourings of one arrangement
-    next to each other. The same arguments give the same batch. Arrangements are traced once each, which is what costs.
+    The colourings of one arrangement are next to each other. The same arguments give the same batch. Arrangements are
+    traced once each, which is what costs.
     """
     rng = np.random.default_rng(seed)
     pictures = torch.empty(geometries * colourings, 3, height, width, dtype=torch.uint8)
+    ids = torch.empty(geometries * colourings, height, width, dtype=torch.uint8)
     scenes: list[Scene] = []
     captions: list[str] = []
     for _ in range(geometries):
@@ -32,6 +40,7 @@ def scene_batch(
                 scene = recolour(arrangement, rng)
             picture = shade(buffer, [solid.color for solid in scene.solids], scene.background)
             pictures[len(scenes)] = picture.mul_(255).round_().to(torch.uint8)
+            ids[len(scenes)] = buffer.ids[::SUPERSAMPLING, ::SUPERSAMPLING]
             scenes.append(scene)
             captions.append(caption(scene, rng))
-    return pictures, scenes, captions
+    return SceneBatch(pictures, scenes, captions, ids)

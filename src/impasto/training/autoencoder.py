@@ -55,7 +55,8 @@ def train_autoencoder(
     if state_path.exists():
         state = load_state(state_path)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:  # a state made from a finished checkpoint has none
+            optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     model.train()
     clock = time.monotonic()

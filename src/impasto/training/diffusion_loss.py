@@ -1,4 +1,4 @@
-"""The objective of the PixArt models: noise prediction, and a learned variance.
+"""The objective of the PixArt models: prediction of the noise (or of the velocity), and a learned variance.
 
 Notation of Nichol and Dhariwal (2102.09672) and Ho et al. (2006.11239): x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 
 class Losses(NamedTuple):
     """Per-picture losses, each [B]."""
@@ -20,14 +22,19 @@ class Losses(NamedTuple):
 
 
 class DiffusionLoss:
-    """mse(ε) and, for models that predict twice the channels, the variational bound of their variance.
+    """The squared error and, for models that predict twice the channels, the variational bound of their variance.
 
     Args:
         betas: [T], the noise schedule.
+        prediction_type: what the model predicts, as in a scheduler's config: ``epsilon``, or ``v_prediction``, the
+            velocity v = √ᾱ_t ε - √(1 - ᾱ_t) x_0 (2202.00512, appendix D).
         pixel_scale: half the distance between two values that the data can take, for the likelihood at t = 0.
     """
 
-    def __init__(self, betas: Tensor, pixel_scale: float = 1.0 / 255.0):
+    def __init__(self, betas: Tensor, prediction_type: str = "epsilon", pixel_scale: float = 1.0 / 255.0):
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type is {prediction_type!r}; it is 'epsilon' or 'v_prediction'")
+        self.prediction_type = prediction_type
         self.pixel_scale = pixel_scale
         self.betas = betas.double()
         self.alphas_cumprod = (1.0 - self.betas).cumprod(0)
@@ -45,11 +52,16 @@ class DiffusionLoss:
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, t: Tensor) -> Losses:
-        """Losses of a prediction [B, C or 2C, H, W] of the noise in x_t."""
+        """Losses of a prediction [B, C or 2C, H, W] made from x_t."""
         channels = x0.shape[1]
         output = output.float()
-        epsilon = output[:, :channels]
-        mse = (epsilon - noise).square().flatten(1).mean(1)
+        prediction, target = output[:, :channels], noise
+        epsilon = prediction
+        alpha_bar = _at(self.alphas_cumprod, t)
+        if self.prediction_type == "v_prediction":
+            target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+            epsilon = alpha_bar.sqrt() * prediction + (1 - alpha_bar).sqrt() * xt
+        mse = (prediction - target).square().flatten(1).mean(1)
         if output.shape[1] == channels:
             return Losses(mse, torch.zeros_like(mse))
         # The mean is detached: the bound trains the variance alone (2102.09672, section 3.1).
