@@ -60,7 +60,7 @@ def test_stages_compose_to_forward(grad: bool) -> None:
         modulation = model.modulate(inputs["timestep"])
         staged = model.denoise(inputs["hidden_states"], context, modulation)
         given = model(inputs["hidden_states"], context, modulation).sample
-    assert (context.keys is None) == grad
+    assert (context.text is not None) == grad
     assert torch.equal(staged, expected)
     assert torch.equal(given, expected)
 
@@ -70,9 +70,86 @@ def test_discarded_tokens_are_left_out() -> None:
     mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
     with torch.no_grad():
         context = model.encode_context(inputs["encoder_hidden_states"], mask)
-    assert context.length == 2
-    assert context.bias is not None
-    assert context.bias[:, 0, 0].tolist() == [[0, 0], [0, -torch.inf]]
+    assert context.by_row is not None
+    assert [[layer.values.shape for layer in row] for row in context.by_row] == [[(4, 24)] * 2, [(1, 24)] * 2]
+
+
+MASKS = {
+    "ragged": RAGGED,
+    "holes, one token": torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 0]]),
+    "an empty row": torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]),
+    "soft bias": torch.tensor([[[0.0, 1.5, -10000.0, -2.0, 0.3]], [[-10000.0, -10000.0, 0.7, -10000.0, -10000.0]]]),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
+@pytest.mark.parametrize("way", ["absorbed", "by row", "padded"])
+def test_every_way_to_hold_the_text_agrees(
+    way: str, bias: bool, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the blocks' own keys and values, as in training."""
+    model, inputs = tiny(attention_bias=bias), arguments()
+    expected = model(**inputs, encoder_attention_mask=mask).sample
+    if way == "by row":
+        monkeypatch.setattr("impasto.models.pixart_blocks.Attention.can_absorb", lambda *_: False)
+    with torch.no_grad():
+        if way == "padded":  # as on an accelerator
+            monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+        context = model.encode_context(inputs["encoder_hidden_states"], mask)
+        assert (context.keys is not None) == (way == "padded")
+        given = model(**{**inputs, "encoder_hidden_states": context}).sample
+    assert distance(given, expected) <= 1e-6
+
+
+def test_texts_held_in_different_ways_can_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny(), arguments(batch=3)
+    text = inputs["encoder_hidden_states"]
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 1, 1], [1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        expected = model(**inputs, encoder_attention_mask=mask).sample
+        parts = [model.encode_context(text[:1], mask[:1])]
+        monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+        parts.append(model.encode_context(text[1:], mask[1:]))
+        joined = PixArtContext.concat(parts)
+        assert joined.rows == 3
+        assert distance(model(**{**inputs, "encoder_hidden_states": joined}).sample, expected) <= 1e-6
+    with pytest.raises(InputError, match="cannot be joined"):
+        PixArtContext.concat([parts[0], model.encode_context(text)])
+
+
+def test_projections_that_someone_changed_or_watches_are_called() -> None:
+    """A text is absorbed into plain layers only."""
+    model, inputs = tiny(), arguments()
+    plain = predict(model, **inputs)
+    calls: list[int] = []
+    hook = model.transformer_blocks[0].attn2.to_q.register_forward_hook(lambda *_: calls.append(1))
+    assert distance(predict(model, **inputs), plain) <= 1e-6
+    assert len(calls) == 2  # rows
+    hook.remove()
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    old = model.transformer_blocks[1].attn2.to_out[0]
+    new = Doubled(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    model.transformer_blocks[1].attn2.to_out[0] = new
+    assert distance(predict(model, **inputs), model(**inputs).sample.detach()) <= 1e-6
+    assert distance(predict(model, **inputs), plain) > 1e-3
+
+
+def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny(num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128), arguments()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**{k: v.double() for k, v in inputs.items()}).sample
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    model.bfloat16()
+    absorbed = distance(predict(model, **inputs).double(), exact)
+    monkeypatch.setattr("impasto.models.pixart_blocks.Attention.can_absorb", lambda *_: False)
+    assert absorbed <= 1.2 * distance(predict(model, **inputs).double(), exact)
 
 
 def test_select_and_concat_are_rows_of_a_batch() -> None:
@@ -85,7 +162,7 @@ def test_select_and_concat_are_rows_of_a_batch() -> None:
             model.encode_context(inputs["encoder_hidden_states"][rows], mask[rows])
             for rows in (slice(0, 1), slice(1, 3))
         ]
-        assert [part.length for part in parts] == [4, 2]
+        assert [part.rows for part in parts] == [1, 2]
         joined = PixArtContext.concat(parts)
         steps = [model.modulate(t[None]) for t in inputs["timestep"]]
         modulation = Modulation.concat(steps)

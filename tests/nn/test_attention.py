@@ -119,6 +119,37 @@ def test_training_on_the_cpu_takes_the_plain_products(monkeypatch: pytest.Monkey
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (1, 2, 70, 33), (2, 5, 8, 600)], ids=str)
+@pytest.mark.parametrize("tile", [1, 700, 5000, 2**21])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_tiles_of_any_size_agree_with_the_formula(
+    shape: tuple[int, int, int, int], tile: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam, "_TILE_SCORES", tile)
+    batch, heads, n, m = shape
+    qkv = torch.randn(batch, n + 2 * m, heads, 24).transpose(1, 2)  # strided, as projections leave them
+    query, key, value = (x.bfloat16() for x in qkv.split([n, m, m], dim=2))
+    exact = attention_formula(query, key, value, None, scale)
+    assert distance(seam._tiled_products(query, key, value, scale), exact) <= 2**-7
+    # In float32 nothing but the order of sums is different.
+    assert distance(seam._tiled_products(query.float(), key.float(), value.float(), scale), exact) <= 1e-6
+
+
+def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    tiled = seam._tiled_products
+    monkeypatch.setattr(seam, "_tiled_products", lambda *a: calls.append(1) or tiled(*a))
+    monkeypatch.setattr(seam, "processor_has", lambda _: False)
+    query, key, value = tensors(dtype=torch.bfloat16)
+    attention(query, key, value)
+    assert len(calls) == 1
+    attention(query, key, value, bias_of("by key"))
+    attention(query.float(), key.float(), value.float())
+    monkeypatch.setattr(seam, "processor_has", lambda feature: feature == "amx_tile")
+    attention(query, key, value)
+    assert len(calls) == 1
+
+
 def test_the_formula_is_softmax_of_products_times_values() -> None:
     """By hand: scores 0 and log 3 weigh 1/4 and 3/4."""
     query = torch.ones(1, 1, 1, 1)

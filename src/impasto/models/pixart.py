@@ -26,7 +26,7 @@ from ..nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
 from ..nn.module import Model, require_positive
 from ..nn.outputs import Transformer2DModelOutput
 from .pixart_blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
-from .pixart_context import Modulation, PixArtContext, TextLayout, image_bias, text_bias
+from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias, text_bias
 
 __all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
 
@@ -212,10 +212,27 @@ class PixArtTransformer2DModel(Model):
         text = text_embeds if self.caption_projection is None else self.caption_projection(text_embeds)  # [B, M, D]
         if torch.is_grad_enabled():
             return PixArtContext(text, None, None, bias)
+        if self._holds_rows(text):
+            return PixArtContext(None, None, None, None, self._encode_rows(text, bias, layout))
         pairs = [cast(PixArtBlock, block).encode_text(text) for block in self.transformer_blocks]
         if layout is not None:
             pairs = [(layout.unpack(key), layout.unpack(value)) for key, value in pairs]
         return PixArtContext(None, tuple(key for key, _ in pairs), tuple(value for _, value in pairs), bias)
+
+    @staticmethod
+    def _holds_rows(text: Tensor) -> bool:
+        """Only on the CPU: rows of several lengths are no static graph, and small products do not fill a GPU."""
+        return text.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _encode_rows(
+        self, text: Tensor, bias: Tensor | None, layout: TextLayout | None
+    ) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
+        """Each row of a projected text [B, M, D], or of a packed one [1, T, D], for each layer."""
+        lengths = [text.shape[1]] * text.shape[0] if layout is None else layout.lengths
+        rows = text.flatten(0, 1).split(lengths)  # B of [M, D]
+        biases = [None if bias is None else bias[i, 0, 0, :length] for i, length in enumerate(lengths)]
+        layers = [cast(PixArtBlock, block).encode_rows(rows, biases) for block in self.transformer_blocks]
+        return tuple(zip(*layers, strict=True))
 
     def modulate(self, timestep: Tensor, conditions: Mapping[str, Tensor | None] | None = None) -> Modulation:
         """Embed timesteps and micro-conditions.
@@ -244,7 +261,8 @@ class PixArtTransformer2DModel(Model):
         for i, block in enumerate(self.transformer_blocks):
             text = context.text if context.keys is None else None
             key_value = None if context.keys is None or context.values is None else (context.keys[i], context.values[i])
-            arguments = (x, modulation.shared, text, key_value, context.bias, self_bias)
+            rows = None if context.by_row is None else [row[i] for row in context.by_row]
+            arguments = (x, modulation.shared, text, key_value, context.bias, self_bias, rows)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)  # [B, N, D]
             else:
@@ -357,9 +375,9 @@ class PixArtTransformer2DModel(Model):
 
     def _check_rows(self, latents: Tensor, context: PixArtContext, modulation: Modulation) -> None:
         batch, _, height, width = latents.shape
-        if context.some is not None and context.some.shape[0] != batch:
-            raise InputError(f"encoder_hidden_states holds {context.some.shape[0]} texts for {batch} pictures")
-        if context.some is None and context.bias is not None and self.has_cross_attention:
+        if context.rows not in (None, batch):
+            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} pictures")
+        if context.rows is None and context.bias is not None and self.has_cross_attention:
             tokens = height // self.patch_size * (width // self.patch_size)
             if tuple(context.bias.shape) != (batch, 1, 1, tokens):
                 raise InputError(

@@ -5,7 +5,7 @@ Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from ..nn.attention import attention
 from ..nn.embeddings import timestep_features
 from ..nn.fused_linear import FusedLinear
 from ..nn.layers import FeedForward, TwoLayerMLP, modulate
-from .pixart_context import Modulation
+from .pixart_context import AbsorbedText, Modulation, TextKeys
 
 
 class PatchEmbed(nn.Module):
@@ -114,6 +114,15 @@ class PixArtBlock(nn.Module):
         assert self.attn2 is not None
         return self.attn2.keys_values(text)
 
+    def encode_rows(self, rows: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[AbsorbedText | TextKeys]:
+        """What stands for each projected text [M, D] with its bias [M]."""
+        assert self.attn2 is not None
+        attn2 = self.attn2
+        return [
+            attn2.absorb(text, bias) if attn2.can_absorb(len(text)) else attn2.row_keys(text, bias)
+            for text, bias in zip(rows, biases, strict=True)
+        ]
+
     def fuse(self) -> None:
         """One product for query, key and value of each attention."""
         self.attn1.fuse(cross=False)
@@ -128,13 +137,17 @@ class PixArtBlock(nn.Module):
         key_value: tuple[Tensor, Tensor] | None,
         text_bias: Tensor | None,
         self_bias: Tensor | None,
+        rows: Sequence[AbsorbedText | TextKeys] | None = None,
     ) -> Tensor:
         modulation = self.scale_shift_table[None] + shared  # [B, 6, D]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)  # [B, 1, D] each
 
         attended = self.attn1.self_attention(modulate(self.norm1(x), shift_attn, scale_attn), self_bias)
         x = torch.addcmul(x, gate_attn, attended)  # [B, N, D]
-        if self.attn2 is not None:  # not normalised: the original model has no layer norm here
+        if rows is not None:
+            assert self.attn2 is not None
+            x = torch.stack([self.attn2.add_row(*row) for row in zip(x, rows, strict=True)])  # [B, N, D]
+        elif self.attn2 is not None:  # not normalised: the original model has no layer norm here
             if key_value is None:
                 key_value = self.attn2.keys_values(x if text is None else text)
             x = x + self.attn2.cross_attention(x, *key_value, text_bias)  # [B, N, D]
@@ -169,6 +182,52 @@ class Attention(nn.Module):
         else:
             key, value = self.to_k(text), self.to_v(text)  # [B, M, D] each
         return self._split(key), self._split(value)
+
+    def can_absorb(self, tokens: int) -> bool:
+        """Whether a text of so many tokens makes less work absorbed, and no one changes or watches the projections."""
+        layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
+        plain = all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in layers)
+        return plain and not self.training and not self.upcast and tokens < self.to_q.out_features // self.heads
+
+    def absorb(self, text: Tensor, bias: Tensor | None) -> AbsorbedText:
+        """Text [M, C] and its bias [M] -> what stands for the query's and the output's projections."""
+        to_out = self.to_out[0]
+        assert isinstance(to_out, nn.Linear)
+        width = to_out.out_features
+        out_bias = text.new_zeros(width) if to_out.bias is None else to_out.bias
+        key = torch.unflatten(self.to_k(text), -1, (self.heads, -1)).transpose(0, 1)  # [heads, M, head_dim]
+        value = torch.unflatten(self.to_v(text), -1, (self.heads, -1)).transpose(0, 1)  # [heads, M, head_dim]
+        out_weight = torch.unflatten(to_out.weight.T, 0, (self.heads, -1))  # [heads, head_dim, D]
+        if len(text) < 2:
+            return AbsorbedText(None, None, ((value @ out_weight).sum((0, 1)) + out_bias)[None])
+        # Every head's weights sum to 1, so that each may add its share of the bias.
+        values = torch.baddbmm(out_bias / self.heads, value, out_weight)  # [heads, M, D]
+
+        scale = key.shape[-1] ** -0.5
+        weight = torch.unflatten(self.to_q.weight, 0, (self.heads, -1))  # [heads, head_dim, D]
+        scores = torch.baddbmm(key.new_empty(self.heads, len(text), width), key, weight, beta=0, alpha=scale)
+        offsets = key.new_zeros(key.shape[:2])  # [heads, M]
+        if self.to_q.bias is not None:
+            offsets = offsets + (key * torch.unflatten(self.to_q.bias, 0, (self.heads, 1, -1))).sum(-1) * scale
+        if bias is not None:
+            offsets = offsets + bias.to(offsets.dtype)
+        return AbsorbedText(scores.flatten(0, 1).T.contiguous(), offsets.flatten(), values.flatten(0, 1))
+
+    def row_keys(self, text: Tensor, bias: Tensor | None) -> TextKeys:
+        """Text [M, C] and its bias [M] as keys and values."""
+        key, value = self.keys_values(text[None])  # [1, heads, M, head_dim] each
+        return TextKeys(key[0], value[0], bias)
+
+    def add_row(self, x: Tensor, text: AbsorbedText | TextKeys) -> Tensor:
+        """x [N, D] plus its cross-attention to the text of its row."""
+        if isinstance(text, TextKeys):
+            bias = None if text.bias is None else text.bias[None, None, None]  # [1, 1, 1, M]
+            return x + self.cross_attention(x[None], text.key[None], text.value[None], bias)[0]
+        if text.scores is None or text.offsets is None:
+            return x + text.values
+        scores = torch.addmm(text.offsets, x, text.scores)  # [N, heads * M]
+        weights = torch.softmax(scores.unflatten(-1, (self.heads, -1)), dim=-1)  # [N, heads, M]
+        return torch.addmm(x, weights.flatten(1), text.values)  # [N, D]
 
     def cross_attention(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """[B, N, D] -> [B, N, D]; key and value [B, heads, M, head_dim], bias [B, 1, 1, M]."""

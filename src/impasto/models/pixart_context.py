@@ -18,17 +18,39 @@ from ..errors import InputError
 DISCARD = -9000.0
 
 
+class AbsorbedText(NamedTuple):
+    """One row's text of M tokens, absorbed into a layer's query and output projections.
+
+    The scores x W_q kᵀ are x (W_q kᵀ), and p v W_o is p (v W_o): with fewer tokens than a head has channels, that
+    is less to multiply. A single token has weight 1 in every head: its cross-attention is a constant.
+    """
+
+    scores: Tensor | None  # [D, heads * M], scaled; None for the constant
+    offsets: Tensor | None  # [heads * M]: what the query's bias and the text's bias add to the scores
+    values: Tensor  # [heads * M, D], the output's bias among them; [1, D] for the constant
+
+
+class TextKeys(NamedTuple):
+    """One row's text of M tokens as a layer's keys and values."""
+
+    key: Tensor  # [heads, M, head_dim]
+    value: Tensor  # [heads, M, head_dim]
+    bias: Tensor | None  # [M], added to the scores
+
+
 class PixArtContext(NamedTuple):
     """What the denoiser needs of the text, made once a prompt.
 
-    In inference it holds every layer's keys and values; where gradients flow it holds the projected text, and
-    each block makes its own, inside its forward. Without any text, blocks attend to their own image tokens.
+    Where gradients flow it holds the projected text, and each block makes its own keys and values, inside its
+    forward. In inference it holds every layer's: padded to one length on accelerators, which want one shape, and row
+    by row on the CPU, short ones absorbed. Without any text, blocks attend to their own image tokens.
     """
 
     text: Tensor | None  # [B, M, D]
     keys: tuple[Tensor, ...] | None  # L of [B, heads, M, head_dim]
     values: tuple[Tensor, ...] | None  # L of [B, heads, M, head_dim]
     bias: Tensor | None  # [B, 1, 1, M], added to the scores; -inf discards
+    by_row: tuple[tuple[AbsorbedText | TextKeys, ...], ...] | None = None  # B of L
 
     def select(self, rows: slice | Tensor | list[int]) -> PixArtContext:
         """The contexts of some rows of the batch."""
@@ -41,12 +63,15 @@ class PixArtContext(NamedTuple):
             keys=None if self.keys is None else tuple(key[rows] for key in self.keys),
             values=None if self.values is None else tuple(value[rows] for value in self.values),
             bias=take(self.bias),
+            by_row=None if self.by_row is None else _chosen(self.by_row, rows),
         )
 
     @staticmethod
     def concat(contexts: Sequence[PixArtContext]) -> PixArtContext:
         """One batch of several; shorter texts are padded with discarded tokens."""
         first = contexts[0]
+        if any(context.by_row is not None for context in contexts):
+            return PixArtContext(None, None, None, None, tuple(row for c in contexts for row in c._unpadded()))
         if first.some is None:
             return _concat_without_text(contexts)
         lengths = [context.length for context in contexts]
@@ -68,6 +93,13 @@ class PixArtContext(NamedTuple):
         return PixArtContext(text, layers("keys"), layers("values"), bias)
 
     @property
+    def rows(self) -> int | None:
+        """How many texts there are, B; None without text."""
+        if self.by_row is not None:
+            return len(self.by_row)
+        return None if self.some is None else self.some.shape[0]
+
+    @property
     def some(self) -> Tensor | None:
         """Any tensor of the text, [B, ..., M, channels]; None without text."""
         return self.text if self.keys is None else self.keys[0]
@@ -79,10 +111,33 @@ class PixArtContext(NamedTuple):
         assert some is not None
         return some.shape[-2]
 
+    def _unpadded(self) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
+        if self.by_row is not None:
+            return self.by_row
+        if self.keys is None or self.values is None:
+            raise InputError("contexts of inference and of training, or without text, cannot be joined")
+        keep = self._bias_or_zeros()[:, 0, 0] > -torch.inf  # [B, M]
+        return tuple(
+            tuple(
+                TextKeys(
+                    key[row][:, kept], value[row][:, kept], None if self.bias is None else self.bias[row, 0, 0, kept]
+                )
+                for key, value in zip(self.keys, self.values, strict=True)
+            )
+            for row, kept in enumerate(keep)
+        )
+
     def _bias_or_zeros(self) -> Tensor:
         some = self.some
         assert some is not None
         return some.new_zeros(some.shape[0], 1, 1, self.length) if self.bias is None else self.bias
+
+
+def _chosen(
+    by_row: tuple[tuple[AbsorbedText | TextKeys, ...], ...], rows: slice | Tensor | list[int]
+) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
+    chosen = torch.arange(len(by_row))[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()]
+    return tuple(by_row[i] for i in chosen.tolist())
 
 
 def _concat_without_text(contexts: Sequence[PixArtContext]) -> PixArtContext:
@@ -123,6 +178,12 @@ class TextLayout(NamedTuple):
         row = keep.nonzero()[:, 0]
         column = (keep.cumsum(dim=1) - 1)[keep]
         return cls(keep, row, column, max(1, int(keep.sum(dim=1).max())))
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row keeps."""
+        counts: list[int] = self.keep.sum(dim=1).tolist()
+        return counts
 
     def pack(self, text: Tensor) -> Tensor:
         """[B, M, C] -> [1, T, C]."""

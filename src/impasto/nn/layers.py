@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .epilogue import linear_gelu
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -75,9 +76,12 @@ class _Activated(nn.Module):
         if activation_fn not in ACTIVATIONS:
             raise ConfigurationError(f"activation_fn {activation_fn!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
         self.activation, gates = ACTIVATIONS[activation_fn]
+        self.approximate = {"gelu": "none", "gelu-approximate": "tanh"}.get(activation_fn)
         self.proj = nn.Linear(dim, 2 * hidden if gates else hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.approximate is not None:
+            return linear_gelu(self.proj, x, self.approximate)
         return self.activation(self.proj(x))
 
 
