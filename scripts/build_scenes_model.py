@@ -312,6 +312,10 @@ def labelled_text(tokenizer: T5Tokenizer, batch: int, seed: int) -> Iterator[Lab
         yield LabelledText(ids, mask, labels)
 
 
+def text_to_image_recipe(steps: int) -> TextToImageRecipe:
+    return TextToImageRecipe(steps=steps, label_classes=LABEL_CLASSES)
+
+
 def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     """Warm-start the text encoder, then train it and the transformer together."""
     torch.manual_seed(SEED)
@@ -391,6 +395,7 @@ def export(out: Path, target: Path, records: Path) -> None:
     for path in target.rglob("*.*"):
         path.chmod(0o644)  # some writers leave files that only their owner can read
     records.mkdir(parents=True, exist_ok=True)
+    autoencoder_steps = int(load_state(out / "autoencoder" / "state.pt")["step"])
     for name, path in {
         "autoencoder.jsonl": out / "autoencoder" / "log.jsonl",
         "warm_start.jsonl": out / "transformer" / "warm_start.jsonl",
@@ -409,7 +414,8 @@ def export(out: Path, target: Path, records: Path) -> None:
         "transformer": TRANSFORMER,
         "autoencoder": AUTOENCODER,
         "scheduler": SCHEDULER,
-        "recipe": dataclasses.asdict(TextToImageRecipe(steps=state["step"])),
+        "recipe": dataclasses.asdict(text_to_image_recipe(state["step"])),
+        "autoencoder_recipe": dataclasses.asdict(AutoencoderRecipe(steps=autoencoder_steps)),
     }
     (records / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
 
@@ -419,8 +425,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--chunks", type=int, default=CHUNKS)
-    parser.add_argument("--autoencoder-steps", type=int, default=1800)
-    parser.add_argument("--steps", type=int, default=5000, help="of the transformer")
+    parser.add_argument("--autoencoder-steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000, help="of the transformer")
     root = Path(__file__).resolve().parents[1]
     target, records = root / "src" / "impasto" / "scenes" / "checkpoint", root / "docs" / "scenes" / "training"
     parser.add_argument("--target", type=Path, default=target, help="where the finished checkpoint goes")
@@ -435,7 +441,7 @@ def main() -> None:
     if options.stage in (None, "tokenizer"):
         train_tokenizer(options.out)
     if options.stage in (None, "transformer"):
-        train_transformer(options.out, TextToImageRecipe(steps=options.steps, label_classes=LABEL_CLASSES))
+        train_transformer(options.out, text_to_image_recipe(options.steps))
     if options.stage == "restore":
         restore(options.out, options.target, options.records)
     if options.stage in (None, "export"):

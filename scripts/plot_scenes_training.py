@@ -43,9 +43,9 @@ def name_ends(axes: Axes, rows: Rows, names: dict[str, str], gap: float) -> None
     to_share = axes.transData + axes.transAxes.inverted()
     ends = {name: to_share.transform((rows[-1]["step"], rows[-1][name]))[1] for name in names}
     lines = dict(zip(names, axes.get_lines(), strict=True))
-    height = -gap
-    for name in sorted(ends, key=lambda name: ends[name]):
-        height = max(ends[name], height + gap)
+    height = 1.0 + gap  # from the top down: there is more room below than above
+    for name in sorted(ends, key=lambda name: -ends[name]):
+        height = min(ends[name], height - gap)
         axes.text(
             1.01, height, names[name], color=lines[name].get_color(), transform=axes.transAxes, va="center", fontsize=9
         )
@@ -62,7 +62,7 @@ def draw_autoencoder(axes: Axes, rows: Rows) -> None:
 
 
 def draw_loss(axes: Axes, rows: Rows) -> None:
-    axes.set_title("Transformer: weighted noise error")
+    axes.set_title("Transformer: error of the velocity")
     axes.set_ylabel("mean over timesteps t (log scale)")
     axes.set_yscale("log")
     for number, name in enumerate(BANDS):

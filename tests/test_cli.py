@@ -21,6 +21,7 @@ from impasto.pipelines.image import check_picture_path, read_settings
 from impasto.pipelines.inspection import inspect_model, picture_size
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from impasto.scenes.evaluate import held_out_prompts
+from impasto.scenes.judge import read
 from impasto.schedulers.lcm import LCMScheduler
 
 from .tiny import tiny_pipeline, tiny_transformer, write_pipeline
@@ -314,3 +315,7 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     settings = read_settings(path)
     assert (settings.model, settings.steps, settings.guidance_scale, settings.seed) == ("builtin:scenes", 20, 4.5, 7)
     assert pixels(path).shape == (64, 64, 3)
+    with Image.open(path) as picture:  # what `make demo` draws
+        (reading,) = read([picture])
+    assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]
+    assert reading.relations == ("on top of",)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
     from .schedulers.dpm_solver import DPMSolverMultistepScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
+    from .transforms.guidance_interval import guide_between
+    from .transforms.quantize import dequantize, quantize
+    from .transforms.step_cache import cache_steps
 
 __version__ = "0.1.0"
 
@@ -72,6 +75,10 @@ __all__ = [
     "Transformer2DModelOutput",
     "WeightsMismatchError",
     "__version__",
+    "cache_steps",
+    "dequantize",
+    "guide_between",
+    "quantize",
 ]
 
 #: Where each lazy name is defined. The old checkpoints' ``Transformer2DModel`` is the PixArt transformer.
@@ -94,6 +101,10 @@ _HOMES = {
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",
     "Transformer2DModel": ".models.pixart:PixArtTransformer2DModel",
     "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
+    "cache_steps": ".transforms.step_cache:cache_steps",
+    "dequantize": ".transforms.quantize:dequantize",
+    "guide_between": ".transforms.guidance_interval:guide_between",
+    "quantize": ".transforms.quantize:quantize",
 }
 
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .pipelines.pixart import PixArtPipeline
+    from .pipelines.planner import Budget
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 #: Class name in ``model_index.json`` -> the public name of the class that draws with it.
 PIPELINES = {"PixArtAlphaPipeline": "PixArtAlphaPipeline", "PixArtSigmaPipeline": "PixArtSigmaPipeline"}
+#: What ``impasto info`` prints plans for.
+BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
 
 
 class Solver(enum.StrEnum):
@@ -95,6 +98,9 @@ def _options(
 ) -> None:
     """Draw pictures from text with the PixArt diffusion transformers."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # Where torchao is installed, transformers imports it, and it tells everyone of kernels that nobody asked for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="Folder, hub id, or builtin:scenes.")]
@@ -123,10 +129,13 @@ def generate(
         Solver | None, typer.Option(metavar="NAME", help="dpm++, ddim, ddpm or lcm; the model's own if not given.")
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto: bfloat16 if native.")
-    ] = DType.FLOAT32,
+        DType | None, typer.Option(metavar="NAME", help="float32 if not given, bfloat16, float16; auto.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; cuda if not given and there.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Such as 8GB: plan dtypes and placement to keep to it.")
     ] = None,
 ) -> None:
     """Draw a picture of each PROMPT, with its settings inside the file.
@@ -148,7 +157,7 @@ def generate(
     if batch_size is not None:
         inputs.whole_number("batch_size", batch_size)
     chosen = _choose_device(device)
-    chosen_dtype = _choose_dtype(dtype, chosen)
+    chosen_dtype = _choose_dtype(dtype or DType.FLOAT32, chosen)
     transformer, vae = read_part_configs(folder, "transformer", "vae")
     if transformer and vae:  # what the pipeline would say, before a large model is loaded
         base, unit = picture_size(transformer, vae)
@@ -158,7 +167,18 @@ def generate(
     for file in files:
         image.check_picture_path(file)
 
-    pipe = _load(model, class_name, chosen, chosen_dtype, scheduler)
+    if memory_budget is None:
+        pipe = _load(model, class_name, chosen, chosen_dtype, scheduler)
+    else:
+        from .pipelines.planner import Budget
+
+        batch_size = batch_size or 1
+        budget = Budget(memory_budget, chosen, height, width, batch_size)
+        pipe = _load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
+        assert pipe.plan is not None
+        for line in pipe.plan.lines():
+            typer.echo(line, err=True)
+        chosen_dtype = pipe.computing_dtype("transformer")
     if batch_size is None:
         base = pipe.transformer.config["sample_size"] * pipe.vae_scale_factor
         batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
@@ -346,7 +366,12 @@ def _choose_dtype(name: DType, device: torch.device) -> torch.dtype:
 
 
 def _load(
-    model: str, class_name: str, device: torch.device, dtype: torch.dtype, solver: Solver | None
+    model: str,
+    class_name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    solver: Solver | None,
+    budget: Budget | None = None,
 ) -> PixArtPipeline:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -359,7 +384,9 @@ def _load(
         enable_progress_bars()
     cls: type[PixArtPipeline] = getattr(impasto, class_name)
     with _out_of_memory_explained():
-        pipe = cls.from_pretrained(model, dtype=dtype).to(device)
+        pipe = cls.from_pretrained(model, dtype=dtype, memory_budget=budget)
+        if budget is None:
+            pipe.to(device)
     if solver is not None:
         pipe.scheduler = getattr(impasto, SOLVERS[solver]).from_config(pipe.scheduler.config)
     return pipe
@@ -425,6 +452,30 @@ def _describe(found: Inspection) -> Iterator[str]:
     yield from _aligned(memory, left=1)
     if side:
         yield f"Peaks are estimates, and hold what one guided picture of {side} x {side} px takes beside the weights."
+        if not any(part.pickled for part in found.parts):
+            yield ""
+            yield from _describe_plans(found)
+
+
+def _describe_plans(found: Inspection) -> Iterator[str]:
+    """How memory budgets would be kept on this machine."""
+    from .pipelines import planner
+
+    device = planner.default_device()
+    rows: list[tuple[str, ...]] = [("memory budget", "peak", "plan")]
+    for size in BUDGETS:
+        try:
+            plan = planner.plan_memory(found, size, device=device, limited=False)
+        except planner.BudgetTooSmallError as error:
+            rows.append((size, "-", f"too small; the least that works is {_amount(error.smallest)}"))
+            continue
+        first, *others = (f"{part.name}: {part.describe()}" for part in plan.parts)
+        rows.append((size, _amount(plan.peak), first))
+        rows += [("", "", line) for line in others]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for a, b, c in rows:
+        yield f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}"
+    yield f"Budgets are for {device}, and are kept with --memory-budget."
 
 
 def _aligned(rows: list[tuple[str, ...]], left: int) -> Iterator[str]:

@@ -126,6 +126,7 @@ def test_tiles_of_any_size_agree_with_the_formula(
     shape: tuple[int, int, int, int], tile: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(seam, "_TILE_SCORES", tile)
+    monkeypatch.setattr(seam, "_LEAST_ROWS", 7)
     batch, heads, n, m = shape
     qkv = torch.randn(batch, n + 2 * m, heads, 24).transpose(1, 2)  # strided, as projections leave them
     query, key, value = (x.bfloat16() for x in qkv.split([n, m, m], dim=2))

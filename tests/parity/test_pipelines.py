@@ -284,7 +284,11 @@ def test_folders_go_both_ways(family: str, tmp_path: Path) -> None:
     assert isinstance(again.transformer, PixArtTransformer2DModel)
     assert isinstance(again.vae, AutoencoderKL)
     assert isinstance(again.scheduler, DPMSolverMultistepScheduler)
-    assert np.array_equal(draw(again), expected)
+    for name in ("transformer", "vae", "text_encoder"):
+        weights = getattr(again, name).state_dict()
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in getattr(ours, name).state_dict().items())
+    # Mapped weights lie in memory as they do in the file; where products sum in another order for it, bits differ.
+    assert distance(draw(again), expected) <= 1e-6
 
 
 def test_a_variant_goes_both_ways(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def edit_index(folder: Path, **entries: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to rounding: where weights lie in memory, mapped from a file or not, decides the order of a sum."""
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def draw(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     images: torch.Tensor = pipe(
@@ -99,7 +104,7 @@ def test_output_is_read_in_every_way() -> None:
 
 def test_save_and_load_round_trip(folder: Path) -> None:
     pipe = PixArtSigmaPipeline.from_pretrained(folder)
-    assert torch.equal(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
+    assert close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
     assert all(not part.training for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
 
 
@@ -183,7 +188,7 @@ def test_early_names_of_classes(own_folder: Path) -> None:
     )
     pipe = PixArtSigmaPipeline.from_pretrained(own_folder)
     assert isinstance(pipe.transformer, PixArtTransformer2DModel)
-    assert torch.equal(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
+    assert close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
 
 
 def test_an_unknown_class_can_be_passed_in(own_folder: Path) -> None:
@@ -241,7 +246,7 @@ def test_the_tokenizer_of_published_checkpoints(own_folder: Path) -> None:
     """They have sentencepiece's file and none of the tokenizers library."""
     shutil.rmtree(own_folder / "tokenizer")
     write_tokenizer(own_folder / "tokenizer")
-    assert torch.equal(draw(PixArtSigmaPipeline.from_pretrained(own_folder)), draw(tiny_pipeline(PixArtSigmaPipeline)))
+    assert close(draw(PixArtSigmaPipeline.from_pretrained(own_folder)), draw(tiny_pipeline(PixArtSigmaPipeline)))
 
 
 def test_a_damaged_tokenizer(own_folder: Path) -> None:
@@ -299,7 +304,7 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
     assert not any(pattern.endswith(".safetensors") for pattern in asked)
     monkeypatch.undo()
     pipe = PixArtSigmaPipeline.from_pretrained(own_folder)
-    assert torch.equal(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
+    assert close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)))
 
 
 # --- dtype and device ---
@@ -463,48 +468,6 @@ def test_the_wrong_class_is_named(folder: Path, caplog: pytest.LogCaptureFixture
 
 
 # --- placement ---
-
-
-class Recorded(nn.Module):
-    """A part that writes down where it is sent."""
-
-    def __init__(self, name: str, log: list[str]):
-        super().__init__()
-        self.name, self.log = name, log
-
-    def to(self, *args: Any, **kwargs: Any) -> Recorded:
-        self.log.append(f"{self.name} -> {args[0]}")
-        return self
-
-
-def test_one_part_at_a_time() -> None:
-    log: list[str] = []
-    a, b = Recorded("a", log), Recorded("b", log)
-    placement = OneAtATime("meta")
-    with placement.using(a):
-        log.append("work")
-    with placement.using(a), placement.using(a):  # the same part again costs nothing
-        log.append("work")
-        with placement.using(b):
-            log.append("preview")
-    assert log == [
-        *("a -> meta", "work", "a -> cpu"),
-        *("a -> meta", "work", "a -> cpu", "b -> meta", "preview", "b -> cpu", "a -> meta", "a -> cpu"),
-    ]
-
-
-def test_a_part_goes_home_after_an_error_and_when_loops_end_in_any_order() -> None:
-    log: list[str] = []
-    a, b = Recorded("a", log), Recorded("b", log)
-    placement = OneAtATime("meta")
-    with pytest.raises(KeyError), placement.using(a):
-        raise KeyError
-    first, second = placement.using(a), placement.using(b)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert log == ["a -> meta", "a -> cpu", "a -> meta", "a -> cpu", "b -> meta", "b -> cpu"]
 
 
 class Recording:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart_context import PixArtContext
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline, PromptEmbeds
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.ddpm import DDPMScheduler
@@ -472,8 +473,15 @@ def test_padding_reaches_neither_t5_nor_attention(pipe: PixArtSigmaPipeline) -> 
     )
     keys: list[int] = []
     pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: keys.append(kwargs["encoder_hidden_states"].length), with_kwargs=True
+        lambda module, args, kwargs: keys.append(tokens(kwargs["encoder_hidden_states"])), with_kwargs=True
     )
+
+    def tokens(context: PixArtContext) -> int:
+        assert context.by_row is not None
+        unconditional, conditional = (row[0].values for row in context.by_row)  # [heads * tokens, D]
+        assert len(unconditional) == 1  # the empty prompt is a constant
+        return len(conditional) // pipe.transformer.transformer_blocks[0].attn2.heads
+
     draw(pipe, prompt="a cat")
     assert max(lengths) < 8
     assert set(keys) == {max(lengths)}

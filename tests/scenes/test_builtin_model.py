@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from impasto.checkpoints.hub import resolve
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.dataset import scene_batch
+from impasto.scenes.evaluate import held_out_prompts, judge_pictures
+from impasto.scenes.judge import read
+from impasto.scenes.reading import Reading
+from impasto.scenes.world import ON_TOP
 from impasto.training.autoencoder import psnr
 
 
@@ -56,6 +60,28 @@ def test_its_autoencoder_keeps_pictures(pipeline: PixArtSigmaPipeline) -> None:
     scaled = latents * pipeline.vae.config.scaling_factor
     assert scaled.mean().abs() < 0.1
     assert 0.9 < scaled.std() < 1.1
+
+
+def shows_the_demo(reading: Reading) -> bool:
+    solids = [(solid.color, solid.shape) for solid in reading.solids]
+    return solids == [("red", "cube"), ("blue", "sphere")] and reading.relations == (ON_TOP,)
+
+
+def test_it_draws_a_red_cube_on_top_of_a_blue_sphere(pipeline: PixArtSigmaPipeline) -> None:
+    """And not only with one seed: the judge reads both solids and their order in five of six pictures at least."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    pictures = pipeline(["a red cube on top of a blue sphere"] * 6, generator=generators).images
+    assert sum(shows_the_demo(reading) for reading in read(pictures)) >= 5
+
+
+def test_it_follows_prompts_that_it_never_saw(pipeline: PixArtSigmaPipeline) -> None:
+    prompts = held_out_prompts(24, seed=3)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    pictures = pipeline([prompt.text for prompt in prompts], generator=generators).images
+    counts = judge_pictures(prompts, pictures).counts()
+    for attribute, bar in (("colours", 0.9), ("shapes", 0.85), ("relations", 0.85), ("whole", 0.6)):
+        hits, of = counts[attribute]
+        assert hits >= bar * of, (attribute, hits, of)
 
 
 def test_the_prompt_changes_the_picture(pipeline: PixArtSigmaPipeline) -> None:

@@ -27,6 +27,7 @@ from ..nn.attention import attention
 from ..nn.gaussian import DiagonalGaussianDistribution
 from ..nn.module import Model, require_positive
 from ..nn.outputs import keyed
+from .autoencoder_tiling import Tiling
 
 
 @keyed
@@ -43,7 +44,7 @@ class DecoderOutput(NamedTuple):
     sample: Tensor  # [B, out_channels, H, W], about -1 to 1 and not clamped
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(Tiling, Model):
     """Pictures <-> latents, 2 ** (levels - 1) times smaller on each side.
 
     Args:
@@ -200,14 +201,15 @@ class AutoencoderKL(Model):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor) -> Tensor:
-        parameters: Tensor = self.encoder(x)
+        parameters: Tensor = self._tiled_encoder(self.encoder, x) if self._tiles() else self.encoder(x)
         return parameters if self.quant_conv is None else cast(Tensor, self.quant_conv(parameters))
 
     def _decode(self, z: Tensor) -> Tensor:
-        return cast(Tensor, self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)))
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self._tiled_decoder(self.decoder, z) if self._tiles() else cast(Tensor, self.decoder(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        if self.use_slicing and batch.shape[0] > 1:
+        if (self.use_slicing or self._tiles()) and batch.shape[0] > 1:
             return torch.cat([function(one) for one in batch.chunk(batch.shape[0])])
         return function(batch)
 

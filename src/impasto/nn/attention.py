@@ -13,6 +13,7 @@ _MAX_SCORES_IN_TRAINING = 2**25
 #: Scores of one tile in inference: 4 MB in bfloat16, which two cores hold in their caches (benchmarks/attention.py).
 _TILE_SCORES = 2**21
 
+_LEAST_ROWS = 256
 #: Among so many keys the largest score of a query is looked for.
 _SAMPLED_KEYS = 128
 
@@ -83,7 +84,8 @@ def _tiled_products(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     values = value.flatten(0, 1)  # [B * heads, M, head_dim]
     out = query.new_empty(batch, length, heads, values.shape[2])  # where the next projection wants it
 
-    rows = max(1, _TILE_SCORES // keys.shape[2])  # of scores
+    # Of scores; for each tile all keys and values are read, which must pay even where they are many.
+    rows = max(min(_LEAST_ROWS, length), _TILE_SCORES // keys.shape[2])
     at_once = max(1, rows // length)  # heads
     for first in range(0, batch * heads, at_once):
         group = slice(first, first + at_once)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,12 +16,28 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.module import Model, parse_dtype, parse_size
+from ..nn.module import parse_dtype, parse_size
 from ..nn.outputs import keyed
-from . import loading
-from .placement import OneAtATime, Placement, Resident, offload_device
+from . import inspection, loading, planner
+from .embedding_cache import EmbeddingCache
+from .inputs import whole_number
+from .moving import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32
+from .moving import unwrapped as unwrapped
+from .placement import (
+    OneAtATime,
+    PerPart,
+    Placement,
+    Resident,
+    check_device,
+    check_dtype,
+    require_device,
+    spread,
+)
+from .placement import offload_device as _offload_device
 
 logger = logging.getLogger("impasto")
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
 
 
 @keyed
@@ -31,11 +47,6 @@ class ImagePipelineOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
 
 
-def unwrapped(part: Any) -> Any:
-    """The module that ``torch.compile`` has wrapped, or the part itself."""
-    return getattr(part, "_orig_mod", part)
-
-
 class Pipeline:
     """A pipeline's parts are the arguments of its constructor, and attributes under the same names.
 
@@ -43,10 +54,17 @@ class Pipeline:
     """
 
     placement: Placement
+    #: How the parts keep to the memory budget; None where there is none.
+    plan: planner.MemoryPlan | None
+    #: Embeddings of prompts on disk; None where they are not kept.
+    prompt_cache: EmbeddingCache | None
 
     def __init__(self, **parts: Any):
         self.__dict__.update(parts)
         self.placement = Resident()
+        self.plan = None
+        self.prompt_cache = None
+        self._source: Path | None = None  # the folder that the parts are from
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
@@ -78,6 +96,9 @@ class Pipeline:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        memory_budget: int | str | planner.Budget | None = None,
         **components: Any,
     ) -> Self:
         """Load a pipeline from a folder, the hub, or the package (``builtin:scenes``).
@@ -91,6 +112,14 @@ class Pipeline:
             revision, cache_dir, local_files_only, token: of the hub.
             subfolder: where in the folder or repository the pipeline lies.
             use_safetensors: True: only safetensors; False: only ``.bin``; None: the first that is there.
+            device_map: a device for each part, where it stays and computes: "auto" (one accelerator is filled after
+                the other), "balanced" (the parts are spread over them), a device for all, or a dict of names, in which
+                "cpu" is left out. What fits on no accelerator stays on the CPU.
+            max_memory: what "auto" and "balanced" may take of each device, as in ``{0: "6GB"}``.
+            memory_budget: bytes, or such as ``"8GB"``: dtypes, placement and tiling are then chosen so that drawing
+                one picture of the usual size keeps to it; ``pipe.plan`` says what was chosen. It is the memory of the
+                accelerator, or on a machine without one that of the process, without what files back. A
+                ``planner.Budget`` is for other sizes and numbers of pictures.
             components: parts that take the place of the stored ones. A part given as None is left out. The files
                 of neither are read or downloaded.
 
@@ -98,12 +127,18 @@ class Pipeline:
             CheckpointError: a part or a file is missing, damaged, or of a class that is not known here.
             HubError: the model has to be downloaded, and cannot be.
             InputError: an argument that the pipeline does not have.
+            ResourceError: a device that is not there, or a budget that is too small; the message has one that works.
         """
         names = cls.part_names()
+        if device_map is not None and memory_budget is not None:
+            raise InputError("device_map and memory_budget both say where the parts go; give one of them")
         for name in components:
             if name not in names:
                 raise InputError(f"{cls.__name__}.from_pretrained has no argument {name!r}; parts: {', '.join(names)}")
-        dtypes = loading.dtype_of_each(names, dtype if dtype is not None else torch_dtype)
+        asked = dtype if dtype is not None else torch_dtype
+        dtypes = loading.dtype_of_each(names, asked)
+        for each in dtypes.values():
+            check_dtype(each, None)
         source = loading.Source(
             pretrained_model_name_or_path,
             subfolder=subfolder,
@@ -117,12 +152,27 @@ class Pipeline:
         index = source.read_index(cls.__name__)
         wanted = [name for name in names if name not in components]
         folder = source.fetch(index, wanted, cls.__name__)
+        plan = None
+        if memory_budget is not None:
+            found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
+            named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+            budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
+            if budget.device is not None:
+                check_device(torch.device(budget.device))
+            plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
+            dtypes |= planner.load_dtypes(plan)
         loaded = {
             name: loading.load_part(index[name], folder / name, dtypes[name], variant, use_safetensors)
             for name in wanted
             if index[name][1] is not None
         }
-        return cls(**{**dict.fromkeys(names), **loaded, **components})
+        pipe = cls(**{**dict.fromkeys(names), **loaded, **components})
+        pipe._source = folder
+        if plan is not None:
+            planner.apply_plan(plan, pipe)
+        if device_map is not None:
+            pipe._place_parts(device_map, max_memory)
+        return pipe
 
     def save_pretrained(
         self,
@@ -171,7 +221,8 @@ class Pipeline:
         shared: Mapping[str, Any] = pipeline.components
         new = cls(**{name: components.get(name, shared.get(name)) for name in names})
         if isinstance(pipeline, Pipeline):
-            new.placement = pipeline.placement
+            new.placement, new.plan = pipeline.placement, pipeline.plan
+            new.prompt_cache, new._source = pipeline.prompt_cache, pipeline._source
             new._progress_bar_config = dict(pipeline._progress_bar_config)
         wanted = dtype if dtype is not None else torch_dtype
         return new if wanted is None else new.to(dtype=parse_dtype(wanted))
@@ -183,7 +234,9 @@ class Pipeline:
         """Where the pipeline computes."""
         if self.placement.device is not None:
             return self.placement.device
-        return next((p.device for module in self._modules() for p in module.parameters()), torch.device("cpu"))
+        modules = sorted(self._modules(), key=is_settled)  # what another library has placed says least
+        devices = (device_of(module) for module in modules)
+        return next((device for device in devices if device is not None), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,11 +255,15 @@ class Pipeline:
         """Move all parts to a device, cast them to a dtype, or both, in place.
 
         ``pipe.to("cuda")``, ``pipe.to(torch.bfloat16)``, ``pipe.to("cuda", torch.bfloat16)``, or with ``device=``
-        and ``dtype=``. A move ends any offloading. In float16 a T5 encoder keeps those of its weights in float32
-        that would overflow.
+        and ``dtype=``. A move ends any offloading, device map or memory plan, and a cast ends a memory plan. In float16
+        a T5 encoder keeps those of its weights in float32 that would overflow. A part that another library has
+        quantised, or placed by a device map of its own, stays as and where it is.
 
         Args:
             silence_dtype_warnings: accepted; there are none.
+
+        Raises:
+            ResourceError: a device that is not there, or a dtype in which it does not compute.
         """
         given = [arg for arg in args if arg is not None]
         if len(args) > 2 or sum(isinstance(arg, torch.dtype) for arg in given) > 1:
@@ -219,10 +276,14 @@ class Pipeline:
         if dtype is not None:
             dtype = parse_dtype(dtype)
         target = None if device is None else torch.device(device)
-        for module in self._modules():
-            _move(module, target, dtype)
+        check_dtype(dtype, target)
         if target is not None:
-            self.placement = Resident()
+            check_device(target)
+        for module in self._modules():
+            if not is_settled(module):
+                _move(module, target, dtype)
+        if target is not None or self.plan is not None:
+            self.placement, self.plan = Resident(), None
         return self
 
     @contextmanager
@@ -235,6 +296,13 @@ class Pipeline:
         part = self._require(name)
         with self.placement.using(part):
             yield part
+
+    def computing_dtype(self, name: str) -> torch.dtype:
+        """In which the part of this name computes: the placement may cast it for that."""
+        part = self._require(name)
+        visit = self.placement.visit_of(part).dtype if isinstance(self.placement, OneAtATime) else None
+        dtype: torch.dtype = part.dtype
+        return visit or dtype
 
     def _require(self, name: str) -> Any:
         part = vars(self).get(name)
@@ -253,11 +321,125 @@ class Pipeline:
         Args:
             gpu_id: the number of the device; its default one if None.
             device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
+
+        Raises:
+            InputError: parts are on another device than the CPU already.
+            ResourceError: a device that is not there.
         """
-        target = offload_device(gpu_id, device)
-        for module in self._modules():
-            module.to("cpu")
-        self.placement = OneAtATime(target)
+        self._offload(OneAtATime(_offload_device(gpu_id, device)))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep the parts in the memory of the CPU, and of the part in use only one block at a time on the device.
+
+        This takes the least memory, and the most time: all weights are moved at every step. Arguments and errors as
+        for ``enable_model_cpu_offload``.
+        """
+        self._offload(OneAtATime(_offload_device(gpu_id, device), Visit(blocks=1)))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str | None = None,
+        offload_device: torch.device | str = "cpu",
+        num_blocks_per_group: int = 1,
+        use_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        exclude_modules: str | Sequence[str] = (),
+    ) -> None:
+        """Keep the parts in the memory of the CPU, and of the part in use a group of blocks on the device.
+
+        Args:
+            onload_device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
+            offload_device: only the CPU.
+            num_blocks_per_group: how many blocks come at once.
+            use_stream: copy the next group while one computes: two are then on the device. The weights are pinned in
+                the memory of the CPU.
+            low_cpu_mem_usage: do not pin them; the copies are then slower.
+            exclude_modules: names of parts that come whole.
+
+        Raises:
+            InputError: parts are on another device than the CPU already, or an argument that cannot be used.
+        """
+        if torch.device(offload_device).type != "cpu":
+            raise InputError(f"offload_device is {str(offload_device)!r}; weights wait in the memory of the CPU: 'cpu'")
+        blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
+        whole = [self._require(name) for name in excluded]
+        target = _offload_device(None, onload_device)
+        self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), dict.fromkeys(whole, Visit())))
+        if use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS:
+            for module in self._modules():
+                if module not in whole and not is_settled(module):
+                    pin(module)
+
+    def _offload(self, placement: OneAtATime) -> None:
+        if isinstance(self.placement, PerPart):
+            raise InputError("a device map is in force; call pipe.reset_device_map() before an offload")
+        for name, part in self.components.items():
+            device = device_of(part) if isinstance(part, nn.Module) and not is_settled(part) else None
+            if device is not None and device.type != "cpu":
+                raise InputError(
+                    f"the {name} is on {device} already, and offloading keeps weights in the memory of the CPU until "
+                    f"they are used: call it right after loading in place of pipe.to({str(device)!r}), or call "
+                    f"pipe.to('cpu') first"
+                )
+        assert placement.device is not None
+        check_device(placement.device)
+        self.placement, self.plan = placement, None
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device] | None:
+        """The device of each part, where ``device_map`` was given."""
+        if not isinstance(self.placement, PerPart):
+            return None
+        devices = {n: device_of(part) for n, part in self.components.items() if isinstance(part, nn.Module)}
+        return {name: device for name, device in devices.items() if device is not None}
+
+    def reset_device_map(self) -> None:
+        """End a device map: all parts go to the CPU."""
+        self.to("cpu")
+
+    def _place_parts(self, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> None:
+        parts = {n: part for n, part in self.components.items() if isinstance(part, nn.Module) and not is_settled(part)}
+        if isinstance(device_map, Mapping):
+            unknown = [name for name in device_map if name not in self.part_names()]
+            if unknown:
+                names = ", ".join(self.part_names())
+                raise InputError(f"device_map names a part {unknown[0]!r} that there is not; parts: {names}")
+            devices = {name: require_device(device_map.get(name, "cpu")) for name in parts}
+        elif device_map in ("auto", "balanced"):
+            devices = spread({name: size_of(part) for name, part in parts.items()}, str(device_map), max_memory)
+        else:
+            devices = dict.fromkeys(parts, require_device(device_map))
+        for name, part in parts.items():
+            _move(part, devices[name], None)
+        given = next(iter(self._modules()), None)
+        fallback = torch.device("cpu") if given is None else device_of(given) or torch.device("cpu")
+        default = devices.get("transformer", next(iter(devices.values()), fallback))
+        self.placement, self.plan = PerPart(default), None
+
+    # --- prompts on disk ---
+
+    def enable_prompt_cache(self, folder: str | os.PathLike[str], max_bytes: int | str | None = None) -> None:
+        """Keep the embeddings of prompts in a folder: a repeated prompt then needs no text encoder.
+
+        A pipeline that was loaded with ``text_encoder=None`` finds what the encoder that this model was last used
+        with has made. Where gradients are recorded, the encoder runs.
+
+        Args:
+            folder: made if it does not exist; pipelines and processes may share it.
+            max_bytes: or such as ``"1GB"``: what was not used for longest is removed beyond it; no limit if None.
+
+        Raises:
+            OutputError: the folder cannot be made.
+        """
+        limit = None if max_bytes is None else parse_size(max_bytes)
+        self.prompt_cache = EmbeddingCache(Path(folder), limit, self._source)
+
+    def disable_prompt_cache(self) -> None:
+        """Encode every prompt anew. What is in the folder stays there."""
+        self.prompt_cache = None
 
     # --- progress ---
 
@@ -274,25 +456,18 @@ class Pipeline:
         self._progress_bar_config = kwargs
 
 
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _once(name: str, first: Any, second: Any) -> Any:
     raise InputError(f"to was given two values for {name}: {first} and {second}")
 
 
 def _move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
     """``module.to``, except for the parameters that are float32 in any dtype, or in this one."""
-    kept = {name: p.data.float() for name, p in module.named_parameters() if _stays_float32(module, name, dtype)}
+    kept = {name: p.data.float() for name, p in module.named_parameters() if stays_float32(module, name, dtype)}
     module.to(device=device, dtype=dtype)
     for name, parameter in module.named_parameters():
         if name in kept:
             parameter.data = kept[name].to(parameter.device)
-
-
-def _stays_float32(module: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
-    if dtype is None:
-        return False
-    module = unwrapped(module)
-    if isinstance(module, Model):
-        return any(part in name for part in module.keep_in_float32)
-    # transformers' models say which of their layers overflow in float16: in T5 the last of each feed-forward.
-    sensitive = getattr(module, "_keep_in_fp32_modules", None) or ()
-    return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)

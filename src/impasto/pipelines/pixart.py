@@ -26,8 +26,8 @@ from .base import ImagePipelineOutput, Pipeline, unwrapped
 from .families import ALPHA, SIGMA, Family, mixtures
 from .image import ImageProcessor
 from .resolution import resize_and_crop
+from .text import EncodedTexts, encode_texts, normalize_caption
 from .text import clean_caption as clean
-from .text import encode_texts, normalize_caption
 
 logger = logging.getLogger("impasto")
 
@@ -104,6 +104,14 @@ class PixArtPipeline(Pipeline):
     def disable_vae_slicing(self) -> None:
         """Decode the whole batch at once."""
         self._require("vae").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in parts, in less memory; exactly, with our autoencoder: without seams."""
+        self._require("vae").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole pictures."""
+        self._require("vae").disable_tiling()
 
     # --- the call ---
 
@@ -210,7 +218,8 @@ class PixArtPipeline(Pipeline):
             transformer.config,
             [x for x in (prompt_embeds, negative_prompt_embeds if guided else None) if x is not None],
             self.components,
-            encoder_needed=prompt is not None or (guided and negative_prompt_embeds is None),
+            encoder_needed=(prompt is not None or (guided and negative_prompt_embeds is None))
+            and (self.prompt_cache is None or self.components["text_encoder"] is not None),
         )
         self._check_conditions()
         self._warn_of_mixtures()
@@ -362,9 +371,17 @@ class PixArtPipeline(Pipeline):
     def _encode(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # Twice, as in the training: what one pass removes may bring together what the next removes.
         texts = [clean(clean(text)) if cleaned else normalize_caption(text) for text in texts]
-        tokenizer = self._require("tokenizer")
-        with self.using("text_encoder") as text_encoder:
-            return encode_texts(tokenizer, text_encoder, texts, length, device)
+
+        def encode(texts: list[str]) -> EncodedTexts:
+            tokenizer = self._require("tokenizer")
+            with self.using("text_encoder") as text_encoder:
+                return encode_texts(tokenizer, text_encoder, texts, length, device)
+
+        if self.prompt_cache is None:
+            return encode(texts)
+        encoder, tokenizer = (self.components[name] for name in ("text_encoder", "tokenizer"))
+        dtype = None if encoder is None else self.computing_dtype("text_encoder")
+        return self.prompt_cache.encode(texts, length, device, encoder, tokenizer, dtype, encode)
 
     @torch.no_grad()
     def denoise(
@@ -409,16 +426,20 @@ class PixArtPipeline(Pipeline):
             latents = noise.to(device, dtype) * scheduler.init_noise_sigma  # [B, C, h, w]
             channels = latents.shape[1]
             conditions = self._conditions(latents)
-            text = _prepare_text(transformer, embeds, guided, device, dtype)
+            scales = self.guidance_of_steps(scheduler.timesteps, guidance_scale)
+            texts: dict[bool, dict[str, Any]] = {}  # by whether the negative half is in it
             times = _prepare_timesteps(transformer, scheduler.timesteps, conditions, device)
             for i, t in enumerate(scheduler.timesteps):
-                x = torch.cat([latents, latents]) if guided else latents
+                guides = guided and scales[i] > 1.0
+                if guides not in texts:
+                    texts[guides] = _prepare_text(transformer, embeds, guides, device, dtype)
+                x = torch.cat([latents, latents]) if guides else latents
                 x = scheduler.scale_model_input(x, t)
-                predicted = transformer(x, **text, **times(i, x.shape[0]), return_dict=False)[0]
+                predicted = transformer(x, **texts[guides], **times(i, x.shape[0]), return_dict=False)[0]
                 predicted = predicted[:, :channels]  # the rest is a learned variance
-                if guided:
+                if guides:
                     unconditional, conditional = predicted.chunk(2)
-                    predicted = unconditional + guidance_scale * (conditional - unconditional)
+                    predicted = unconditional + scales[i] * (conditional - unconditional)
                 result = scheduler.step(predicted, t, latents, **options, return_dict=False)
                 original = self.family.single_step_takes_original and steps == 1 and len(result) > 1
                 latents = result[1 if original else 0]
@@ -428,7 +449,14 @@ class PixArtPipeline(Pipeline):
                 latents = step.latents
                 if step.embeds is not embeds:
                     embeds = step.embeds
-                    text = _prepare_text(transformer, embeds, guided, device, dtype)
+                    texts.clear()
+
+    def guidance_of_steps(self, timesteps: Tensor, scale: float) -> list[float]:
+        """The guidance scale of each step, of which 1 or less leaves the negative half out.
+
+        ``impasto.transforms.guidance_interval`` puts another function in its place.
+        """
+        return [scale] * len(timesteps)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""Seconds until the package can be used, in fresh processes: ours against diffusers'.
+
+    python benchmarks/startup.py [--rounds 5]
+
+`import` is what `import torch` alone does not take; `load` loads the bundled pipeline (diffusers reads it too) with
+everything imported; `help` is the command line's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import measure
+
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "impasto" / "scenes" / "checkpoint"
+IMPORT = "import torch, time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+LOAD = "import torch, time; {0}; t = time.perf_counter(); {1}; print(time.perf_counter() - t)"
+CODES = {
+    "import": {
+        "impasto": IMPORT.format("import impasto"),
+        "diffusers": IMPORT.format("import diffusers"),
+    },
+    "import pipeline": {
+        "impasto": IMPORT.format("from impasto import PixArtSigmaPipeline"),
+        "diffusers": IMPORT.format("from diffusers import PixArtSigmaPipeline"),
+    },
+    "load": {
+        name: LOAD.format(f"from {name} import PixArtSigmaPipeline as P", f"P.from_pretrained({str(FOLDER)!r})")
+        for name in ("impasto", "diffusers")
+    },
+    "help": {
+        "impasto": "import subprocess, sys, time; t = time.perf_counter(); subprocess.run([sys.executable, '-m', "
+        "'impasto', '--help'], capture_output=True); print(time.perf_counter() - t)"
+    },
+}
+
+
+def printed(code: str) -> float:
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    result: dict[str, object] = {"what": "seconds in fresh processes"}
+    for what, codes in CODES.items():
+        seconds = {name: [printed(code) for _ in range(options.rounds)] for name, code in codes.items()}
+        result[what] = measure.compared(seconds)
+    measure.write("startup", result)
+
+
+if __name__ == "__main__":
+    main()

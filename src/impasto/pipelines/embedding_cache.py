@@ -1,0 +1,240 @@
+"""Embeddings of prompts, kept on disk: a repeated prompt needs no text encoder.
+
+An entry is a safetensors file with the embeddings of the tokens, named by a hash of all that they depend on: the
+text, the number of tokens that it was cut to, tokenizer and text encoder. No text is stored. ``encoders.json`` says
+which encoder a model was last used with, for pipelines that are loaded without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import CheckpointError, OutputError
+from .moving import unwrapped
+from .text import EncodedTexts
+
+logger = logging.getLogger("impasto")
+
+INDEX_NAME = "encoders.json"
+#: Values of each tensor that are looked at to tell one encoder from another.
+SAMPLES = 16
+
+
+class EmbeddingCache:
+    """Embeddings in a folder, which several pipelines and processes may share.
+
+    Args:
+        folder: made if it does not exist.
+        max_bytes: of all entries; those that were not used for longest are removed beyond it.
+        source: the folder of the model, by which the encoder is found where it is not loaded.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int | None = None, source: Path | None = None):
+        self.folder, self.max_bytes = folder, max_bytes
+        self._source = source
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"the prompt cache {folder} cannot be made: {error}; choose another place") from error
+
+    def encode(
+        self,
+        texts: list[str],
+        length: int,
+        device: torch.device,
+        text_encoder: nn.Module | None,
+        tokenizer: Any,
+        dtype: torch.dtype | None,
+        encode: Callable[[list[str]], EncodedTexts],
+    ) -> EncodedTexts:
+        """What ``encode(texts)`` returns, by calling it only for texts that are not in the folder.
+
+        Args:
+            texts: as they are encoded, cleaned.
+            length: tokens of a text, M.
+            text_encoder: None where there is none; then only what is in the folder can be had.
+            dtype: in which the encoder computes, which is not always that of its weights at home.
+
+        Returns:
+            embeds [B, M, C] and mask [B, M].
+        """
+        if text_encoder is not None and (
+            text_encoder.training
+            or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text_encoder.parameters()))
+        ):
+            return encode(texts)
+        encoder = self._encoder(text_encoder, tokenizer, dtype)
+        if encoder is None:
+            return encode(texts)
+        rows: dict[str, Tensor] = {}  # [tokens, C], without padding
+        missing = []
+        for text in dict.fromkeys(texts):
+            found = self._read(self._path(encoder, text, length), length)
+            if found is None:
+                missing.append(text)
+            else:
+                rows[text] = found
+        if missing:
+            encoded = encode(missing)
+            for text, embeds, mask in zip(missing, *encoded, strict=True):
+                rows[text] = embeds[: int(mask.sum())]
+                self._write(self._path(encoder, text, length), rows[text])
+            self._shrink()
+        lengths = torch.tensor([len(rows[text]) for text in texts], device=device)
+        padded = [F.pad(rows[text].to(device), (0, 0, 0, length - len(rows[text]))) for text in texts]
+        return EncodedTexts(
+            embeds=torch.stack(padded),  # [B, M, C]
+            mask=(torch.arange(length, device=device) < lengths[:, None]).long(),  # [B, M]
+        )
+
+    def _encoder(self, text_encoder: nn.Module | None, tokenizer: Any, dtype: torch.dtype | None) -> str | None:
+        """The fingerprint of the encoder, or of the one that this model was last used with."""
+        index = self._read_index()
+        key = None if self._source is None else str(self._source.resolve())
+        if text_encoder is not None:
+            if tokenizer is None:
+                return None
+            found = f"{fingerprint(text_encoder, tokenizer)} {dtype}"
+            entry = {"encoder": found, "files": _sizes(self._source)}
+            if key is not None and index.get(key) != entry:
+                self._write_index({**index, key: entry})
+            return found
+        last = None if key is None else index.get(key)
+        if not isinstance(last, dict) or not isinstance(last.get("encoder"), str):
+            return None
+        known = last.get("files")
+        now = _sizes(self._source)  # files that are gone, or were never fetched, say nothing
+        if not isinstance(known, dict) or any(known.get(name, size) != size for name, size in now.items()):
+            return None
+        return str(last["encoder"])
+
+    # --- files ---
+
+    def _path(self, encoder: str, text: str, length: int) -> Path:
+        key = json.dumps([encoder, text, length], ensure_ascii=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def _read(self, path: Path, length: int) -> Tensor | None:
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                embeds: Tensor = file.get_tensor("embeds").clone()  # no file that is removed must stay mapped
+            if embeds.ndim != 2 or not 0 < len(embeds) <= length or not embeds.is_floating_point():
+                raise CheckpointError(f"a tensor of shape {list(embeds.shape)}")
+            os.utime(path)
+        except (SafetensorError, CheckpointError, OSError, KeyError) as error:
+            logger.warning("%s of the prompt cache is damaged (%s); its prompt is encoded anew", path, error)
+            return None
+        return embeds
+
+    def _write(self, path: Path, embeds: Tensor) -> None:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            save_file({"embeds": embeds.detach().cpu().contiguous().clone()}, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:  # the prompt is encoded all the same
+            logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _shrink(self) -> None:
+        """Remove what was not used for longest, beyond the size that is allowed."""
+        if self.max_bytes is None:
+            return
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # removed by another process
+                continue
+            entries.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self.folder / INDEX_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return content
+            problem: object = "no JSON object"
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            problem = error
+        logger.warning("%s is damaged (%s) and is written anew", path, problem)
+        return {}
+
+    def _write_index(self, content: dict[str, Any]) -> None:
+        temporary = self.folder / f"{INDEX_NAME}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(temporary, self.folder / INDEX_NAME)
+        except OSError as error:
+            logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+# --- what tells encoders apart ---
+
+
+def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
+    """A hash of an encoder as it is now (names, shapes and dtypes of its weights, some values of each) and of the
+    vocabulary of its tokenizer. Adapters, other weights and another precision change it."""
+    digest = hashlib.sha256()
+    inner = unwrapped(text_encoder)
+    settings: dict[str, Any] = inner.config.to_dict()  # every model of transformers has one
+    # Where it was loaded from, and by which version, changes nothing.
+    kept = {name: value for name, value in settings.items() if name not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps([type(inner).__name__, kept], sort_keys=True, default=str).encode())
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
+        for plain in _plain(tensor):
+            digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
+            if plain.numel() and not plain.is_meta:
+                flat = plain.detach().reshape(-1) if plain.is_contiguous() else plain.detach().flatten()
+                some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].contiguous().cpu()
+                digest.update(some.view(torch.uint8).numpy().tobytes())
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest.update(json.dumps(vocabulary).encode())
+    return digest.hexdigest()
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor is made of; quantised ones have several."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _sizes(source: Path | None) -> dict[str, int]:
+    """The sizes of the files of the text encoder and the tokenizer, as far as they are there."""
+    if source is None:
+        return {}
+    folders = [source / "text_encoder", source / "tokenizer"]
+    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    return {str(path.relative_to(source)): path.stat().st_size for path in files}

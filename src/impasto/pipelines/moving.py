@@ -1,0 +1,268 @@
+"""A part's weights, copied to a device for as long as they are needed there: all of them, or a few blocks at a time.
+
+Weights at home are what counts: what comes to the device is a copy of them, and is dropped, never copied back.
+Afterwards nothing is left in the part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+from ..nn.module import Model
+
+#: What models call the list of their repeated blocks.
+BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
+#: Devices on which nothing can be copied while something else is computed.
+WITHOUT_STREAMS = ("cpu", "mps", "meta")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """How a part comes to the device."""
+
+    dtype: torch.dtype | None = None  # in which it computes; None: that of its weights at home
+    blocks: int | None = None  # how many of its blocks are there at a time; None: all
+    ahead: bool = False  # copy the next blocks while these compute
+
+
+class Slot(NamedTuple):
+    """A parameter or buffer of a part, and where it is kept."""
+
+    owner: nn.Module
+    key: str
+    name: str  # in the part
+    parameter: nn.Parameter | None  # None for a buffer
+
+    def read(self) -> Tensor:
+        if self.parameter is not None:
+            return self.parameter.data
+        buffer = self.owner._buffers[self.key]
+        assert buffer is not None
+        return buffer
+
+    def write(self, tensor: Tensor) -> None:
+        if self.parameter is not None:  # the parameter stays the same object: who holds it sees what it holds now
+            self.parameter.data = tensor
+        else:
+            self.owner._buffers[self.key] = tensor
+
+
+def slots_of(part: nn.Module) -> list[Slot]:
+    """All parameters and buffers, shared ones once."""
+    found: dict[int, Slot] = {}
+    for prefix, module in part.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), Slot(module, key, dot + key, parameter))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                found.setdefault(id(buffer), Slot(module, key, dot + key, None))
+    return list(found.values())
+
+
+class Group:
+    """Tensors that come to the device and leave it together."""
+
+    def __init__(self, part: nn.Module, slots: list[Slot], device: torch.device, dtype: torch.dtype | None):
+        self._part, self._slots, self._device, self._dtype = part, slots, device, dtype
+        self._copies: list[Tensor] | None = None
+        self._ready: torch.Event | None = None  # when the copies may be read, where they are made aside
+        self._home: list[tuple[Slot, Tensor]] = []
+
+    def fetch(self, stream: torch.Stream | None = None) -> None:
+        """Copy to the device, on a stream of its own if there is one, without waiting."""
+        if self._copies is not None:
+            return
+        with torch.inference_mode(False), torch.no_grad(), stream or nullcontext():
+            self._copies = [self._copy(slot) for slot in self._slots]
+        self._ready = None if stream is None else stream.record_event()
+
+    def _copy(self, slot: Slot) -> Tensor:
+        tensor = slot.read()
+        dtype = self._dtype if tensor.is_floating_point() else None
+        if dtype is not None and stays_float32(self._part, slot.name, dtype):
+            dtype = torch.float32
+        pinned = tensor.device.type == "cpu" and self._device.type not in WITHOUT_STREAMS and tensor.is_pinned()
+        return tensor.to(self._device, dtype or tensor.dtype, non_blocking=pinned)
+
+    def bring(self) -> None:
+        """Have the modules read the copies."""
+        self.fetch()
+        assert self._copies is not None
+        if self._ready is not None:
+            torch.accelerator.current_stream(self._device).wait_event(self._ready)
+        with torch.inference_mode(False), torch.no_grad():
+            for slot, copy in zip(self._slots, self._copies, strict=True):
+                home = slot.read()
+                if copy.data_ptr() != home.data_ptr() or copy.dtype != home.dtype or copy.device != home.device:
+                    self._home.append((slot, home))
+                    slot.write(copy)
+
+    def leave(self, stream: torch.Stream | None = None) -> None:
+        """Have the modules read what is at home again, and drop the copies.
+
+        ``stream``, on which the copies were made, waits for what still computes with them. Their memory is of that
+        stream, and only it writes there next: so there is never more of it than what is counted here.
+        """
+        if stream is not None and self._copies is not None:
+            stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
+        with torch.inference_mode(False), torch.no_grad():
+            for slot, home in self._home:
+                slot.write(home)
+        self._home, self._copies, self._ready = [], None, None
+
+
+class Stay:
+    """A part on the device from ``begin`` to ``end``: whole, or its blocks in turns and the rest of it whole."""
+
+    def __init__(self, part: nn.Module, device: torch.device, visit: Visit):
+        inner = unwrapped(part)
+        lists = [] if visit.blocks is None else block_lists(inner)
+        if lists and inner is not part:
+            raise ConfigurationError(
+                f"a {type(inner).__name__} that torch.compile has wrapped cannot come block by block: its graph wants "
+                f"all weights at once. Use enable_model_cpu_offload(), or compile its blocks one by one "
+                f"(`for block in blocks: block.compile()`)."
+            )
+        named = [(f"{path}.{i}.", block) for path, blocks in lists for i, block in enumerate(blocks)]
+        size = visit.blocks or 1
+        runs = [named[start : start + size] for start in range(0, len(named), size)]
+
+        slots = slots_of(inner)
+        self._groups = []
+        self._blocks: list[tuple[nn.Module, int]] = []  # and the group that they are in
+        for index, run in enumerate(runs):
+            prefixes = tuple(prefix for prefix, _ in run)
+            mine = [slot for slot in slots if slot.name.startswith(prefixes)]
+            self._groups.append(Group(inner, mine, device, visit.dtype))
+            self._blocks += [(block, index) for _, block in run]
+        every = tuple(prefix for prefix, _ in named)
+        rest = [slot for slot in slots if not every or not slot.name.startswith(every)]
+        self._rest = Group(inner, rest, device, visit.dtype)
+        self._ahead = visit.ahead and len(runs) > 1
+        self._stream = torch.Stream(device) if self._ahead and device.type not in WITHOUT_STREAMS else None
+        self._present: int | None = None
+        self._guarded: list[tuple[nn.Module, str, Any]] = []  # and what its __dict__ had under that name
+
+    def begin(self) -> None:
+        self._rest.bring()
+        for block, index in self._blocks:
+            for name in methods_of(block):
+                self._guarded.append((block, name, block.__dict__.get(name)))
+                block.__dict__[name] = self._guard(getattr(block, name), index)
+
+    def _guard(self, method: Callable[..., Any], index: int) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._enter(index)
+            return method(*args, **kwargs)
+
+        return call
+
+    def _enter(self, index: int) -> None:
+        if self._present == index:
+            return
+        if self._present is not None:
+            self._groups[self._present].leave(self._stream)
+        self._present = index
+        if self._ahead:
+            following = (index + 1) % len(self._groups)
+            for i, group in enumerate(self._groups):  # what was fetched in vain, where blocks are not used in order
+                if i not in (index, following):
+                    group.leave(self._stream)
+            self._groups[index].fetch(self._stream)
+            self._groups[index].bring()
+            self._groups[following].fetch(self._stream)
+        else:
+            self._groups[index].bring()
+
+    def end(self) -> None:
+        for block, name, before in reversed(self._guarded):
+            if before is None:
+                del block.__dict__[name]
+            else:
+                block.__dict__[name] = before
+        self._guarded = []
+        for group in self._groups:
+            group.leave(self._stream)
+        self._rest.leave()
+        self._present = None
+
+
+def block_lists(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of repeated blocks, outermost ones only, with their names; none in convolutional parts."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in part.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in BLOCK_LISTS and not inside:
+            found.append((name, module))
+    return found
+
+
+def methods_of(block: nn.Module) -> list[str]:
+    """The methods in which a block reads its weights: all public ones that its classes add to ``nn.Module``."""
+    own = [cls for cls in type(block).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    names = {
+        name
+        for cls in own
+        for name, value in vars(cls).items()
+        if isinstance(value, FunctionType) and not name.startswith("_")
+    }
+    if getattr(block, "_compiled_call_impl", None) is not None:  # by block.compile(): guarded from outside its graph
+        names = names - {"forward"} | {"_compiled_call_impl"}
+    return sorted(names)
+
+
+def pin(part: nn.Module) -> None:
+    """Give a part's weights at home memory that a GPU can read while it computes."""
+    for slot in slots_of(unwrapped(part)):
+        tensor = slot.read()
+        if tensor.device.type == "cpu" and not tensor.is_pinned():
+            slot.write(tensor.pin_memory())
+
+
+# --- what is known of parts ---
+
+
+def unwrapped(part: Any) -> Any:
+    """The module that ``torch.compile`` has wrapped, or the part itself."""
+    return getattr(part, "_orig_mod", part)
+
+
+def is_settled(part: nn.Module) -> bool:
+    """Whether another library has quantised a part or given it its devices: it is used as and where it is."""
+    part = unwrapped(part)
+    if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
+        return True
+    return any(type(parameter) not in (nn.Parameter, Tensor) for parameter in part.parameters())
+
+
+def device_of(part: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in (*part.parameters(), *part.buffers())), None)
+
+
+def size_of(part: nn.Module) -> int:
+    """Bytes of the weights."""
+    return sum(slot.read().nbytes for slot in slots_of(unwrapped(part)))
+
+
+def stays_float32(part: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
+    """Whether a parameter is float32 in any dtype, or in this one."""
+    if dtype is None:
+        return False
+    part = unwrapped(part)
+    if isinstance(part, Model):
+        return any(mark in name for mark in part.keep_in_float32)
+    # transformers' models say which of their layers overflow in float16: in T5 the last of each feed-forward.
+    sensitive = getattr(part, "_keep_in_fp32_modules", None) or ()
+    return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)

@@ -1,0 +1,255 @@
+"""A linear layer whose weights have few bits, and the schemes that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, MissingDependencyError, ResourceError
+
+#: Weights that share one factor in NF4.
+NF4_BLOCK = 64
+
+
+def _library(name: str) -> ModuleType:
+    """Import an optional library, when it is needed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"quantisation needs {name.partition('.')[0]}: pip install 'impasto[quantize]'"
+        ) from error
+
+
+# --- schemes ---
+
+
+class Scheme:
+    """How weights become few bits, and what multiplies with them. One object for all layers; it holds no tensors."""
+
+    name: ClassVar[str]
+    #: Names of further layers that stay as they are, by the type of the device ("" is any).
+    kept: ClassVar[dict[str, Sequence[str]]] = {}
+    #: Both sizes of a layer have to be multiples of it.
+    multiple: ClassVar[int] = 1
+
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise where the machine, the dtype or a library does not do."""
+        raise NotImplementedError
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A weight [out, in] -> what takes its place, and further tensors by name."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, layer.weight, layer.bias)
+
+
+class _TorchAO(Scheme):
+    """Tensors of torchao, which bring their own product."""
+
+    def _config(self, api: Any) -> Any:
+        raise NotImplementedError
+
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        _library("torchao.quantization")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        api: Any = _library("torchao.quantization")
+        carrier = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        carrier.weight = nn.Parameter(weight, requires_grad=False)
+        api.quantize_(carrier, self._config(api))
+        return carrier.weight, {}
+
+
+class Int8WeightOnly(_TorchAO):
+    """Weights in int8 with a factor for each output; the product is that of the activations' dtype."""
+
+    name = "int8-weight-only"
+
+    def _config(self, api: Any) -> Any:
+        # Compiler settings are for the whole process, and not ours to change.
+        return api.Int8WeightOnlyConfig(set_inductor_config=False)
+
+
+class Int8Dynamic(_TorchAO):
+    """Weights in int8 with a factor for each output, activations with one for each token; products of integers."""
+
+    name = "int8-dynamic"
+    # The text's projections run once a prompt, on few rows. On the CPU a short text is absorbed into the others of
+    # the cross-attention, which is less work than any product with them and needs plain layers.
+    kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v"), "cpu": ("attn2",)}
+    multiple = 8
+
+    def _config(self, api: Any) -> Any:
+        return api.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+
+
+class Float8(_TorchAO):
+    """Weights and activations in float8 (e4m3), with a factor for each output and each token."""
+
+    name = "fp8"
+    kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v")}
+    multiple = 16
+
+    def _config(self, api: Any) -> Any:
+        return api.Float8DynamicActivationFloat8WeightConfig(granularity=api.PerRow(), set_inductor_config=False)
+
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            raise ResourceError(
+                f"fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), and the weights are on "
+                f"{device}. Use 'int8-dynamic', which works everywhere, or move the pipeline to such a GPU first."
+            )
+        if dtype != torch.bfloat16:
+            raise ConfigurationError(
+                f"fp8 is made of bfloat16 weights, and these are {dtype}; call pipe.to(torch.bfloat16) first"
+            )
+        super().check(device, dtype)
+
+
+class NF4(Scheme):
+    """Weights in 4 bits, levels of the normal distribution (QLoRA, 2305.14314), a factor for every 64 of them.
+
+    A layer's weight is made anew for each product and dropped after it.
+    """
+
+    name = "nf4"
+
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        _library("bitsandbytes.functional")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        api: Any = _library("bitsandbytes.functional")
+        packed, state = api.quantize_4bit(
+            weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
+        )
+        return packed, {"factors": state.absmax, "levels": state.code}
+
+    def multiply(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        api: Any = _library("bitsandbytes.functional")
+        state = api.QuantState(
+            absmax=layer.factors,
+            code=layer.levels,
+            shape=torch.Size((layer.out_features, layer.in_features)),
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=x.dtype,
+        )
+        return F.linear(x, api.dequantize_4bit(layer.weight, state), layer.bias)
+
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Int8WeightOnly, Int8Dynamic, Float8, NF4)}
+
+
+# --- the layer ---
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of an ``nn.Linear``.
+
+    For loading and saving it is the layer that was there: its state dict is the original's, and what is loaded goes
+    through the original and is quantised anew. So is a move to another device or dtype. Without an original, what
+    is loaded or moved is quantised as it comes, and there is nothing to save.
+
+    Args:
+        original: the layer. On an accelerator its weights go to the memory of the CPU, where they wait.
+        scheme: how it is quantised.
+        keep: whether to keep the original.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    factors: Tensor
+    levels: Tensor
+
+    def __init__(self, original: nn.Linear, scheme: Scheme, keep: bool):
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.scheme = scheme
+        self._dtype = original.weight.dtype
+        self._has_bias = original.bias is not None
+        self._fill(original, original.weight.device)
+        # In a list it is no part of this module: not moved, not counted, not in its state dict.
+        self._kept = [original] if keep else []
+        if keep and original.weight.device.type not in ("cpu", "meta"):
+            for parameter in original.parameters():
+                parameter.data = parameter.data.cpu()
+        self.train(original.training)
+
+    @property
+    def original(self) -> nn.Linear | None:
+        return self._kept[0] if self._kept else None
+
+    def _fill(self, layer: nn.Linear, device: torch.device) -> None:
+        """Quantise a layer's weights."""
+        with torch.no_grad():
+            weight, others = self.scheme.pack(layer.weight.detach().to(device, self._dtype))
+            bias = None if layer.bias is None else layer.bias.detach().to(device, self._dtype, copy=True)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        for name, tensor in others.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def restored(self) -> nn.Linear:
+        """The original, where this layer is now and in its dtype; unless they have changed, exactly as it was.
+
+        Raises:
+            ConfigurationError: it was not kept.
+        """
+        if self.original is None:
+            raise ConfigurationError(
+                "the weights before quantisation were not kept (keep_originals=False); load the model again"
+            )
+        device = self.weight.device
+        for parameter in self.original.parameters():
+            parameter.data = parameter.data.to(device, self._dtype)
+        return self.original.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scheme.multiply(x, self)  # [..., out]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self._has_bias}, {self.scheme.name}"
+
+    # --- moving, saving, loading ---
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self.weight.device))
+        if probe.device == self.weight.device and probe.dtype == self._dtype:
+            return self
+        self.scheme.check(probe.device, probe.dtype)
+        factors = self._buffers.get("factors")
+        self._dtype = probe.dtype
+        if self.original is not None:
+            self._fill(self.original, probe.device)
+            return self
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if factors is not None:  # they stay float32 in every dtype
+            self.factors = factors.to(probe.device)
+            self.levels = self.levels.to(torch.float32)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.original is None:
+            raise ConfigurationError(
+                f"{prefix.removesuffix('.')} is quantised and its original weights were not kept "
+                f"(keep_originals=False), so there is nothing to save; save the model before it is quantised"
+            )
+        self.original._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        layer = self.original
+        if layer is None:
+            layer = nn.Linear(self.in_features, self.out_features, self._has_bias, self.weight.device, self._dtype)
+        layer._load_from_state_dict(state_dict, prefix, *arguments)
+        names = ("weight", "bias") if self._has_bias else ("weight",)
+        if self.original is not None or all(prefix + name in state_dict for name in names):
+            self._fill(layer, self.weight.device)

@@ -1,0 +1,458 @@
+"""The memory planner: what it chooses, that it is followed, that the budget is kept, what the command line says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from impasto import cli
+from impasto.errors import CheckpointError, InputError, ResourceError
+from impasto.pipelines import planner
+from impasto.pipelines.image import read_settings
+from impasto.pipelines.inspection import Inspection, Part, inspect_model
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.pipelines.placement import OneAtATime, Resident
+from impasto.pipelines.planner import BLOCKS, IN_TURN, RESIDENT, Budget, BudgetTooSmallError, MemoryPlan, plan_memory
+
+from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_vae, write_pipeline
+
+GB = 10**9
+
+
+def full_size(text: str = "bfloat16", other: str = "bfloat16", **overrides: Any) -> Inspection:
+    """The sizes of PixArt-Σ XL/2 at 1024 px, with 24 and 28 blocks."""
+    matrices = {
+        **{f"0.SelfAttention.{x}": 16_777_216 for x in "qkvo"},
+        **{f"1.{x}": 41_943_040 for x in ("a", "b", "c")},
+    }
+    t5 = {f"encoder.block.{i}.layer.{name}.weight": (text, n) for i in range(24) for name, n in matrices.items()}
+    dit = {f"transformer_blocks.{i}.ff.net.2.weight": (other, 21_200_000) for i in range(28)}
+    vae = {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "in_channels": 3,
+        "out_channels": 3,
+    }
+    parts = [
+        Part("text_encoder", "T5EncoderModel", {"d_model": 4096}, {"shared.weight": (text, 131_596_288), **t5}, 0),
+        Part("vae", "AutoencoderKL", vae, {"decoder.conv_in.weight": (other, 84_000_000)}, 0),
+        Part("transformer", "", {"sample_size": 128}, {"proj_out.weight": (other, 17_000_000), **dit}, 0),
+        Part("scheduler", "", {}, {}, 0),
+    ]
+    return Inspection("XL", Path("XL"), "PixArtSigmaPipeline", tuple(overrides.get(part.name, part) for part in parts))
+
+
+def plan(found: Inspection, size: int | str, device: str = "xpu", **options: Any) -> MemoryPlan:
+    return plan_memory(found, size, device=device, limited=False, **options)
+
+
+def ways(made: MemoryPlan) -> dict[str, str]:
+    return {part.name: part.way for part in made.parts}
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken but by weights and computation, so that tiny pipelines are of a size that matters."""
+    monkeypatch.setattr(planner, "PROCESS", 0)
+    monkeypatch.setattr(planner, "MARGIN", 0)
+    monkeypatch.setattr(planner, "process_memory", lambda: 0)
+    monkeypatch.setattr(planner, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "fast_dtype", lambda device: "bfloat16")
+
+
+# --- what is chosen ---
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_the_fastest_plan_that_fits() -> None:
+    found = full_size()
+    assert set(ways(plan(found, "24GB")).values()) == {RESIDENT}
+    assert {part.dtype for part in plan(found, "24GB").parts} == {"bfloat16"}
+    streamed = plan(found, "8GB")
+    assert ways(streamed) == {"text_encoder": BLOCKS, "transformer": RESIDENT, "vae": RESIDENT}
+    turns = plan(found, "2GB")
+    assert ways(turns) == {"text_encoder": BLOCKS, "transformer": IN_TURN, "vae": IN_TURN}
+    tight = plan(found, "1.5GB")
+    assert ways(tight) == {"text_encoder": BLOCKS, "transformer": BLOCKS, "vae": IN_TURN}
+    assert [part.tiling is not None for part in tight.parts] == [False, True, False]
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+@pytest.mark.parametrize("device", ["xpu", "cpu"])
+def test_every_budget_is_kept_and_more_is_never_slower(device: str) -> None:
+    found = full_size("float32")
+    with pytest.raises(BudgetTooSmallError) as caught:
+        plan(found, "100MB", device)
+    smallest = caught.value.smallest
+    asked = re.search(r"smallest that works is (\S+)\.", str(caught.value))
+    assert asked is not None
+    assert plan(found, asked[1], device).peak <= plan(found, asked[1], device).budget
+    moved: list[tuple[int, float]] = []
+    for size in [smallest, *range(smallest, 24 * GB, GB // 2)]:
+        made = plan(found, size, device)
+        assert made.peak <= size
+        assert made.peak == max(made.phases.values())
+        steps = {"transformer": 20}
+        cost = sum(part.moved * (steps.get(part.name, 1) if part.way == BLOCKS else 1) for part in made.parts)
+        again = sum(part.tiling.again for part in made.parts if part.tiling is not None)
+        moved.append((cost, again if not moved or cost == moved[-1][0] else 0))
+    assert [cost for cost, _ in moved] == sorted((cost for cost, _ in moved), reverse=True)
+    with pytest.raises(BudgetTooSmallError):
+        plan(found, smallest - 1, device)
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_a_tiled_decoder_is_given_what_is_left() -> None:
+    found = full_size()
+    shares = []
+    for size in ("1.5GB", "1.6GB", "1.7GB"):
+        made = plan(found, size)
+        tiling = next(part.tiling for part in made.parts if part.name == "vae")
+        assert tiling is not None
+        shares.append(tiling.again)
+    assert shares == sorted(shares, reverse=True)
+    made = plan(found, "1.5GB", height=2048, width=1024)
+    assert "tiled (" in next(line for line in made.lines() if line.startswith("vae"))
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_on_the_cpu_a_text_encoder_stays_in_its_file() -> None:
+    for text, expected in (("bfloat16", RESIDENT), ("float32", IN_TURN)):
+        made = plan(full_size(text), "8GB", "cpu")
+        encoder = made.parts[0]
+        assert (encoder.way, encoder.dtype, encoder.weights, encoder.moved) == (expected, text, 0, 0)
+        assert "read from its file" in encoder.describe()
+        assert made.peak < 5 * GB
+    cast = plan(full_size("float32"), "24GB", "cpu").parts[0]
+    assert (cast.way, cast.dtype, cast.weights) == (RESIDENT, "bfloat16", 2 * full_size().parts[0].parameters)
+
+
+def test_a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "fast_dtype", lambda device: "float32")
+    made = plan(full_size("bfloat16"), "8GB", "cpu")
+    assert {part.dtype for part in made.parts} == {"float32"}
+    assert ways(made)["text_encoder"] == BLOCKS  # cast block by block: nothing is computed in what is slow
+    assert made.parts[0].moved == 4 * full_size().parts[0].parameters
+
+
+def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "fast_dtype", lambda device: "float16")
+    made = plan(full_size(), "24GB")
+    assert {part.name: part.dtype for part in made.parts} == {
+        "text_encoder": "float16",
+        "transformer": "float16",
+        "vae": "float32",  # some overflow in float16
+    }
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_dtypes_that_are_asked_for_are_kept() -> None:
+    asked = {"text_encoder": "float32", "transformer": "auto", "vae": "float32"}
+    made = plan(full_size(), "16GB", dtypes=asked)
+    assert [part.dtype for part in made.parts] == ["float32", "float32", "bfloat16"]
+    assert plan(full_size(), "16GB", "cpu", dtypes=asked).parts[0].dtype == "float32"
+    with pytest.raises(InputError, match="float64"):
+        plan(full_size(), "16GB", dtypes={"vae": "float64"})
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_pictures_take_memory() -> None:
+    found = full_size()
+    sizes = [
+        plan(found, "64GB", height=side, width=side, pictures=n).peak for side, n in ((512, 1), (2048, 1), (2048, 4))
+    ]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
+    assert "4 x 2048 x 1024 px" in next(plan(found, "64GB", height=1024, width=2048, pictures=4).lines())
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_what_is_stored_in_float16_is_wider_at_home() -> None:
+    """transformers loads some weights of a T5 in float16 as float32, which no file backs."""
+    wide = {"encoder.block.0.layer.1.DenseReluDense.wo.weight": ("float16", 10**9)}
+    part = Part("text_encoder", "T5EncoderModel", {"d_model": 4096}, wide, 0)
+    both = [plan(full_size(text_encoder=p), "30GB", "cpu") for p in (part, full_size().parts[0])]
+    assert both[0].base - both[1].base == 2 * 10**9
+
+
+def test_weights_that_cannot_be_planned_with() -> None:
+    for part, kind in (
+        (Part("vae", "", {"block_out_channels": [8]}, {}, 5, pickled=True), "pickled"),
+        (Part("vae", "", {"block_out_channels": [8]}, {"a": ("i8", 5)}, 5), "quantised"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"weights of vae are {kind}.*vae=\.\.\."):
+            plan(full_size(vae=part), "8GB")
+
+
+def test_a_machine_with_less_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "free_memory", lambda device: 5 * GB)
+    made = plan_memory(full_size(), "24GB", device="xpu")
+    assert made.peak < 5 * GB
+    monkeypatch.setattr(planner, "free_memory", lambda device: GB // 2)
+    with pytest.raises(ResourceError, match=r"500 MB are free on xpu, and XL needs 1\.\dGB"):
+        plan_memory(full_size(), "24GB", device="xpu")
+
+
+@pytest.mark.parametrize("size", ["many", 0, "-1GB", "8 elephants"])
+def test_budgets_that_are_none(size: Any) -> None:
+    with pytest.raises(InputError, match="size"):
+        plan_memory(full_size(), size)
+
+
+def test_memory_of_this_machine() -> None:
+    if sys.platform == "linux":
+        before = planner.process_memory()
+        block = torch.ones(10_000_000)  # 40 MB
+        assert 35e6 < planner.process_memory() - before < 45e6
+        assert planner.free_memory(torch.device("cpu")) > planner.process_memory() > block.nbytes
+    assert planner._kilobytes("/proc/missing", "RssAnon") is None
+
+
+# --- plans are followed ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("checkpoint") / "float32")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "bfloat16"
+    tiny_pipeline(PixArtSigmaPipeline).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def smallest(folder: Path, **options: Any) -> int:
+    with pytest.raises(BudgetTooSmallError) as caught:
+        plan_memory(inspect_model(folder), 1, device="cpu", limited=False, **options)
+    return caught.value.smallest
+
+
+def draw(pipe: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images: Tensor = pipe("a cat", num_inference_steps=2, latents=noise, output_type="pt").images
+    return images.float()
+
+
+@pytest.mark.usefixtures("bare", "in_bfloat16")
+def test_parts_in_turn_draw_what_they_draw_otherwise(folder: Path) -> None:
+    """Stored in float32, and cast block by block while they compute."""
+    pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=smallest(folder))
+    assert pipe.plan is not None
+    described = {part.name: (part.way, part.dtype) for part in pipe.plan.parts}
+    assert described == {
+        "text_encoder": (BLOCKS, "bfloat16"),
+        "transformer": (IN_TURN, "bfloat16"),
+        "vae": (IN_TURN, "bfloat16"),
+    }
+    assert pipe.plan.peak <= pipe.plan.budget
+    assert isinstance(pipe.placement, OneAtATime)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}  # at home
+    assert pipe.computing_dtype("transformer") == torch.bfloat16
+    other = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert (draw(pipe) - draw(other)).abs().max() < 0.02
+    with pipe.using("transformer") as transformer:
+        assert {parameter.dtype for parameter in transformer.parameters()} == {torch.bfloat16}
+    with pipe.using("text_encoder") as encoder:
+        assert encoder.shared.weight.dtype == torch.bfloat16
+        assert encoder.encoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("bare", "in_bfloat16")
+def test_a_tiled_decoder_is_told(folder: Path) -> None:
+    options = {"height": 2048, "width": 2048}
+    pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=Budget(smallest(folder, **options), **options))
+    assert pipe.plan is not None
+    tiling = next(part.tiling for part in pipe.plan.parts if part.name == "vae")
+    assert tiling is not None
+    assert pipe.vae.use_tiling
+    assert (pipe.vae._max_bytes, pipe.vae._strip_bytes) == (tiling.max_bytes, tiling.strip_bytes)
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_a_large_budget_changes_the_dtype_alone(half: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        pipe = PixArtSigmaPipeline.from_pretrained(half, memory_budget=Budget("4GB", "cpu"))
+    assert isinstance(pipe.placement, Resident)
+    assert pipe.plan is not None
+    assert "memory plan: 4.00 GB on cpu: peak" in caplog.text
+    assert "text_encoder: bfloat16, resident, read from its file" in caplog.text
+    assert torch.equal(draw(pipe), draw(PixArtSigmaPipeline.from_pretrained(half, dtype="auto")))
+    pipe.to(torch.float32)
+    assert pipe.plan is None
+
+
+@pytest.mark.usefixtures("bare", "in_bfloat16")
+def test_what_ends_a_plan(folder: Path) -> None:
+    budget = smallest(folder)
+    expected = draw(tiny_pipeline(PixArtSigmaPipeline))
+    for method, argument in (("to", "cpu"), ("to", torch.float32), ("enable_model_cpu_offload", None)):
+        pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=budget)
+        placement = pipe.placement
+        getattr(pipe, method)(argument)
+        assert pipe.plan is None
+        assert pipe.placement is not placement
+        pipe.to("cpu")
+        torch.testing.assert_close(draw(pipe), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("bare")
+def test_parts_that_are_given_or_left_out(folder: Path) -> None:
+    encoder = tiny_text_encoder()
+    pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB", text_encoder=encoder, dtype="float32")
+    assert pipe.plan is not None
+    assert {part.name for part in pipe.plan.parts} == {"transformer", "vae"}
+    torch.testing.assert_close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)), rtol=1e-5, atol=1e-5)
+    pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB", transformer=None, vae=None)
+    assert pipe.plan is not None
+    assert [part.name for part in pipe.plan.parts] == ["text_encoder"]
+    pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB", text_encoder=None, vae=tiny_vae())
+    assert pipe.plan is not None
+    assert [part.name for part in pipe.plan.parts] == ["transformer"]
+
+
+# --- the budget is kept ---
+
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from impasto.pipelines import planner
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+
+folder, size = sys.argv[1], int(sys.argv[2])
+peak, done = 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, planner.process_memory())
+        time.sleep(0.005)
+
+thread = threading.Thread(target=watch)
+thread.start()
+planner.fast_dtype = lambda device: "bfloat16"
+pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=planner.Budget(size, "cpu"))
+pipe.set_progress_bar_config(disable=True)
+before = planner.process_memory()
+pipe("a cat", num_inference_steps=2, output_type="np")
+done = True
+thread.join()
+ways = {part.name: part.way for part in pipe.plan.parts}
+print(json.dumps({"peak": peak, "before": before, "plan": pipe.plan.peak, "ways": ways}))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder of 170 MB and a transformer of 60, in float32."""
+    from transformers import T5Config, T5EncoderModel
+
+    from impasto.models.pixart import PixArtTransformer2DModel
+
+    config = T5Config(
+        vocab_size=200, d_model=768, d_kv=64, d_ff=2048, num_layers=6, num_heads=12, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):  # the initialisation of large models takes long
+        encoder = T5EncoderModel(config)
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=6,
+            attention_head_dim=64,
+            num_layers=6,
+            cross_attention_dim=384,
+            sample_size=16,
+            caption_channels=768,
+            use_additional_conditions=False,
+        )
+    for model in (encoder, transformer):
+        model.to_empty(device="cpu").eval()
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+    encoder.tie_weights()
+    return write_pipeline(tmp_path_factory.mktemp("larger"), text_encoder=encoder, transformer=transformer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_budget_is_kept(larger: Path) -> None:
+    """The smallest budget, by the memory of the process that no file backs, while it loads and draws."""
+    found = inspect_model(larger)
+    weights = {part.name: part.memory("float32") for part in found.parts}
+    assert weights["text_encoder"] > 160e6
+    with pytest.raises(BudgetTooSmallError) as caught:
+        plan_memory(found, 1, device="cpu", limited=False)
+    budget = planner.PROCESS + planner.MARGIN + (caught.value.smallest - planner.base_memory(torch.device("cpu")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(larger), str(budget)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["ways"]["text_encoder"] != RESIDENT
+    assert measured["plan"] <= budget
+    assert measured["peak"] <= budget, measured
+    # With its weights in memory it would not have been.
+    assert measured["before"] + weights["text_encoder"] + weights["transformer"] > budget
+
+
+# --- the command line ---
+
+
+def call(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_generate_within_a_budget(half: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "a red cube", "--model", half, "--steps", 2, "--seed", 1, "--device", "cpu")
+    result = call(*arguments, "--output", tmp_path / "x.png", "--memory-budget", "3GB")
+    assert result.exit_code == 0, result.output
+    assert "3.00 GB on cpu: peak" in result.stderr
+    assert "transformer: bfloat16, resident" in result.stderr
+    assert read_settings(tmp_path / "x.png").extra["Dtype"] == "bfloat16"
+    call(*arguments, "--output", tmp_path / "y.png", "--dtype", "float32", "--memory-budget", "3GB")
+    assert read_settings(tmp_path / "y.png").extra["Dtype"] == "float32"
+
+
+def test_budgets_that_cannot_be_kept(half: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "a red cube", "--model", half, "--device", "cpu", "--output", tmp_path / "x.png")
+    result = call(*arguments, "--memory-budget", "60MB")
+    assert result.exit_code == 1
+    assert re.search(r"error: a budget of 60 MB is too small for .* the smallest that works is \d+MB", result.stderr)
+    result = call(*arguments, "--memory-budget", "some")
+    assert result.exit_code == 1
+    assert "size 'some' is not understood; write it like 5GB" in result.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_info_prints_plans(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "default_device", lambda: torch.device("cpu"))
+    shown = call("info", half).stdout
+    for size in ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB"):
+        assert re.search(rf"^{size} +\d.* text_encoder: bfloat16, resident", shown, re.MULTILINE), shown
+    monkeypatch.setattr(planner, "PROCESS", 7 * GB)
+    shown = call("info", half).stdout
+    assert re.search(r"^6GB +- +too small; the least that works is 7\.\d+ GB", shown, re.MULTILINE), shown
+    assert "Budgets are for cpu" in shown
