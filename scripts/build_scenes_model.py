@@ -90,6 +90,13 @@ TRANSFORMER = {
 }
 #: The noise of the published PixArt checkpoints.
 SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+#: The records of a run: where they are published, and where the run writes them.
+RECORDS = {
+    "autoencoder.jsonl": "autoencoder/log.jsonl",
+    "warm_start.jsonl": "transformer/warm_start.jsonl",
+    "transformer.jsonl": "transformer/log.jsonl",
+    "judged.jsonl": "transformer/judged.jsonl",
+}
 MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
 WARM_START_STEPS = 400
 
@@ -221,6 +228,8 @@ def train_tokenizer(out: Path) -> None:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     folder = out / "tokenizer"
+    if (folder / "spiece.model").exists():  # another one would give the words other numbers
+        return
     folder.mkdir(parents=True, exist_ok=True)
     captions = [text for path in sorted((out / "pictures").glob("[0-9]*.npz"))[:40] for text in captions_of(path)]
     stream = io.BytesIO()
@@ -371,6 +380,9 @@ def restore(out: Path, target: Path, records: Path) -> None:
     named = {name: parameter.detach() for name, parameter in models.named_parameters()}
     step = json.loads((records / "configuration.json").read_text())["step"]
     state = {"models": named, "ema": {"updates": step, **named}, "step": step}
+    (out / "transformer").mkdir(parents=True, exist_ok=True)
+    for name, path in RECORDS.items():
+        shutil.copyfile(records / name, out / path)
     save_state(out / "transformer" / "state.pt", state)
 
 
@@ -396,13 +408,8 @@ def export(out: Path, target: Path, records: Path) -> None:
         path.chmod(0o644)  # some writers leave files that only their owner can read
     records.mkdir(parents=True, exist_ok=True)
     autoencoder_steps = int(load_state(out / "autoencoder" / "state.pt")["step"])
-    for name, path in {
-        "autoencoder.jsonl": out / "autoencoder" / "log.jsonl",
-        "warm_start.jsonl": out / "transformer" / "warm_start.jsonl",
-        "transformer.jsonl": out / "transformer" / "log.jsonl",
-        "judged.jsonl": out / "transformer" / "judged.jsonl",
-    }.items():
-        shutil.copyfile(path, records / name)
+    for name, path in RECORDS.items():
+        shutil.copyfile(out / path, records / name)
     configuration = {
         "seed": SEED,
         "step": state["step"],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart import Modulation, PixArtContext, PixArtTransformer2DModel
+from impasto.nn.plain import is_plain_linear
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -139,6 +140,42 @@ def test_projections_that_someone_changed_or_watches_are_called() -> None:
     model.transformer_blocks[1].attn2.to_out[0] = new
     assert distance(predict(model, **inputs), model(**inputs).sample.detach()) <= 1e-6
     assert distance(predict(model, **inputs), plain) > 1e-3
+
+
+def test_gradients_are_not_lost_in_a_context_that_was_made_without_them() -> None:
+    model, inputs = tiny(), arguments()
+    with torch.no_grad():
+        context = model.encode_context(inputs["encoder_hidden_states"])
+    with pytest.raises(InputError, match="made without gradients"):
+        model(**{**inputs, "encoder_hidden_states": context})
+    model.requires_grad_(False)
+    given = model(**{**inputs, "encoder_hidden_states": context}).sample
+    assert distance(given, predict(model, **inputs)) <= 1e-6
+
+
+def test_layers_with_another_forward_or_a_quantised_weight_are_not_taken_apart() -> None:
+    layer = nn.Linear(3, 4)
+    assert is_plain_linear(layer)
+    layer.forward = lambda x: x  # as offloading and patching libraries do
+    assert not is_plain_linear(layer)
+
+    class Packed(nn.Parameter):
+        pass
+
+    packed = nn.Linear(3, 4)
+    packed.weight = Packed(packed.weight.data)
+    assert not is_plain_linear(packed)
+
+
+def test_contexts_of_other_kinds_are_refused_in_either_order() -> None:
+    model, inputs = tiny(), arguments()
+    with torch.no_grad():
+        one = model.encode_context(inputs["encoder_hidden_states"])
+    other = model.encode_context(inputs["encoder_hidden_states"])
+    bare = tiny(caption_channels=None).encode_context(None)
+    for pair in ([one, other], [other, one], [bare, other], [other, bare], [bare, one]):
+        with pytest.raises(InputError, match="cannot be joined"):
+            PixArtContext.concat(pair)
 
 
 def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monkeypatch: pytest.MonkeyPatch) -> None:

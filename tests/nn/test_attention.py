@@ -136,6 +136,13 @@ def test_tiles_of_any_size_agree_with_the_formula(
     assert distance(seam._tiled_products(query.float(), key.float(), value.float(), scale), exact) <= 1e-6
 
 
+def test_tiles_survive_products_that_overflow_float16() -> None:
+    query, key, value = (200 * x for x in tensors(n=40, m=40, size=32))
+    query, key, value = query.half(), key.half(), (value / 200).half()
+    assert not (query @ key.transpose(2, 3)).isfinite().all()
+    assert seam._tiled_products(query, key, value, 1e-4).isfinite().all()
+
+
 def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     tiled = seam._tiled_products

@@ -244,7 +244,7 @@ def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trac
 
 def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
     transformer = tiny_transformer()
-    head = LabelHead(transformer, 0, (2, 3))
+    head = LabelHead(transformer.train(), 0, (2, 3))
     torch.nn.init.zeros_(head.read.weight)
     torch.nn.init.zeros_(head.read.bias)
     head.read.bias.data.view(2, 2, 5)[0, 1, 0] = 50.0  # in the upper right of each patch, sure of the first class

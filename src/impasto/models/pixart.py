@@ -230,7 +230,10 @@ class PixArtTransformer2DModel(Model):
         """Each row of a projected text [B, M, D], or of a packed one [1, T, D], for each layer."""
         lengths = [text.shape[1]] * text.shape[0] if layout is None else layout.lengths
         rows = text.flatten(0, 1).split(lengths)  # B of [M, D]
-        biases = [None if bias is None else bias[i, 0, 0, :length] for i, length in enumerate(lengths)]
+        biases: list[Tensor | None] = [None] * len(rows)
+        if bias is not None:  # that of padding adds nothing to what is kept
+            kept = [bias[i, 0, 0, :length] for i, length in enumerate(lengths)]
+            biases = [row if bool(row.any()) else None for row in kept]
         layers = [cast(PixArtBlock, block).encode_rows(rows, biases) for block in self.transformer_blocks]
         return tuple(zip(*layers, strict=True))
 
@@ -377,6 +380,11 @@ class PixArtTransformer2DModel(Model):
         batch, _, height, width = latents.shape
         if context.rows not in (None, batch):
             raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} pictures")
+        if torch.is_grad_enabled() and context.by_row is not None and self._learns():
+            raise InputError(
+                "encoder_hidden_states is a context that was made without gradients, and gradients are recorded: make "
+                "it where they are, or call the model under torch.no_grad()"
+            )
         if context.rows is None and context.bias is not None and self.has_cross_attention:
             tokens = height // self.patch_size * (width // self.patch_size)
             if tuple(context.bias.shape) != (batch, 1, 1, tokens):
@@ -388,6 +396,9 @@ class PixArtTransformer2DModel(Model):
             raise InputError(
                 f"timestep holds {modulation.shared.shape[0]} rows for {batch} pictures; give 1 or {batch}"
             )
+
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.transformer_blocks.parameters())
 
     @classmethod
     def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:

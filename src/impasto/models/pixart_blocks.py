@@ -17,6 +17,7 @@ from ..nn.attention import attention
 from ..nn.embeddings import timestep_features
 from ..nn.fused_linear import FusedLinear
 from ..nn.layers import FeedForward, TwoLayerMLP, modulate
+from ..nn.plain import is_plain_linear
 from .pixart_context import AbsorbedText, Modulation, TextKeys
 
 
@@ -186,7 +187,8 @@ class Attention(nn.Module):
     def can_absorb(self, tokens: int) -> bool:
         """Whether a text of so many tokens makes less work absorbed, and no one changes or watches the projections."""
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
-        plain = all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in layers)
+        watched = self.to_out._forward_hooks or self.to_out._forward_pre_hooks or self.to_out[1].training
+        plain = not watched and all(is_plain_linear(layer) for layer in layers)
         return plain and not self.training and not self.upcast and tokens < self.to_q.out_features // self.heads
 
     def absorb(self, text: Tensor, bias: Tensor | None) -> AbsorbedText:
@@ -227,6 +229,8 @@ class Attention(nn.Module):
             return x + text.values
         scores = torch.addmm(text.offsets, x, text.scores)  # [N, heads * M]
         weights = torch.softmax(scores.unflatten(-1, (self.heads, -1)), dim=-1)  # [N, heads, M]
+        if torch.is_autocast_enabled("cpu"):  # which would round x, too
+            return x + weights.flatten(1) @ text.values
         return torch.addmm(x, weights.flatten(1), text.values)  # [N, D]
 
     def cross_attention(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

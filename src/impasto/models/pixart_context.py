@@ -70,6 +70,8 @@ class PixArtContext(NamedTuple):
     def concat(contexts: Sequence[PixArtContext]) -> PixArtContext:
         """One batch of several; shorter texts are padded with discarded tokens."""
         first = contexts[0]
+        if len({context._kind for context in contexts}) > 1:
+            raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
         if any(context.by_row is not None for context in contexts):
             return PixArtContext(None, None, None, None, tuple(row for c in contexts for row in c._unpadded()))
         if first.some is None:
@@ -111,11 +113,17 @@ class PixArtContext(NamedTuple):
         assert some is not None
         return some.shape[-2]
 
+    @property
+    def _kind(self) -> str:
+        if self.by_row is not None or self.keys is not None:
+            return "inference"
+        return "no text" if self.text is None else "training"
+
     def _unpadded(self) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
         if self.by_row is not None:
             return self.by_row
-        if self.keys is None or self.values is None:
-            raise InputError("contexts of inference and of training, or without text, cannot be joined")
+        assert self.keys is not None
+        assert self.values is not None
         keep = self._bias_or_zeros()[:, 0, 0] > -torch.inf  # [B, M]
         return tuple(
             tuple(

@@ -60,6 +60,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
 
 def _tiles_are_faster(query: Tensor, key: Tensor) -> bool:
     """torch's CPU attention multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX."""
+    if query.dtype != key.dtype or torch.is_autocast_enabled("cpu"):
+        return False
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
@@ -78,6 +80,7 @@ def _tiled_products(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     scale = size**-0.5 if scale is None else scale
     some = key[:, :, :: max(1, key.shape[2] // _SAMPLED_KEYS)]
     peak = (query @ some.transpose(2, 3)).amax(-1, keepdim=True)  # [B, heads, N, 1]
+    peak = peak.clamp(-_largest(query), _largest(query))  # a product of float16 may overflow
     one = key.new_ones(1, 1, 1, 1).expand(*key.shape[:3], 1)
     queries = torch.cat([query, -peak], -1).flatten(0, 1)  # [B * heads, N, head_dim + 1]
     keys = torch.cat([key, one], -1).flatten(0, 1).transpose(1, 2)  # [B * heads, head_dim + 1, M]
@@ -98,6 +101,10 @@ def _tiled_products(query: Tensor, key: Tensor, value: Tensor, scale: float | No
             for i, result in enumerate(found, first):
                 out[i // heads, tile, i % heads] = result
     return out.transpose(1, 2)  # [B, heads, N, head_dim]
+
+
+def _largest(x: Tensor) -> float:
+    return torch.finfo(x.dtype).max / 2
 
 
 def attention_formula(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cpu import processor_has
+from .plain import is_plain_linear
 
 
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
@@ -28,10 +29,12 @@ def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
 
 def _has_epilogue(layer: nn.Module, x: Tensor) -> bool:
     """oneDNN's product has one on the CPU; it has no gradient."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if not is_plain_linear(layer) or x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return False
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or layer.weight.dtype != x.dtype:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype != x.dtype or weight.device != x.device:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return torch.backends.mkldnn.is_available() and processor_has("avx512_bf16")
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and processor_has("avx512_bf16")

@@ -105,10 +105,10 @@ class LabelHead(nn.Module):
         self.classes = tuple(classes)
         self.read = nn.Linear(transformer.inner_dim, self.patch_size**2 * sum(classes))
         self.tokens: Tensor | None = None
-        transformer.transformer_blocks[block].register_forward_hook(self._keep)
+        self.hook = transformer.transformer_blocks[block].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        self.tokens = output
+        self.tokens = output if module.training else None
 
     def forward(self, labels: Tensor) -> Tensor:
         """The sum over questions of the cross-entropy [B] of labels [B, questions, H, W], for the last batch."""
@@ -209,7 +209,7 @@ def train_text_to_image(
     if state_path.exists():
         state = load_state(state_path)
         for name, master in masters.named.items():
-            if name in state["models"]:  # a state made from a finished checkpoint holds no label head
+            if name in state["models"] or not name.startswith("label_head."):  # a finished checkpoint has no head
                 master.copy_(state["models"][name])
         for optimizer, saved in zip(optimizers, state.get("optimizers", ()), strict=False):  # nor those
             optimizer.load_state_dict(saved)
@@ -274,6 +274,11 @@ def train_text_to_image(
                     on_save(step + 1)
                 masters.publish()
                 models.train()
+    if head is not None:
+        head.hook.remove()
+    if recipe.compile_blocks:
+        for block in transformer.transformer_blocks:
+            del block.forward
     models.float().eval()
     with torch.no_grad():
         for name, parameter in models.named_parameters():
