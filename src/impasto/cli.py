@@ -355,13 +355,15 @@ def _choose_device(name: str | None) -> torch.device:
 def _choose_dtype(name: DType, device: torch.device) -> torch.dtype:
     import torch
 
+    from .nn.cpu import processor_has
+
     if name is not DType.AUTO:
         found: torch.dtype = getattr(torch, name.value)
         return found
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     else:
-        native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        native = device.type == "cpu" and processor_has("avx512_bf16")
     return torch.bfloat16 if native else torch.float32
 
 

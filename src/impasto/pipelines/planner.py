@@ -21,6 +21,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, ResourceError
 from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
+from ..nn.cpu import processor_has
 from ..nn.module import parse_size
 from .inspection import DTYPES, STORED, USUAL_VAE, Inspection, Part, picture_size
 from .moving import Visit, is_settled
@@ -380,7 +381,7 @@ def fast_dtype(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu":
-        return "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
+        return "bfloat16" if processor_has("avx512_bf16") else "float32"
     return "float32" if device.type == "mps" else "bfloat16"
 
 
