@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import measure
 from impasto.nn import attention as seam
+from impasto.nn import attention_tiles as tiles
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
         query, key, value = (x.unflatten(-1, (16, 72)).transpose(1, 2) for x in qkv)
         calls = {
             "impasto": lambda q=query, k=key, v=value: seam.attention(q, k, v),
-            "tiles": lambda q=query, k=key, v=value: seam._tiled_products(q, k, v, None),
+            "softmax tiles": lambda q=query, k=key, v=value: tiles._softmax_tiles(q, k, v, 72**-0.5),
+            "sigmoid tiles": lambda q=query, k=key, v=value: tiles._sigmoid_tiles(q, k, v, 72**-0.5)[0],
             "torch": lambda q=query, k=key, v=value: F.scaled_dot_product_attention(q, k, v),
         }
         with torch.no_grad():

@@ -25,8 +25,13 @@ def decoder(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    model = {"impasto": impasto, "diffusers": diffusers}[library].AutoencoderKL(**picture.SDXL_VAE).eval()
+    model = diffusers.AutoencoderKL(**picture.SDXL_VAE).eval()
     torch.set_default_dtype(torch.float32)
+    if library == "impasto":
+        with torch.device("meta"):
+            ours = impasto.AutoencoderKL(**picture.SDXL_VAE).eval()
+        ours.load_state_dict(model.state_dict(), assign=True)
+        model = ours
     if tiled:
         model.enable_tiling()
     latents = torch.randn(1, 4, options.pixels // 8, options.pixels // 8, generator=torch.Generator().manual_seed(1))

@@ -65,11 +65,12 @@ def quantized(method: Any) -> Callable[[Any], Any]:
 
 OPTIONS = [
     Option(LOSSLESS, ()),
-    *(Option(f"cache first-block {t:g}", (cached("first-block", threshold=t),)) for t in (0.05, 0.1, 0.2, 0.3)),
-    *(Option(f"cache interval {n}", (cached("interval", interval=n),)) for n in (2, 3, 4)),
-    *(Option(f"cache taylor {n}", (cached("taylor", interval=n),)) for n in (2, 3, 4)),
+    *(Option(f"cache interval {n}", (cached("interval", interval=n),)) for n in (2, 3)),
+    *(Option(f"cache taylor {n}", (cached("taylor", interval=n),)) for n in (2, 3)),
+    *(Option(f"cache first-block {t:g}", (cached("first-block", threshold=t),)) for t in (0.1, 0.2, 0.3)),
     *(Option(f"guidance {a:g}-{b:g}", (guided(a, b),)) for a, b in ((0, 0.5), (0, 0.8), (0.1, 0.6), (0.2, 0.8))),
-    Option("cache taylor 3, guidance 0-0.5", (cached("taylor", interval=3), guided(0, 0.5))),
+    Option("cache taylor 2, guidance 0-0.8", (cached("taylor", interval=2), guided(0, 0.8))),
+    Option("cache taylor 3, guidance 0-0.8", (cached("taylor", interval=3), guided(0, 0.8))),
     *(Option(name, (quantized(name),)) for name in ("int8-weight-only", "int8-dynamic", "fp8", "nf4")),
 ]
 

@@ -1,21 +1,23 @@
 """A whole picture with full-size random weights: T5-XXL, 20 guided XL/2 steps, autoencoder; ours against diffusers'.
 
-    python benchmarks/picture.py [--pixels 512] [--steps 20] [--rounds 1]
+    python benchmarks/picture.py [--pixels 512] [--steps 20] [--rounds 1] [--cache interval 2]
 
-Both pipelines share the text encoder and the weights, so that they draw the same picture, which is checked. Takes
-some minutes and about 15 GB.
+Both pipelines share the text encoder and the weights, so that they draw the same picture, which is checked. With
+--cache, ours takes a third turn with a lossy option, whose loss docs/lossy.md tells. Takes some minutes and 15 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import sentencepiece
 import torch
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 import impasto
 import measure
@@ -63,7 +65,7 @@ def text_encoder() -> T5EncoderModel:
     return model
 
 
-def tokenizer() -> T5Tokenizer:
+def tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer that spells: the prompt becomes about as many tokens as with the published one."""
     folder = Path(tempfile.mkdtemp())
     words = sorted(set(PROMPT.replace(",", " ,").split()))
@@ -78,7 +80,9 @@ def tokenizer() -> T5Tokenizer:
         bos_id=-1,
         minloglevel=2,
     )
-    return T5Tokenizer(str(folder / "spiece.model"), extra_ids=0, model_max_length=300)
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 300}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def pipelines(pixels: int, dtype: torch.dtype) -> dict[str, object]:
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cache", nargs=2, metavar=("METHOD", "N"), help="cache_steps: the method and its interval")
     options = parser.parse_args()
     pipes = pipelines(options.pixels, torch.bfloat16)
 
@@ -125,7 +130,16 @@ def main() -> None:
     first = {name: draw(name, 2) for name in pipes}  # also warms both up
     difference = measure.relative_error(first["impasto"], first["diffusers"])
     assert difference < 0.1, difference
-    seconds = measure.in_turns({name: lambda name=name: draw(name, options.steps) for name in pipes}, options.rounds)
+    calls: dict[str, Callable[[], object]] = {name: lambda name=name: draw(name, options.steps) for name in pipes}
+    if options.cache:
+        method, interval = options.cache[0], int(options.cache[1])
+
+        def draw_cached() -> None:
+            with impasto.cache_steps(pipes["impasto"], method, interval=interval):
+                draw("impasto", options.steps)
+
+        calls[f"impasto, cache {method} {interval}"] = draw_cached
+    seconds = measure.in_turns(calls, options.rounds)
     measure.write(
         f"picture-{options.pixels}-bfloat16",
         {

@@ -129,7 +129,7 @@ def generate(
         Solver | None, typer.Option(metavar="NAME", help="dpm++, ddim, ddpm or lcm; the model's own if not given.")
     ] = None,
     dtype: Annotated[
-        DType | None, typer.Option(metavar="NAME", help="float32 if not given, bfloat16, float16; auto.")
+        DType | None, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16; auto if not given.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; cuda if not given and there.")
@@ -157,7 +157,7 @@ def generate(
     if batch_size is not None:
         inputs.whole_number("batch_size", batch_size)
     chosen = _choose_device(device)
-    chosen_dtype = _choose_dtype(dtype or DType.FLOAT32, chosen)
+    chosen_dtype = _choose_dtype(dtype or DType.AUTO, chosen)
     transformer, vae = read_part_configs(folder, "transformer", "vae")
     if transformer and vae:  # what the pipeline would say, before a large model is loaded
         base, unit = picture_size(transformer, vae)
@@ -353,6 +353,7 @@ def _choose_device(name: str | None) -> torch.device:
 
 
 def _choose_dtype(name: DType, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes in it, and float32 elsewhere."""
     import torch
 
     from .nn.cpu import processor_has

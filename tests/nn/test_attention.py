@@ -119,34 +119,10 @@ def test_training_on_the_cpu_takes_the_plain_products(monkeypatch: pytest.Monkey
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 40), (1, 2, 70, 33), (2, 5, 8, 600)], ids=str)
-@pytest.mark.parametrize("tile", [1, 700, 5000, 2**21])
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_tiles_of_any_size_agree_with_the_formula(
-    shape: tuple[int, int, int, int], tile: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(seam, "_TILE_SCORES", tile)
-    monkeypatch.setattr(seam, "_LEAST_ROWS", 7)
-    batch, heads, n, m = shape
-    qkv = torch.randn(batch, n + 2 * m, heads, 24).transpose(1, 2)  # strided, as projections leave them
-    query, key, value = (x.bfloat16() for x in qkv.split([n, m, m], dim=2))
-    exact = attention_formula(query, key, value, None, scale)
-    assert distance(seam._tiled_products(query, key, value, scale), exact) <= 2**-7
-    # In float32 nothing but the order of sums is different.
-    assert distance(seam._tiled_products(query.float(), key.float(), value.float(), scale), exact) <= 1e-6
-
-
-def test_tiles_survive_products_that_overflow_float16() -> None:
-    query, key, value = (200 * x for x in tensors(n=40, m=40, size=32))
-    query, key, value = query.half(), key.half(), (value / 200).half()
-    assert not (query @ key.transpose(2, 3)).isfinite().all()
-    assert seam._tiled_products(query, key, value, 1e-4).isfinite().all()
-
-
 def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    tiled = seam._tiled_products
-    monkeypatch.setattr(seam, "_tiled_products", lambda *a: calls.append(1) or tiled(*a))
+    tiled = seam.tiled_attention
+    monkeypatch.setattr(seam, "tiled_attention", lambda *a: calls.append(1) or tiled(*a))
     monkeypatch.setattr(seam, "processor_has", lambda _: False)
     query, key, value = tensors(dtype=torch.bfloat16)
     attention(query, key, value)

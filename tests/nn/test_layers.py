@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from impasto.errors import ConfigurationError
+from impasto.nn import layers
 from impasto.nn.layers import ACTIVATIONS, FeedForward, TwoLayerMLP, modulate, unpatchify
 
 
@@ -84,3 +85,18 @@ def test_two_layer_mlp_is_linear_silu_linear() -> None:
     x = torch.randn(3, 4)
     expected = mlp.linear_2(nn.SiLU()(mlp.linear_1(x)))
     assert torch.equal(mlp(x), expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])
+def test_feed_forward_takes_tokens_in_parts_that_stay_in_cache(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = FeedForward(6, activation)
+    x = torch.randn(2, 7, 6)
+    whole = layer(x)
+    monkeypatch.setattr(layers, "_TOKENS_AT_ONCE", 5)
+    lengths: list[int] = []
+    layer.net.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[-2]))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+    assert lengths == [5, 5, 4]

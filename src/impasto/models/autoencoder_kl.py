@@ -142,7 +142,8 @@ class AutoencoderKL(Tiling, Model):
             InputError: pictures of another shape.
         """
         _check_channels("encode", x, self.in_channels)
-        distribution = DiagonalGaussianDistribution(self._sliced(self._encode, x))  # [B, 2 C, H / f, W / f]
+        parameters = self._sliced(self._encode, _channels_last(x))  # [B, 2 C, H / f, W / f]
+        distribution = DiagonalGaussianDistribution(parameters)
         return AutoencoderKLOutput(distribution) if return_dict else (distribution,)
 
     @overload
@@ -169,7 +170,7 @@ class AutoencoderKL(Tiling, Model):
             InputError: latents of another shape.
         """
         _check_channels("decode", z, self.latent_channels)
-        sample = self._sliced(self._decode, z)  # [B, out_channels, f H, f W]
+        sample = self._sliced(self._decode, _channels_last(z))  # [B, out_channels, f H, f W]
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(
@@ -222,6 +223,11 @@ class AutoencoderKL(Tiling, Model):
 
 
 LEGACY_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """In inference, the order of memory in which convolutions are fastest; all layers keep it."""
+    return x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -> None:

@@ -94,6 +94,21 @@ class PixArtContext(NamedTuple):
             bias = torch.cat([F.pad(c._bias_or_zeros(), (0, longest - c.length), value=-torch.inf) for c in contexts])
         return PixArtContext(text, layers("keys"), layers("values"), bias)
 
+    def padded(self, multiple: int) -> PixArtContext:
+        """The keys and values padded to a multiple of tokens, always with a bias, which discards the padding.
+
+        So texts of many lengths are contexts of one shape. Elsewhere than in inference on accelerators, nothing
+        changes.
+        """
+        if self.keys is None or self.values is None:
+            return self
+        more = -self.length % multiple
+        return self._replace(
+            keys=tuple(F.pad(key, (0, 0, 0, more)) for key in self.keys),
+            values=tuple(F.pad(value, (0, 0, 0, more)) for value in self.values),
+            bias=F.pad(self._bias_or_zeros(), (0, more), value=-torch.inf),
+        )
+
     @property
     def rows(self) -> int | None:
         """How many texts there are, B; None without text."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import processor_has
+from .cpu import has_bfloat16_epilogues
 from .plain import is_plain_linear
 
 
@@ -37,4 +37,4 @@ def _has_epilogue(layer: nn.Module, x: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and processor_has("avx512_bf16")
+    return has_bfloat16_epilogues()

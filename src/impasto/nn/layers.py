@@ -85,6 +85,10 @@ class _Activated(nn.Module):
         return self.activation(self.proj(x))
 
 
+#: Tokens that the feed-forward takes at a time on the CPU: their hidden states (19 MB in XL/2) stay in its cache.
+_TOKENS_AT_ONCE = 2048
+
+
 class FeedForward(nn.Module):
     """Token-wise two-layer network, four times as wide inside; keys ``net.0.proj.*`` and ``net.2.*``."""
 
@@ -93,5 +97,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(_Activated(dim, 4 * dim, activation_fn), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return torch.cat([self.net(part) for part in x.flatten(0, -2).split(_TOKENS_AT_ONCE)]).view(x.shape)
         out: Tensor = self.net(x)  # [B, N, D]
         return out

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..nn.module import parse_dtype, parse_size
 from ..nn.outputs import keyed
 from . import inspection, loading, planner
+from .compiling import Compiled
 from .embedding_cache import EmbeddingCache
 from .inputs import whole_number
 from .moving import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32
@@ -58,12 +59,15 @@ class Pipeline:
     plan: planner.MemoryPlan | None
     #: Embeddings of prompts on disk; None where they are not kept.
     prompt_cache: EmbeddingCache | None
+    #: The handle of ``compile``; None where nothing is compiled.
+    compiled: Compiled | None
 
     def __init__(self, **parts: Any):
         self.__dict__.update(parts)
         self.placement = Resident()
         self.plan = None
         self.prompt_cache = None
+        self.compiled = None
         self._source: Path | None = None  # the folder that the parts are from
         self._progress_bar_config: dict[str, Any] = {}
 
@@ -418,6 +422,35 @@ class Pipeline:
         fallback = torch.device("cpu") if given is None else device_of(given) or torch.device("cpu")
         default = devices.get("transformer", next(iter(devices.values()), fallback))
         self.placement, self.plan = PerPart(default), None
+
+    # --- compilation ---
+
+    def compile(self, *, vae: bool = False, record: bool | None = None, **options: Any) -> Compiled:
+        """Compile the transformer's blocks, and on a GPU replay whole steps as CUDA graphs.
+
+        The blocks are alike, so that one is compiled and all are served. The first picture of a size takes longer.
+        On a CPU the plain blocks are the faster ones (docs/performance.md).
+
+        Args:
+            vae: compile the autoencoder's decoder too.
+            record: replay steps; None means on a CUDA device. A recording of each size takes memory of its own.
+            options: of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``; ``fullgraph=True`` and
+                ``dynamic=False`` unless given.
+
+        Returns:
+            a handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
+
+        Raises:
+            ConfigurationError: something is compiled already.
+            InputError: there is no transformer, or no autoencoder where ``vae`` asks for it.
+            ResourceError: ``record=True`` elsewhere than on a CUDA device.
+        """
+        if self.compiled is not None:
+            raise ConfigurationError("this pipeline is compiled already; pipe.compiled.remove() undoes it")
+        decoder = self._require("vae") if vae else None
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self.compiled = Compiled(self, self._require("transformer"), decoder, record, **options)
+        return self.compiled
 
     # --- prompts on disk ---
 

@@ -23,6 +23,7 @@ from ..models.pixart import PixArtContext, PixArtTransformer2DModel
 from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline, unwrapped
+from .compiling import TEXT_MULTIPLE
 from .families import ALPHA, SIGMA, Family, mixtures
 from .image import ImageProcessor
 from .resolution import resize_and_crop
@@ -429,14 +430,19 @@ class PixArtPipeline(Pipeline):
             scales = self.guidance_of_steps(scheduler.timesteps, guidance_scale)
             texts: dict[bool, dict[str, Any]] = {}  # by whether the negative half is in it
             times = _prepare_timesteps(transformer, scheduler.timesteps, conditions, device)
+            recorded = None if self.compiled is None else self.compiled.steps
+            call = transformer if recorded is None else recorded.begin(transformer)
             for i, t in enumerate(scheduler.timesteps):
                 guides = guided and scales[i] > 1.0
                 if guides not in texts:
-                    texts[guides] = _prepare_text(transformer, embeds, guides, device, dtype)
+                    multiple = 1 if recorded is None else TEXT_MULTIPLE
+                    texts[guides] = _prepare_text(transformer, embeds, guides, device, dtype, multiple)
                 x = torch.cat([latents, latents]) if guides else latents
                 x = scheduler.scale_model_input(x, t)
-                predicted = transformer(x, **texts[guides], **times(i, x.shape[0]), return_dict=False)[0]
+                predicted = call(x, **texts[guides], **times(i, x.shape[0]), return_dict=False)[0]
                 predicted = predicted[:, :channels]  # the rest is a learned variance
+                if call is not unwrapped(call):  # a graph of torch.compile's may write its next output in its place
+                    predicted = predicted.clone()
                 if guides:
                     unconditional, conditional = predicted.chunk(2)
                     predicted = unconditional + scales[i] * (conditional - unconditional)
@@ -554,9 +560,12 @@ def _is_staged(transformer: Any) -> bool:
 
 
 def _prepare_text(
-    transformer: Any, embeds: PromptEmbeds, guided: bool, device: torch.device, dtype: torch.dtype
+    transformer: Any, embeds: PromptEmbeds, guided: bool, device: torch.device, dtype: torch.dtype, multiple: int
 ) -> dict[str, Any]:
-    """The text arguments of the transformer, for all steps: what does not change is computed here, once."""
+    """The text arguments of the transformer, for all steps: what does not change is computed here, once.
+
+    Keys and values are padded to a multiple of tokens where that is above 1.
+    """
     halves = [(embeds.prompt_embeds, embeds.prompt_attention_mask)]
     if guided:
         assert embeds.negative_prompt_embeds is not None
@@ -567,7 +576,7 @@ def _prepare_text(
     halves = [(text.to(device, dtype), mask.to(device)) for text, mask in halves]
     if _is_staged(transformer):
         context = PixArtContext.concat([transformer.encode_context(text, mask) for text, mask in halves])
-        return {"encoder_hidden_states": context}
+        return {"encoder_hidden_states": context if multiple == 1 else context.padded(multiple)}
     return {
         "encoder_hidden_states": torch.cat([text for text, _ in halves]),
         "encoder_attention_mask": torch.cat([mask for _, mask in halves]),

@@ -1,0 +1,101 @@
+"""Where the time of our guided XL/2 step on the CPU goes, against the machine's floor.
+
+    python benchmarks/floor.py [--pixels 256 512 1024] [--layers 6]
+
+The floor is the time of a step's multiplications at the rate of a large product of the same run (and, for what only
+moves memory, of a large copy). The layers are alike, so that some of them tell the shares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import profile
+
+import measure
+import step
+
+#: What torch's operations do here. A gelu product and the scores' product are one operation, told apart by shapes.
+GROUPS = {
+    "aten::addmm": "linear layers",
+    "aten::mm": "attention: weights times values",
+    "aten::bmm": "attention: weights times values",
+    "aten::baddbmm": "attention: scores",
+    "aten::_softmax": "attention: softmax",
+    "aten::copy_": "copies",
+    "aten::cat": "copies",
+}
+
+
+def best(call: Callable[[], object], rounds: int = 9) -> float:
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def floor_rates() -> tuple[float, float]:
+    """FLOP/s of a product of 2048 x 1152 x 4608 in bfloat16, bytes/s of a copy."""
+    a, b = torch.randn(2048, 1152).bfloat16(), torch.randn(1152, 4608).bfloat16()
+    big = torch.empty(2**28, dtype=torch.uint8)
+    other = torch.empty_like(big)
+    return 2 * 2048 * 1152 * 4608 / best(lambda: a @ b), 2 * 2**28 / best(lambda: other.copy_(big))
+
+
+def work(pixels: int, layers: int, real_tokens: int) -> dict[str, float]:
+    """Multiplications and additions of a guided step: of the linear layers, and of self-attention."""
+    tokens, width = (pixels // 16) ** 2, 1152
+    absorbed = 2 * 2 * real_tokens * 16 * width * tokens  # of the picture with a text; the other's is a constant
+    linear = 2 * 2 * (4 + 8) * width * width * tokens + absorbed
+    return {"linear layers": layers * linear, "self-attention": layers * 2 * 2 * 2 * width * tokens * tokens}
+
+
+@torch.no_grad()
+def profile_step(pixels: int, layers: int) -> dict[str, object]:
+    step.XL["num_layers"] = layers
+    options = argparse.Namespace(pixels=pixels, batch=1, real_tokens=20)
+    run = step.Step("impasto", step.build("impasto", pixels, torch.bfloat16), options, torch.bfloat16)
+    run()
+    seconds = best(run, 3)
+    with profile(record_shapes=True) as found:
+        run()
+    tokens = (pixels // 16) ** 2
+    groups: dict[str, float] = {}
+    for event in found.key_averages(group_by_input_shape=True):
+        name = GROUPS.get(event.key, "everything else")
+        if event.key == "mkldnn::_linear_pointwise":
+            name = "linear layer with gelu" if event.input_shapes[1][0] == 4608 else "attention: scores"
+        elif event.key == "aten::mm" and tokens not in event.input_shapes[0] and tokens not in event.input_shapes[1]:
+            name = "everything else"
+        groups[name] = groups.get(name, 0.0) + event.self_cpu_time_total / 1e6
+    total = sum(groups.values())
+    shares = {name: round(spent / total, 3) for name, spent in sorted(groups.items(), key=lambda x: -x[1])}
+    return {"seconds": round(seconds, 3), "shares": shares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--layers", type=int, default=6)
+    options = parser.parse_args()
+    rate, bandwidth = floor_rates()
+    result: dict[str, object] = {
+        "what": f"our guided XL/2 step, bfloat16, {options.layers} of its 28 layers, against the floor",
+        "product_gigaflops": round(rate / 1e9),
+        "copy_gigabytes_per_second": round(bandwidth / 1e9, 1),
+    }
+    for pixels in options.pixels:
+        found = profile_step(pixels, options.layers)
+        floor = {name: round(flops / rate, 4) for name, flops in work(pixels, options.layers, 20).items()}
+        share = sum(floor.values()) / found["seconds"]
+        result[f"{pixels} px"] = {**found, "floor_seconds": floor, "share_of_the_floor": round(share, 3)}
+    measure.write("floor-bfloat16", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""pipe.compile(): what it compiles, what a recording of a step is made of, and that none of it is ever stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impasto import cache_steps
+from impasto.errors import ConfigurationError, InputError, ResourceError
+from impasto.pipelines import compiling
+from impasto.pipelines.compiling import RecordedSteps
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+
+from ..tiny import tiny_pipeline
+
+CALL = {"prompt": "a red cube", "num_inference_steps": 3, "output_type": "latent"}
+
+
+def draw(pipe: Any, **arguments: Any) -> Tensor:
+    images: Tensor = pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **arguments}).images
+    return images
+
+
+class Tape:
+    """Records by keeping the function: a replay reads and writes the recording's own memory, as a graph does."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self.recorded += 1
+        output = run()
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return output.copy_(run())
+
+        return replay
+
+
+@pytest.fixture
+def pipe() -> PixArtSigmaPipeline:
+    return tiny_pipeline(PixArtSigmaPipeline)
+
+
+@pytest.fixture
+def tape(pipe: PixArtSigmaPipeline) -> Tape:
+    """The pipeline records its steps."""
+    tape = Tape()
+    pipe.compile(backend="eager", fullgraph=False).steps = RecordedSteps(tape)
+    return tape
+
+
+def test_every_block_is_compiled_until_the_handle_is_removed(pipe: PixArtSigmaPipeline) -> None:
+    expected = draw(pipe)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    with pipe.compile(backend=backend) as handle:
+        assert pipe.compiled is handle
+        assert handle.steps is None  # no GPU
+        torch.testing.assert_close(draw(pipe), expected)
+        # Blocks are alike: one graph serves all of them, or two where text is read row by row.
+        assert 1 <= graphs <= 2
+        with pytest.raises(ConfigurationError, match="already"):
+            pipe.compile()
+    assert pipe.compiled is None
+    assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_the_decoder_is_compiled_where_asked(pipe: PixArtSigmaPipeline) -> None:
+    expected = draw(pipe, output_type="pt")
+    with pipe.compile(vae=True, backend="eager"):
+        assert pipe.vae.decoder._compiled_call_impl is not None
+        torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
+    assert pipe.vae.decoder._compiled_call_impl is None
+
+
+def test_what_cannot_be_compiled_is_refused(pipe: PixArtSigmaPipeline) -> None:
+    with pytest.raises(ResourceError, match=r"to\('cuda'\)"):
+        pipe.compile(record=True)
+    pipe.transformer.transformer_blocks[0].compile(backend="eager")
+    with pytest.raises(ConfigurationError, match="already"):
+        pipe.compile()
+    plain = tiny_pipeline(PixArtSigmaPipeline)
+    plain.transformer = torch.compile(plain.transformer, backend="eager")
+    with pytest.raises(ConfigurationError, match="_orig_mod"):
+        plain.compile()
+    plain.transformer = None
+    with pytest.raises(InputError, match="transformer"):
+        plain.compile()
+    assert plain.compiled is None
+
+
+def test_one_recording_serves_all_steps_of_a_size(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    plain = tiny_pipeline(PixArtSigmaPipeline)
+    for latents in torch.randn(2, 1, 4, 8, 8):
+        torch.testing.assert_close(draw(pipe, latents=latents), draw(plain, latents=latents))
+    assert (tape.recorded, tape.replayed) == (1, 6)
+    torch.testing.assert_close(draw(pipe, num_images_per_prompt=2), draw(plain, num_images_per_prompt=2))
+    torch.testing.assert_close(draw(pipe, guidance_scale=1.0), draw(plain, guidance_scale=1.0))
+    assert tape.recorded == 3
+
+
+def test_prompts_of_other_lengths_share_a_recording_on_accelerators(
+    pipe: PixArtSigmaPipeline, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded keys instead of rows of their own lengths, as on a GPU; the padding is masked."""
+    monkeypatch.setattr(type(pipe.transformer), "_holds_rows", staticmethod(lambda text: False))
+    plain = tiny_pipeline(PixArtSigmaPipeline)
+    for prompt in ("a cube", "a very large red cube on a blue ball", ""):
+        torch.testing.assert_close(draw(pipe, prompt=prompt), draw(plain, prompt=prompt), rtol=1e-4, atol=1e-5)
+    assert tape.recorded == 1
+    with torch.no_grad():
+        context = pipe.transformer.encode_context(torch.randn(1, 33, 32), torch.ones(1, 33)).padded(32)
+    assert context.length == 64
+    assert torch.equal(context.bias[0, 0, 0] == 0, torch.arange(64) < 33)
+
+
+def test_a_driver_may_write_into_the_latents(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    def doubled(pipe: Any) -> Tensor:
+        embeds = pipe.encode_prompt("a red cube", do_classifier_free_guidance=False)
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for step in pipe.denoise(noise, embeds, num_inference_steps=3, guidance_scale=1.0):
+            step.latents.mul_(2.0)
+        return step.latents
+
+    torch.testing.assert_close(doubled(pipe), doubled(tiny_pipeline(PixArtSigmaPipeline)))
+    assert tape.recorded == 1
+
+
+def test_recordings_of_other_weights_or_modules_are_forgotten(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    draw(pipe)
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(2.0)  # in its place: a replay reads it
+    draw(pipe)
+    assert tape.recorded == 1
+    pipe.transformer.proj_out.weight = nn.Parameter(3.0 * pipe.transformer.proj_out.weight.detach())
+    expected = tiny_pipeline(PixArtSigmaPipeline)
+    expected.transformer.load_state_dict(pipe.transformer.state_dict())
+    torch.testing.assert_close(draw(pipe), draw(expected))
+    assert tape.recorded == 2
+    pipe.transformer.proj_out.register_forward_hook(lambda module, inputs, output: 0.0 * output)
+    draw(pipe)
+    assert tape.recorded == 3
+    pipe.transformer.double().float()  # storage of its own again
+    draw(pipe)
+    assert tape.recorded == 4
+
+
+def test_steps_that_are_decided_anew_are_not_recorded(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    with cache_steps(pipe, "interval", interval=2) as cache:
+        draw(pipe)
+        assert cache.reused == 1
+        assert tape.recorded == 0
+    draw(pipe)
+    assert tape.recorded == 1
+
+
+def test_few_sizes_are_kept(pipe: PixArtSigmaPipeline, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_MOST_RECORDINGS", 2)
+    for count in (1, 2, 1, 3, 1):  # the second size was not used for longest
+        draw(pipe, num_images_per_prompt=count)
+    assert tape.recorded == 3
+    draw(pipe, num_images_per_prompt=2)
+    assert tape.recorded == 4
+
+
+@pytest.mark.gpu
+def test_replayed_steps_on_a_gpu_draw_the_same(pipe: PixArtSigmaPipeline) -> None:
+    pipe.to("cuda")
+    expected = draw(pipe)
+    with pipe.compile():
+        for prompt in ("a red cube", "a blue ball", "a red cube"):
+            drawn = draw(pipe, prompt=prompt)
+        assert (drawn - expected).abs().max() < 1e-3
