@@ -69,8 +69,8 @@ OPTIONS = [
     *(Option(f"cache taylor {n}", (cached("taylor", interval=n),)) for n in (2, 3)),
     *(Option(f"cache first-block {t:g}", (cached("first-block", threshold=t),)) for t in (0.1, 0.2, 0.3)),
     *(Option(f"guidance {a:g}-{b:g}", (guided(a, b),)) for a, b in ((0, 0.5), (0, 0.8), (0.1, 0.6), (0.2, 0.8))),
-    Option("cache taylor 2, guidance 0-0.8", (cached("taylor", interval=2), guided(0, 0.8))),
-    Option("cache taylor 3, guidance 0-0.8", (cached("taylor", interval=3), guided(0, 0.8))),
+    Option("cache interval 2, guidance 0.2-0.8", (cached("interval", interval=2), guided(0.2, 0.8))),
+    Option("cache interval 3, guidance 0.2-0.8", (cached("interval", interval=3), guided(0.2, 0.8))),
     *(Option(name, (quantized(name),)) for name in ("int8-weight-only", "int8-dynamic", "fp8", "nf4")),
 ]
 
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of the bundled model")
     parser.add_argument("--guidance-scale", type=float, default=4.5)
     parser.add_argument("--batch", type=int, default=8, help="pictures at once")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each option is timed")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each option is timed; 0: not at all")
     parser.add_argument("--xl-steps", type=int, default=8, help="of the XL/2; 0 leaves it out")
     parser.add_argument("--xl-layers", type=int, default=28, help="fewer for a trial")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="options whose name has one of these words in it")
@@ -268,10 +268,12 @@ def main() -> None:
             "judge": found.judged,
             "steps": found.steps,
         }
-        print(f"drawn and judged: {option.name}", flush=True)
-    results["scenes"] = time_in_turns(pipe, run, chosen, options)
+        quality = results["quality"][option.name]
+        print(f"{option.name}: {quality['psnr']} dB, judge {quality['judge']['whole']['percent']} %", flush=True)
+    if options.rounds:
+        results["scenes"] = time_in_turns(pipe, run, chosen, options)
     del pipe, run
-    if options.xl_steps:
+    if options.xl_steps and options.rounds:
         pipe, run = xl_run(options)
         results["xl"] = time_in_turns(pipe, run, available(pipe, chosen, results["not available"]), options)
 

@@ -1,9 +1,9 @@
 """A whole picture with full-size random weights: T5-XXL, 20 guided XL/2 steps, autoencoder; ours against diffusers'.
 
-    python benchmarks/picture.py [--pixels 512] [--steps 20] [--rounds 1] [--cache interval 2]
+    python benchmarks/picture.py [--pixels 512] [--steps 20] [--rounds 1] [--lossy "cache interval 2" ...]
 
 Both pipelines share the text encoder and the weights, so that they draw the same picture, which is checked. With
---cache, ours takes a third turn with a lossy option, whose loss docs/lossy.md tells. Takes some minutes and 15 GB.
+--lossy, ours takes further turns with lossy options, whose losses docs/lossy.md tells. Takes some minutes and 15 GB.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 import impasto
+import lossy
 import measure
 
 PROMPT = "a small cactus with a happy face in the desert, golden hour, 35mm photograph, sharp focus, very detailed"
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--cache", nargs=2, metavar=("METHOD", "N"), help="cache_steps: the method and its interval")
+    parser.add_argument("--lossy", nargs="*", default=[], choices=[option.name for option in lossy.OPTIONS])
     options = parser.parse_args()
     pipes = pipelines(options.pixels, torch.bfloat16)
 
@@ -131,14 +132,14 @@ def main() -> None:
     difference = measure.relative_error(first["impasto"], first["diffusers"])
     assert difference < 0.1, difference
     calls: dict[str, Callable[[], object]] = {name: lambda name=name: draw(name, options.steps) for name in pipes}
-    if options.cache:
-        method, interval = options.cache[0], int(options.cache[1])
+    for option in lossy.OPTIONS:
+        if option.name in options.lossy:
 
-        def draw_cached() -> None:
-            with impasto.cache_steps(pipes["impasto"], method, interval=interval):
-                draw("impasto", options.steps)
+            def draw_lossy(option: lossy.Option = option) -> None:
+                with option.applied(pipes["impasto"]):
+                    draw("impasto", options.steps)
 
-        calls[f"impasto, cache {method} {interval}"] = draw_cached
+            calls[f"impasto, {option.name}"] = draw_lossy
     seconds = measure.in_turns(calls, options.rounds)
     measure.write(
         f"picture-{options.pixels}-bfloat16",

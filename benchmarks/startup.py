@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [--rounds 5]
 
-`import` is what `import torch` alone does not take; `load` loads the bundled pipeline (diffusers reads it too) with
-everything imported; `help` is the command line's.
+`import` is what `import torch` alone does not take; `load` imports the pipeline and loads the bundled one (diffusers
+reads it too); `help` is the command line's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import measure
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "impasto" / "scenes" / "checkpoint"
 IMPORT = "import torch, time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
-LOAD = "import torch, time; {0}; t = time.perf_counter(); {1}; print(time.perf_counter() - t)"
 CODES = {
     "import": {
         "impasto": IMPORT.format("import impasto"),
@@ -28,7 +27,7 @@ CODES = {
         "diffusers": IMPORT.format("from diffusers import PixArtSigmaPipeline"),
     },
     "load": {
-        name: LOAD.format(f"from {name} import PixArtSigmaPipeline as P", f"P.from_pretrained({str(FOLDER)!r})")
+        name: IMPORT.format(f"from {name} import PixArtSigmaPipeline as P; P.from_pretrained({str(FOLDER)!r})")
         for name in ("impasto", "diffusers")
     },
     "help": {

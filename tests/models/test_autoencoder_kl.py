@@ -38,12 +38,30 @@ def test_slicing_changes_nothing() -> None:
 
 
 @torch.no_grad()
+def test_inference_on_the_cpu_is_in_channels_last_and_its_results_are_not() -> None:
+    model, x = tiny(), torch.randn(2, 3, 16, 24)
+    orders: list[bool] = []
+    for module in (model.encoder.mid_block, model.decoder.mid_block):
+        module.register_forward_hook(lambda *a: orders.append(a[2].is_contiguous(memory_format=torch.channels_last)))
+    distribution = model.encode(x).latent_dist
+    picture = model.decode(distribution.mode()).sample
+    assert distribution.parameters.is_contiguous()
+    assert picture.is_contiguous()
+    with torch.enable_grad():
+        torch.testing.assert_close(model(x).sample, picture, rtol=0, atol=1e-5)
+    assert orders == [True, True, False, False]
+    one = tiny(latent_channels=1)  # whose latents are in both orders at once
+    assert one.decode(torch.randn(2, 1, 4, 4)).sample.shape[0] == 2
+
+
+@torch.no_grad()
 def test_channels_last_holds() -> None:
     model, x = tiny(), torch.randn(2, 3, 16, 24)
     expected = model(x).sample
     model.to(memory_format=torch.channels_last)
+    parameters = model.encode(x.to(memory_format=torch.channels_last)).latent_dist.parameters
+    assert parameters.is_contiguous(memory_format=torch.channels_last)
     result = model(x.to(memory_format=torch.channels_last)).sample
-    assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 

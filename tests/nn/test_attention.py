@@ -134,6 +134,24 @@ def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: p
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("learns", range(3))
+def test_gradients_in_low_precision_whichever_of_the_three_learns(learns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "_MAX_SCORES_IN_TRAINING", 0)
+    inputs = tensors(n=600, m=600, dtype=torch.bfloat16)
+    inputs[learns].requires_grad_()
+    attention(*inputs).sum().backward()
+    assert inputs[learns].grad is not None
+
+
+def test_without_keys_or_queries() -> None:
+    for n, m in ((5, 0), (0, 5)):
+        query, key, value = tensors(n=n, m=m, dtype=torch.bfloat16)
+        with torch.no_grad():
+            out = attention(query, key, value)
+        assert out.shape == query.shape
+        assert not out.any()
+
+
 def test_the_formula_is_softmax_of_products_times_values() -> None:
     """By hand: scores 0 and log 3 weigh 1/4 and 3/4."""
     query = torch.ones(1, 1, 1, 1)

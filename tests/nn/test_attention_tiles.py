@@ -90,6 +90,17 @@ def test_a_score_far_above_those_that_were_sampled_is_noticed(monkeypatch: pytes
 
 @needs_epilogues
 @torch.no_grad()
+def test_scores_so_large_that_their_peak_is_rounded_away_are_noticed() -> None:
+    query, key, value = torch.zeros(1, 1, 512, 8), torch.zeros(1, 1, 32, 8), torch.randn(1, 1, 32, 8)
+    query[..., 0], query[..., 1], key[..., 0], key[..., 1] = 64.0, 4.0, 128.0, 8.75  # 8227: a multiple of 64 and 35
+    query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+    assert not tiles._sigmoid_tiles(query, key, value, 1.0)[1]
+    exact = attention_formula(query, key, value, None, 1.0)
+    assert distance(tiles.tiled_attention(query, key, value, 1.0), exact) <= 2**-7
+
+
+@needs_epilogues
+@torch.no_grad()
 def test_not_a_number_stays_one() -> None:
     query, key, value = tensors(1, 1, 512, 64, 8)
     query[0, 0, 3] = torch.nan

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from impasto import cache_steps
 from impasto.errors import ConfigurationError, InputError, ResourceError
@@ -25,19 +26,28 @@ def draw(pipe: Any, **arguments: Any) -> Tensor:
     return images
 
 
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    """What is compiled here counts towards the number of graphs that a block may have in one process."""
+    yield
+    torch.compiler.reset()
+
+
 class Tape:
-    """Records by keeping the function: a replay reads and writes the recording's own memory, as a graph does."""
+    """Records as a CUDA graph does: operations on the tensors that there were, and nothing of the Python around."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self.recorded += 1
-        output = run()
+        with torch.inference_mode(False), torch.no_grad():  # a graph writes its output's memory in any mode
+            output = run().detach().clone()
+        operations = make_fx(run)()
 
         def replay() -> Tensor:
             self.replayed += 1
-            return output.copy_(run())
+            return output.copy_(operations())
 
         return replay
 
@@ -49,9 +59,12 @@ def pipe() -> PixArtSigmaPipeline:
 
 @pytest.fixture
 def tape(pipe: PixArtSigmaPipeline) -> Tape:
-    """The pipeline records its steps."""
+    """The pipeline records its steps. Its blocks are plain, since what is compiled cannot be recorded on the CPU."""
     tape = Tape()
-    pipe.compile(backend="eager", fullgraph=False).steps = RecordedSteps(tape)
+    handle = pipe.compile(backend="eager")
+    for module in pipe.transformer.modules():
+        module.__dict__.pop("_compiled_call_impl", None)
+    handle.steps = RecordedSteps(lambda device: tape, device_type="cpu")
     return tape
 
 
@@ -66,7 +79,6 @@ def test_every_block_is_compiled_until_the_handle_is_removed(pipe: PixArtSigmaPi
 
     with pipe.compile(backend=backend) as handle:
         assert pipe.compiled is handle
-        assert handle.steps is None  # no GPU
         torch.testing.assert_close(draw(pipe), expected)
         # Blocks are alike: one graph serves all of them, or two where text is read row by row.
         assert 1 <= graphs <= 2
@@ -75,6 +87,19 @@ def test_every_block_is_compiled_until_the_handle_is_removed(pipe: PixArtSigmaPi
     assert pipe.compiled is None
     assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
     assert torch.equal(draw(pipe), expected)
+
+
+def test_compiled_blocks_take_prompts_and_pictures_of_any_size(pipe: PixArtSigmaPipeline) -> None:
+    """More shapes than torch compiles a function for: from the second one on, sizes are variables of the graph."""
+    plain = tiny_pipeline(PixArtSigmaPipeline)
+    with pipe.compile(backend="eager"):
+        for count in range(1, 12):
+            torch.testing.assert_close(
+                draw(pipe, num_images_per_prompt=count), draw(plain, num_images_per_prompt=count)
+            )
+            call = {"prompt": "a cube " * count, "num_inference_steps": 1, "height": 16 * count, "width": 64}
+            call |= {"use_resolution_binning": False}
+            torch.testing.assert_close(draw(pipe, **call), draw(plain, **call), rtol=1e-4, atol=1e-4)
 
 
 def test_the_decoder_is_compiled_where_asked(pipe: PixArtSigmaPipeline) -> None:
@@ -88,6 +113,9 @@ def test_the_decoder_is_compiled_where_asked(pipe: PixArtSigmaPipeline) -> None:
 def test_what_cannot_be_compiled_is_refused(pipe: PixArtSigmaPipeline) -> None:
     with pytest.raises(ResourceError, match=r"to\('cuda'\)"):
         pipe.compile(record=True)
+    for options in ({"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}):
+        with pytest.raises(ConfigurationError, match="max-autotune-no-cudagraphs"):
+            pipe.compile(**options)
     pipe.transformer.transformer_blocks[0].compile(backend="eager")
     with pytest.raises(ConfigurationError, match="already"):
         pipe.compile()
@@ -149,12 +177,60 @@ def test_recordings_of_other_weights_or_modules_are_forgotten(pipe: PixArtSigmaP
     expected.transformer.load_state_dict(pipe.transformer.state_dict())
     torch.testing.assert_close(draw(pipe), draw(expected))
     assert tape.recorded == 2
-    pipe.transformer.proj_out.register_forward_hook(lambda module, inputs, output: 0.0 * output)
-    draw(pipe)
-    assert tape.recorded == 3
     pipe.transformer.double().float()  # storage of its own again
+    torch.testing.assert_close(draw(pipe), draw(expected))
+    assert tape.recorded == 3
+    pipe.transformer.transformer_blocks[0].ff.net[1] = nn.Identity()  # another module
     draw(pipe)
     assert tape.recorded == 4
+    pipe.to("cpu")
+    assert not pipe.compiled.steps._recordings
+
+
+def test_weights_in_turns_and_loops_in_turns(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    """Each loop replays the transformer that it began with."""
+    embeds = pipe.encode_prompt("a red cube")
+    noise = torch.randn(1, 4, 8, 8)
+    other = tiny_pipeline(PixArtSigmaPipeline)
+    with torch.no_grad():
+        other.transformer.proj_out.weight.mul_(2.0)
+
+    def loop(pipe: Any) -> Any:
+        return pipe.denoise(noise, embeds, num_inference_steps=3)
+
+    expected = [[step.latents for step in loop(p)] for p in (tiny_pipeline(PixArtSigmaPipeline), other)]
+    first = loop(pipe)
+    torch.testing.assert_close(next(first).latents, expected[0][0])
+    schedulers = pipe.scheduler, other.scheduler
+    pipe.transformer, pipe.scheduler = other.transformer, schedulers[1]
+    second = loop(pipe)
+    torch.testing.assert_close(next(second).latents, expected[1][0])
+    pipe.compiled.steps.forget()
+    torch.testing.assert_close(next(first).latents, expected[0][1])
+    torch.testing.assert_close(next(second).latents, expected[1][1])
+
+
+def test_recordings_are_made_in_inference_mode_and_outside_of_it(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    with torch.inference_mode():
+        first = draw(pipe)
+    torch.testing.assert_close(draw(pipe), first)
+    assert tape.recorded == 1
+
+
+def test_an_offloaded_transformer_is_not_recorded(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+    draw(pipe)
+    assert tape.recorded == 0
+
+
+def test_hooks_run_at_every_step(pipe: PixArtSigmaPipeline, tape: Tape) -> None:
+    calls: list[int] = []
+    handle = pipe.transformer.proj_out.register_forward_hook(lambda *_: calls.append(1))
+    draw(pipe)
+    assert (len(calls), tape.recorded) == (3, 0)
+    handle.remove()
+    draw(pipe)
+    assert tape.recorded == 1
 
 
 def test_steps_that_are_decided_anew_are_not_recorded(pipe: PixArtSigmaPipeline, tape: Tape) -> None:

@@ -142,7 +142,7 @@ class AutoencoderKL(Tiling, Model):
             InputError: pictures of another shape.
         """
         _check_channels("encode", x, self.in_channels)
-        parameters = self._sliced(self._encode, _channels_last(x))  # [B, 2 C, H / f, W / f]
+        parameters = self._sliced(self._encode, x)  # [B, 2 C, H / f, W / f]
         distribution = DiagonalGaussianDistribution(parameters)
         return AutoencoderKLOutput(distribution) if return_dict else (distribution,)
 
@@ -170,7 +170,7 @@ class AutoencoderKL(Tiling, Model):
             InputError: latents of another shape.
         """
         _check_channels("decode", z, self.latent_channels)
-        sample = self._sliced(self._decode, _channels_last(z))  # [B, out_channels, f H, f W]
+        sample = self._sliced(self._decode, z)  # [B, out_channels, f H, f W]
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(
@@ -210,9 +210,18 @@ class AutoencoderKL(Tiling, Model):
         return self._tiled_decoder(self.decoder, z) if self._tiles() else cast(Tensor, self.decoder(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        # On the CPU in inference, in the order of memory in which convolutions are fastest; every layer keeps it.
+        last = torch.channels_last
+        reorders = (
+            batch.device.type == "cpu" and not torch.is_grad_enabled() and not batch.is_contiguous(memory_format=last)
+        )
+        if reorders:
+            batch = batch.contiguous(memory_format=last)
         if (self.use_slicing or self._tiles()) and batch.shape[0] > 1:
-            return torch.cat([function(one) for one in batch.chunk(batch.shape[0])])
-        return function(batch)
+            result = torch.cat([function(one) for one in batch.chunk(batch.shape[0])])
+        else:
+            result = function(batch)
+        return result.contiguous() if reorders else result
 
     @classmethod
     def _rename_key(cls, key: str) -> str:
@@ -223,11 +232,6 @@ class AutoencoderKL(Tiling, Model):
 
 
 LEGACY_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """In inference, the order of memory in which convolutions are fastest; all layers keep it."""
-    return x if torch.is_grad_enabled() else x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -> None:

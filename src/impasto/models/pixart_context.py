@@ -106,7 +106,7 @@ class PixArtContext(NamedTuple):
         return self._replace(
             keys=tuple(F.pad(key, (0, 0, 0, more)) for key in self.keys),
             values=tuple(F.pad(value, (0, 0, 0, more)) for value in self.values),
-            bias=F.pad(self._bias_or_zeros(), (0, more), value=-torch.inf),
+            bias=F.pad(self._bias_or_zeros(), (0, more), value=-torch.inf).to(self.keys[0].dtype),
         )
 
     @property

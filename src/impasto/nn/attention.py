@@ -29,20 +29,20 @@ def attention(
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    if _trains_on_cpu(query, key):
+    if _trains_on_cpu(query, key, value):
         return _products(query, key, value, bias, scale)
-    if bias is None and _tiles_are_faster(query, key):
+    if bias is None and _tiles_are_faster(query, key, value):
         tiled = tiled_attention_in_graphs if torch.compiler.is_compiling() else tiled_attention
         return tiled(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
-def _trains_on_cpu(query: Tensor, key: Tensor) -> bool:
+def _trains_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """torch's backward of CPU attention takes several times as long as the plain products' (2.13, AMX machine)."""
     if query.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return scores <= _MAX_SCORES_IN_TRAINING and (query.requires_grad or key.requires_grad)
+    return scores <= _MAX_SCORES_IN_TRAINING and any(x.requires_grad for x in (query, key, value))
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
@@ -54,13 +54,15 @@ def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     return out.masked_fill(bias.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
 
 
-def _tiles_are_faster(query: Tensor, key: Tensor) -> bool:
+def _tiles_are_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """torch's CPU attention multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX."""
     if query.dtype != key.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return False
+    if 0 in query.shape or 0 in key.shape:
         return False
     return not processor_has("amx_tile")
 

@@ -20,12 +20,14 @@ _SAMPLED_KEYS = 128
 
 #: From so many queries on, one product of one head is enough work for a call of its own.
 _LONG = 512
-#: Among so few, where a score may well be this far above (41) or below (39) the peak.
+#: Among so few, where the largest score may be up to 41 above the peak, and the rounding of very large ones up to 39.
 _SAMPLED_FOR_SIGMOID = 32
 #: Taken off the scores beside the peak, so that the sigmoid is an exponential: e^x / (1 + e^x) ≈ e^x.
 _DEPTH = 48.0
 #: As long as a query's weights add up to less, each is off by a smaller share than bfloat16's rounding.
 _LARGEST_SUM = 2.0**-10
+#: And as long as they add up to more, the small ones among them are not lost: float32 ends at 2 ** -126.
+_SMALLEST_SUM = 2.0**-100
 
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -65,8 +67,8 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     """Exponentials in the epilogue of the scores' product, while they are in registers; they are rounded once.
 
     oneDNN has no exponential there, but far below zero its sigmoid is one. An additional channel of ones in the
-    value adds the weights up. Also returns whether the scores were far enough below zero: a key that was not sampled
-    may have a score far above the peak.
+    value adds the weights up. Also returns whether the scores were where this holds: a key that was not sampled may
+    have a score far above the peak, and the peak of very large scores is rounded by more than the depth.
     """
     batch, heads, length, size = query.shape
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
@@ -85,7 +87,8 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     total = sums[..., -1:]  # [B, heads, N, 1]
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)  # [B, heads, N, d]
     torch.div(sums[..., :-1], total, out=out)
-    return out, bool(total.max() <= _LARGEST_SUM)  # not with NaN
+    smallest, largest = total.aminmax()
+    return out, bool((smallest >= _SMALLEST_SUM) & (largest <= _LARGEST_SUM))  # not with NaN
 
 
 def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

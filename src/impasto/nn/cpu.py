@@ -22,4 +22,4 @@ def _capabilities() -> dict[str, object]:
 
 def has_bfloat16_epilogues() -> bool:
     """Whether oneDNN's products of bfloat16 take an activation along, and are switched on."""
-    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and processor_has("avx512_bf16")
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled) and processor_has("avx512_bf16")

@@ -283,6 +283,7 @@ class Pipeline:
         check_dtype(dtype, target)
         if target is not None:
             check_device(target)
+        self._forget_recordings()
         for module in self._modules():
             if not is_settled(module):
                 _move(module, target, dtype)
@@ -390,6 +391,7 @@ class Pipeline:
                 )
         assert placement.device is not None
         check_device(placement.device)
+        self._forget_recordings()
         self.placement, self.plan = placement, None
 
     @property
@@ -426,31 +428,42 @@ class Pipeline:
     # --- compilation ---
 
     def compile(self, *, vae: bool = False, record: bool | None = None, **options: Any) -> Compiled:
-        """Compile the transformer's blocks, and on a GPU replay whole steps as CUDA graphs.
+        """Compile the transformer's blocks, and on a CUDA device replay whole steps as CUDA graphs.
 
         The blocks are alike, so that one is compiled and all are served. The first picture of a size takes longer.
-        On a CPU the plain blocks are the faster ones (docs/performance.md).
+        Steps are recorded only of a transformer that stays on its device, not of one that is offloaded. A transformer
+        that is assigned later has to be compiled anew: ``pipe.compiled.remove()`` first. On a CPU the plain blocks
+        are as fast (docs/performance.md).
 
         Args:
             vae: compile the autoencoder's decoder too.
-            record: replay steps; None means on a CUDA device. A recording of each size takes memory of its own.
-            options: of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``; ``fullgraph=True`` and
-                ``dynamic=False`` unless given.
+            record: replay steps; None means wherever the transformer is on a CUDA device, False never.
+            options: of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``. ``fullgraph=True`` is the
+                default except on the CPU.
 
         Returns:
             a handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
         Raises:
-            ConfigurationError: something is compiled already.
+            ConfigurationError: something is compiled already, or a mode that records single blocks.
             InputError: there is no transformer, or no autoencoder where ``vae`` asks for it.
             ResourceError: ``record=True`` elsewhere than on a CUDA device.
         """
         if self.compiled is not None:
             raise ConfigurationError("this pipeline is compiled already; pipe.compiled.remove() undoes it")
         decoder = self._require("vae") if vae else None
-        options = {"fullgraph": True, "dynamic": False, **options}
         self.compiled = Compiled(self, self._require("transformer"), decoder, record, **options)
         return self.compiled
+
+    def _replaying(self, model: Any) -> Any:
+        """What to call in place of a model, in a loop: a replay of its recorded call, or the model."""
+        if self.compiled is None or self.compiled.steps is None or isinstance(self.placement, OneAtATime):
+            return model
+        return self.compiled.steps.begin(model)
+
+    def _forget_recordings(self) -> None:
+        if self.compiled is not None and self.compiled.steps is not None:
+            self.compiled.steps.forget()
 
     # --- prompts on disk ---
 

@@ -430,18 +430,19 @@ class PixArtPipeline(Pipeline):
             scales = self.guidance_of_steps(scheduler.timesteps, guidance_scale)
             texts: dict[bool, dict[str, Any]] = {}  # by whether the negative half is in it
             times = _prepare_timesteps(transformer, scheduler.timesteps, conditions, device)
-            recorded = None if self.compiled is None else self.compiled.steps
-            call = transformer if recorded is None else recorded.begin(transformer)
+            call = self._replaying(transformer)
             for i, t in enumerate(scheduler.timesteps):
                 guides = guided and scales[i] > 1.0
                 if guides not in texts:
-                    multiple = 1 if recorded is None else TEXT_MULTIPLE
+                    multiple = 1 if call is transformer else TEXT_MULTIPLE
                     texts[guides] = _prepare_text(transformer, embeds, guides, device, dtype, multiple)
                 x = torch.cat([latents, latents]) if guides else latents
                 x = scheduler.scale_model_input(x, t)
                 predicted = call(x, **texts[guides], **times(i, x.shape[0]), return_dict=False)[0]
                 predicted = predicted[:, :channels]  # the rest is a learned variance
-                if call is not unwrapped(call):  # a graph of torch.compile's may write its next output in its place
+                if transformer is not unwrapped(
+                    transformer
+                ):  # a graph of torch.compile's may write its next output in its place
                     predicted = predicted.clone()
                 if guides:
                     unconditional, conditional = predicted.chunk(2)
