@@ -2,8 +2,9 @@
 
     python benchmarks [NAME ...] [--table]
 
-Names: step, picture, attention, text, decode, startup, lossy; all of them if none is given, which takes
-about half an hour on two cores. --table prints only what is stored.
+Names: startup, attention, floor, step, text, decode, picture, memory, lossy; all of them if none is given, which takes
+about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --table prints
+only what is stored.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 RUNS: dict[str, list[list[str]]] = {
     "startup": [[]],
     "attention": [[]],
+    "floor": [[]],
     "step": [
         ["--pixels", "256", "--exact"],
         ["--pixels", "512", "--exact"],
@@ -25,11 +27,14 @@ RUNS: dict[str, list[list[str]]] = {
         ["--pixels", "2048", "--rounds", "1"],
         ["--pixels", "256", "--batch", "4"],
         ["--pixels", "256", "--dtype", "float32"],
+        ["--pixels", "256", "--best"],
     ],
     "text": [[]],
     "decode": [[]],
-    "picture": [[]],
+    "picture": [["--lossy", "cache interval 2", "cache interval 3", "cache interval 2, guidance 0.2-0.8"]],
+    "memory": [[]],
     "lossy": [[]],
+    "gpu": [[]],
 }
 
 
@@ -60,7 +65,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RUNS)}")
     if not options.table:
-        for name in options.names or RUNS:
+        for name in options.names or [name for name in RUNS if name != "gpu"]:
             for arguments in RUNS[name]:
                 subprocess.run([sys.executable, str(HERE / f"{name}.py"), *arguments], check=True)
     print(table())

@@ -107,6 +107,7 @@ def draw_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
         time.sleep(0.005)
     assert process.stderr is not None
     said = process.stderr.read()
+    target.unlink(missing_ok=True)
     assert process.returncode == 0, said
     plan = [line for line in said.splitlines() if any(word in line for word in (" peak", "resident", "turn", "block"))]
     return {"peak_gigabytes": round(peak / 1e9, 2), "seconds": round(time.perf_counter() - start, 1), "plan": plan}

@@ -1,9 +1,10 @@
 """A guided PixArt-XL/2 step: ours against diffusers', in turns in one process, with random weights.
 
-    python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--batch 1] [--rounds 5] [--real-tokens 20] [--exact]
+    python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--batch 1] [--rounds 5] [--exact] [--best]
 
 A step is what the pipelines do: each picture twice (negative and positive), 300 text tokens of which the real ones are
-few. The outputs are compared before anything is timed, and with --exact each one's distance from float64 is measured
+few. With --best, diffusers takes further turns with fused projections and compiled. The outputs are compared before
+anything is timed, and with --exact each one's distance from float64 is measured
 (on the blocks' own weights; slow). Each library's peak memory is measured in a process of its own.
 """
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real-tokens", type=int, default=20)
     parser.add_argument("--exact", action="store_true", help="measure the distance of both from float64")
+    parser.add_argument("--best", action="store_true", help="diffusers with fused projections, and compiled, too")
     parser.add_argument("--memory-of", choices=["impasto", "diffusers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
@@ -89,6 +91,12 @@ def main() -> None:
     ours = build("impasto", options.pixels, dtype)
     ours.load_state_dict(theirs.state_dict())
     steps = {"impasto": Step("impasto", ours, options, dtype), "diffusers": Step("diffusers", theirs, options, dtype)}
+    if options.best:
+        fused = build("diffusers", options.pixels, dtype)
+        fused.load_state_dict(theirs.state_dict())
+        fused.fuse_qkv_projections()
+        steps["diffusers fused"] = Step("diffusers", fused, options, dtype)
+        steps["diffusers compiled"] = Step("diffusers", torch.compile(theirs), options, dtype)
     outputs = {name: step() for name, step in steps.items()}
     difference = measure.relative_error(outputs["impasto"], outputs["diffusers"])
     assert difference < (0.1 if dtype is torch.bfloat16 else 1e-4), difference
@@ -109,7 +117,8 @@ def main() -> None:
     result["peak_gigabytes"] = {
         name: measure.peak_gigabytes(__file__, "--memory-of", name, *common) for name in ("impasto", "diffusers")
     }
-    measure.write(f"step-{options.pixels}-{options.dtype}-batch{options.batch}", result)
+    best = "-best" if options.best else ""
+    measure.write(f"step-{options.pixels}-{options.dtype}-batch{options.batch}{best}", result)
 
 
 if __name__ == "__main__":
