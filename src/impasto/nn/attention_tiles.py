@@ -15,14 +15,13 @@ from .cpu import has_bfloat16_epilogues
 _TILE_SCORES = 2**21
 #: For each tile all keys and values are read, which must pay even where they are many.
 _LEAST_ROWS = 256
-#: Among so many keys the largest score of a query is looked for, where the scores are rounded.
-_SAMPLED_KEYS = 128
+#: Among so many keys the largest score of a query is looked for.
+_SAMPLED_KEYS = 32
 
 #: From so many queries on, one product of one head is enough work for a call of its own.
 _LONG = 512
-#: Among so few, where the largest score may be up to 41 above the peak, and the rounding of very large ones up to 39.
-_SAMPLED_FOR_SIGMOID = 32
-#: Taken off the scores beside the peak, so that the sigmoid is an exponential: e^x / (1 + e^x) ≈ e^x.
+#: Taken off the scores beside the peak, so that the sigmoid is an exponential: e^x / (1 + e^x) ≈ e^x. The largest score
+#: may then be up to 41 above the peak, and the rounding of very large ones up to 39.
 _DEPTH = 48.0
 #: As long as a query's weights add up to less, each is off by a smaller share than bfloat16's rounding.
 _LARGEST_SUM = 2.0**-10
@@ -78,7 +77,7 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     rows = max(_LEAST_ROWS, _TILE_SCORES // key.shape[2])
     for head in range(batch * heads):
         at = divmod(head, heads)
-        peak = _peak(queries[at][:, :-1], key[at], _SAMPLED_FOR_SIGMOID)  # [N, 1]
+        peak = _peak(queries[at][:, :-1], key[at])  # [N, 1]
         torch.sub(-_DEPTH, peak, out=queries[at][:, -1:])
         for start in range(0, length, rows):
             tile = slice(start, start + rows)
@@ -97,32 +96,33 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     The scores are rounded between product and softmax, by a share of their size. It is the largest ones that count,
     and with the peak off those are the smallest.
     """
-    batch, heads, length, _ = query.shape
+    batch, heads, length, size = query.shape
     largest = torch.finfo(query.dtype).max / 2
-    peak = _peak(query, key, _SAMPLED_KEYS).clamp(-largest, largest)  # a product of float16 may overflow
-    queries = torch.cat([query, -peak], -1).flatten(0, 1)  # [B * heads, N, d + 1]
-    keys = _with_ones(key).flatten(0, 1).transpose(1, 2)  # [B * heads, d + 1, M]
-    values = value.flatten(0, 1)  # [B * heads, M, d]
-    out = query.new_empty(batch, length, heads, values.shape[2])  # [B, N, heads, d]
+    peak = _peak(query, key).clamp(-largest, largest)  # a product of float16 may overflow
+    queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
+    queries[..., :-1] = query
+    torch.neg(peak, out=queries[..., -1:])
+    keys = _with_ones(key).transpose(2, 3)  # [B, heads, d + 1, M]
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)  # [B, heads, N, d]
 
-    rows = max(min(_LEAST_ROWS, length), _TILE_SCORES // keys.shape[2])
+    rows = max(min(_LEAST_ROWS, length), _TILE_SCORES // key.shape[2])
     at_once = max(1, rows // length)  # heads
-    for first in range(0, batch * heads, at_once):
-        group = slice(first, first + at_once)
-        for start in range(0, length, rows):
-            tile = slice(start, start + rows)
-            part = queries[group, tile]  # [g, n, d + 1]
-            scores = part.new_empty(*part.shape[:2], keys.shape[2])  # [g, n, M]
-            torch.baddbmm(scores, part, keys[group], beta=0, alpha=scale, out=scores)
-            found = torch.softmax(scores, dim=-1, out=scores) @ values[group]  # [g, n, d]
-            for i, result in enumerate(found, first):
-                out[i // heads, tile, i % heads] = result
-    return out.transpose(1, 2)  # [B, heads, N, d]
+    for picture in range(batch):
+        for first in range(0, heads, at_once):
+            group = slice(first, first + at_once)
+            for start in range(0, length, rows):
+                tile = slice(start, start + rows)
+                part = queries[picture, group, tile]  # [g, n, d + 1]
+                scores = part.new_empty(*part.shape[:2], key.shape[2])  # [g, n, M]
+                torch.baddbmm(scores, part, keys[picture, group], beta=0, alpha=scale, out=scores)
+                weights = torch.softmax(scores, dim=-1, out=scores)
+                out[picture, group, tile] = weights @ value[picture, group]  # [g, n, d]
+    return out
 
 
-def _peak(query: Tensor, key: Tensor, samples: int) -> Tensor:
+def _peak(query: Tensor, key: Tensor) -> Tensor:
     """About the largest product of each query with a key: [..., N, d] and [..., M, d] -> [..., N, 1]."""
-    some = key[..., :: max(1, key.shape[-2] // samples), :]
+    some = key[..., :: max(1, key.shape[-2] // _SAMPLED_KEYS), :]
     return (query @ some.transpose(-2, -1)).amax(-1, keepdim=True)
 
 
