@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .schedulers.dpm_solver import DPMSolverMultistepScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
+    from .transforms.packing import pack_weights
     from .transforms.quantize import dequantize, quantize
     from .transforms.step_cache import cache_steps
 
@@ -78,6 +79,7 @@ __all__ = [
     "cache_steps",
     "dequantize",
     "guide_between",
+    "pack_weights",
     "quantize",
 ]
 
@@ -104,6 +106,7 @@ _HOMES = {
     "cache_steps": ".transforms.step_cache:cache_steps",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
+    "pack_weights": ".transforms.packing:pack_weights",
     "quantize": ".transforms.quantize:quantize",
 }
 

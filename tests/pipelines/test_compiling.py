@@ -12,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from impasto import cache_steps
 from impasto.errors import ConfigurationError, InputError, ResourceError
+from impasto.nn import onednn
+from impasto.nn.cpu import has_bfloat16_epilogues
 from impasto.pipelines import compiling
 from impasto.pipelines.compiling import RecordedSteps
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -108,6 +110,35 @@ def test_the_decoder_is_compiled_where_asked(pipe: PixArtSigmaPipeline) -> None:
         assert pipe.vae.decoder._compiled_call_impl is not None
         torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
     assert pipe.vae.decoder._compiled_call_impl is None
+
+
+@pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
+def test_on_a_cpu_weights_are_packed_and_never_stale(pipe: PixArtSigmaPipeline) -> None:
+    pipe.to(torch.bfloat16)
+    close = {"rtol": 0.02, "atol": 0.02}
+    weight = pipe.transformer.transformer_blocks[0].ff.net[2].weight
+    expected = draw(pipe)
+
+    def lighter(*_: Any) -> dict[str, Any]:
+        weight.data.mul_(0.5)
+        return {}
+
+    with pipe.compile() as handle:
+        assert handle.packed is not None
+        assert handle.steps is None
+        torch.testing.assert_close(draw(pipe), expected, **close)
+        assert len(onednn.KEPT) > 0
+        weight.data.mul_(4)  # which leaves no trace but the numbers
+        heavier = draw(pipe)
+        assert not torch.allclose(heavier, expected, **close)
+        changing = draw(pipe, callback_on_step_end=lighter)
+        weight.data.mul_(8)
+    assert len(onednn.KEPT) == 0
+    torch.testing.assert_close(draw(pipe), heavier, **close)
+    torch.testing.assert_close(draw(pipe, callback_on_step_end=lighter), changing, **close)
+    pipe.compile(backend="eager")  # options are torch.compile's
+    assert pipe.compiled is not None
+    assert pipe.compiled.packed is None
 
 
 def test_what_cannot_be_compiled_is_refused(pipe: PixArtSigmaPipeline) -> None:

@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..nn.attention import attention
 from ..nn.embeddings import timestep_features
 from ..nn.fused_linear import FusedLinear
-from ..nn.layers import FeedForward, TwoLayerMLP, modulate
-from ..nn.plain import is_plain_linear
+from ..nn.layers import FeedForward, TwoLayerMLP, modulated_norm
+from ..nn.onednn import linear
+from ..nn.plain import is_plain_linear, is_watched
 from .pixart_context import AbsorbedText, Modulation, TextKeys
 
 
@@ -143,7 +144,7 @@ class PixArtBlock(nn.Module):
         modulation = self.scale_shift_table[None] + shared  # [B, 6, D]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)  # [B, 1, D] each
 
-        attended = self.attn1.self_attention(modulate(self.norm1(x), shift_attn, scale_attn), self_bias)
+        attended = self.attn1.self_attention(modulated_norm(self.norm1, x, shift_attn, scale_attn), self_bias)
         x = torch.addcmul(x, gate_attn, attended)  # [B, N, D]
         if rows is not None:
             assert self.attn2 is not None
@@ -152,7 +153,7 @@ class PixArtBlock(nn.Module):
             if key_value is None:
                 key_value = self.attn2.keys_values(x if text is None else text)
             x = x + self.attn2.cross_attention(x, *key_value, text_bias)  # [B, N, D]
-        return torch.addcmul(x, gate_ff, self.ff(modulate(self.norm2(x), shift_ff, scale_ff)))  # [B, N, D]
+        return torch.addcmul(x, gate_ff, self.ff(modulated_norm(self.norm2, x, shift_ff, scale_ff)))  # [B, N, D]
 
 
 class Attention(nn.Module):
@@ -173,7 +174,7 @@ class Attention(nn.Module):
         if self._fused is not None and self._fused.holds(self.to_q, self.to_k, self.to_v):
             query, key, value = self._fused(x).chunk(3, dim=-1)  # [B, N, D] each
         else:
-            query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)  # [B, N, D] each
+            query, key, value = linear(self.to_q, x), linear(self.to_k, x), linear(self.to_v, x)  # [B, N, D] each
         return self._attend(query, self._split(key), self._split(value), bias)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ class Attention(nn.Module):
     def can_absorb(self, tokens: int) -> bool:
         """Whether a text of so many tokens makes less work absorbed, and no one changes or watches the projections."""
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
-        watched = self.to_out._forward_hooks or self.to_out._forward_pre_hooks or self.to_out[1].training
+        watched = is_watched(self.to_out) or self.to_out[1].training
         plain = not watched and all(is_plain_linear(layer) for layer in layers)
         return plain and not self.training and not self.upcast and tokens < self.to_q.out_features // self.heads
 
@@ -213,7 +214,9 @@ class Attention(nn.Module):
             offsets = offsets + (key * torch.unflatten(self.to_q.bias, 0, (self.heads, 1, -1))).sum(-1) * scale
         if bias is not None:
             offsets = offsets + bias.to(offsets.dtype)
-        return AbsorbedText(scores.flatten(0, 1).T.contiguous(), offsets.flatten(), values.flatten(0, 1))
+        # Heads side by side, which softmax over M reads in order.
+        by_token = scores.transpose(0, 1).flatten(0, 1)  # [M * heads, D]
+        return AbsorbedText(by_token.T.contiguous(), offsets.T.flatten(), values.transpose(0, 1).flatten(0, 1))
 
     def row_keys(self, text: Tensor, bias: Tensor | None) -> TextKeys:
         """Text [M, C] and its bias [M] as keys and values."""
@@ -227,8 +230,9 @@ class Attention(nn.Module):
             return x + self.cross_attention(x[None], text.key[None], text.value[None], bias)[0]
         if text.scores is None or text.offsets is None:
             return x + text.values
-        scores = torch.addmm(text.offsets, x, text.scores)  # [N, heads * M]
-        weights = torch.softmax(scores.unflatten(-1, (self.heads, -1)), dim=-1)  # [N, heads, M]
+        scores = torch.addmm(text.offsets, x, text.scores)  # [N, M * heads]
+        # In float32: torch takes five times as long over 16 bits.
+        weights = torch.softmax(scores.float().unflatten(-1, (-1, self.heads)), dim=1).to(x.dtype)  # [N, M, heads]
         if torch.is_autocast_enabled("cpu"):  # which would round x, too
             return x + weights.flatten(1) @ text.values
         return torch.addmm(x, weights.flatten(1), text.values)  # [N, D]
@@ -242,8 +246,11 @@ class Attention(nn.Module):
         if self.upcast:
             q, key, value = q.float(), key.float(), value.float()
         out = attention(q, key, value, bias).to(query.dtype)  # [B, heads, N, head_dim]
-        projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, D]
-        return projected
+        out = out.transpose(1, 2).flatten(2)  # [B, N, D]
+        if self.training or is_watched(self.to_out) or is_watched(self.to_out[1]):
+            projected: Tensor = self.to_out(out)
+            return projected
+        return linear(self.to_out[0], out)
 
     def _split(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]

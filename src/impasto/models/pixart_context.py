@@ -25,9 +25,9 @@ class AbsorbedText(NamedTuple):
     is less to multiply. A single token has weight 1 in every head: its cross-attention is a constant.
     """
 
-    scores: Tensor | None  # [D, heads * M], scaled; None for the constant
-    offsets: Tensor | None  # [heads * M]: what the query's bias and the text's bias add to the scores
-    values: Tensor  # [heads * M, D], the output's bias among them; [1, D] for the constant
+    scores: Tensor | None  # [D, M * heads], scaled; None for the constant
+    offsets: Tensor | None  # [M * heads]: what the query's bias and the text's bias add to the scores
+    values: Tensor  # [M * heads, D], the output's bias among them; [1, D] for the constant
 
 
 class TextKeys(NamedTuple):

@@ -72,13 +72,12 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     batch, heads, length, size = query.shape
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
     torch.mul(query, scale, out=queries[..., :-1])
+    torch.sub(-_DEPTH, _peak(queries[..., :-1], key), out=queries[..., -1:])
     keys, values = _with_ones(key), _with_ones(value)  # [B, heads, M, d + 1] each
     sums = query.new_empty(batch, heads, length, values.shape[3])  # [B, heads, N, d + 1]
     rows = max(_LEAST_ROWS, _TILE_SCORES // key.shape[2])
     for head in range(batch * heads):
         at = divmod(head, heads)
-        peak = _peak(queries[at][:, :-1], key[at])  # [N, 1]
-        torch.sub(-_DEPTH, peak, out=queries[at][:, -1:])
         for start in range(0, length, rows):
             tile = slice(start, start + rows)
             weights = torch.ops.mkldnn._linear_pointwise(queries[at][tile], keys[at], None, "sigmoid", [], "")  # [n, M]
@@ -101,7 +100,7 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     peak = _peak(query, key).clamp(-largest, largest)  # a product of float16 may overflow
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
     queries[..., :-1] = query
-    torch.neg(peak, out=queries[..., -1:])
+    queries[..., -1:] = -peak
     keys = _with_ones(key).transpose(2, 3)  # [B, heads, d + 1, M]
     out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)  # [B, heads, N, d]
 
@@ -121,9 +120,10 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
 
 
 def _peak(query: Tensor, key: Tensor) -> Tensor:
-    """About the largest product of each query with a key: [..., N, d] and [..., M, d] -> [..., N, 1]."""
+    """About the largest product of each query with a key: [..., N, d] and [..., M, d] -> [..., N, 1] in float32."""
     some = key[..., :: max(1, key.shape[-2] // _SAMPLED_KEYS), :]
-    return (query @ some.transpose(-2, -1)).amax(-1, keepdim=True)
+    products = query @ some.transpose(-2, -1)
+    return products.float().amax(-1, keepdim=True)  # torch takes five times as long over 16 bits
 
 
 def _with_ones(x: Tensor) -> Tensor:

@@ -9,12 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .epilogue import linear_gelu
+from .onednn import Product, linear_gelu, multiplies, product
+from .plain import is_watched
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer normalisation's affine part (DiT, 2212.09748): x (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation.
+
+    Args:
+        x: [B, N, D].
+        shift, scale: [B or 1, 1, D].
+    """
+    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or is_watched(norm):
+        return modulate(norm(x), shift, scale)
+    if shift.shape[0] > 1 or torch.is_autocast_enabled(x.device.type):
+        return modulate(norm(x), shift, scale)
+    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
@@ -98,6 +113,22 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return torch.cat([self.net(part) for part in x.flatten(0, -2).split(_TOKENS_AT_ONCE)]).view(x.shape)
+            tokens = x.flatten(0, -2)
+            net = self._products(tokens) or self.net
+            parts = [net(part) for part in tokens.split(_TOKENS_AT_ONCE)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
         out: Tensor = self.net(x)  # [B, N, D]
         return out
+
+    def _products(self, tokens: Tensor) -> Product | None:
+        """``net`` as two products, where that can be and no one would miss a call of its layers."""
+        activated, dropout, second = self.net
+        if self.training or any(map(is_watched, (self.net, activated, dropout))):
+            return None
+        if not isinstance(activated, _Activated) or activated.approximate is None:
+            return None
+        if not (multiplies(activated.proj, tokens) and multiplies(second, tokens)):
+            return None
+        rows = tokens.shape[0]
+        widen, narrow = product(activated.proj, rows, activated.approximate), product(second, rows)
+        return lambda part: narrow(widen(part))

@@ -428,12 +428,14 @@ class Pipeline:
     # --- compilation ---
 
     def compile(self, *, vae: bool = False, record: bool | None = None, **options: Any) -> Compiled:
-        """Compile the transformer's blocks, and on a CUDA device replay whole steps as CUDA graphs.
+        """Make a transformer that stays faster: compiled blocks and replayed steps on a GPU, packed weights on a CPU.
 
-        The blocks are alike, so that one is compiled and all are served. The first picture of a size takes longer.
-        Steps are recorded only of a transformer that stays on its device, not of one that is offloaded. A transformer
-        that is assigned later has to be compiled anew: ``pipe.compiled.remove()`` first. On a CPU the plain blocks
-        are as fast (docs/performance.md).
+        On a CUDA device the blocks are compiled, which are alike, so that one graph serves all, and whole steps are
+        replayed as CUDA graphs. The first picture of a size takes longer. Steps are recorded only of a transformer
+        that stays on its device, not of one that is offloaded. On a CPU that multiplies bfloat16, compiled blocks gain
+        nothing (docs/performance.md), and ``pack_weights`` does: the same picture, to the bit, for as much memory as
+        the transformer's weights take. Options of ``torch.compile``, where given, are obeyed there too. A transformer
+        that is assigned later has to be compiled anew: ``pipe.compiled.remove()`` first.
 
         Args:
             vae: compile the autoencoder's decoder too.
@@ -457,9 +459,14 @@ class Pipeline:
 
     def _replaying(self, model: Any) -> Any:
         """What to call in place of a model, in a loop: a replay of its recorded call, or the model."""
+        self._check_packed_weights()
         if self.compiled is None or self.compiled.steps is None or isinstance(self.placement, OneAtATime):
             return model
         return self.compiled.steps.begin(model)
+
+    def _check_packed_weights(self) -> None:
+        if self.compiled is not None and self.compiled.packed is not None:
+            self.compiled.packed.check()
 
     def _forget_recordings(self) -> None:
         if self.compiled is not None and self.compiled.steps is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, ResourceError
+from ..transforms.packing import PackedWeights, multiplies_bfloat16, pack_weights
 from ..transforms.seam import Seam
 from .moving import block_lists
 
@@ -156,7 +157,7 @@ def _state_of(model: nn.Module) -> Any:
 class Compiled:
     """The handle of ``pipe.compile()``: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
-    ``steps`` are the recorded ones; None where none are recorded.
+    ``steps`` are the recorded ones, ``packed`` the weights; None where there are none.
     """
 
     def __init__(self, pipe: Any, transformer: nn.Module, vae: nn.Module | None, record: bool | None, **options: Any):
@@ -184,18 +185,24 @@ class Compiled:
                 f"record=True records CUDA graphs, and the transformer is on {device}; call pipe.to('cuda') first, or "
                 f"leave record away"
             )
+        self.packed: PackedWeights | None = None
+        if self._pipe.device.type == "cpu" and not options and multiplies_bfloat16(transformer):
+            self.packed = pack_weights(transformer)
+            modules = [] if vae is None else [modules[-1]]
         # On the CPU texts are read row by row: more numbers of rows than there may be graphs are computed as they are.
         options.setdefault("fullgraph", device.type != "cpu")
         for module in modules:
             module.compile(**options)
         self._modules = modules
-        self.steps = None if record is False else RecordedSteps()
+        self.steps = None if record is False or self.packed is not None else RecordedSteps()
 
     def remove(self) -> None:
         """Compute as before."""
         for module in self._modules:
             module.__dict__.pop("_compiled_call_impl", None)
         self._modules = []
+        if self.packed is not None:
+            self.packed.remove()
         if self.steps is not None:
             self.steps.forget()
         if self._pipe.compiled is self:

@@ -284,6 +284,7 @@ class PixArtPipeline(Pipeline):
             return step.latents
         tensors = {name: step.latents if name == "latents" else getattr(step.embeds, name) for name in names}
         changed = dict(callback(self, step.index, step.timestep, tensors) or {})
+        self._check_packed_weights()
         step.latents = changed.pop("latents", step.latents)
         unknown = [name for name in changed if name not in PromptEmbeds._fields]
         if unknown:

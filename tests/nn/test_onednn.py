@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.nn import epilogue
-from impasto.nn.cpu import processor_has
-from impasto.nn.epilogue import linear_gelu
+from impasto.nn import onednn
+from impasto.nn.cpu import has_bfloat16_epilogues
+from impasto.nn.layers import FeedForward
+from impasto.nn.onednn import linear_gelu
+
+needs_products = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
 
 
 def parts(dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, Tensor]:
@@ -57,13 +60,49 @@ def test_layers_that_someone_changed_or_watches_are_called() -> None:
         assert float(linear_gelu(Zero(48, 96), x, "tanh").abs().max()) == 0
 
 
-@pytest.mark.skipif(not processor_has("avx512_bf16"), reason="needs AVX-512 with bfloat16")
+@needs_products
 def test_the_epilogue_is_used_and_rounds_once_less(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = parts(torch.bfloat16)
     expected = exact(layer, x, "tanh")
     with torch.no_grad():
         fused = linear_gelu(layer, x, "tanh")
-        monkeypatch.setattr(epilogue, "_has_epilogue", lambda *_: False)
+        monkeypatch.setattr(onednn, "multiplies", lambda *_: False)
         apart = linear_gelu(layer, x, "tanh")
     assert not torch.equal(fused, apart)
     assert (fused - expected).norm() < (apart - expected).norm()
+
+
+@needs_products
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_packed_for_a_call_changes_no_bit(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = parts(torch.bfloat16, bias)
+    monkeypatch.setattr(onednn, "PACKING_PAYS", 10)
+    with torch.no_grad():
+        assert torch.equal(onednn.product(layer, 10, "tanh")(x), linear_gelu(layer, x, "tanh"))
+        plain = onednn.product(layer, 9)(x)
+        assert torch.equal(onednn.product(layer, 10)(x), plain)
+        torch.testing.assert_close(plain, layer(x))
+
+
+@needs_products
+def test_a_feed_forward_packs_for_many_tokens_and_what_is_watched_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = FeedForward(32).to(torch.bfloat16).eval()
+    x = torch.randn(2, 40, 32, dtype=torch.bfloat16)
+    packed: list[int] = []
+    pack = onednn._packed
+    monkeypatch.setattr(onednn, "_packed", lambda weight, rows: packed.append(rows) or pack(weight, rows))
+    with torch.no_grad():
+        expected = layer(x)
+        assert packed == []
+        monkeypatch.setattr(onednn, "PACKING_PAYS", 80)
+        assert torch.equal(layer(x), expected)
+        assert packed == [80, 80]
+        layer.net[2].weight.data.zero_()
+        assert torch.equal(layer(x), layer.net[2].bias.expand_as(x))  # nothing was kept
+        calls: list[int] = []
+        for module in layer.net:
+            handle = module.register_forward_hook(lambda *_: calls.append(1))
+            layer(x)
+            handle.remove()
+    assert calls == [1, 1, 1]
