@@ -28,6 +28,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .models.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+    from .models.glm_image import GlmImageKVCache, GlmImageTransformer2DModel
     from .models.pixart import PixArtTransformer2DModel
     from .models.pixart import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
     from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
     from .schedulers.dpm_solver import DPMSolverMultistepScheduler
+    from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
     from .transforms.packing import pack_weights
@@ -59,6 +61,9 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
+    "FlowMatchEulerDiscreteScheduler",
+    "GlmImageKVCache",
+    "GlmImageTransformer2DModel",
     "HubError",
     "ImagePipelineOutput",
     "ImpastoError",
@@ -94,6 +99,9 @@ _HOMES = {
     "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
     "DecoderOutput": ".models.autoencoder_kl:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
+    "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
+    "GlmImageKVCache": ".models.glm_image:GlmImageKVCache",
+    "GlmImageTransformer2DModel": ".models.glm_image:GlmImageTransformer2DModel",
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",
     "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",

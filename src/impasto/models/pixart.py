@@ -23,10 +23,11 @@ from ..checkpoints.config import records_config
 from ..errors import ConfigurationError, InputError
 from ..nn.embeddings import sincos_2d
 from ..nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
+from ..nn.masks import text_bias
 from ..nn.module import Model, require_positive
 from ..nn.outputs import Transformer2DModelOutput
 from .pixart_blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
-from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias, text_bias
+from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
 
 __all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
 

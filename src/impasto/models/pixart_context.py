@@ -14,9 +14,6 @@ from torch import Tensor
 
 from ..errors import InputError
 
-#: A bias at or below this discards a key; the documented value is -10000, which bfloat16 rounds to -9984.
-DISCARD = -9000.0
-
 
 class AbsorbedText(NamedTuple):
     """One row's text of M tokens, absorbed into a layer's query and output projections.
@@ -223,15 +220,6 @@ class TextLayout(NamedTuple):
         padded = x.new_zeros(self.keep.shape[0], self.longest, x.shape[1], x.shape[3])
         padded[self.row, self.column] = x[0].transpose(0, 1)
         return padded.transpose(1, 2)
-
-
-def text_bias(mask: Tensor) -> Tensor:
-    """Either format of a text mask, [B, M] or [B, 1, M] -> a bias [B, 1, 1, M] in which -inf discards."""
-    if mask.ndim == 2:
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        return zeros.masked_fill(~mask.bool(), -torch.inf)[:, None, None]
-    bias = mask.float()
-    return bias.masked_fill(bias <= DISCARD, -torch.inf)[:, None]
 
 
 def image_bias(mask: Tensor | None, x: Tensor) -> Tensor | None:

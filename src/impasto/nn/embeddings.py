@@ -60,3 +60,32 @@ def sincos_2d(
     by_column = sincos_1d(columns, dim // 2)[None].expand(height, -1, -1)  # [height, width, dim / 2]
     by_row = sincos_1d(rows, dim // 2)[:, None].expand(-1, width, -1)  # [height, width, dim / 2]
     return torch.cat([by_column, by_row], dim=-1).flatten(0, 1).float()
+
+
+def rotary_2d(
+    height: int, width: int, dim: int, device: torch.device, theta: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Rotary positions (RoFormer, 2104.09864) on a grid: a quarter of the angles tells the row, a quarter the column,
+    and the other half repeats them.
+
+    Args:
+        height, width: of the grid, in tokens.
+        dim: channels of a head, a multiple of 4.
+
+    Returns:
+        cosines and sines, [height * width, dim] each, in float32.
+    """
+    dtype = _precise(device)
+    omega = theta ** (-torch.arange(0, dim // 2, 2, dtype=dtype, device=device) / (dim // 2))  # [dim / 4]
+    rows = torch.arange(height, dtype=dtype, device=device)[:, None] * omega  # [height, dim / 4]
+    columns = torch.arange(width, dtype=dtype, device=device)[:, None] * omega  # [width, dim / 4]
+    by_row, by_column = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
+    angles = torch.cat([by_row, by_column] * 2, dim=-1).flatten(0, 1)  # [height * width, dim]
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_(i + d/2)) of [..., N, d] by their angles; in float32, which positions need."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)

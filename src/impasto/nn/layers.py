@@ -38,6 +38,18 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # B C h p w q -> B C (h p) (w q)
 
 
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C * p * p], the patches row by row."""
+    grid = torch.unflatten(torch.unflatten(latents, 3, (-1, patch_size)), 2, (-1, patch_size))  # B C h p w q
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify_channels_first(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """The inverse of ``patchify``: [B, height * width, C * p * p] -> [B, C, height * p, width * p]."""
+    grid = torch.unflatten(torch.unflatten(tokens, 1, (height, width)), -1, (-1, patch_size, patch_size))
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # B C h p w q -> B C (h p) (w q)
+
+
 class TwoLayerMLP(nn.Module):
     """Linear, activation, linear: the embedder of timesteps, sizes and captions."""
 
@@ -105,18 +117,29 @@ _TOKENS_AT_ONCE = 2048
 
 
 class FeedForward(nn.Module):
-    """Token-wise two-layer network, four times as wide inside; keys ``net.0.proj.*`` and ``net.2.*``."""
+    """Token-wise two-layer network, unless told otherwise four times as wide inside and as wide outside as its input;
+    keys ``net.0.proj.*`` and ``net.2.*``.
+    """
 
-    def __init__(self, dim: int, activation_fn: str = "gelu-approximate", dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        activation_fn: str = "gelu-approximate",
+        dropout: float = 0.0,
+        hidden: int | None = None,
+        out: int | None = None,
+    ):
         super().__init__()
-        self.net = nn.Sequential(_Activated(dim, 4 * dim, activation_fn), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        hidden, out = hidden or 4 * dim, out or dim
+        self.net = nn.Sequential(_Activated(dim, hidden, activation_fn), nn.Dropout(dropout), nn.Linear(hidden, out))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             tokens = x.flatten(0, -2)
             net = self._products(tokens) or self.net
             parts = [net(part) for part in tokens.split(_TOKENS_AT_ONCE)]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return joined.view(*x.shape[:-1], joined.shape[-1])
         out: Tensor = self.net(x)  # [B, N, D]
         return out
 

@@ -1,0 +1,422 @@
+"""GlmImageTransformer2DModel: the denoiser of GLM-Image.
+
+Latents are denoised together with the glyphs' text; what the picture is to show comes as the tokens of an
+autoregressive model, the prior, one for each image token. A forward pass is three stages::
+
+    context    = model.encode_context(text_embeds, mask, prior_token_id, prior_token_drop, height, width)
+    modulation = model.modulate(timestep, target_size, crop_coords)     # once a step, or once for all steps
+    output     = model.denoise(latents, context, modulation)
+
+Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, R reference tokens, d channels of a
+head, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoints.config import records_config
+from ..errors import ConfigurationError, InputError
+from ..nn.embeddings import rotary_2d
+from ..nn.layers import FeedForward, unpatchify_channels_first
+from ..nn.masks import text_bias
+from ..nn.module import Model, require_positive
+from ..nn.outputs import Transformer2DModelOutput
+from .glm_image_blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
+from .glm_image_context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
+
+__all__ = [
+    "GlmImageContext",
+    "GlmImageKVCache",
+    "GlmImageModulation",
+    "GlmImageReferences",
+    "GlmImageTransformer2DModel",
+]
+
+#: One pair of cosines and sines [N, d] for all pictures, or a pair for each.
+Rotary = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
+
+
+class GlmImageTransformer2DModel(Model):
+    """Predicts the velocity of latents, given glyphs, the prior's tokens, timestep and size.
+
+    Arguments are those of the diffusers class of this name. The released model has 32 heads of 128.
+
+    Args:
+        patch_size: latent pixels to a side of a token.
+        in_channels, out_channels: of the latents and the prediction.
+        num_layers: number of blocks.
+        attention_head_dim, num_attention_heads: their product is the width D; the former a multiple of 4.
+        text_embed_dim: width of the glyphs' embeddings.
+        time_embed_dim: width of the embedded conditions.
+        condition_dim: number of features of each of the four numbers that tell size and crop.
+        pos_embed_max_size: stored; rotary positions have no largest size.
+        sample_size: side of the latents that a pipeline draws by default.
+        prior_vq_quantizer_codebook_size: number of the prior's tokens.
+
+    Raises:
+        ConfigurationError: a value that cannot be used, by name.
+    """
+
+    # Of the documents, not of the class that wrote the released config: only written where they say something.
+    ignored_config_keys: ClassVar[frozenset[str]] = frozenset({"pos_embed_max_size", "sample_size"})
+
+    @records_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 16,
+        num_layers: int = 30,
+        attention_head_dim: int = 40,
+        num_attention_heads: int = 64,
+        out_channels: int = 16,
+        text_embed_dim: int = 1472,
+        time_embed_dim: int = 512,
+        condition_dim: int = 256,
+        pos_embed_max_size: int = 128,
+        sample_size: int = 128,
+        prior_vq_quantizer_codebook_size: int = 16384,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        sizes = {
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "num_layers": num_layers,
+            "attention_head_dim": attention_head_dim,
+            "num_attention_heads": num_attention_heads,
+            "out_channels": out_channels,
+            "text_embed_dim": text_embed_dim,
+            "time_embed_dim": time_embed_dim,
+            "condition_dim": condition_dim,
+            "pos_embed_max_size": pos_embed_max_size,
+            "sample_size": sample_size,
+            "prior_vq_quantizer_codebook_size": prior_vq_quantizer_codebook_size,
+        }
+        for key, size in sizes.items():
+            if not isinstance(size, int):
+                raise ConfigurationError(f"{name}: {key} must be a positive whole number, not {size!r}")
+        require_positive(name, **sizes)
+        if attention_head_dim % 4:
+            raise ConfigurationError(
+                f"{name}: attention_head_dim {attention_head_dim} must be a multiple of 4: half of the channels "
+                f"turn by the row and half by the column, in pairs"
+            )
+        for key in ("time_embed_dim", "condition_dim"):
+            if sizes[key] % 2:
+                raise ConfigurationError(f"{name}: {key} {sizes[key]} must be even: sines and cosines")
+
+        width = num_attention_heads * attention_head_dim
+        self.inner_dim = width
+        self.head_dim = attention_head_dim
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.patch_size = patch_size
+        self.text_channels = text_embed_dim
+        self.codebook_size = prior_vq_quantizer_codebook_size
+        self.gradient_checkpointing = False
+
+        self.image_projector = ImageProjector(in_channels, width, patch_size)
+        self.glyph_projector = FeedForward(text_embed_dim, "gelu", hidden=width, out=width)
+        self.prior_token_embedding = nn.Embedding(prior_vq_quantizer_codebook_size, width)
+        self.prior_projector = FeedForward(width, "linear-silu", hidden=width, out=width)
+        self.time_condition_embed = TimestepAndSizeEmbedder(time_embed_dim, condition_dim)
+        self.transformer_blocks = nn.ModuleList(
+            GlmImageBlock(width, num_attention_heads, attention_head_dim, time_embed_dim) for _ in range(num_layers)
+        )
+        self.norm_out = AdaLayerNormContinuous(width, time_embed_dim)
+        self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
+
+    # The three stages
+
+    def encode_context(
+        self,
+        text_embeds: Tensor,
+        mask: Tensor | None,
+        prior_token_id: Tensor,
+        prior_token_drop: Tensor | None,
+        height: int,
+        width: int,
+        image_rotary_emb: Rotary | None = None,
+    ) -> GlmImageContext:
+        """Project the glyphs and the prior's tokens, and place the image tokens.
+
+        Args:
+            text_embeds: [B, M, text_embed_dim]; M may be 0.
+            mask: [B, M], true (or 1) keeps; or [B, 1, M], a bias added to the scores, where -10000 discards.
+            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all pictures.
+            prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
+            height, width: of the latents.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a picture.
+
+        Raises:
+            InputError: a shape that does not fit, with the shape that would.
+        """
+        rows, columns = height // self.patch_size, width // self.patch_size
+        self._check_text(text_embeds, mask)
+        batch, tokens = text_embeds.shape[0], rows * columns
+        if prior_token_id.ndim == 1:
+            prior_token_id = prior_token_id.expand(batch, -1)
+            if prior_token_drop is not None and prior_token_drop.ndim == 1 and len(prior_token_drop) == tokens:
+                prior_token_drop = prior_token_drop.expand(batch, -1)
+        if tuple(prior_token_id.shape) != (batch, tokens):
+            raise InputError(
+                f"prior_token_id has shape {list(prior_token_id.shape)}; latents of {height} x {width} are "
+                f"{rows} x {columns} tokens, of {batch} pictures: expected {[batch, tokens]}"
+            )
+        if prior_token_id.is_floating_point() or prior_token_id.dtype == torch.bool:
+            raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
+        prior = self.prior_token_embedding(prior_token_id)  # [B, N, D]
+        if prior_token_drop is not None:
+            if tuple(prior_token_drop.shape) not in {(batch,), (batch, tokens)}:
+                raise InputError(
+                    f"prior_token_drop has shape {list(prior_token_drop.shape)}; expected {[batch, tokens]} "
+                    f"or {[batch]}"
+                )
+            drop = prior_token_drop.bool().view(batch, -1, 1)  # [B, N or 1, 1]
+            prior = prior.masked_fill(drop, 0.0)
+        cos, sin = self._rotary(image_rotary_emb, rows, columns, batch, text_embeds.device)
+        return GlmImageContext(
+            text=self.glyph_projector(text_embeds),  # [B, M, D]
+            bias=None if mask is None else text_bias(mask),
+            prior=self.prior_projector(prior),  # [B, N, D]
+            cos=cos,
+            sin=sin,
+        )
+
+    def modulate(self, timestep: Tensor, target_size: Tensor, crop_coords: Tensor) -> GlmImageModulation:
+        """Embed timesteps, sizes and crops.
+
+        Args:
+            timestep: [B], integers or fractions in the units of training (0 to 999).
+            target_size: [B, 2], the picture's height and width in pixels.
+            crop_coords: [B, 2], where in it the crop begins, from the top and from the left.
+        """
+        for name, numbers in (("target_size", target_size), ("crop_coords", crop_coords)):
+            if numbers.ndim != 2 or numbers.shape[1] != 2 or numbers.shape[0] not in (1, len(timestep)):
+                raise InputError(f"{name} has shape {list(numbers.shape)}; expected {[len(timestep), 2]}")
+        sizes, crops = (x.expand(len(timestep), 2) for x in (target_size, crop_coords))
+        return GlmImageModulation(self.time_condition_embed(timestep, sizes, crops, self.proj_out.weight.dtype))
+
+    def denoise(
+        self,
+        latents: Tensor,
+        context: GlmImageContext,
+        modulation: GlmImageModulation,
+        references: GlmImageReferences | None = None,
+    ) -> Tensor:
+        """Predict [B, out_channels, H, W] from latents [B, in_channels, H, W]; image and text see the references."""
+        return self._denoise(latents, context, modulation, references, keep=False)[0]
+
+    def encode_references(
+        self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation
+    ) -> GlmImageReferences:
+        """Every layer's keys and values of images [B, in_channels, H, W], for the pictures that refer to them.
+
+        The context is of the images' own prior tokens, and of no text; the timestep is 0: they have no noise.
+        """
+        references = self._denoise(latents, context, modulation, None, keep=True)[1]
+        assert references is not None
+        return references
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        context: GlmImageContext,
+        modulation: GlmImageModulation,
+        references: GlmImageReferences | None,
+        keep: bool,
+    ) -> tuple[Tensor, GlmImageReferences | None]:
+        height, width = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
+        image = self.image_projector(latents) + context.prior  # [B, N, D]
+        text = context.text  # [B, M, D]
+        if references is not None:
+            references = references.for_batch(latents.shape[0])
+        bias = _joint_bias(context, image, references)  # [B, 1, 1, R + M + N]
+        rotary = (context.cos, context.sin)
+
+        kept: list[tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self.transformer_blocks):
+            past = None if references is None else (references.keys[i], references.values[i])
+            arguments = (image, text, modulation.embedded, rotary, past, bias)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                image, text, key, value = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                image, text, key, value = block(*arguments)
+            if keep:
+                kept.append((key, value))
+
+        tokens = self.proj_out(self.norm_out(image, modulation.embedded))  # [B, N, C * p * p]
+        output = unpatchify_channels_first(tokens, height, width, self.patch_size)  # [B, C, H, W]
+        if not keep:
+            return output, None
+        keys, values = zip(*kept, strict=True)
+        seen = None if context.bias is None else bias
+        return output, GlmImageReferences(keys, values, seen)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | GlmImageContext,
+        prior_token_id: Tensor | None = None,
+        prior_token_drop: Tensor | None = None,
+        timestep: Tensor | GlmImageModulation | None = None,
+        target_size: Tensor | None = None,
+        crop_coords: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool = True,
+        attention_mask: Tensor | None = None,
+        kv_caches: GlmImageKVCache | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity of latents.
+
+        Args:
+            hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W.
+            encoder_hidden_states: glyph embeddings [B, M, text_embed_dim], or what ``encode_context`` made, in place of
+                them, of the prior's tokens and of the positions.
+            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all pictures.
+            prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
+            timestep: [B] (or one for all), or what ``modulate`` made, in place of it, of size and crop.
+            target_size: [B, 2] (or one for all), the picture's height and width in pixels.
+            crop_coords: [B, 2] (or one for all), where in it the crop begins, from the top and from the left.
+            attention_kwargs: accepted as documented; attention takes none (``scale`` is ignored).
+            return_dict: False returns a plain tuple.
+            attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M], where -10000
+                discards.
+            kv_caches: reference images, read or written as its mode says.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a picture.
+
+        Returns:
+            ``.sample``: [B, out_channels, H, W].
+
+        Raises:
+            InputError: a shape that does not fit, with the shape that would; or something missing.
+        """
+        self._check_latents(hidden_states)
+        if attention_kwargs and set(attention_kwargs) - {"scale"}:
+            raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
+        batch, _, height, width = hidden_states.shape
+        if isinstance(encoder_hidden_states, GlmImageContext):
+            replaced = {
+                "prior_token_id": prior_token_id,
+                "prior_token_drop": prior_token_drop,
+                "attention_mask": attention_mask,
+                "image_rotary_emb": image_rotary_emb,
+            }
+            _require_none(replaced, "encoder_hidden_states is a context, which holds")
+            context = encoder_hidden_states
+        else:
+            if prior_token_id is None:
+                raise InputError(
+                    "prior_token_id is None; give one token for each image token, or drop them all: "
+                    "prior_token_drop of ones"
+                )
+            arguments = (encoder_hidden_states, attention_mask, prior_token_id, prior_token_drop, height, width)
+            context = self.encode_context(*arguments, image_rotary_emb)
+        if isinstance(timestep, GlmImageModulation):
+            _require_none({"target_size": target_size, "crop_coords": crop_coords}, "timestep is a modulation, of")
+            modulation = timestep
+        else:
+            given = {"timestep": timestep, "target_size": target_size, "crop_coords": crop_coords}
+            missing = [name for name, value in given.items() if value is None]
+            if missing:
+                raise InputError(f"{missing[0]} is None; give one for the batch or one for each picture")
+            times = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
+            if len(times) not in (1, batch):
+                raise InputError(f"timestep has {len(times)} values for {batch} pictures; give 1 or {batch}")
+            modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
+        self._check_rows(hidden_states, context, modulation)
+
+        mode = None if kv_caches is None else kv_caches.mode
+        references = kv_caches.read() if kv_caches is not None and mode == "read" else None
+        output, written = self._denoise(hidden_states, context, modulation, references, keep=mode == "write")
+        if kv_caches is not None and written is not None:
+            kv_caches.write(written)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    # Documented switches
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass, to save memory."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+
+    # Checks
+
+    def _rotary(
+        self, given: Rotary | None, rows: int, columns: int, batch: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1 or B, 1, N, d]."""
+        if given is None:
+            cos, sin = rotary_2d(rows, columns, self.head_dim, device)  # [N, d] each
+            return cos[None, None], sin[None, None]
+        shape = (rows * columns, self.head_dim)
+        pairs = cast(list[tuple[Tensor, Tensor]], [given] if isinstance(given[0], Tensor) else list(given))
+        if len(pairs) not in (1, batch) or any(tuple(x.shape) != shape for pair in pairs for x in pair):
+            found = [[list(x.shape) for x in pair] for pair in pairs]
+            raise InputError(
+                f"image_rotary_emb has shapes {found}; expected cosines and sines of {list(shape)}, as one pair, or "
+                f"one for each of {batch} pictures"
+            )
+        cos, sin = (torch.stack(list(part))[:, None].to(device) for part in zip(*pairs, strict=True))
+        return cos, sin
+
+    def _check_latents(self, latents: Tensor) -> None:
+        expected = f"[batch, {self.in_channels}, height, width] with sides that {self.patch_size} divides"
+        if latents.ndim != 4 or latents.shape[1] != self.in_channels:
+            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
+        if latents.shape[2] % self.patch_size or latents.shape[3] % self.patch_size or 0 in latents.shape[2:]:
+            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
+
+    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
+        if not isinstance(text, Tensor) or text.ndim != 3 or text.shape[2] != self.text_channels:
+            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            raise InputError(
+                f"encoder_hidden_states has shape {found}; expected [batch, tokens, {self.text_channels}], where there "
+                f"may be no tokens"
+            )
+        batch, tokens = text.shape[:2]
+        if mask is not None and tuple(mask.shape) not in {(batch, tokens), (batch, 1, tokens)}:
+            raise InputError(
+                f"attention_mask has shape {list(mask.shape)}; it masks text tokens: expected {[batch, tokens]} "
+                f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
+            )
+
+    def _check_rows(self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation) -> None:
+        batch, _, height, width = latents.shape
+        if context.rows != batch:
+            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} pictures")
+        tokens = height // self.patch_size * (width // self.patch_size)
+        if context.prior.shape[1] != tokens:
+            raise InputError(
+                f"the context is of {context.prior.shape[1]} image tokens, and latents of {height} x {width} are "
+                f"{tokens}"
+            )
+        if modulation.embedded.shape[0] not in (1, batch):
+            raise InputError(
+                f"timestep holds {modulation.embedded.shape[0]} rows for {batch} pictures; give 1 or {batch}"
+            )
+
+
+def _require_none(arguments: Mapping[str, Any], because: str) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise InputError(f"{because} {given[0]} already: leave {', '.join(given)} out")
+
+
+def _joint_bias(context: GlmImageContext, image: Tensor, references: GlmImageReferences | None) -> Tensor | None:
+    """The bias [B, 1, 1, R + M + N] of all keys: references, text, image; None where nothing is to be added."""
+    if context.bias is None and (references is None or references.bias is None):
+        return None
+    parts = [context.bias_or_zeros()]
+    if references is not None:
+        parts.insert(0, references.bias_or_zeros())
+    return F.pad(torch.cat([part.to(image.dtype) for part in parts], dim=3), (0, image.shape[1]))

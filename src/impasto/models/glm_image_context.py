@@ -1,0 +1,235 @@
+"""What GLM-Image's denoiser reads beside latents: text, prior and positions, made once; time and size, once a step; and
+the keys and values of reference images.
+
+Shapes: B pictures, N image tokens, M text tokens, R reference tokens, d channels of a head, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigurationError, InputError
+
+Mode = Literal["write", "read", "skip"]
+
+
+class GlmImageContext(NamedTuple):
+    """The glyphs and the prior's tokens, projected, and where the image tokens lie."""
+
+    text: Tensor  # [B, M, D]
+    bias: Tensor | None  # [B, 1, 1, M], added to the scores of text; -inf discards
+    prior: Tensor  # [B, N, D], added to the image tokens
+    cos: Tensor  # [B or 1, 1, N, d]
+    sin: Tensor  # [B or 1, 1, N, d]
+
+    @property
+    def rows(self) -> int:
+        """How many pictures it is of, B."""
+        return self.text.shape[0]
+
+    def select(self, rows: slice | Tensor | list[int]) -> GlmImageContext:
+        """The contexts of some rows of the batch."""
+        shared = self.cos.shape[0] == 1
+        return GlmImageContext(
+            text=self.text[rows],
+            bias=None if self.bias is None else self.bias[rows],
+            prior=self.prior[rows],
+            cos=self.cos if shared else self.cos[rows],
+            sin=self.sin if shared else self.sin[rows],
+        )
+
+    @staticmethod
+    def concat(contexts: Sequence[GlmImageContext]) -> GlmImageContext:
+        """One batch of several, all of one size; shorter texts are padded with discarded tokens.
+
+        Raises:
+            InputError: contexts of pictures of different sizes.
+        """
+        if len({context.prior.shape[1] for context in contexts}) > 1:
+            raise InputError("contexts of pictures of different sizes cannot be joined")
+        lengths = [context.text.shape[1] for context in contexts]
+        longest = max(lengths)
+        bias: Tensor | None = None
+        if len(set(lengths)) > 1 or any(context.bias is not None for context in contexts):
+            bias = torch.cat(
+                [F.pad(c.bias_or_zeros(), (0, longest - m), value=-torch.inf) for c, m in zip(contexts, lengths)]
+            )
+        first = contexts[0]
+        cos, sin = first.cos, first.sin
+        if any(c.cos.shape[0] > 1 or not torch.equal(c.cos, cos) or not torch.equal(c.sin, sin) for c in contexts):
+            cos = torch.cat([c.cos.expand(c.rows, -1, -1, -1) for c in contexts])
+            sin = torch.cat([c.sin.expand(c.rows, -1, -1, -1) for c in contexts])
+        return GlmImageContext(
+            text=torch.cat([F.pad(c.text, (0, 0, 0, longest - m)) for c, m in zip(contexts, lengths)]),
+            bias=bias,
+            prior=torch.cat([context.prior for context in contexts]),
+            cos=cos,
+            sin=sin,
+        )
+
+    def bias_or_zeros(self) -> Tensor:
+        """[B, 1, 1, M]."""
+        return self.text.new_zeros(self.rows, 1, 1, self.text.shape[1]) if self.bias is None else self.bias
+
+
+class GlmImageModulation(NamedTuple):
+    """The timestep and the picture's size and crop, embedded: what every block's normalisations are told."""
+
+    embedded: Tensor  # [B, time_embed_dim]
+
+    def select(self, rows: slice | Tensor | list[int]) -> GlmImageModulation:
+        """The modulation of some rows: of one step, where it was made for all of them."""
+        return GlmImageModulation(self.embedded[rows])
+
+    @staticmethod
+    def concat(modulations: Sequence[GlmImageModulation]) -> GlmImageModulation:
+        """One batch of several."""
+        return GlmImageModulation(torch.cat([modulation.embedded for modulation in modulations]))
+
+
+class GlmImageReferences(NamedTuple):
+    """Every layer's keys and values of the reference images, which a picture's tokens attend to beside their own."""
+
+    keys: tuple[Tensor, ...]  # L of [B, heads, R, d]
+    values: tuple[Tensor, ...]  # L of [B, heads, R, d]
+    bias: Tensor | None = None  # [B, 1, 1, R]; -inf discards
+
+    @property
+    def rows(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        """R."""
+        return self.keys[0].shape[2]
+
+    def for_batch(self, batch: int) -> GlmImageReferences:
+        """As many rows as there are pictures: each row serves as many neighbours.
+
+        Raises:
+            InputError: the rows do not divide the batch.
+        """
+        rows = self.rows
+        if rows == batch:
+            return self
+        if rows == 0 or batch % rows:
+            raise InputError(
+                f"the cache holds the reference images of {rows} samples, which do not divide a batch of {batch}"
+            )
+
+        def repeat(x: Tensor) -> Tensor:
+            return x.expand(batch, -1, -1, -1) if rows == 1 else x.repeat_interleave(batch // rows, dim=0)
+
+        return GlmImageReferences(
+            tuple(repeat(key) for key in self.keys),
+            tuple(repeat(value) for value in self.values),
+            None if self.bias is None else repeat(self.bias),
+        )
+
+    def unseen(self) -> GlmImageReferences:
+        """The same, and no picture sees it: for the unconditional half of a batch."""
+        some = self.keys[0]
+        return self._replace(bias=some.new_full((self.rows, 1, 1, self.length), -torch.inf))
+
+    @staticmethod
+    def one_after_another(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
+        """Several images of the same pictures as one sequence."""
+        bias = (
+            torch.cat([part.bias_or_zeros() for part in parts], dim=3)
+            if any(p.bias is not None for p in parts)
+            else None
+        )
+        return GlmImageReferences(
+            tuple(torch.cat(layer, dim=2) for layer in zip(*(part.keys for part in parts), strict=True)),
+            tuple(torch.cat(layer, dim=2) for layer in zip(*(part.values for part in parts), strict=True)),
+            bias,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
+        """One batch of several; shorter ones are padded with discarded tokens."""
+        longest = max(part.length for part in parts)
+        bias: Tensor | None = None
+        if len({part.length for part in parts}) > 1 or any(part.bias is not None for part in parts):
+            bias = torch.cat([F.pad(p.bias_or_zeros(), (0, longest - p.length), value=-torch.inf) for p in parts])
+
+        def join(layer: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in layer])
+
+        return GlmImageReferences(
+            tuple(join(layer) for layer in zip(*(part.keys for part in parts), strict=True)),
+            tuple(join(layer) for layer in zip(*(part.values for part in parts), strict=True)),
+            bias,
+        )
+
+    def bias_or_zeros(self) -> Tensor:
+        """[B, 1, 1, R]."""
+        return self.keys[0].new_zeros(self.rows, 1, 1, self.length) if self.bias is None else self.bias
+
+
+class GlmImageKVCache:
+    """The reference images' keys and values, written by some calls of the model and read by others.
+
+    While it is set to ``"write"``, a call of the model with it appends what it computes to the current sample, and
+    ``next_sample`` ends that one; set to ``"read"``, the model's tokens attend to what was written; set to ``"skip"``
+    (or to None, as at first), it has no effect. One sample serves any batch; n samples serve a batch that n divides,
+    each its neighbours.
+
+    Args:
+        num_layers: of the transformer.
+    """
+
+    def __init__(self, num_layers: int):
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ConfigurationError(f"GlmImageKVCache: num_layers must be a positive whole number, not {num_layers!r}")
+        self.num_layers = num_layers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; the cache has no effect until a mode is set."""
+        self.mode: Mode | None = None
+        self._samples: list[list[GlmImageReferences]] = [[]]  # the images of each sample; the last one is open
+        self._joined: GlmImageReferences | None = None
+
+    def set_mode(self, mode: Mode | None) -> None:
+        """What calls of the model do with the cache.
+
+        Raises:
+            InputError: another mode.
+        """
+        if mode is not None and mode not in get_args(Mode):
+            raise InputError(f"the mode of a cache is one of {', '.join(get_args(Mode))}, or None, not {mode!r}")
+        self.mode = mode
+
+    def next_sample(self) -> None:
+        """What is written from here on is another sample's. One to which nothing was written does not count."""
+        if self._samples[-1]:
+            self._samples.append([])
+
+    def write(self, references: GlmImageReferences) -> None:
+        """Append to the current sample.
+
+        Raises:
+            InputError: of another number of layers than the cache.
+        """
+        if len(references.keys) != self.num_layers:
+            raise InputError(
+                f"this cache is of {self.num_layers} layers and the model has {len(references.keys)}: "
+                f"GlmImageKVCache(num_layers={len(references.keys)})"
+            )
+        self._samples[-1].append(references)
+        self._joined = None
+
+    def read(self) -> GlmImageReferences | None:
+        """All that was written; None if nothing was."""
+        samples = [sample for sample in self._samples if sample]
+        if not samples:
+            return None
+        if self._joined is None:
+            self._joined = GlmImageReferences.concat([GlmImageReferences.one_after_another(s) for s in samples])
+        return self._joined
