@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
     from .pipelines.base import ImagePipelineOutput
+    from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
     from .schedulers.base import SchedulerOutput
     from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
@@ -63,6 +64,7 @@ __all__ = [
     "DiagonalGaussianDistribution",
     "FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache",
+    "GlmImagePipeline",
     "GlmImageTransformer2DModel",
     "HubError",
     "ImagePipelineOutput",
@@ -101,6 +103,7 @@ _HOMES = {
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache": ".models.glm_image:GlmImageKVCache",
+    "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
     "GlmImageTransformer2DModel": ".models.glm_image:GlmImageTransformer2DModel",
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",

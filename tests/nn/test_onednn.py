@@ -90,8 +90,8 @@ def test_a_feed_forward_packs_for_many_tokens_and_what_is_watched_is_called(monk
     layer = FeedForward(32).to(torch.bfloat16).eval()
     x = torch.randn(2, 40, 32, dtype=torch.bfloat16)
     packed: list[int] = []
-    pack = onednn._packed
-    monkeypatch.setattr(onednn, "_packed", lambda weight, rows: packed.append(rows) or pack(weight, rows))
+    pack = onednn._pack
+    monkeypatch.setattr(onednn, "_pack", lambda weight, rows: packed.append(rows) or pack(weight, rows))
     with torch.no_grad():
         expected = layer(x)
         assert packed == []

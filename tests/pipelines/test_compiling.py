@@ -136,6 +136,20 @@ def test_on_a_cpu_weights_are_packed_and_never_stale(pipe: PixArtSigmaPipeline) 
     assert len(onednn.KEPT) == 0
     torch.testing.assert_close(draw(pipe), heavier, **close)
     torch.testing.assert_close(draw(pipe, callback_on_step_end=lighter), changing, **close)
+
+    handle = pipe.compile()
+    sharing = PixArtSigmaPipeline.from_pipe(pipe)
+    before = draw(sharing)
+    weight.data.mul_(2)
+    assert not torch.allclose(draw(sharing), before, **close)
+    pipe.to(torch.float32)  # for which nothing is packed
+    assert handle.packed is None
+    assert pipe.transformer.transformer_blocks[0]._compiled_call_impl is not None
+    pipe.to(torch.bfloat16)
+    assert handle.packed is not None
+    assert pipe.transformer.transformer_blocks[0]._compiled_call_impl is None
+    handle.remove()
+    assert len(onednn.KEPT) == 0
     pipe.compile(backend="eager")  # options are torch.compile's
     assert pipe.compiled is not None
     assert pipe.compiled.packed is None

@@ -271,7 +271,7 @@ class GlmImageTransformer2DModel(Model):
         attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool = True,
         attention_mask: Tensor | None = None,
-        kv_caches: GlmImageKVCache | None = None,
+        kv_caches: GlmImageKVCache | GlmImageReferences | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity of latents.
@@ -289,7 +289,7 @@ class GlmImageTransformer2DModel(Model):
             return_dict: False returns a plain tuple.
             attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M], where -10000
                 discards.
-            kv_caches: reference images, read or written as its mode says.
+            kv_caches: reference images: a cache, read or written as its mode says, or what ``encode_references`` made.
             image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a picture.
 
         Returns:
@@ -333,11 +333,14 @@ class GlmImageTransformer2DModel(Model):
             modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
         self._check_rows(hidden_states, context, modulation)
 
-        mode = None if kv_caches is None else kv_caches.mode
-        references = kv_caches.read() if kv_caches is not None and mode == "read" else None
-        output, written = self._denoise(hidden_states, context, modulation, references, keep=mode == "write")
-        if kv_caches is not None and written is not None:
-            kv_caches.write(written)
+        if isinstance(kv_caches, GlmImageKVCache):
+            references = kv_caches.read() if kv_caches.mode == "read" else None
+            writes = kv_caches.mode == "write"
+            output, written = self._denoise(hidden_states, context, modulation, references, keep=writes)
+            if written is not None:
+                kv_caches.write(written)
+        else:
+            output = self.denoise(hidden_states, context, modulation, kv_caches)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     # Documented switches

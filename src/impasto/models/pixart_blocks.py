@@ -18,7 +18,7 @@ from ..nn.embeddings import timestep_features
 from ..nn.fused_linear import FusedLinear
 from ..nn.layers import FeedForward, TwoLayerMLP, modulated_norm
 from ..nn.onednn import linear
-from ..nn.plain import is_plain_linear, is_watched
+from ..nn.plain import is_idle_dropout, is_plain_linear, is_watched
 from .pixart_context import AbsorbedText, Modulation, TextKeys
 
 
@@ -188,7 +188,7 @@ class Attention(nn.Module):
     def can_absorb(self, tokens: int) -> bool:
         """Whether a text of so many tokens makes less work absorbed, and no one changes or watches the projections."""
         layers = (self.to_q, self.to_k, self.to_v, self.to_out[0])
-        watched = is_watched(self.to_out) or self.to_out[1].training
+        watched = len(self.to_out) != 2 or is_watched(self.to_out) or not is_idle_dropout(self.to_out[1])
         plain = not watched and all(is_plain_linear(layer) for layer in layers)
         return plain and not self.training and not self.upcast and tokens < self.to_q.out_features // self.heads
 
@@ -247,10 +247,10 @@ class Attention(nn.Module):
             q, key, value = q.float(), key.float(), value.float()
         out = attention(q, key, value, bias).to(query.dtype)  # [B, heads, N, head_dim]
         out = out.transpose(1, 2).flatten(2)  # [B, N, D]
-        if self.training or is_watched(self.to_out) or is_watched(self.to_out[1]):
-            projected: Tensor = self.to_out(out)
-            return projected
-        return linear(self.to_out[0], out)
+        if len(self.to_out) == 2 and not is_watched(self.to_out) and is_idle_dropout(self.to_out[1]):
+            return linear(self.to_out[0], out)
+        projected: Tensor = self.to_out(out)
+        return projected
 
     def _split(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]

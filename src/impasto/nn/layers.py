@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .onednn import Product, linear_gelu, multiplies, product
-from .plain import is_watched
+from .plain import is_idle_dropout, is_watched
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -27,7 +27,8 @@ def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> 
     """
     if type(norm) is not nn.LayerNorm or norm.elementwise_affine or is_watched(norm):
         return modulate(norm(x), shift, scale)
-    if shift.shape[0] > 1 or torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if shift.shape[0] > 1 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return modulate(norm(x), shift, scale)
     return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
 
@@ -145,10 +146,12 @@ class FeedForward(nn.Module):
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""
-        activated, dropout, second = self.net
-        if self.training or any(map(is_watched, (self.net, activated, dropout))):
+        if len(self.net) != 3 or is_watched(self.net):
             return None
-        if not isinstance(activated, _Activated) or activated.approximate is None:
+        activated, dropout, second = self.net
+        if type(activated) is not _Activated or activated.approximate is None or is_watched(activated):
+            return None
+        if not is_idle_dropout(dropout):
             return None
         if not (multiplies(activated.proj, tokens) and multiplies(second, tokens)):
             return None

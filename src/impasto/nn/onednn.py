@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,34 +27,53 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class _Packed(NamedTuple):
+    weight: Tensor
+    made_of: weakref.ref[Tensor]
+    state: tuple[object, ...]  # of what it was made of: where it lies, its version, ...
+    numbers: tuple[Tensor, ...]
+
+
 class KeptWeight:
     """A layer's weight packed, as long as it is the layer's weight: made when it is first needed, and again."""
 
     def __init__(self) -> None:
-        self._packed: Tensor | None = None
-        self._made_of: tuple[object, ...] | None = None
-        self._sum = 0
+        self._packed: _Packed | None = None
 
     def of(self, layer: nn.Linear, rows: int) -> Tensor:
         """The packed weight for products of about so many rows.
 
-        A weight that was replaced, moved, loaded or trained is packed anew. What writes through ``weight.data``
-        leaves no trace but in the numbers: ``check`` reads them.
+        A weight that was replaced, moved, loaded or trained is packed anew. What writes through ``weight.data`` (or
+        into an inference tensor) leaves no trace but in the numbers: ``check`` reads them.
         """
-        weight = layer.weight
-        made_of = (weakref.ref(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._packed is None or made_of != self._made_of:
-            self._packed, self._made_of, self._sum = _packed(weight, rows), made_of, _sum(weight)
-        return self._packed
+        packed, weight = self._packed, layer.weight  # another thread may forget it in the meantime
+        if packed is None or not _is_made_of(packed, weight):
+            packed = _Packed(_pack(weight, rows), weakref.ref(weight), _state(weight), _numbers(weight))
+            self._packed = packed
+        return packed.weight
 
     def check(self, layer: nn.Linear) -> None:
-        """Forget the packed weight if the layer's is another one, by the sum of its bits."""
-        if self._packed is not None and _sum(layer.weight) != self._sum:
+        """Forget the packed weight unless it is that of the layer, to the numbers."""
+        packed, weight = self._packed, layer.weight
+        if packed is None:
+            return
+        if not _is_made_of(packed, weight) or not all(map(torch.equal, packed.numbers, _numbers(weight))):
             self._packed = None
 
 
 #: By their layer: a copy of the layer is a plain one, and where the layer ends, so does what is kept for it.
 KEPT: weakref.WeakKeyDictionary[nn.Module, KeptWeight] = weakref.WeakKeyDictionary()
+
+
+def check_kept_weights(model: nn.Module) -> None:
+    """Forget those of a model's packed weights that are not its weights any more; reads all of them once."""
+    if len(KEPT) == 0:
+        return
+    for layer in model.modules():
+        kept = KEPT.get(layer)
+        if kept is not None:
+            assert isinstance(layer, nn.Linear)
+            kept.check(layer)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -96,7 +115,7 @@ def product(layer: nn.Module, rows: int, approximate: str | None = None) -> Prod
     """
     assert isinstance(layer, nn.Linear)
     once = rows >= PACKING_PAYS and layer not in KEPT
-    return partial(_product, layer, approximate, weight=_packed(layer.weight, rows) if once else None)
+    return partial(_product, layer, approximate, weight=_pack(layer.weight, rows) if once else None)
 
 
 def _product(layer: nn.Module, approximate: str | None, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -109,17 +128,26 @@ def _product(layer: nn.Module, approximate: str | None, x: Tensor, weight: Tenso
     return out
 
 
-def _packed(weight: Tensor, rows: int) -> Tensor:
+def _pack(weight: Tensor, rows: int) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     return packed
 
 
-def _sum(weight: Tensor) -> int:
-    """The sum of a weight's bits, eight bytes at a time where they lie so."""
-    bits = weight.detach()
-    aligned = bits.shape[-1] % 4 == 0 and bits.data_ptr() % 8 == 0 and bits.storage_offset() % 4 == 0
-    whole = bits.is_contiguous() and aligned
-    return int(bits.view(torch.int64 if whole else torch.int16).sum(dtype=torch.int64))
+def _is_made_of(packed: _Packed, weight: Tensor) -> bool:
+    return packed.made_of() is weight and packed.state == _state(weight)
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.device, weight.dtype, weight.stride(), version
+
+
+def _numbers(weight: Tensor) -> tuple[Tensor, ...]:
+    """Sums of a weight's bits by row and by column, eight bytes at a time where they lie so."""
+    bits = weight.detach().contiguous()
+    whole = bits.shape[-1] % 4 == 0 and bits.data_ptr() % 8 == 0 and bits.storage_offset() % 4 == 0
+    bits = bits.view(torch.int64 if whole else torch.int16)
+    return bits.sum(dim=0, dtype=torch.int64), bits.sum(dim=1, dtype=torch.int64)
 
 
 def multiplies(layer: nn.Module, x: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
 from ..nn.module import parse_dtype, parse_size
+from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
 from . import inspection, loading, planner
 from .compiling import Compiled
@@ -283,12 +284,13 @@ class Pipeline:
         check_dtype(dtype, target)
         if target is not None:
             check_device(target)
-        self._forget_recordings()
         for module in self._modules():
             if not is_settled(module):
                 _move(module, target, dtype)
         if target is not None or self.plan is not None:
             self.placement, self.plan = Resident(), None
+        if self.compiled is not None:
+            self.compiled.renew()
         return self
 
     @contextmanager
@@ -391,8 +393,9 @@ class Pipeline:
                 )
         assert placement.device is not None
         check_device(placement.device)
-        self._forget_recordings()
         self.placement, self.plan = placement, None
+        if self.compiled is not None:
+            self.compiled.renew()
 
     @property
     def hf_device_map(self) -> dict[str, torch.device] | None:
@@ -465,12 +468,9 @@ class Pipeline:
         return self.compiled.steps.begin(model)
 
     def _check_packed_weights(self) -> None:
-        if self.compiled is not None and self.compiled.packed is not None:
-            self.compiled.packed.check()
-
-    def _forget_recordings(self) -> None:
-        if self.compiled is not None and self.compiled.steps is not None:
-            self.compiled.steps.forget()
+        transformer = vars(self).get("transformer")
+        if isinstance(transformer, nn.Module):
+            check_kept_weights(transformer)
 
     # --- prompts on disk ---
 

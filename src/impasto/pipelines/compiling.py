@@ -185,19 +185,28 @@ class Compiled:
                 f"record=True records CUDA graphs, and the transformer is on {device}; call pipe.to('cuda') first, or "
                 f"leave record away"
             )
+        self._transformer, self._vae, self._record, self._options = transformer, vae, record, options
+        self._apply()
+
+    def _packs(self) -> bool:
+        """Whether packing gains what compiling does not: bfloat16 on the CPU."""
+        return self._pipe.device.type == "cpu" and not self._options and multiplies_bfloat16(self._transformer)
+
+    def _apply(self) -> None:
+        modules = [] if self._vae is None else [self._vae.get_submodule("decoder")]
         self.packed: PackedWeights | None = None
-        if self._pipe.device.type == "cpu" and not options and multiplies_bfloat16(transformer):
-            self.packed = pack_weights(transformer)
-            modules = [] if vae is None else [modules[-1]]
+        if self._packs():
+            self.packed = pack_weights(self._transformer)
+        else:
+            modules += [block for _, blocks in block_lists(self._transformer) for block in blocks]
         # On the CPU texts are read row by row: more numbers of rows than there may be graphs are computed as they are.
-        options.setdefault("fullgraph", device.type != "cpu")
+        options = {"fullgraph": self._pipe.device.type != "cpu", **self._options}
         for module in modules:
             module.compile(**options)
         self._modules = modules
-        self.steps = None if record is False or self.packed is not None else RecordedSteps()
+        self.steps = None if self._record is False or self.packed is not None else RecordedSteps()
 
-    def remove(self) -> None:
-        """Compute as before."""
+    def _undo(self) -> None:
         for module in self._modules:
             module.__dict__.pop("_compiled_call_impl", None)
         self._modules = []
@@ -205,6 +214,18 @@ class Compiled:
             self.packed.remove()
         if self.steps is not None:
             self.steps.forget()
+
+    def renew(self) -> None:
+        """The pipeline was moved or cast: what was recorded is not true any more, and packing may not suit."""
+        if self.steps is not None:
+            self.steps.forget()
+        if self._packs() != (self.packed is not None):
+            self._undo()
+            self._apply()
+
+    def remove(self) -> None:
+        """Compute as before."""
+        self._undo()
         if self._pipe.compiled is self:
             self._pipe.compiled = None
 

@@ -18,16 +18,19 @@ from ..errors import (
     CheckpointError,
     CheckpointNotFoundError,
     InputError,
+    MissingDependencyError,
     OutputError,
     WeightsMismatchError,
 )
 from ..models.autoencoder_kl import AutoencoderKL
+from ..models.glm_image import GlmImageTransformer2DModel
 from ..models.pixart import PixArtTransformer2DModel
 from ..nn.module import Model, parse_dtype
 from ..schedulers.base import Scheduler
 from ..schedulers.ddim import DDIMScheduler
 from ..schedulers.ddpm import DDPMScheduler
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
+from ..schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from ..schedulers.lcm import LCMScheduler
 
 logger = logging.getLogger("impasto")
@@ -40,15 +43,20 @@ FORMAT_VERSION = "0.42.1"
 OURS: dict[str, type[Model] | type[Scheduler]] = {
     "PixArtTransformer2DModel": PixArtTransformer2DModel,
     "Transformer2DModel": PixArtTransformer2DModel,
+    "GlmImageTransformer2DModel": GlmImageTransformer2DModel,
     "AutoencoderKL": AutoencoderKL,
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
     "DDIMScheduler": DDIMScheduler,
     "DDPMScheduler": DDPMScheduler,
     "LCMScheduler": LCMScheduler,
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
 }
-TEXT_ENCODERS = ("T5EncoderModel",)
+#: Classes of transformers that are loaded with it.
+LANGUAGE_MODELS = ("T5EncoderModel", "GlmImageForConditionalGeneration")
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+#: Those that need no vocabulary, or bring their own.
+PROCESSORS = ("ByT5Tokenizer", "GlmImageProcessor")
 
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
@@ -150,7 +158,7 @@ class Source:
             for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
             for ending in ("", "-*-of-*")
         ]
-        return [f"{name}/{file}" for file in ("*.json", "*.model", "*.txt", *weights)]
+        return [f"{name}/{file}" for file in ("*.json", "*.jinja", "*.model", "*.txt", *weights)]
 
 
 def _has_safetensors(folder: Path) -> bool:
@@ -169,15 +177,18 @@ def load_part(
 
     Raises:
         CheckpointError: a class that is not known here, or files that are missing or damaged.
+        MissingDependencyError: the installed transformers lacks a class.
     """
     library, name = library_and_class
-    if library == "transformers" and name in TEXT_ENCODERS:
-        return _load_text_encoder(folder, dtype, variant, use_safetensors)
+    if library == "transformers" and name in LANGUAGE_MODELS:
+        return _load_language_model(name, folder, dtype, variant, use_safetensors)
     if library == "transformers" and name in TOKENIZERS:
         return _load_tokenizer(folder)
+    if library == "transformers" and name in PROCESSORS:
+        return _load_processor(name, folder)
     found = OURS.get(name or "")
     if found is None or library == "transformers":
-        known = [*OURS, *TEXT_ENCODERS, *TOKENIZERS]
+        known = [*OURS, *LANGUAGE_MODELS, *TOKENIZERS, *PROCESSORS]
         raise CheckpointError(
             f"{folder.name} is a {name} of {library}, and no such class is known here; known: {', '.join(known)}. "
             f"Load it with its own library and pass it: from_pretrained(..., {folder.name}={name}"
@@ -188,15 +199,36 @@ def load_part(
     return found.from_pretrained(folder, dtype=dtype or "auto", variant=variant, use_safetensors=use_safetensors)
 
 
-def _load_text_encoder(
-    folder: Path, dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
+def _class_of_transformers(name: str) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise MissingDependencyError(
+            f"transformers {transformers.__version__} has no {name}; update it: pip install -U transformers"
+        )
+    return found
+
+
+def _load_processor(name: str, folder: Path) -> Any:
+    try:
+        return _class_of_transformers(name).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the {name} in {folder} cannot be loaded: {error}. Download or save it again."
+        ) from error
+
+
+def _load_language_model(
+    name: str, folder: Path, dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
 ) -> nn.Module:
     from safetensors import SafetensorError
-    from transformers import T5EncoderModel
 
+    cls = _class_of_transformers(name)
+    what = "text encoder" if name == "T5EncoderModel" else name
     try:
         # Only loading with a dtype, and not a cast afterwards, keeps T5's sensitive weights in float32 in float16.
-        loaded: Any = T5EncoderModel.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             variant=variant,
@@ -206,14 +238,14 @@ def _load_text_encoder(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"the text encoder in {folder} cannot be loaded: {error}. Download or save it again."
+            f"the {what} in {folder} cannot be loaded: {error}. Download or save it again."
         ) from error
     encoder, report = loaded
     problems = [*report["missing_keys"], *report["mismatched_keys"]]
     if problems:
         names = ", ".join(str(problem) for problem in problems[:5])
         raise WeightsMismatchError(
-            f"the weights in {folder} do not fit the text encoder's config: missing or misshapen are {names}. "
+            f"the weights in {folder} do not fit the {what}'s config: missing or misshapen are {names}. "
             f"Weights and config.json do not belong together."
         )
     return cast(nn.Module, encoder.eval())

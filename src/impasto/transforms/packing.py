@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import Self
 
@@ -10,15 +11,16 @@ from torch import nn
 
 from ..errors import ConfigurationError, InputError, ResourceError
 from ..nn.cpu import has_bfloat16_epilogues
-from ..nn.onednn import KEPT, KeptWeight
+from ..nn.onednn import KEPT, KeptWeight, check_kept_weights
 
 
 def pack_weights(model: nn.Module) -> PackedWeights:
     """Keep packed copies of a model's weights, for inference in bfloat16 on the CPU.
 
     A copy is made when a layer is first called, and made anew where its weight was replaced, moved, loaded or trained
-    since. Only what writes through ``weight.data`` can't be seen that way; pipelines look for it when a picture
-    begins, and after a callback. Who calls the model itself after such a change calls ``check()``.
+    since. Only what writes through ``weight.data`` (or into tensors of inference mode) can't be seen that way:
+    pipelines look for it when a denoising loop begins, and after a callback. Who calls the model itself after such a
+    change, or makes it while driving a loop, calls ``check()``.
 
     Args:
         model: a transformer; its linear layers are of ``nn.Linear``. Others are left as they are.
@@ -53,21 +55,20 @@ class PackedWeights:
     """The handle of ``pack_weights``."""
 
     def __init__(self, layers: list[nn.Linear]):
-        self._layers = layers
+        self._layers = weakref.WeakSet(layers)  # what is kept ends with its layer, whoever has this handle
         for layer in layers:
             KEPT[layer] = KeptWeight()
 
     def check(self) -> None:
         """Forget the copies of weights that have other numbers by now; reads all weights once."""
         for layer in self._layers:
-            if layer in KEPT:
-                KEPT[layer].check(layer)
+            check_kept_weights(layer)
 
     def remove(self) -> None:
         """Free the copies."""
         for layer in self._layers:
             KEPT.pop(layer, None)
-        self._layers = []
+        self._layers.clear()
 
     def __enter__(self) -> Self:
         return self

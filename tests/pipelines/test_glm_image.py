@@ -1,0 +1,232 @@
+"""GlmImagePipeline: from a prompt to a picture, its prior, sizes, callbacks, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from impasto import GlmImagePipeline
+from impasto.errors import InputError, MissingDependencyError
+from impasto.pipelines import loading
+from impasto.pipelines.glm_image_prior import reference_picture, small_grid, tokens_to_generate
+
+from ..tiny_glm import pipelines, prior_parts
+
+
+@pytest.fixture(scope="module")
+def whole() -> GlmImagePipeline:
+    pipe, _ = pipelines()
+    for name, part in prior_parts().items():
+        setattr(pipe, name, part)
+    return pipe
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    arguments = {"prompt": 'a sign "open"', "height": 64, "width": 96, "num_inference_steps": 2, "output_type": "np"}
+    return {**arguments, "generator": seeded(1), **changes}
+
+
+def given(**changes: Any) -> dict[str, Any]:
+    return call(prior_token_ids=torch.zeros(1, 24, dtype=torch.long), **changes)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_the_prior_draws_a_small_picture_first(whole: GlmImagePipeline) -> None:
+    assert small_grid(36, 24) == (19, 13)
+    assert tokens_to_generate(64, 96, with_images=False) == 2 * 3 + 13 * 19
+    assert tokens_to_generate(64, 96, with_images=True) == 2 * 3
+    tokens = whole.generate_prior_tokens("a cube", 64, 96, generator=seeded(0))
+    assert tokens.prior_token_ids.shape == (1, 24)
+    assert tokens.prior_token_ids.max() < 32  # ends and other tokens that are none of a picture are not sampled
+    grid = tokens.prior_token_ids.view(4, 6)
+    assert torch.equal(grid[::2, ::2], grid[1::2, 1::2])
+    assert torch.equal(grid[::2, ::2], grid[::2, 1::2])
+
+
+def test_each_picture_has_a_generator_of_its_own_and_no_global_state_is_touched(whole: GlmImagePipeline) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    both = whole.generate_prior_tokens(["a cube", "a ball"], 64, 96, generator=[seeded(0), seeded(1)]).prior_token_ids
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    alone = whole.generate_prior_tokens("a ball", 64, 96, generator=seeded(1)).prior_token_ids
+    assert torch.equal(both[1:], alone)
+    assert not torch.equal(both[0], both[1])
+    of_one = whole.generate_prior_tokens("a ball", 64, 96, generator=seeded(1), num_images_per_prompt=2).prior_token_ids
+    assert torch.equal(of_one[:1], alone)
+    assert not torch.equal(of_one[0], of_one[1])
+
+
+def test_from_prompt_to_picture_with_and_without_images(whole: GlmImagePipeline) -> None:
+    first = whole(**call()).images
+    assert first.shape == (1, 64, 96, 3)
+    assert np.array_equal(whole(**call()).images, first)
+    image = picture(100, 70)  # the prior and the autoencoder see 96 x 64 of it
+    changed = whole(**call(image=image, height=None, width=None)).images
+    assert changed.shape == first.shape
+    assert not np.array_equal(changed, first)
+    as_tensor = torch.tensor(np.array(image)).permute(2, 0, 1) / 255
+    assert np.array_equal(whole(**call(image=[as_tensor])).images, changed)
+    two = whole(**call(prompt=["a", "b"], image=[[image], [picture(64, 64)]], generator=[seeded(1), seeded(2)])).images
+    assert two.shape == (2, 64, 96, 3)
+
+
+def test_sizes_from_the_prompt_and_from_the_model(whole: GlmImagePipeline) -> None:
+    written = given(prompt="a cube<sop>2 3<eop>", height=None, width=None)
+    assert np.array_equal(whole(**written).images, whole(**given(prompt="a cube")).images)
+    wider = call(
+        prompt="a cube<sop>2 3<eop>", height=32, width=None, prior_token_ids=torch.zeros(1, 12, dtype=torch.long)
+    )
+    assert whole(**wider).images.shape == (1, 32, 96, 3)
+    usual = call(height=None, width=None, prior_token_ids=torch.zeros(1, 16, dtype=torch.long))
+    assert whole(**usual).images.shape == (1, 64, 64, 3)
+    with pytest.raises(InputError, match=r"different sizes, \[\(2, 3\), \(3, 2\)\]"):
+        whole(**call(prompt=["a<sop>2 3<eop>", "b<sop>3 2<eop>"]))
+
+
+def test_negative_prompts_and_given_embeddings(whole: GlmImagePipeline) -> None:
+    plain = whole(**given()).images
+    assert not np.array_equal(whole(**given(negative_prompt='"shut"', guidance_scale=5.0)).images, plain)
+    assert np.array_equal(whole(**given(negative_prompt="")).images, plain)
+    embeds = whole.encode_prompt('a sign "open"')
+    assert embeds.negative_prompt_embeds is not None
+    handed = given(
+        prompt=None, prompt_embeds=embeds.prompt_embeds, negative_prompt_embeds=embeds.negative_prompt_embeds
+    )
+    assert np.array_equal(whole(**handed).images, plain)
+    padded = torch.nn.functional.pad(embeds.prompt_embeds, (0, 0, 3, 0))  # as the reference pads
+    np.testing.assert_allclose(
+        whole(**(handed | {"prompt_embeds": padded, "generator": seeded(1)})).images, plain, atol=1e-4
+    )
+
+
+def test_callbacks_see_and_change_steps_and_end_the_loop(whole: GlmImagePipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watch(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((index, float(timestep)))
+        assert tensors["latents"].shape == (1, 4, 8, 12)
+        pipe.interrupt = index == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = whole(**given(num_inference_steps=4, callback_on_step_end=watch, output_type="latent")).images
+    assert [index for index, _ in seen] == [0, 1]
+    assert seen[0][1] == 1000
+    assert not latents.any()
+    empty = whole.encode_prompt("a").prompt_embeds
+
+    def swap(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": empty}
+
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    changed = whole(**given(callback_on_step_end=swap, **names)).images
+    assert not np.array_equal(changed, whole(**given()).images)
+
+
+def test_the_prior_can_be_ended(whole: GlmImagePipeline) -> None:
+    counted: list[int] = []
+
+    def count(module: Any, inputs: Any) -> None:
+        counted.append(1)
+        whole.interrupt = len(counted) >= 5
+
+    handle = whole.vision_language_encoder.register_forward_pre_hook(count)
+    tokens = whole.generate_prior_tokens("a cube", 64, 96, generator=seeded(0))
+    handle.remove()
+    whole.interrupt = False
+    assert len(counted) == 5
+    assert not tokens.prior_token_ids.any()
+
+
+IMAGE = {"image": picture(64, 64)}
+TOKENS = {
+    "prior_token_image_ids": [torch.zeros(16, dtype=torch.long)],
+    "source_image_grid_thw": [torch.tensor([[1, 4, 4]])],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 48}, "multiples of 32, not 48 x 96; the nearest size is 64 x 96"),
+        ({"width": 0}, "width must be a whole number"),
+        ({"prompt": None}, "nothing to draw"),
+        ({"prompt": []}, "one or more texts"),
+        ({"prior_token_ids": torch.zeros(1, 23, dtype=torch.long)}, r"24 tokens: expected \[1, 24\]"),
+        ({"prior_token_ids": torch.zeros(3, 24, dtype=torch.long)}, r"expected \[1, 24\]"),
+        (IMAGE, "image needs its own tokens"),
+        (TOKENS, "image is None"),
+        (IMAGE | TOKENS | {"source_image_grid_thw": [torch.tensor([[1, 4, 6]])]}, "with 24 tokens"),
+        (IMAGE | TOKENS | {"prior_token_image_ids": []}, "of 0 prompts; there are 1"),
+        ({"prompt": ["a", "b"], "image": [picture(64, 64)] * 2}, "a list of 2 lists"),
+        ({"prompt": ["a", "b"], "image": [[picture(64, 64)], []]}, "as many images"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"64 x 96 picture needs \[1, 4, 8, 12\]"),
+        ({"output_type": "jpeg"}, "output_type"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"attention_kwargs": {"gain": 1}}, "gain"),
+        ({"generator": [seeded(0)] * 2}, "2 generators were given for 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"negative_prompt": ["a", "b"]}, "2 texts for 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_early(whole: GlmImagePipeline, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        whole(**(given() | changes))
+
+
+def test_images_that_cannot_be_referred_to() -> None:
+    with pytest.raises(InputError, match="too small"):
+        reference_picture(picture(31, 64))
+    with pytest.raises(InputError, match="not a str"):
+        reference_picture("cat.png")
+    assert reference_picture(np.zeros((64, 70, 3), dtype=np.uint8)).size == (64, 64)
+    assert reference_picture(Image.new("L", (64, 64))).mode == "RGB"
+
+
+def test_a_missing_part_is_named() -> None:
+    pipe, _ = pipelines()
+    with pytest.raises(InputError, match="processor"):
+        pipe(**call())
+
+
+def test_folders_both_ways(whole: GlmImagePipeline, tmp_path: Path) -> None:
+    expected = whole(**call()).images
+    whole.save_pretrained(tmp_path / "ours")
+    index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
+    assert index["_class_name"] == "GlmImagePipeline"
+    assert index["vision_language_encoder"] == ["transformers", "GlmImageForConditionalGeneration"]
+    assert index["transformer"] == ["diffusers", "GlmImageTransformer2DModel"]
+    loaded = GlmImagePipeline.from_pretrained(tmp_path / "ours")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(loaded(**call()).images, expected, atol=1e-5)
+
+    reference = diffusers.GlmImagePipeline.from_pretrained(tmp_path / "ours")
+    reference.set_progress_bar_config(disable=True)
+    theirs = reference(**given()).images
+    np.testing.assert_allclose(whole(**given()).images, theirs, atol=1e-4)
+    reference.save_pretrained(tmp_path / "theirs")
+    back = GlmImagePipeline.from_pretrained(tmp_path / "theirs", vision_language_encoder=None, processor=None)
+    back.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(back(**given()).images, theirs, atol=1e-4)
+
+
+def test_a_transformers_without_the_prior_is_named() -> None:
+    with pytest.raises(
+        MissingDependencyError, match="has no GlmImageOfTomorrow; update it: pip install -U transformers"
+    ):
+        loading._class_of_transformers("GlmImageOfTomorrow")
