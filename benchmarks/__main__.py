@@ -2,7 +2,7 @@
 
     python benchmarks [NAME ...] [--table]
 
-Names: startup, attention, floor, step, text, decode, picture, memory, lossy; all of them if none is given, which takes
+Names: startup, attention, floor, step, text, decode, picture, memory, lossy, prior; all of them if none is given, which takes
 about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --table prints
 only what is stored.
 """
@@ -34,6 +34,7 @@ RUNS: dict[str, list[list[str]]] = {
     "picture": [["--lossy", "cache interval 2", "cache interval 3", "cache interval 2, guidance 0.2-0.8"]],
     "memory": [[]],
     "lossy": [[]],
+    "prior": [["--tokens", "192"], ["--tokens", "192", "--batch", "4"]],
     "gpu": [[]],
 }
 

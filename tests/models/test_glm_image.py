@@ -112,9 +112,7 @@ def test_a_prompt_gives_its_picture_whatever_its_batch_and_the_reference_does_no
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
     joined = model(inputs["hidden_states"], GlmImageContext.concat(contexts), timestep=modulation_of(model, inputs))
     torch.testing.assert_close(joined.sample, expected, rtol=1e-4, atol=1e-5)
-    assert not from_the_left.isnan().any()
-    flipped = inputs | {"encoder_hidden_states": padded_left["encoder_hidden_states"]}
-    torch.testing.assert_close(model(**flipped, attention_mask=mask.flip(1)).sample, from_the_left)
+    torch.testing.assert_close(from_the_left, expected, rtol=1e-4, atol=1e-5)  # text has no positions
 
 
 @torch.no_grad()

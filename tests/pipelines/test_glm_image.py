@@ -96,7 +96,7 @@ def test_sizes_from_the_prompt_and_from_the_model(whole: GlmImagePipeline) -> No
     usual = call(height=None, width=None, prior_token_ids=torch.zeros(1, 16, dtype=torch.long))
     assert whole(**usual).images.shape == (1, 64, 64, 3)
     with pytest.raises(InputError, match=r"different sizes, \[\(2, 3\), \(3, 2\)\]"):
-        whole(**call(prompt=["a<sop>2 3<eop>", "b<sop>3 2<eop>"]))
+        whole(**call(prompt=["a<sop>2 3<eop>", "b<sop>3 2<eop>"], height=None))
 
 
 def test_negative_prompts_and_given_embeddings(whole: GlmImagePipeline) -> None:
@@ -141,11 +141,11 @@ def test_callbacks_see_and_change_steps_and_end_the_loop(whole: GlmImagePipeline
 def test_the_prior_can_be_ended(whole: GlmImagePipeline) -> None:
     counted: list[int] = []
 
-    def count(module: Any, inputs: Any) -> None:
+    def count(module: Any, inputs: Any, output: Any) -> None:
         counted.append(1)
         whole.interrupt = len(counted) >= 5
 
-    handle = whole.vision_language_encoder.register_forward_pre_hook(count)
+    handle = whole.vision_language_encoder.model.language_model.norm.register_forward_hook(count)
     tokens = whole.generate_prior_tokens("a cube", 64, 96, generator=seeded(0))
     handle.remove()
     whole.interrupt = False
@@ -163,6 +163,11 @@ TOKENS = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"prior_token_ids": torch.full((1, 24), 32)}, "tokens from 0 to 31"),
+        ({"prior_token_ids": None} | TOKENS, "belong to prior_token_ids"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 16), "prior_token_ids": None}, "a prompt to read"),
+        ({"prior_token_ids": None, "num_inference_steps": 0}, "num_inference_steps"),
+        ({"image": "cat.png"}, "not a str"),
         ({"height": 48}, "multiples of 32, not 48 x 96; the nearest size is 64 x 96"),
         ({"width": 0}, "width must be a whole number"),
         ({"prompt": None}, "nothing to draw"),
@@ -196,6 +201,21 @@ def test_images_that_cannot_be_referred_to() -> None:
         reference_picture("cat.png")
     assert reference_picture(np.zeros((64, 70, 3), dtype=np.uint8)).size == (64, 64)
     assert reference_picture(Image.new("L", (64, 64))).mode == "RGB"
+    image = torch.arange(3 * 64 * 64).view(3, 64, 64) % 256
+    for same in (image, image.to(torch.uint8), image / 255, image.numpy().transpose(1, 2, 0)):
+        assert np.array_equal(np.array(reference_picture(same)), image.permute(1, 2, 0).numpy())
+    assert reference_picture((image / 255).to(torch.bfloat16)).size == (64, 64)
+
+
+def test_a_cast_keeps_the_priors_rotary_frequencies(whole: GlmImagePipeline) -> None:
+    pipe, _ = pipelines()
+    pipe.vision_language_encoder = prior_parts()["vision_language_encoder"]
+    rotary = pipe.vision_language_encoder.model.language_model.rotary_emb
+    before = rotary.inv_freq.clone()
+    pipe.to(torch.bfloat16)
+    assert pipe.vision_language_encoder.dtype == torch.bfloat16
+    assert rotary.inv_freq.dtype == torch.float32
+    assert torch.equal(rotary.inv_freq, before)
 
 
 def test_a_missing_part_is_named() -> None:

@@ -41,9 +41,11 @@ def test_a_shift_spends_more_steps_where_there_is_much_noise() -> None:
 def test_half_precision_keeps_small_steps() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
-    x = torch.ones(1, 2, dtype=torch.bfloat16)
-    out = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x).prev_sample
+    x = torch.full((1, 2), 256.0, dtype=torch.bfloat16)  # whose neighbours are 254 and 258
+    velocity = torch.full_like(x, 12.0)
+    out = scheduler.step(velocity, scheduler.timesteps[0], x).prev_sample  # 256 - 0.333 · 12, rounded once
     assert out.dtype == torch.bfloat16
+    assert out.tolist() == [[252.0, 252.0]]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,8 @@ def test_what_makes_no_schedule_is_refused(call: dict[str, Any], message: str) -
 
 
 def test_bad_values_are_refused() -> None:
+    with pytest.raises(InputError, match="two steps or more"):
+        FlowMatchEulerDiscreteScheduler(shift_terminal=0.1).set_timesteps(1)
     with pytest.raises(InputError, match="give mu"):
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).set_timesteps(3)
     for config in (

@@ -518,9 +518,17 @@ def _once(name: str, first: Any, second: Any) -> Any:
 
 
 def _move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """``module.to``, except for the parameters that are float32 in any dtype, or in this one."""
+    """``module.to``, except for what stays float32: some parameters, and tables that no file holds."""
     kept = {name: p.data.float() for name, p in module.named_parameters() if stays_float32(module, name, dtype)}
+    tables = [
+        (part, name, table)
+        for part in module.modules()
+        for name in part._non_persistent_buffers_set
+        if (table := getattr(part, name, None)) is not None and table.is_floating_point()
+    ]
     module.to(device=device, dtype=dtype)
+    for part, name, table in tables:  # such as rotary frequencies, which rounding would shift
+        setattr(part, name, table.to(getattr(part, name).device))
     for name, parameter in module.named_parameters():
         if name in kept:
             parameter.data = kept[name].to(parameter.device)

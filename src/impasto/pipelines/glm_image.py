@@ -178,9 +178,24 @@ class GlmImagePipeline(Pipeline):
             raise InputError(
                 f"latents has shape {list(latents.shape)}; a {height} x {width} picture needs {list(shape)}"
             )
+        inputs.whole_number("num_inference_steps", num_inference_steps)
+        steps = next((len(given) for given in (timesteps, sigmas) if given is not None), num_inference_steps)
+        if negative_prompt is not None:
+            inputs.list_of_texts("negative_prompt", negative_prompt, count)
+        for part in ("scheduler", *(() if output_type == "latent" and images is None else ("vae",))):
+            self._require(part)
+        if prompts or negative_prompt_embeds is None:
+            self._require("tokenizer")
+            self._require("text_encoder")
         if prior_token_ids is None:
+            if prior_token_image_ids is not None or source_image_grid_thw is not None:
+                raise InputError(
+                    "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
+                )
+            if not prompts:
+                raise InputError("the prior needs a prompt to read: give prompt, or prior_token_ids with prompt_embeds")
             images = None if images is None else [[reference_picture(one) for one in row] for row in images]
-            prior = self.generate_prior_tokens(texts, height, width, images, generators, per_prompt)
+            prior = self.generate_prior_tokens(texts, height, width, images, None, generators, per_prompt)
         else:
             given = (prior_token_ids, prior_token_image_ids, source_image_grid_thw)
             prior = self._given_prior(*given, images, shape, per_prompt)
@@ -210,8 +225,8 @@ class GlmImagePipeline(Pipeline):
             crops_coords_top_left=crops_coords_top_left,
         )
         drawn = noise
-        with self.progress_bar(total=num_inference_steps) as progress, closing(loop):
-            for step in loop:
+        with self.progress_bar(total=steps) as progress, closing(loop):
+            for step in loop if not self.interrupt else ():
                 if callback_on_step_end is not None:
                     self._call_back(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = step.latents
@@ -243,6 +258,7 @@ class GlmImagePipeline(Pipeline):
         height: int,
         width: int,
         image: list[list[Image.Image]] | None = None,
+        device: torch.device | str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
     ) -> PriorTokens:
@@ -252,7 +268,8 @@ class GlmImagePipeline(Pipeline):
             prompt: one or several.
             height, width: in pixels, multiples of 32.
             image: for each prompt, the images that its picture refers to.
-            generator: one for all pictures, from which a seed is drawn for each, or one for each picture.
+            device: of the result; that of the pipeline by default.
+            generator: one for all pictures, one after the other, or one for each.
             num_images_per_prompt: pictures of each prompt, each with tokens of its own.
 
         Returns:
@@ -268,7 +285,7 @@ class GlmImagePipeline(Pipeline):
                 progress.update(done - progress.n)
                 return not self.interrupt
 
-            return generate_prior(
+            prior = generate_prior(
                 model,
                 processor,
                 prompts,
@@ -279,6 +296,8 @@ class GlmImagePipeline(Pipeline):
                 self._codebook_size(),
                 goes_on,
             )
+        home = self.device if device is None else torch.device(device)
+        return prior._replace(prior_token_ids=prior.prior_token_ids.to(home))
 
     def _codebook_size(self) -> int:
         transformer = self._require("transformer")
@@ -484,7 +503,7 @@ class GlmImagePipeline(Pipeline):
     ) -> tuple[list[str], int, int]:
         """The prompts without sizes, and the size: as given, as written, that of the first image, or the model's."""
         written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
-        if len(written) > 1:
+        if len(written) > 1 and (height is None or width is None):
             raise InputError(f"the prompts ask for pictures of different sizes, {sorted(written)}: draw them apart")
         if written:
             high, wide = (PRIOR_PIXELS * side for side in written.pop())
@@ -519,6 +538,10 @@ class GlmImagePipeline(Pipeline):
                 f"prior_token_ids has shape {list(ids.shape)}; a picture of this size has {tokens} tokens: expected "
                 f"{[count, tokens]}"
             )
+        codes = self._codebook_size()
+        for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids or [])):
+            if any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < codes for x in numbers):
+                raise InputError(f"{name} must be tokens from 0 to {codes - 1}, those of the codebook")
         if images is None:
             if image_ids is not None or grids is not None:
                 raise InputError("prior_token_image_ids and source_image_grid_thw are of images, and image is None")
@@ -562,6 +585,10 @@ def _images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
         return None
     if not isinstance(image, list | tuple):
         image = [image]
+    flat = [one for row in image for one in (row if isinstance(row, list | tuple) else [row])]
+    wrong = [one for one in flat if not isinstance(one, Image.Image | np.ndarray | Tensor)]
+    if wrong:
+        raise InputError(f"image must be pictures, arrays or tensors, not a {type(wrong[0]).__name__}")
     nested = [isinstance(one, list | tuple) for one in image]
     if count == 1 and not any(nested):
         return [list(image)]

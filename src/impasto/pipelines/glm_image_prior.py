@@ -17,9 +17,13 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..errors import InputError
+from .prior_decoder import PriorDecoder, Sampling
 
 #: Pixels to a token of the prior along a side; two of the transformer's.
 PRIOR_PIXELS = 32
+
+#: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
+_AT_ONCE = 8
 
 #: Told how many tokens there are; whether to go on.
 GoesOn = Callable[[int], bool]
@@ -54,10 +58,12 @@ def reference_picture(image: Any) -> Image.Image:
     """
     if isinstance(image, Tensor):
         image = image.squeeze(0) if image.ndim == 4 and len(image) == 1 else image
-        image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image
+        values = image.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+        image = values.permute(1, 2, 0).numpy() if values.ndim == 3 else image
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
-        whole = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
-        image = Image.fromarray(whole)
+        whole = (image.clip(0, 1) * 255).round() if np.issubdtype(image.dtype, np.floating) else image.clip(0, 255)
+        image = Image.fromarray(whole.astype(np.uint8))
     if not isinstance(image, Image.Image):
         raise InputError(
             f"image must be pictures, arrays [height, width, 3] or tensors [3, height, width], not "
@@ -72,6 +78,7 @@ def reference_picture(image: Any) -> Image.Image:
     return picture if picture.size == size else picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
+@torch.no_grad()
 def generate_prior(
     model: Any,
     processor: Any,
@@ -83,81 +90,104 @@ def generate_prior(
     codebook_size: int,
     goes_on: GoesOn,
 ) -> PriorTokens:
-    """Sample the tokens of each picture, with numbers of its own.
+    """Sample the tokens of each picture, with numbers of its own; some pictures at a time.
 
     Args:
         model, processor: of transformers, ``GlmImageForConditionalGeneration`` and its processor.
         size: height and width in pixels.
         images: for each prompt, those that its picture refers to.
-        generators: one for each picture, or one from which seeds are drawn for them; None: a new seed each time.
+        generators: one for each picture, or one for all, one after the other; None: new numbers each time.
         per_prompt: pictures of each prompt.
         codebook_size: tokens from here on are no tokens of pictures, and are not sampled.
-        goes_on: told of each token that is made; where it says no, what is missing is 0.
+        goes_on: told of the tokens that are made; where it says no, what is missing is 0.
     """
-    pictures, of_images, grids = [], [], []
-    done = 0
-    for i, prompt in enumerate(prompts):
-        given = _inputs(processor, prompt, size, [] if images is None else images[i], model.device)
-        all_grids = given["image_grid_thw"]
-        if images is not None:
-            sources = all_grids[: len(images[i])]
-            tokens = _image_tokens(model, given["pixel_values"], sources)
-            each = tokens.split(sources.prod(dim=-1).tolist())
-            of_images.append(torch.cat([_doubled(x, *grid[1:]) for x, grid in zip(each, sources.tolist())]))
-            grids.append(sources * sources.new_tensor([1, 2, 2]))
-        # The picture itself, and behind it the small one, which is made first.
-        targets = all_grids[0 if images is None else len(images[i]) :].tolist()
-        rows, columns = targets[0][1:]
-        total = sum(high * wide for _, high, wide in targets)
-        for j in range(per_prompt):
-            seed = _seed(generators, i * per_prompt + j)
-            made = _sample(model, given, total, codebook_size, seed, partial(_after, goes_on, done))
-            pictures.append(_doubled(made[total - rows * columns :], rows, columns))
-            done += total
-    ids = torch.stack(pictures)
-    return PriorTokens(ids) if images is None else PriorTokens(ids, of_images, grids)
+    read = [
+        _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
+    ]
+    drawn = [prompt for prompt in read for _ in range(per_prompt)]
+    total = sum(rows * columns for rows, columns in read[0].targets)
+    uniform = _numbers(generators, len(drawn), total).to(model.device)  # [B, total]
+    made = []
+    for start in range(0, len(drawn), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        made.append(_sample(model, drawn[part], uniform[part], codebook_size, partial(_after, goes_on, start * total)))
+    rows, columns = read[0].targets[-1]
+    ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
+    if images is None:
+        return PriorTokens(ids)
+    doubled = [prompt.grids * prompt.grids.new_tensor([1, 2, 2]) for prompt in read]
+    return PriorTokens(ids, [prompt.image_tokens for prompt in read], doubled)
 
 
-def _inputs(processor: Any, prompt: str, size: tuple[int, int], images: Sequence[Image.Image], device: Any) -> Any:
+class _Read(NamedTuple):
+    """A prompt as the prior reads it."""
+
+    tokens: Tensor  # [S], those of images among them
+    positions: Tensor  # [3, S]
+    targets: list[tuple[int, int]]  # rows and columns of what is to be drawn, in that order
+    grids: Tensor  # [images, 3]: 1, rows and columns of each image
+    image_tokens: Tensor  # those of all images, in the transformer's grid
+
+
+def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images: Sequence[Image.Image]) -> _Read:
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     message = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False)
-    given = {"text": [text], "target_h": size[0], "target_w": size[1], "return_tensors": "pt"}
-    return processor(images=list(images) or None, **given).to(device)
+    options = {"text": [text], "target_h": size[0], "target_w": size[1], "return_tensors": "pt"}
+    given = processor(images=list(images) or None, **options).to(model.device)
+    tokens, all_grids = given["input_ids"], given["image_grid_thw"]
+    grids = all_grids[: len(images)]
+    # The picture itself, and behind it the small one, which is drawn first.
+    targets = [(rows, columns) for _, rows, columns in reversed(all_grids[len(images) :].tolist())]
+    positions, _ = model.model.get_rope_index(
+        tokens, image_grid_thw=all_grids, images_per_sample=torch.tensor([len(all_grids)])
+    )
+    image_tokens = tokens.new_empty(0)
+    if images:
+        features = model.get_image_features(given["pixel_values"], grids).pooler_output
+        found = model.get_image_tokens(features).flatten()
+        tokens = tokens.masked_scatter(tokens == model.config.image_token_id, found.to(tokens.dtype))
+        each = found.split(grids.prod(dim=-1).tolist())
+        image_tokens = torch.cat([_doubled(x, *grid[1:]) for x, grid in zip(each, grids.tolist(), strict=True)])
+    return _Read(tokens[0], positions[:, 0], targets, grids, image_tokens)
 
 
-def _image_tokens(model: Any, pixels: Tensor, grids: Tensor) -> Tensor:
-    """The tokens [sum of rows * columns] of images."""
-    tokens: Tensor = model.get_image_tokens(model.get_image_features(pixels, grids).pooler_output)
-    return tokens.flatten()
+def _sample(model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size: int, goes_on: GoesOn) -> Tensor:
+    """Tokens [B, total], chosen by numbers [B, total]."""
+    batch, total = uniform.shape
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    tokens = uniform.new_zeros(batch, longest, dtype=torch.long)
+    mask, positions = torch.zeros_like(tokens), tokens.new_ones(3, batch, longest)
+    for row, prompt in enumerate(prompts):
+        own = slice(longest - len(prompt.tokens), longest)
+        tokens[row, own], mask[row, own], positions[:, row, own] = prompt.tokens, 1, prompt.positions
+    following = positions[..., -1:] + 1 + _offsets(prompts[0].targets).to(tokens.device)[:, None]  # [3, B, total]
+
+    decoder = PriorDecoder(model, batch, longest + total, codebook_size)
+    sampling = Sampling.of(model.generation_config)
+    made = tokens.new_zeros(batch, total)
+    scores = decoder.prefill(tokens, positions, mask)  # [B, V]
+    for i in range(total):
+        made[:, i] = sampling.choose(scores, uniform[:, i])
+        if not goes_on(batch * (i + 1)):
+            return torch.zeros_like(made)
+        if i + 1 < total:
+            scores = decoder.step(made[:, i], following[:, :, i])
+    return made
+
+
+def _offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
+    """Where the tokens of pictures lie behind the prompt, [3, total]: picture, row and column."""
+    parts, start = [], 0
+    for rows, columns in targets:
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        parts.append(start + torch.stack([torch.zeros_like(row), row, column]).flatten(1))
+        start += max(rows, columns)
+    return torch.cat(parts, dim=1)
 
 
 def _after(goes_on: GoesOn, before: int, more: int) -> bool:
     return goes_on(before + more)
-
-
-def _sample(model: Any, given: Any, total: int, codebook_size: int, seed: int, goes_on: GoesOn) -> Tensor:
-    """So many tokens, [total]."""
-    length = given["input_ids"].shape[1]
-
-    def stops(ids: Tensor, scores: Any, **rest: Any) -> Tensor:
-        stop = not goes_on(ids.shape[1] - length)
-        return torch.full((len(ids),), stop, dtype=torch.bool, device=ids.device)
-
-    others = list(range(codebook_size, model.config.text_config.vision_vocab_size))
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # generate takes no generator: the global state is lent and given back
-        torch.manual_seed(seed)
-        ids = model.generate(
-            **given,
-            max_new_tokens=total,
-            min_new_tokens=total,
-            do_sample=True,
-            suppress_tokens=others or None,
-            stopping_criteria=[stops],
-        )
-    made: Tensor = ids[0, length:]
-    return torch.nn.functional.pad(made, (0, total - len(made)))
 
 
 def _doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
@@ -166,8 +196,10 @@ def _doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
     return grid.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()
 
 
-def _seed(generators: Generator | list[Generator] | None, picture: int) -> int:
-    generator = generators[picture] if isinstance(generators, list) else generators
-    if generator is None:
-        return torch.Generator().seed() % 2**63
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+def _numbers(generators: Generator | list[Generator] | None, batch: int, total: int) -> Tensor:
+    """Numbers [B, total] in [0, 1)."""
+    if generators is None:
+        generators = Generator()
+        generators.seed()
+    each = generators if isinstance(generators, list) else [generators] * batch
+    return torch.stack([torch.rand(total, generator=one, device=one.device).cpu() for one in each])

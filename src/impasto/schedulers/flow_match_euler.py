@@ -139,6 +139,8 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         else:
             levels = _shifted(levels, self._shift)
         if self.config.shift_terminal:
+            if levels[-1] >= 1:
+                raise InputError("shift_terminal needs a last level below 1: give two steps or more")
             levels = self.stretch_shift_to_terminal(levels)
         if self._spacing is not None:
             levels = self._spacing(float(levels[0]), float(levels[-1]), steps)

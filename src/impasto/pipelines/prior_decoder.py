@@ -1,0 +1,165 @@
+"""The language model of GLM-Image's prior, a token at a time: the latency of a picture.
+
+transformers' own ``generate`` does this for any model. Here the memory of keys and values is allocated once, only the
+scores of tokens that a picture may have are computed, and nothing waits for the device between two tokens. The layers
+are those of the loaded model, and are called.
+
+Shapes: B pictures, S tokens at a time, L tokens in all, d channels of a head, H width, V tokens that may be sampled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.onednn import Product, packed_product
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen by its scores: a checkpoint's generation settings."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # among so many of the likeliest; 0: of all
+    top_p: float = 1.0  # among the fewest of the likeliest that have this probability together
+
+    @classmethod
+    def of(cls, config: Any) -> Sampling:
+        """From transformers' ``GenerationConfig``; what it leaves open is what transformers' ``generate`` takes."""
+        usual = cls(temperature=1.0, top_k=50, top_p=1.0)
+        given = {name: getattr(config, name, None) for name in cls._fields}
+        return usual._replace(**{name: value for name, value in given.items() if value is not None})
+
+    def choose(self, scores: Tensor, uniform: Tensor) -> Tensor:
+        """Scores [B, V] and numbers [B] in [0, 1) -> tokens [B], by the inverse of the distribution function."""
+        scores = scores.float() / self.temperature
+        tokens: Tensor | None = None  # in another order than by number
+        if 0 < self.top_k < scores.shape[-1]:
+            scores, tokens = scores.topk(self.top_k, dim=-1)  # the likeliest first
+        elif self.top_p < 1.0:
+            scores, tokens = scores.sort(dim=-1, descending=True, stable=True)
+        probabilities = scores.softmax(dim=-1)  # [B, V or top_k]
+        if self.top_p < 1.0:
+            below = probabilities.cumsum(dim=-1) - probabilities  # that of all likelier ones
+            probabilities = torch.where(below < self.top_p, probabilities, 0.0)
+        reached = probabilities.cumsum(dim=-1)
+        place = torch.searchsorted(reached, (uniform * reached[:, -1])[:, None], right=True)  # [B, 1]
+        place = place.clamp(max=scores.shape[-1] - 1)
+        chosen = place if tokens is None else tokens.gather(1, place)
+        return chosen[:, 0]
+
+
+class _Layer(NamedTuple):
+    """A layer of the model, and its products."""
+
+    layer: Any
+    project: Product  # to query, key and value, one behind the other
+    out: Product
+    widen: Product
+    narrow: Product
+
+    @classmethod
+    def of(cls, layer: Any, rows: int) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        products = [projections, [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]]
+        return cls(layer, *(packed_product(layers, rows) for layers in products))
+
+
+class PriorDecoder:
+    """The prior with the keys and values of B sequences of at most L tokens.
+
+    A token is as fast as its weights are read. On a CPU that multiplies bfloat16, packed copies of them are, which are
+    made here and live as long as this: the model is not to change in the meantime.
+
+    Args:
+        model: transformers' ``GlmImageForConditionalGeneration``.
+        batch: B.
+        length: L.
+        vocabulary: V, the first of the model's tokens.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int, vocabulary: int):
+        language = model.model.language_model
+        self._embed, self._norm, self._rotary = language.embed_tokens, language.norm, language.rotary_emb
+        self._layers = [_Layer.of(layer, batch) for layer in language.layers]
+        weight = model.lm_head.weight
+        head = nn.Linear(weight.shape[1], vocabulary, bias=False, device="meta")
+        head.weight = nn.Parameter(weight[:vocabulary].detach(), requires_grad=False)  # a part of the model's memory
+        self._head = packed_product([head], batch)
+        config = language.config
+        heads = config.num_key_value_heads or config.num_attention_heads
+        shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
+        self._memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)  # keys and values of each layer
+        self._bias = torch.zeros(batch, 1, 1, length, device=weight.device, dtype=weight.dtype)  # -inf: padding
+        self._padded = False
+        self._length = 0
+
+    def prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read prompts [B, S] at positions [3, B, S] -> the scores [B, V] of what follows.
+
+        Args:
+            mask: [B, S], 1 where there is a token; padding is in front.
+        """
+        self._length = 0
+        self._padded = mask is not None and not bool(mask.all())
+        self._bias.zero_()
+        count = tokens.shape[1]
+        causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[None, None]  # [1, 1, S, S]
+        if self._padded:
+            assert mask is not None
+            self._bias[:, :, :, :count].masked_fill_(~mask.bool()[:, None, None], -torch.inf)
+            # Padding attends to itself, so that it has no row without any key.
+            causal = causal & (mask.bool()[:, None, None] | torch.eye(count, dtype=torch.bool, device=tokens.device))
+        return self._run(tokens, positions, causal)
+
+    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """One more token [B] of each at positions [3, B] -> the scores [B, V] of what follows."""
+        seen = self._length + 1
+        return self._run(tokens[:, None], positions[..., None], self._bias[..., :seen] if self._padded else None)
+
+    def _run(self, tokens: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+        x = self._embed(tokens)  # [B, S, H]
+        cos, sin = (part[:, None] for part in self._rotary(x, positions))  # [B, 1, S, rotated channels] each
+        start, end = self._length, self._length + tokens.shape[1]
+        for layer, (keys, values) in zip(self._layers, self._memory, strict=True):
+            of = layer.layer
+            keys_values = keys[:, :, :end], values[:, :, :end]
+            x = x + of.post_self_attn_layernorm(
+                _attend(layer, of.input_layernorm(x), cos, sin, *keys_values, start, bias)
+            )
+            gate, up = layer.widen(of.post_attention_layernorm(x)).chunk(2, dim=-1)
+            x = x + of.post_mlp_layernorm(layer.narrow(up * of.mlp.activation_fn(gate)))
+        self._length = end
+        return self._head(self._norm(x[:, -1]))  # [B, V]
+
+
+def _attend(
+    layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int, bias: Tensor | None
+) -> Tensor:
+    """x [B, S, H] -> [B, S, H]; its keys and values are put behind the earlier ones, [B, heads, end, d]."""
+    attention = layer.layer.self_attn
+    heads = layer.project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, all heads, S, d]
+    count = keys.shape[1]
+    query, key, value = heads.split([heads.shape[1] - 2 * count, count, count], dim=1)
+    keys[:, :, start:] = _turned(key, cos, sin)
+    values[:, :, start:] = value
+    query = _turned(query, cos, sin)
+    if x.shape[1] == 1:  # heads that share a key as rows of one product
+        grouped = query.view(*keys.shape[:2], -1, attention.head_dim)  # [B, heads, group, d]
+        scores = (grouped * attention.scaling) @ keys.transpose(2, 3)  # [B, heads, group, end]
+        scores = scores if bias is None else scores + bias
+        out = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
+        return layer.out(out.flatten(1)[:, None])
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attention.scaling, enable_gqa=True)
+    return layer.out(out.transpose(1, 2).flatten(2))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first channels of [B, heads, S, d] turned by their positions, as transformers does it."""
+    channels = cos.shape[-1]
+    turns, rest = x[..., :channels], x[..., channels:]
+    first, second = turns.chunk(2, dim=-1)
+    return torch.cat([turns * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)

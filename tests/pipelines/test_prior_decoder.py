@@ -1,0 +1,141 @@
+"""The prior's decoding against transformers' forward: the same scores, and from the same numbers the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
+
+from impasto.pipelines.glm_image_prior import generate_prior
+from impasto.pipelines.prior_decoder import PriorDecoder, Sampling
+
+from ..tiny_glm import prior_parts
+
+VOCABULARY = 32
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    return prior_parts()
+
+
+def inputs_of(parts: dict[str, Any], text: str, height: int = 64, width: int = 96) -> Any:
+    return parts["processor"](text=[text], target_h=height, target_w=width, return_tensors="pt")
+
+
+def scores_of(model: Any, given: Any, made: list[int]) -> Tensor:
+    """transformers' own scores behind a prompt and some tokens, without any memory."""
+    model.model.rope_deltas = None
+    positions, _ = model.model.get_rope_index(
+        given["input_ids"], given["image_grid_thw"], given["images_per_sample"], given["attention_mask"]
+    )
+    behind = model.model._cached_decode_position_ids[0, :, : len(made)]  # [3, tokens]
+    ids = torch.cat([given["input_ids"], torch.tensor([made], dtype=torch.long)], dim=1)
+    found = model(ids, position_ids=torch.cat([positions, behind[:, None]], dim=2), use_cache=False)
+    return found.logits[0, -1, :VOCABULARY]
+
+
+@torch.no_grad()
+def test_the_same_numbers_give_the_same_tokens(parts: dict[str, Any]) -> None:
+    model, given = parts["vision_language_encoder"], inputs_of(parts, "a cube")
+    total = 2 * 3 + 13 * 19
+    found = generate_prior(
+        model,
+        parts["processor"],
+        ["a cube"],
+        (64, 96),
+        None,
+        torch.Generator().manual_seed(0),
+        1,
+        VOCABULARY,
+        lambda n: True,
+    ).prior_token_ids.view(4, 6)[::2, ::2]
+    uniform = torch.rand(total, generator=torch.Generator().manual_seed(0))
+    made: list[int] = []
+    sampling = Sampling.of(model.generation_config)
+    for number in uniform:
+        made.append(int(sampling.choose(scores_of(model, given, made)[None], number[None])))
+    assert found.flatten().tolist() == made[-6:]
+
+
+@torch.no_grad()
+def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(parts: dict[str, Any]) -> None:
+    model = parts["vision_language_encoder"]
+    prompts = [inputs_of(parts, "a cube"), inputs_of(parts, "a red ball behind it")]
+    longest = max(given["input_ids"].shape[1] for given in prompts)
+    tokens, mask = torch.zeros(2, longest, dtype=torch.long), torch.zeros(2, longest, dtype=torch.long)
+    positions = torch.ones(3, 2, longest, dtype=torch.long)
+    for row, given in enumerate(prompts):
+        count = given["input_ids"].shape[1]
+        tokens[row, -count:], mask[row, -count:] = given["input_ids"][0], 1
+        positions[:, row, -count:] = torch.arange(count)
+    decoder = PriorDecoder(model, 2, longest + 4, VOCABULARY)
+    for _ in range(2):  # a decoder can begin anew
+        scores = decoder.prefill(tokens, positions, mask)
+        made: list[list[int]] = [[], []]
+        for i in range(4):
+            for row, given in enumerate(prompts):
+                expected = scores_of(model, given, made[row])
+                assert ((scores[row] - expected).norm() / expected.norm()).item() <= 1e-5
+            for row in range(2):
+                made[row].append(3 * i + row)
+            behind = torch.stack([model.model._cached_decode_position_ids[0, :, i]] * 2, dim=1)
+            behind[:, 0] -= prompts[1]["input_ids"].shape[1] - prompts[0]["input_ids"].shape[1]
+            scores = decoder.step(torch.tensor([row[-1] for row in made]), behind)
+
+
+def test_images_are_read_as_transformers_reads_them(parts: dict[str, Any]) -> None:
+    from PIL import Image
+
+    model, processor = parts["vision_language_encoder"], parts["processor"]
+    image = Image.effect_noise((96, 64), 80).convert("RGB")
+    made = generate_prior(
+        model,
+        processor,
+        ["night"],
+        (64, 96),
+        [[image]],
+        torch.Generator().manual_seed(0),
+        1,
+        VOCABULARY,
+        lambda n: True,
+    )
+    assert made.prior_token_image_ids is not None
+    assert made.source_image_grid_thw is not None
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "night"}]}
+    text = processor.apply_chat_template([message], tokenize=False)
+    given = processor(images=[image], text=[text], target_h=64, target_w=96, return_tensors="pt")
+    rows, columns = given["image_grid_thw"][0, 1:].tolist()
+    assert made.source_image_grid_thw[0].tolist() == [[1, 2 * rows, 2 * columns]]
+    with torch.no_grad():
+        scores = model(**given).logits[0, -1, :VOCABULARY]
+    uniform = torch.rand(6, generator=torch.Generator().manual_seed(0))
+    first = Sampling.of(model.generation_config).choose(scores[None], uniform[:1])
+    assert int(made.prior_token_ids[0, 0]) == int(first)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 8, "top_p": 0.7, "temperature": 0.8}])
+def test_choices_have_the_probabilities_of_transformers(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    scores = 2 * torch.randn(1, 20)
+    expected = scores / settings.get("temperature", 1.0)
+    if "top_k" in settings:
+        expected = TopKLogitsWarper(settings["top_k"])(None, expected)
+    if "top_p" in settings:
+        expected = TopPLogitsWarper(settings["top_p"])(None, expected)
+    count = 20_000
+    uniform = (torch.arange(count) + 0.5) / count
+    chosen = Sampling(**settings).choose(scores.expand(count, -1), uniform)
+    shares = torch.bincount(chosen, minlength=20) / count
+    torch.testing.assert_close(shares, expected.softmax(-1)[0], atol=2e-4, rtol=0)
+    highest = torch.tensor([torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))])
+    for number in (torch.tensor([0.0]), highest):
+        assert shares[int(Sampling(**settings).choose(scores, number))] > 0
+
+
+def test_settings_are_the_checkpoints() -> None:
+    assert Sampling.of(GenerationConfig(temperature=0.9, top_k=7, top_p=0.75)) == Sampling(0.9, 7, 0.75)
+    assert Sampling.of(GenerationConfig(temperature=None, top_k=None, top_p=None)) == Sampling(1.0, 50, 1.0)
