@@ -2,9 +2,9 @@
 
     python benchmarks [NAME ...] [--table]
 
-Names: startup, attention, floor, step, text, decode, picture, memory, lossy, prior; all of them if none is given, which takes
-about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --table prints
-only what is stored.
+Names: startup, attention, floor, step, text, decode, picture, memory, lossy, prior; all of them if none is given, which
+takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --table
+prints only what is stored.
 """
 
 from __future__ import annotations
