@@ -123,6 +123,7 @@ class PriorDecoder:
     def _run(self, tokens: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
         x = self._embed(tokens)  # [B, S, H]
         cos, sin = (part[:, None] for part in self._rotary(x, positions))  # [B, 1, S, rotated channels] each
+        sin[..., : sin.shape[-1] // 2].neg_()
         start, end = self._length, self._length + tokens.shape[1]
         for layer, (keys, values) in zip(self._layers, self._memory, strict=True):
             of = layer.layer
@@ -143,23 +144,20 @@ def _attend(
     attention = layer.layer.self_attn
     heads = layer.project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, all heads, S, d]
     count = keys.shape[1]
-    query, key, value = heads.split([heads.shape[1] - 2 * count, count, count], dim=1)
-    keys[:, :, start:] = _turned(key, cos, sin)
+    query_key, value = heads.split([heads.shape[1] - count, count], dim=1)
+    _turn(query_key, cos, sin)
+    query, key = query_key.split([query_key.shape[1] - count, count], dim=1)
+    keys[:, :, start:] = key
     values[:, :, start:] = value
-    query = _turned(query, cos, sin)
-    if x.shape[1] == 1:  # heads that share a key as rows of one product
-        grouped = query.view(*keys.shape[:2], -1, attention.head_dim)  # [B, heads, group, d]
-        scores = (grouped * attention.scaling) @ keys.transpose(2, 3)  # [B, heads, group, end]
-        scores = scores if bias is None else scores + bias
-        out = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
+    if x.shape[1] == 1:  # heads that share a key as so many queries to it, which torch is faster at
+        grouped = query.reshape(*keys.shape[:2], -1, attention.head_dim)  # [B, heads, group, d]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=attention.scaling)
         return layer.out(out.flatten(1)[:, None])
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attention.scaling, enable_gqa=True)
     return layer.out(out.transpose(1, 2).flatten(2))
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first channels of [B, heads, S, d] turned by their positions, as transformers does it."""
-    channels = cos.shape[-1]
-    turns, rest = x[..., :channels], x[..., channels:]
-    first, second = turns.chunk(2, dim=-1)
-    return torch.cat([turns * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the first channels of [B, heads, S, d] in place by their positions; ``sin`` has its first half negated."""
+    turns = x[..., : cos.shape[-1]]
+    turns.copy_(torch.addcmul(turns * cos, turns.roll(cos.shape[-1] // 2, dims=-1), sin))
