@@ -34,7 +34,8 @@ from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
 from impasto.scenes.evaluate import held_out_prompts, judge_pictures
-from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, is_held_out, sample_scene
+from impasto.scenes.labels import LABEL_CLASSES, label_cells
+from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from impasto.training.state import append_log, load_state, save_state
@@ -46,8 +47,6 @@ STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "expor
 CHUNKS = 400  # of 256 pictures
 GEOMETRIES, COLOURINGS, WORDINGS = 32, 8, 4
 AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation pictures are square
-CELL = 8  # pixels of a render that one latent stands for: halved, then made 4 times smaller
-LABEL_CLASSES = (4, len(COLOURS) + len(BACKGROUNDS), 1 + len(SHAPES))
 FRAMES = [(128, 128)] * 4 + [(96, 160), (160, 96), (112, 144), (144, 112)]
 
 AUTOENCODER = {
@@ -129,22 +128,6 @@ def render_chunk(folder: Path, chunk: int) -> None:
         labels=label_cells(ids, scenes).numpy(),
     )
     os.replace(temporary, path)
-
-
-def label_cells(ids: Tensor, scenes: list[Scene]) -> Tensor:
-    """What fills most of each cell that becomes one latent: [N, 3, H / CELL, W / CELL] uint8.
-
-    Its solid (0: none), its colour (COLOURS, then BACKGROUNDS) and its shape (0: none), as LABEL_CLASSES counts them.
-    """
-    share = torch.stack([F.avg_pool2d((ids == number).float(), CELL) for number in range(LABEL_CLASSES[0])])
-    solid = share.argmax(0)  # [N, H / CELL, W / CELL]
-    table = torch.zeros(len(scenes), LABEL_CLASSES[0], 2, dtype=torch.long)
-    for row, scene in zip(table, scenes, strict=True):
-        row[0, 0] = len(COLOURS) + list(BACKGROUNDS).index(scene.background)
-        for number, item in enumerate(scene.solids, 1):
-            row[number] = torch.tensor([list(COLOURS).index(item.color), 1 + SHAPES.index(item.shape)])
-    shown = table[torch.arange(len(scenes))[:, None, None], solid]  # [N, H / CELL, W / CELL, 2]
-    return torch.stack([solid, *shown.unbind(-1)], 1).to(torch.uint8)
 
 
 def load_pictures(out: Path, chunk: int) -> Tensor:

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.training.loop import Masters, make_optimizers
 from impasto.training.state import load_state
 from impasto.training.text_to_image import (
     Batch,
     LabelHead,
-    Masters,
     TextToImageRecipe,
     drop_captions,
     initialize,
-    make_optimizers,
     train_text_to_image,
 )
 

@@ -1,0 +1,206 @@
+"""Training of a visual codebook: pictures to tokens, in the vision tower and quantiser of GLM-Image's prior.
+
+A tower that reads 32 x 32 pixels as one token, and codes of unit length, the nearest of which each token becomes. What
+the tokens must tell: a smaller picture, and what each part of it shows. What reads that from them is thrown away.
+
+Shapes: B pictures, N tokens of a picture, P pixels a side of a token, d channels of a code, K codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn.layers import unpatchify
+from .loop import Loss, Recipe, train
+
+
+class Pictures(NamedTuple):
+    pixels: Tensor  # [B, 3, H, W], in [-1, 1]
+    labels: Tensor  # [B, questions, h, w], the class of each answer for each of some parts of the picture
+
+
+@dataclass(frozen=True)
+class CodebookRecipe(Recipe):
+    """How to train. For ``continuous_steps`` there are no codes: then the tokens seen last become the first ones."""
+
+    continuous_steps: int = 300
+    pixel_weight: float = 4.0
+    label_weight: float = 0.3
+    commitment: float = 0.25
+    decay: float = 0.98  # of the codes' averages (1711.00937, appendix A.1)
+
+
+class OnlineCodebook:
+    """Codes [K, d] of unit length, each the mean direction of the tokens that became it lately."""
+
+    def __init__(self, codes: int, dim: int, decay: float):
+        self.decay = decay
+        self.ready = False
+        self.codes = F.normalize(torch.randn(codes, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+        self.counts, self.sums = torch.ones(codes), self.codes.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ready": self.ready, "codes": self.codes, "counts": self.counts, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def nearest(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., d] of unit length -> the numbers [...] of codes."""
+        return (tokens @ self.codes.T).argmax(-1)
+
+    def start(self, tokens: Tensor) -> None:
+        """Begin with tokens [T, d]: spherical k-means."""
+        generator = torch.Generator().manual_seed(1)
+        self.codes = tokens[torch.randperm(len(tokens), generator=generator)[: len(self.codes)]].clone()
+        for _ in range(10):
+            self._count(tokens, 0.0)
+        self.ready = True
+
+    def update(self, tokens: Tensor, generator: torch.Generator) -> None:
+        """Move codes towards tokens [T, d]; one that became too rare begins anew at a token."""
+        self._count(tokens, self.decay)
+        rare = self.counts < 0.1 * len(tokens) / len(self.codes)
+        lost = int(rare.sum())
+        if lost:
+            self.codes[rare] = tokens[torch.randint(len(tokens), (lost,), generator=generator)]
+            self.counts[rare] = len(tokens) / len(self.codes)
+            self.sums[rare] = self.codes[rare] * self.counts[rare][:, None]
+
+    def _count(self, tokens: Tensor, decay: float) -> None:
+        numbers = self.nearest(tokens)
+        counts = torch.bincount(numbers, minlength=len(self.codes)).float()
+        sums = torch.zeros_like(self.codes).index_add_(0, numbers, tokens)
+        self.counts = decay * self.counts + (1 - decay) * counts
+        self.sums = decay * self.sums + (1 - decay) * sums
+        seen = self.counts > 1e-3
+        self.codes = torch.where(seen[:, None], F.normalize(self.sums, dim=-1), self.codes)
+
+
+class CodeReader(nn.Module):
+    """Reads tokens [B, N, d] of square pictures into smaller pictures and answers.
+
+    Args:
+        dim: d.
+        classes: of each question.
+        side: tokens a side.
+        pixels, cells: of the smaller picture and of the answers, along a side of a token.
+    """
+
+    def __init__(self, dim: int, classes: Sequence[int], side: int, pixels: int = 8, cells: int = 4, width: int = 192):
+        super().__init__()
+        self.classes, self.side, self.pixels, self.cells = tuple(classes), side, pixels, cells
+        self.embed = nn.Linear(dim, width)
+        self.places = nn.Parameter(torch.randn(side**2, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, 6, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.to_pixels = nn.Linear(width, 3 * pixels**2)
+        self.to_answers = nn.Linear(width, sum(classes) * cells**2)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[B, 3, side * pixels, side * pixels], and of each question [B, classes, side * cells, side * cells]."""
+        x = self.norm(self.blocks(self.embed(tokens) + self.places))
+        answers = unpatchify(self.to_answers(x), self.side, self.side, self.cells)
+        return unpatchify(self.to_pixels(x), self.side, self.side, self.pixels), list(answers.split(self.classes, 1))
+
+
+def patches(pixels: Tensor, size: int) -> Tensor:
+    """Pictures [B, 3, H, W] -> [B, N, 3 P P], as transformers' image processor of GLM-Image lays them out."""
+    parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def see(vision: nn.Module, pixels: Tensor) -> Tensor:
+    """transformers' ``GlmImageVisionModel`` of pictures [B, 3, H, W] of the size of its positions -> [B, N, D].
+
+    The class goes through pictures one by one; here they are a batch.
+    """
+    parts: Any = vision
+    embed = parts.patch_embed
+    x = patches(pixels, embed.patch_size).to(embed.proj.weight.dtype) @ embed.proj.weight.flatten(1).T
+    x = x + embed.proj.bias + parts.embeddings.position_embedding.weight  # [B, N, D]
+    for block in parts.blocks:
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+        out = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
+        x = x + attention.proj(out.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return x
+
+
+def directions(model: Any, pixels: Tensor) -> Tensor:
+    """Tokens [B, N, d] of unit length in float32, before they become codes."""
+    convolution = model.vqmodel.quant_conv
+    seen = see(model.visual, pixels)
+    return F.normalize((seen @ convolution.weight.flatten(1).T + convolution.bias).float(), dim=-1)
+
+
+def train_visual_codebook(
+    model: Any,
+    reader: CodeReader,
+    batches: Iterator[Pictures],
+    recipe: CodebookRecipe,
+    folder: Path,
+) -> None:
+    """Train the tower and the codes of a model in place, resuming from ``folder/state.pt`` where there is one.
+
+    Args:
+        model: transformers' ``GlmImageModel``, whose ``visual`` and ``vqmodel`` are trained.
+        reader: thrown away afterwards.
+        batches: endless.
+    """
+    embedding = model.vqmodel.quantize.embedding
+    book = OnlineCodebook(*embedding.weight.shape, recipe.decay)
+    models = nn.ModuleDict({"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader})
+    lately: list[Tensor] = []
+
+    def loss(step: int, generator: torch.Generator) -> Loss:
+        batch = next(batches)
+        tokens = directions(model, batch.pixels)  # [B, N, d]
+        flat = tokens.detach().flatten(0, 1)
+        if not book.ready:
+            lately.append(flat)
+            del lately[:-64]
+            if step + 1 >= recipe.continuous_steps:
+                book.start(torch.cat(lately))
+                lately.clear()
+            told, far, used = tokens, torch.zeros(()), torch.zeros(())
+        else:
+            numbers = book.nearest(tokens.detach())  # [B, N]
+            codes = book.codes[numbers]
+            told = tokens + (codes - tokens).detach()
+            far = (tokens - codes).square().sum(-1).mean()
+            share = torch.bincount(numbers.flatten(), minlength=len(book.codes)) / numbers.numel()
+            used = (-(share * share.clamp_min(1e-12).log()).sum()).exp()
+            if step < 0.9 * recipe.steps:
+                book.update(flat, generator)
+        smaller, answers = reader(told.to(reader.embed.weight.dtype))
+        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(batch.pixels, smaller.shape[-1]))
+        wrong = torch.stack(
+            [F.cross_entropy(answer.float(), batch.labels[:, i].long()) for i, answer in enumerate(answers)]
+        ).sum()
+        total = recipe.pixel_weight * error + recipe.label_weight * wrong + recipe.commitment * far
+        return Loss(total, {"pixels": error, "labels": wrong, "far": far, "codes_in_use": used})
+
+    train(models, loss, recipe, folder, beside=book)
+    with torch.no_grad():
+        embedding.weight.copy_(book.codes)
+
+
+@torch.no_grad()
+def tokenise(model: Any, pixels: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] -> the numbers [B, N] of their codes."""
+    codes = F.normalize(model.vqmodel.quantize.embedding.weight.float(), dim=-1)
+    return (directions(model, pixels) @ codes.T).argmax(-1)
