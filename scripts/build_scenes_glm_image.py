@@ -18,22 +18,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from transformers import GlmImageConfig, GlmImageForConditionalGeneration
+from transformers import (
+    ByT5Tokenizer,
+    GenerationConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.glm_image import GlmImageTransformer2DModel
+from impasto.pipelines.glm_image import GlmImagePipeline
+from impasto.pipelines.glm_image_prior import target_offsets
+from impasto.pipelines.glyphs import encode_glyphs
 from impasto.scenes.captions import caption
 from impasto.scenes.edits import sample_edit
+from impasto.scenes.evaluate import held_out_edits, held_out_prompts, judge_edits, judge_pictures
 from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import Scene, is_held_out, recolour, sample_arrangement
+from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.state import save_state
+from impasto.training.flow_matching import (
+    Batch,
+    FlowMatchingRecipe,
+    Reference,
+    initialize,
+    train_flow_matching,
+)
+from impasto.training.loop import Recipe
+from impasto.training.prior import Sequences, join, train_prior
+from impasto.training.state import load_state, save_state
 from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Pictures, tokenise, train_visual_codebook
 
 SEED = 2027
-STAGES = ("render", "autoencoder", "latents", "codebook", "prior", "transformer", "export")
+STAGES = ("render", "autoencoder", "latents", "codebook", "prior", "transformer", "export", "judge")
 SIDE = 128  # pixels of a picture
 CHUNKS, GEOMETRIES, COLOURINGS, WORDINGS = 250, 32, 4, 4  # each colouring is drawn twice: as it is, and edited
 AUTOENCODER_CHUNKS = 48
@@ -119,8 +147,8 @@ VISION = {
     "hidden_size": 256,
     "num_heads": 8,
     "intermediate_size": 512,
-    "image_size": SIDE,
-    "patch_size": 32,
+    "image_size": SIDE // 2,  # the processor halves pictures
+    "patch_size": 16,
     "attention_bias": True,
 }
 CODES = 512
@@ -158,12 +186,18 @@ def build_prior(words: int) -> GlmImageForConditionalGeneration:
     return GlmImageForConditionalGeneration(config)
 
 
+def halved(pictures: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> [N, 3, H / 2, W / 2], as the processor does it."""
+    return F.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True)
+
+
 class Chunks:
-    """All pictures in memory, and what belongs to them."""
+    """All pictures in memory as the vision tower sees them, and what they show."""
 
     def __init__(self, out: Path, chunks: Sequence[int]):
         rendered = [np.load(out / "pictures" / f"{chunk:04d}.npz") for chunk in chunks]
-        self.pictures = torch.from_numpy(np.concatenate([part["pictures"] for part in rendered]))  # [N, 3, H, W]
+        halves = [halved(torch.from_numpy(part["pictures"])) for part in rendered]
+        self.pictures = torch.cat(halves)  # [N, 3, H / 2, W / 2]
         self.labels = torch.from_numpy(np.concatenate([part["labels"] for part in rendered]))  # [N, 3, H / 8, W / 8]
 
     def batches(self, size: int, seed: int) -> Iterator[Pictures]:
@@ -191,9 +225,135 @@ def train_codebook(out: Path, steps: int) -> None:
     parts = {"visual": model.visual, "vqmodel": model.vqmodel}
     save_state(folder / "model.pt", {name: part.state_dict() for name, part in parts.items()})
     for chunk in known:
-        pixels = load_pictures(out, chunk).float() / 127.5 - 1
+        pixels = halved(load_pictures(out, chunk)).float() / 127.5 - 1
         tokens = tokenise(model, pixels).to(torch.int16)
         np.save(folder / f"{chunk:04d}.npy", tokens.numpy())
+
+
+def make_processor(out: Path) -> GlmImageProcessor:
+    """A byte-level vocabulary of the captions behind the codes, and the pictures' preparation."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    specials = [*(f"<v{code}>" for code in range(CODES)), *SPECIALS]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=CODES + 512, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts_of(out, 20), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        bos_token="<start>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"},
+    )
+    images = GlmImageImageProcessorPil(
+        patch_size=16,
+        temporal_patch_size=1,
+        merge_size=1,
+        min_pixels=64 * 64,
+        max_pixels=4 * SIDE * SIDE,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    template = (
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}"
+        "<start><image><end>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    return GlmImageProcessor(images, tokenizer, chat_template=template)
+
+
+def texts_of(out: Path, chunks: int) -> Iterator[str]:
+    for path in sorted((out / "pictures").glob("[0-9]???.npz"))[:chunks]:
+        stored = np.load(path)
+        yield from (text for texts in json.loads(str(stored["captions"])) for text in texts)
+        yield from json.loads(str(stored["instructions"]))
+        yield "<sop>4 4<eop><sop>16 16<eop>"
+
+
+class Sayings:
+    """Prompts of all pictures and edits in memory, and the tokens that they are to be answered with.
+
+    A prompt for a picture is answered with a small one of 16 x 16 tokens first, as it is with the released model. Here
+    the picture itself is but 4 x 4, so the small one is the same picture with each token 4 x 4 times. In most of the
+    training it is shortened to one of each: the others only repeat what is beside or above them.
+    """
+
+    GRID = SIDE // 32
+    SMALL = 16
+
+    def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, chunks: Sequence[int]):
+        self.padding = tokenizer.pad_token_id
+        size = f"<sop>{self.GRID} {self.GRID}<eop>"
+        drawn, edited, codes, sources = [], [], [], []
+        for chunk in chunks:
+            stored = np.load(out / "pictures" / f"{chunk:04d}.npz")
+            first = sum(len(part) for part in codes)
+            codes.append(torch.from_numpy(np.load(out / "codebook" / f"{chunk:04d}.npy")).long())
+            count = len(codes[-1]) // 2
+            sources += [(first + i, first + count + i) for i in range(count)]
+            for texts in json.loads(str(stored["captions"])):
+                drawn.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
+            edited += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
+        self.drawn = [[torch.tensor(ids) for ids in tokenizer(texts).input_ids] for texts in drawn]
+        self.edited = [torch.tensor(ids) for ids in tokenizer(edited).input_ids]
+        self.codes = torch.cat(codes)  # [N, GRID * GRID]
+        self.pairs = torch.tensor(sources)  # [edits, 2]: what is edited, and what it becomes
+
+    def batches(self, size: int, edits: float, seed: int, shortened: bool) -> Iterator[Sequences]:
+        rng = np.random.default_rng([SEED, seed])
+        grid, small = (self.GRID, self.GRID), (self.SMALL, self.SMALL)
+        every = torch.arange(self.SMALL**2).view(small)[:: self.SMALL // self.GRID, :: self.SMALL // self.GRID]
+        first = target_offsets([small])[:, every.flatten()]
+        while True:
+            if rng.random() < edits:
+                rows = rng.integers(len(self.pairs), size=size)
+                prompts = [self.asked(int(row)) for row in rows]
+                tokens, positions = zip(*prompts, strict=True)
+                targets = self.codes[self.pairs[rows, 1]]
+                yield join(tokens, positions, targets, target_offsets([grid]), self.padding, "edited")
+                continue
+            rows = rng.integers(len(self.drawn), size=size)
+            wordings = rng.integers(WORDINGS, size=size)
+            tokens = [self.drawn[row][wording] for row, wording in zip(rows, wordings, strict=True)]
+            positions = [torch.arange(len(ids)).expand(3, -1) for ids in tokens]
+            targets = self.codes[rows]
+            if shortened:
+                yield join(tokens, positions, targets, first, self.padding, "drawn")
+            else:
+                several = targets.view(-1, *grid)
+                for dim in (1, 2):
+                    several = several.repeat_interleave(self.SMALL // self.GRID, dim=dim)
+                both = torch.cat([several.flatten(1), targets], dim=1)
+                yield join(tokens, positions, both, target_offsets([small, grid]), self.padding, "drawn_in_full")
+
+    def asked(self, edit: int) -> tuple[Tensor, Tensor]:
+        """An edit's prompt, the picture's own tokens in front, and the positions of its tokens, [3, S]."""
+        text = self.edited[edit]
+        frame = torch.tensor([CODES, CODES + 1])  # <start>, <end>
+        tokens = torch.cat([frame[:1], self.codes[self.pairs[edit, 0]], frame[1:], text])
+        picture = 1 + target_offsets([(self.GRID, self.GRID)])
+        after = 1 + self.GRID + torch.arange(1 + len(text))
+        return tokens, torch.cat([torch.zeros(3, 1, dtype=torch.long), picture, after.expand(3, -1)], dim=1)
+
+
+def train_language_model(out: Path, steps: int, full_steps: int) -> None:
+    """The prior: shortened pictures and edits first, then whole ones."""
+    torch.manual_seed(SEED)
+    processor = make_processor(out)
+    processor.save_pretrained(out / "processor")
+    known = sorted(int(path.stem) for path in (out / "codebook").glob("[0-9]???.npy"))
+    sayings = Sayings(out, processor.tokenizer, known)
+    model = build_prior(len(processor.tokenizer))
+    folder = out / "prior"
+    recipe = Recipe(steps=steps, save_every=250)
+    batches = sayings.batches(64, 0.35, steps_done(folder), shortened=True)
+    train_prior(model, batches, recipe, folder)
+    last = Recipe(steps=full_steps, learning_rate=1e-3, warmup_steps=20, decay_share=0.7, save_every=50, ema_decay=0.99)
+    folder = out / "prior_in_full"
+    train_prior(model, sayings.batches(24, 0.35, steps_done(folder), shortened=False), last, folder)
+    save_state(folder / "model.pt", model.state_dict())
 
 
 # --- the autoencoder ---
@@ -225,6 +385,178 @@ def random_pictures(chunks: list[Tensor], batch: int, seed: int) -> Iterator[Ten
         yield chunk[torch.from_numpy(rng.integers(len(chunk), size=batch))].float() / 127.5 - 1
 
 
+# --- the transformer ---
+
+#: Of what stands in quotes, which is nothing in this world: the glyphs of no text.
+TEXT_ENCODER = {
+    "vocab_size": 384,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 1,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+TRANSFORMER = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 6,
+    "attention_head_dim": 32,
+    "num_attention_heads": 8,
+    "text_embed_dim": TEXT_ENCODER["d_model"],
+    "time_embed_dim": 128,
+    "condition_dim": 16,
+    "sample_size": SIDE // 8,
+    "prior_vq_quantizer_codebook_size": CODES,
+}
+#: Without a shift, levels of noise and timesteps tell the same.
+SCHEDULER = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 1.0, "max_shift": 0.0}
+
+
+def build_text_encoder() -> tuple[ByT5Tokenizer, T5EncoderModel]:
+    torch.manual_seed(SEED)
+    return ByT5Tokenizer(), T5EncoderModel(T5Config(**TEXT_ENCODER)).eval()
+
+
+@torch.no_grad()
+def encode(out: Path) -> None:
+    """The latents' mean and deviation into the autoencoder's config; then the latents of every chunk."""
+    folder = out / "latents"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (out / "vae" / "config.json").exists():
+        model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
+        sample = torch.cat([load_pictures(out, chunk)[::8].float() / 127.5 - 1 for chunk in range(8)])
+        latents = model.encode(sample).latent_dist.mode()
+        statistics = {
+            "latents_mean": latents.mean((0, 2, 3)).tolist(),
+            "latents_std": latents.std((0, 2, 3)).tolist(),
+        }
+        measured = AutoencoderKL(**AUTOENCODER, **statistics)
+        measured.load_state_dict(model.state_dict())
+        measured.save_pretrained(out / "vae")
+    missing = [p for p in sorted((out / "pictures").glob("[0-9]???.npz")) if not (folder / f"{p.stem}.npy").exists()]
+    in_parallel(functools.partial(encode_chunk, out), missing)
+
+
+@torch.no_grad()
+def encode_chunk(out: Path, rendered: Path) -> None:
+    model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
+    pictures = load_pictures(out, int(rendered.stem)).float() / 127.5 - 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+    mean, std = (torch.tensor(model.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    target = out / "latents" / f"{rendered.stem}.npy"
+    temporary = target.with_suffix(".tmp.npy")
+    np.save(temporary, ((latents.float() - mean) / std).half().contiguous().numpy())
+    os.replace(temporary, target)
+
+
+class Latents:
+    """The latents and tokens of all pictures in memory."""
+
+    def __init__(self, out: Path, chunks: Sequence[int]):
+        latents = [torch.from_numpy(np.load(out / "latents" / f"{chunk:04d}.npy")) for chunk in chunks]
+        codes = [torch.from_numpy(np.load(out / "codebook" / f"{chunk:04d}.npy")).long() for chunk in chunks]
+        halves = [len(part) // 2 for part in latents]
+        firsts = np.cumsum([0, *(len(part) for part in latents[:-1])])
+        self.sources = torch.cat([first + torch.arange(half) for first, half in zip(firsts, halves, strict=True)])
+        self.half = halves[0]
+        self.latents = torch.cat(latents)  # [N, C, h, w]
+        grid = torch.cat(codes).view(-1, SIDE // 32, SIDE // 32)
+        # A token of the prior is four of the transformer's.
+        self.tokens = grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
+
+    def batches(self, size: int, edits: float, text: Tensor, seed: int) -> Iterator[Batch]:
+        """``text``: the glyphs [1, M, channels] of no text. A batch of edits is half as large, and costs as much."""
+        rng = np.random.default_rng([SEED, seed])
+        while True:
+            if rng.random() >= edits:
+                rows = torch.from_numpy(rng.integers(len(self.latents), size=size))
+                yield Batch(self.latents[rows].float(), self.tokens[rows], text.expand(size, -1, -1))
+                continue
+            before = self.sources[rng.integers(len(self.sources), size=size // 2)]
+            after = before + self.half
+            if rng.random() < 0.5:  # the other way round is an edit, too
+                before, after = after, before
+            reference = Reference(self.latents[before].float(), self.tokens[before])
+            text_of_half = text.expand(size // 2, -1, -1)
+            yield Batch(self.latents[after].float(), self.tokens[after], text_of_half, reference)
+
+
+def train_transformer(out: Path, steps: int) -> None:
+    torch.manual_seed(SEED)
+    known = sorted(int(path.stem) for path in (out / "codebook").glob("[0-9]???.npy"))
+    latents = Latents(out, known)
+    tokenizer, text_encoder = build_text_encoder()
+    text = encode_glyphs(tokenizer, text_encoder, [""], 2048, "cpu")[0]
+    model = GlmImageTransformer2DModel(**TRANSFORMER)
+    initialize(model)
+    folder = out / "transformer"
+    recipe = FlowMatchingRecipe(steps=steps, save_every=250)
+    train_flow_matching(model, latents.batches(64, 0.3, text, steps_done(folder)), recipe, folder)
+    model.save_pretrained(folder / "model")
+
+
+# --- the whole ---
+
+
+def export(out: Path, target: Path) -> None:
+    """The averaged models in float16, and the ordinary folder format."""
+    tokenizer, text_encoder = build_text_encoder()
+    processor = GlmImageProcessor.from_pretrained(out / "processor")
+    prior = build_prior(len(processor.tokenizer))
+    prior.load_state_dict(load_state(out / "prior_in_full" / "model.pt"))
+    codebook = load_state(out / "codebook" / "model.pt")
+    for name, state in codebook.items():
+        getattr(prior.model, name).load_state_dict(state)
+    prior.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=0.9)
+    GlmImagePipeline(
+        tokenizer=tokenizer,
+        processor=processor,
+        text_encoder=text_encoder.half(),
+        vision_language_encoder=prior.eval().half(),
+        vae=AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float16),
+        transformer=GlmImageTransformer2DModel.from_pretrained(out / "transformer" / "model", dtype=torch.float16),
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+    ).save_pretrained(target)
+
+
+def judge(target: Path, records: Path, count: int) -> None:
+    """What the bundled judge finds right in pictures and in edits; numbers, and sheets of pictures."""
+    pipe = GlmImagePipeline.from_pretrained(target)
+    pipe.set_progress_bar_config(disable=True)
+    records.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 20, "guidance_scale": 1.5}
+    prompts, drawn = held_out_prompts(count), []
+    for start in range(0, count, 16):
+        some = [prompt.text for prompt in prompts[start : start + 16]]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
+        drawn += pipe(some, generator=generators, **options).images
+    edits, sources, edited = held_out_edits(count), [], []
+    for edit in edits:
+        buffer = trace(edit.source, SIDE, SIDE, edit.source.seed)
+        picture = shade(buffer, [solid.color for solid in edit.source.solids], edit.source.background)
+        sources.append(Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).numpy()))
+    for start in range(0, count, 16):
+        some = [edit.text for edit in edits[start : start + 16]]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
+        images = [[source] for source in sources[start : start + 16]]
+        edited += pipe(some, image=images, generator=generators, **options).images
+    of_prompts, of_edits = judge_pictures(prompts, drawn), judge_edits(edits, edited)
+    named = [verdict.score.colours[edit.solid] for verdict, edit in zip(of_edits.verdicts, edits, strict=True)]
+    print(of_prompts.table(), of_edits.table(), f"colours that were to change: {sum(named)} of {count}", sep="\n\n")
+    told = {"text_to_image": of_prompts.to_dict(), "image_to_image": of_edits.to_dict()}
+    (records / "judged.json").write_text(json.dumps(told, indent=1) + "\n")
+    pairs = [picture for pair in zip(sources, edited, strict=True) for picture in pair]
+    for name, pictures in (("drawn", drawn[:32]), ("edited", pairs[:32])):
+        sheet = Image.new("RGB", (8 * SIDE, 4 * SIDE))
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (i % 8 * SIDE, i // 8 * SIDE))
+        sheet.save(records / f"{name}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes_glm_image"))
@@ -232,14 +564,32 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--autoencoder-steps", type=int, default=900)
     parser.add_argument("--codebook-steps", type=int, default=2500)
-    options = parser.parse_args()
+    parser.add_argument("--prior-steps", type=int, default=2500)
+    parser.add_argument("--prior-full-steps", type=int, default=250)
+    parser.add_argument("--transformer-steps", type=int, default=2000)
+    parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
     root = Path(__file__).resolve().parents[1]
+    parser.add_argument("--target", type=Path, help="where the finished checkpoint goes; OUT/checkpoint if not given")
+    records = root / "docs" / "scenes" / "glm_image"
+    parser.add_argument("--records", type=Path, default=records, help="where logs and pictures of the run go")
+    options = parser.parse_args()
+    target = options.target or options.out / "checkpoint"
     if options.stage in (None, "render"):
         render(options.out, options.chunks)
     if options.stage in (None, "autoencoder"):
         train_vae(options.out, root / "src" / "impasto" / "scenes" / "checkpoint" / "vae", options.autoencoder_steps)
+    if options.stage in (None, "latents"):
+        encode(options.out)
     if options.stage in (None, "codebook"):
         train_codebook(options.out, options.codebook_steps)
+    if options.stage in (None, "prior"):
+        train_language_model(options.out, options.prior_steps, options.prior_full_steps)
+    if options.stage in (None, "transformer"):
+        train_transformer(options.out, options.transformer_steps)
+    if options.stage in (None, "export"):
+        export(options.out, target)
+    if options.stage in (None, "judge"):
+        judge(target, options.records, options.judged)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _sample(model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size
     for row, prompt in enumerate(prompts):
         own = slice(longest - len(prompt.tokens), longest)
         tokens[row, own], mask[row, own], positions[:, row, own] = prompt.tokens, 1, prompt.positions
-    following = positions[..., -1:] + 1 + _offsets(prompts[0].targets).to(tokens.device)[:, None]  # [3, B, total]
+    following = positions[..., -1:] + 1 + target_offsets(prompts[0].targets).to(tokens.device)[:, None]  # [3, B, total]
 
     decoder = PriorDecoder(model, batch, longest + total, codebook_size)
     sampling = Sampling.of(model.generation_config)
@@ -176,7 +176,7 @@ def _sample(model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size
     return made
 
 
-def _offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
+def target_offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
     """Where the tokens of pictures lie behind the prompt, [3, total]: picture, row and column."""
     parts, start = [], 0
     for rows, columns in targets:

@@ -18,6 +18,7 @@ class Edit(NamedTuple):
     source: Scene
     target: Scene
     text: str
+    solid: int  # the number of the one that changes
 
 
 def sample_edit(scene: Scene, rng: np.random.Generator) -> Edit:
@@ -31,4 +32,4 @@ def sample_edit(scene: Scene, rng: np.random.Generator) -> Edit:
     solids[number] = Solid(solid.shape, colour, solid.size)
     wording = WORDINGS[rng.integers(len(WORDINGS))]
     text = wording.format(old=f"{solid.color} {solid.shape}", new=colour)
-    return Edit(scene, replace(scene, solids=tuple(solids)), text)
+    return Edit(scene, replace(scene, solids=tuple(solids)), text, number)

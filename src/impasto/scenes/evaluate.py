@@ -10,13 +10,14 @@ import numpy as np
 
 from ..errors import InputError
 from .captions import caption, statement
+from .edits import Edit, sample_edit
 from .judge import Judge, Picture, bundled_judge
 from .reading import Reading, Score, compare
 from .world import Scene, is_held_out, sample_scene
 
 TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
-# First words of the random seed: prompts are apart from training samples, which are seeded by one number.
-PROMPT_STREAM = 40_507
+# First words of the random seed: prompts and edits are apart from training samples, which are seeded by one number.
+PROMPT_STREAM, EDIT_STREAM = 40_507, 40_508
 ATTRIBUTES = ("colours", "shapes", "sizes", "relations", "background", "count", "whole")
 MEANING = {
     "colours": "of each solid",
@@ -64,6 +65,18 @@ def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
         if is_held_out(scene) == (kind == NEVER_TRAINED) and text not in prompts:
             prompts[text] = Prompt(scene, text, kind)
     return list(prompts.values())
+
+
+def held_out_edits(n: int, seed: int = 0, height: int = 128, width: int = 128) -> list[Edit]:
+    """Draw `n` edits of new scenes, the two kinds of what they lead to taking turns (see `held_out_prompts`)."""
+    rng = np.random.default_rng([EDIT_STREAM, seed])
+    edits: list[Edit] = []
+    while len(edits) < n:
+        kind = KINDS[len(edits) % 2]
+        edit = sample_edit(sample_scene(rng, height, width), rng)
+        if is_held_out(edit.target) == (kind == NEVER_TRAINED):
+            edits.append(edit)
+    return edits
 
 
 class Verdict(NamedTuple):
@@ -143,6 +156,19 @@ def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[Picture], judge
                 compare(reading, prompt.scene, with_size=prompt.with_size, with_background=prompt.with_background),
             )
             for prompt, reading in zip(prompts, readings)
+        )
+    )
+
+
+def judge_edits(edits: Sequence[Edit], pictures: Sequence[Picture], judge: Judge | None = None) -> Report:
+    """Read edited `pictures`, and compare them with what was asked for: one colour anew, and all else kept."""
+    readings = (judge or bundled_judge()).read(pictures)
+    assert len(readings) == len(edits), "one picture an edit"
+    kinds = (NEVER_TRAINED if is_held_out(edit.target) else TRAINED for edit in edits)
+    return Report(
+        tuple(
+            Verdict(Prompt(edit.target, edit.text, kind), reading, compare(reading, edit.target))
+            for edit, kind, reading in zip(edits, kinds, readings)
         )
     )
 

@@ -38,7 +38,7 @@ class Recipe:
 
 class Loss(NamedTuple):
     total: Tensor  # a single number
-    parts: Mapping[str, Tensor]  # single numbers, for the log
+    parts: Mapping[str, Tensor]  # single numbers, for the log: the mean over the steps that have them
 
 
 class Stateful(Protocol):
@@ -138,8 +138,8 @@ def train(
         for name, master in masters.named.items():
             if name in state["models"] or thrown_away is None or not name.startswith(thrown_away):
                 master.copy_(state["models"][name])
-        for optimizer, saved in zip(optimizers, state.get("optimizers", ()), strict=False):  # nor has it those
-            optimizer.load_state_dict(saved)
+        for optimizer, stored in zip(optimizers, state.get("optimizers", ()), strict=False):  # nor has it those
+            optimizer.load_state_dict(stored)
         ema.load_state_dict(state["ema"])
         if beside is not None:
             beside.load_state_dict(state["beside"])
@@ -150,7 +150,7 @@ def train(
     generator = torch.Generator().manual_seed(start)
     models.train()
     clock = time.monotonic()
-    running: dict[str, float | Tensor] = {}
+    running: dict[str, list[Tensor]] = {}
     for step in range(start, recipe.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -165,9 +165,9 @@ def train(
         ema.update()
 
         for name, value in {"loss": total, "norm": norm, **parts}.items():
-            running[name] = running.get(name, 0.0) + value.detach()
+            running.setdefault(name, []).append(value.detach())
         if (step + 1) % recipe.log_every == 0:
-            values = {name: float(value) / recipe.log_every for name, value in running.items()}
+            values = {name: float(torch.stack(several).mean()) for name, several in running.items()}
             seconds = time.monotonic() - clock
             append_log(folder / "log.jsonl", step=step + 1, seconds=seconds, rate=recipe.rate(step), **values)
             running.clear()

@@ -1,6 +1,6 @@
 """Training of a visual codebook: pictures to tokens, in the vision tower and quantiser of GLM-Image's prior.
 
-A tower that reads 32 x 32 pixels as one token, and codes of unit length, the nearest of which each token becomes. What
+A tower that reads square patches as tokens, and codes of unit length, the nearest of which each token becomes. What
 the tokens must tell: a smaller picture, and what each part of it shows. What reads that from them is thrown away.
 
 Shapes: B pictures, N tokens of a picture, P pixels a side of a token, d channels of a code, K codes.
@@ -55,7 +55,8 @@ class OnlineCodebook:
 
     def nearest(self, tokens: Tensor) -> Tensor:
         """Tokens [..., d] of unit length -> the numbers [...] of codes."""
-        return (tokens @ self.codes.T).argmax(-1)
+        numbers: Tensor = (tokens @ self.codes.T).argmax(-1)
+        return numbers
 
     def start(self, tokens: Tensor) -> None:
         """Begin with tokens [T, d]: spherical k-means."""
@@ -118,7 +119,8 @@ class CodeReader(nn.Module):
 def patches(pixels: Tensor, size: int) -> Tensor:
     """Pictures [B, 3, H, W] -> [B, N, 3 P P], as transformers' image processor of GLM-Image lays them out."""
     parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
-    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    packed: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return packed
 
 
 def see(vision: nn.Module, pixels: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def see(vision: nn.Module, pixels: Tensor) -> Tensor:
     """
     parts: Any = vision
     embed = parts.patch_embed
-    x = patches(pixels, embed.patch_size).to(embed.proj.weight.dtype) @ embed.proj.weight.flatten(1).T
+    x: Tensor = patches(pixels, embed.patch_size).to(embed.proj.weight.dtype) @ embed.proj.weight.flatten(1).T
     x = x + embed.proj.bias + parts.embeddings.position_embedding.weight  # [B, N, D]
     for block in parts.blocks:
         attention = block.attn
@@ -162,7 +164,7 @@ def train_visual_codebook(
         batches: endless.
     """
     embedding = model.vqmodel.quantize.embedding
-    book = OnlineCodebook(*embedding.weight.shape, recipe.decay)
+    book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, recipe.decay)
     models = nn.ModuleDict({"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader})
     lately: list[Tensor] = []
 
@@ -187,7 +189,7 @@ def train_visual_codebook(
             if step < 0.9 * recipe.steps:
                 book.update(flat, generator)
         smaller, answers = reader(told.to(reader.embed.weight.dtype))
-        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(batch.pixels, smaller.shape[-1]))
+        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(batch.pixels, smaller.shape[-2:]))
         wrong = torch.stack(
             [F.cross_entropy(answer.float(), batch.labels[:, i].long()) for i, answer in enumerate(answers)]
         ).sum()
@@ -203,4 +205,5 @@ def train_visual_codebook(
 def tokenise(model: Any, pixels: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] -> the numbers [B, N] of their codes."""
     codes = F.normalize(model.vqmodel.quantize.embedding.weight.float(), dim=-1)
-    return (directions(model, pixels) @ codes.T).argmax(-1)
+    numbers: Tensor = (directions(model, pixels) @ codes.T).argmax(-1)
+    return numbers
