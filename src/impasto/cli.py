@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .pipelines.pixart import PixArtPipeline
     from .pipelines.planner import Budget
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 #: Class name in ``model_index.json`` -> the public name of the class that draws with it.
-PIPELINES = {"PixArtAlphaPipeline": "PixArtAlphaPipeline", "PixArtSigmaPipeline": "PixArtSigmaPipeline"}
+PIPELINES = {name: name for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")}
+GLM_IMAGE = "GlmImagePipeline"
+#: Steps and guidance where they are not given.
+USUAL: dict[str, tuple[int, float]] = {GLM_IMAGE: (50, 1.5)}
+USUAL_OTHERWISE = (20, 4.5)
 #: What ``impasto info`` prints plans for.
 BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
 
@@ -96,7 +99,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Draw pictures from text with the PixArt diffusion transformers."""
+    """Draw pictures from text with the PixArt and GLM-Image diffusion transformers."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # Where torchao is installed, transformers imports it, and it tells everyone of kernels that nobody asked for.
     for name in ("torchao", "torch.utils._pytree"):
@@ -104,8 +107,13 @@ def _options(
 
 
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="Folder, hub id, or builtin:scenes.")]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of denoising.")]
-Guidance = Annotated[float, typer.Option("--guidance-scale", metavar="W", help="1 or less is none.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", metavar="N", help="Steps of denoising; 20, or 50 of GLM-Image, if not given.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", metavar="W", help="1 or less is none; 4.5, or 1.5 of GLM-Image, if not given."),
+]
 
 
 @app.command()
@@ -114,8 +122,12 @@ def generate(
     model: Model = "builtin:scenes",
     output: Annotated[str, typer.Option(metavar="PATH", help="A picture file, or a folder.")] = "out/",
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to lead away from.")] = "",
-    steps: Steps = 20,
-    guidance_scale: Guidance = 4.5,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", metavar="FILE", help="A picture to edit or refer to; may be given again. GLM-Image."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Picture i has the seed N + i; random if not given.")
     ] = None,
@@ -149,23 +161,34 @@ def generate(
     files = _plan_files(output, len(prompts) * max(num_images, 1))
     folder, class_name = _resolve(model)
 
-    from .pipelines import image, inputs
+    from .pipelines import image as pictures_on_disk
+    from .pipelines import inputs
 
+    steps, guidance_scale = _usual(class_name, steps, guidance_scale)
     inputs.whole_number("num_images", num_images)
     inputs.whole_number("steps", steps)
     inputs.finite("guidance_scale", guidance_scale)
+    if class_name != GLM_IMAGE and image:
+        raise InputError(f"{model} draws from text alone; --image is for GLM-Image")
+    if class_name == GLM_IMAGE and scheduler is not None:
+        raise InputError(f"--scheduler is for PixArt; {model} has one of its own")
+    references = [_open_image(path) for path in image or ()]
     if batch_size is not None:
         inputs.whole_number("batch_size", batch_size)
     chosen = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype or DType.AUTO, chosen)
     transformer, vae = read_part_configs(folder, "transformer", "vae")
-    if transformer and vae:  # what the pipeline would say, before a large model is loaded
+    if class_name == GLM_IMAGE:  # what the pipeline would say, before a large model is loaded
+        from .pipelines.glm_image import check_sides
+
+        check_sides(height, width)
+    elif transformer and vae:
         base, unit = picture_size(transformer, vae)
         inputs.plan_canvas(height, width, base, unit, binning=True)
     if files[0] != Path(output):
         _make_folder(Path(output))
     for file in files:
-        image.check_picture_path(file)
+        pictures_on_disk.check_picture_path(file)
 
     if memory_budget is None:
         pipe = _load(model, class_name, chosen, chosen_dtype, scheduler)
@@ -180,7 +203,7 @@ def generate(
             typer.echo(line, err=True)
         chosen_dtype = pipe.computing_dtype("transformer")
     if batch_size is None:
-        base = pipe.transformer.config["sample_size"] * pipe.vae_scale_factor
+        base = pipe.transformer.config.get("sample_size", 128) * pipe.vae_scale_factor
         batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
     typer.echo(f"seed {seed}", err=True)
 
@@ -195,14 +218,16 @@ def generate(
             pipe,
             [prompt for prompt, _ in batch],
             seed + start,
-            negative_prompt=negative_prompt,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            # Empty is what each has without one; only PixArt's settings write it.
+            negative_prompt=negative_prompt or (None if class_name == GLM_IMAGE else ""),
+            **({"image": [references] * len(batch)} if references else {}),
         )
         for i, ((prompt, file), picture) in enumerate(zip(batch, pictures), start):
-            settings = image.GenerationSettings(
+            settings = pictures_on_disk.GenerationSettings(
                 prompt=prompt,
                 negative_prompt=negative_prompt,
                 steps=steps,
@@ -214,7 +239,7 @@ def generate(
                 model=model,
                 extra={"Dtype": str(chosen_dtype).removeprefix("torch."), "Version": _version()},
             )
-            image.save_picture(picture, file, settings)
+            pictures_on_disk.save_picture(picture, file, settings)
             typer.echo(str(file))
 
 
@@ -232,8 +257,8 @@ def evaluate(
     model: Model = "builtin:scenes",
     n: Annotated[int, typer.Option("--n", metavar="N", help="Prompts; half of them never trained.")] = 200,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts and of the first picture.")] = 0,
-    steps: Steps = 20,
-    guidance_scale: Guidance = 4.5,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Pictures at once.")] = 16,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write numbers and verdicts as JSON.")] = None,
 ) -> None:
@@ -249,6 +274,7 @@ def evaluate(
     from .pipelines import inputs
     from .scenes.evaluate import evaluate as judge
 
+    steps, guidance_scale = _usual(class_name, steps, guidance_scale)
     inputs.whole_number("n", n)
     inputs.whole_number("steps", steps)
     inputs.whole_number("batch_size", batch_size)
@@ -328,6 +354,25 @@ def _resolve(model: str) -> tuple[Path, str]:
     return folder, PIPELINES[stored]
 
 
+def _usual(class_name: str, steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
+    usual = USUAL.get(class_name, USUAL_OTHERWISE)
+    return usual[0] if steps is None else steps, usual[1] if guidance_scale is None else guidance_scale
+
+
+def _open_image(path: Path) -> Image.Image:
+    """A picture to refer to.
+
+    Raises:
+        InputError: no file, or none of a picture.
+    """
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a picture: {error.strerror or error}; name another") from error
+
+
 def _choose_device(name: str | None) -> torch.device:
     """The device of this name; cuda, or else the CPU, if None.
 
@@ -375,7 +420,7 @@ def _load(
     dtype: torch.dtype | None,
     solver: Solver | None,
     budget: Budget | None = None,
-) -> PixArtPipeline:
+) -> Any:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -385,7 +430,7 @@ def _load(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if downloads_shown:  # the line above, which is for the loading of weights, has hidden those as well
         enable_progress_bars()
-    cls: type[PixArtPipeline] = getattr(impasto, class_name)
+    cls: Any = getattr(impasto, class_name)
     with _out_of_memory_explained():
         pipe = cls.from_pretrained(model, dtype=dtype, memory_budget=budget)
         if budget is None:
@@ -412,7 +457,7 @@ def _out_of_memory_explained() -> Iterator[None]:
         ) from error
 
 
-def _draw(pipe: PixArtPipeline, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:
+def _draw(pipe: Any, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:
     """A picture of each prompt. Each has a generator of its own on the CPU, so that neither batch nor device count."""
     import torch
 

@@ -119,12 +119,14 @@ def product(layer: nn.Module, rows: int, approximate: str | None = None) -> Prod
     return partial(_product, layer, approximate, weight=_pack(layer.weight, rows) if once else None)
 
 
-def packed_product(layers: Sequence[nn.Module], rows: int) -> Product:
-    """Layers of one input, one behind the other, that are called very often for so few rows.
+def joined_product(layers: Sequence[nn.Module], rows: int | None) -> Product:
+    """Layers of one input, one behind the other, that are called very often.
 
-    With packed weights if that can be, which are read twice as fast; to be kept no longer than nobody changes them.
+    Args:
+        rows: of the input. For so few the weights are packed if that can be, and then read twice as fast; such a
+            product is to be kept no longer than nobody changes them. None: not packed.
     """
-    if not all(multiplies(layer, layer.weight) for layer in layers if isinstance(layer.weight, Tensor)):
+    if rows is None or not all(multiplies(layer, layer.weight) for layer in layers if isinstance(layer.weight, Tensor)):
         return layers[0] if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
     linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
     joined = nn.Linear(linears[0].in_features, sum(layer.out_features for layer in linears), bias=False, device="meta")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class Pipeline:
 
     Any of them may be None, assigned anew, or deleted (``del pipe.transformer``).
     """
+
+    #: Parts that come to the device whole, however the others come.
+    never_in_blocks: ClassVar[tuple[str, ...]] = ()
 
     placement: Placement
     #: How the parts keep to the memory budget; None where there is none.
@@ -112,7 +115,7 @@ class Pipeline:
             pretrained_model_name_or_path: a folder with ``model_index.json``, a hub id, or a bundled model's id.
             dtype, torch_dtype: of the weights of all parts: a ``torch.dtype``, its name, or ``"auto"`` (as
                 stored); float32 by default. A dict gives each part its own, by name, and the others that of
-                ``"default"``.
+                ``"default"``; with a memory budget it may also say ``"int8"`` or ``"nf4"``, for weights of few bits.
             variant: ``"fp16"`` loads the ``*.fp16.safetensors`` files.
             revision, cache_dir, local_files_only, token: of the hub.
             subfolder: where in the folder or repository the pipeline lies.
@@ -141,6 +144,7 @@ class Pipeline:
             if name not in names:
                 raise InputError(f"{cls.__name__}.from_pretrained has no argument {name!r}; parts: {', '.join(names)}")
         asked = dtype if dtype is not None else torch_dtype
+        asked, few = _without_quantised(asked, memory_budget is not None)
         dtypes = loading.dtype_of_each(names, asked)
         for each in dtypes.values():
             check_dtype(each, None)
@@ -161,6 +165,7 @@ class Pipeline:
         if memory_budget is not None:
             found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
             named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+            named |= few
             budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
             if budget.device is not None:
                 check_device(torch.device(budget.device))
@@ -343,7 +348,13 @@ class Pipeline:
         This takes the least memory, and the most time: all weights are moved at every step. Arguments and errors as
         for ``enable_model_cpu_offload``.
         """
-        self._offload(OneAtATime(_offload_device(gpu_id, device), Visit(blocks=1)))
+        whole = self._visits_of_whole_parts()
+        self._offload(OneAtATime(_offload_device(gpu_id, device), Visit(blocks=1), whole))
+
+    def _visits_of_whole_parts(self, names: Sequence[str] = ()) -> dict[nn.Module, Visit]:
+        """How those parts come that never come in blocks, and others of these names."""
+        there = [vars(self).get(name) for name in (*self.never_in_blocks, *names)]
+        return {part: Visit() for part in there if isinstance(part, nn.Module)}
 
     def enable_group_offload(
         self,
@@ -372,9 +383,11 @@ class Pipeline:
             raise InputError(f"offload_device is {str(offload_device)!r}; weights wait in the memory of the CPU: 'cpu'")
         blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
-        whole = [self._require(name) for name in excluded]
+        for name in excluded:
+            self._require(name)
+        whole = self._visits_of_whole_parts(excluded)
         target = _offload_device(None, onload_device)
-        self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), dict.fromkeys(whole, Visit())))
+        self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), whole))
         if use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS:
             for module in self._modules():
                 if module not in whole and not is_settled(module):
@@ -507,6 +520,26 @@ class Pipeline:
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options of tqdm for every progress bar, such as ``disable=True`` or ``desc="drawing"``."""
         self._progress_bar_config = kwargs
+
+
+def _without_quantised(dtype: loading.DTypes, planned: bool) -> tuple[loading.DTypes, dict[str, str]]:
+    """The dtypes, and apart from them the parts that are to have few bits.
+
+    Raises:
+        InputError: few bits without a plan.
+    """
+    if isinstance(dtype, str) and dtype in planner.QUANTISED:
+        raise InputError(f"dtype={dtype!r} is for parts alone, as in dtype={{'transformer': {dtype!r}}}")
+    if not isinstance(dtype, Mapping):
+        return dtype, {}
+    few = {name: str(value) for name, value in dtype.items() if value in planner.QUANTISED}
+    if few and not planned:
+        name, value = next(iter(few.items()))
+        raise InputError(
+            f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
+            f"quantize(pipe.{name}, {planner.QUANTISED[value][0]!r})"
+        )
+    return {name: value for name, value in dtype.items() if name not in few} or None, few
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

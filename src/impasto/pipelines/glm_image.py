@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .base import ImagePipelineOutput, Pipeline
 from .glm_image_prior import PRIOR_PIXELS, PriorTokens, generate_prior, reference_picture, tokens_to_generate
 from .glyphs import encode_glyphs
 from .image import ImageProcessor
+from .placement import OneAtATime, check_device
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
 _SIZE = re.compile(r"<sop>\s*(\d+)\s+(\d+)\s*<eop>")
@@ -57,6 +58,9 @@ class GlmImagePipeline(Pipeline):
         transformer: the denoiser.
         scheduler: the solver: ours, or one that behaves like diffusers' ``FlowMatchEulerDiscreteScheduler``.
     """
+
+    #: Each token of the prior needs all of its blocks.
+    never_in_blocks: ClassVar[tuple[str, ...]] = ("vision_language_encoder",)
 
     tokenizer: Any
     processor: Any
@@ -94,6 +98,23 @@ class GlmImagePipeline(Pipeline):
     def default_sample_size(self) -> int:
         """The side of the latents that are drawn where nothing tells a size."""
         return 128 if self.transformer is None else int(self.transformer.config.get("sample_size", 128))
+
+    def to(self, *args: Any, device: torch.device | str | int | None = None, **options: Any) -> Self:
+        """As for every pipeline; but on an accelerator the parts take turns, for together they are too large for most.
+
+        After ``pipe.to("cuda")`` the parts are in the memory of the CPU, and each is on the device while it is used:
+        ``enable_model_cpu_offload``. Where there is room for all, ``from_pretrained(..., device_map="cuda")`` keeps
+        them there.
+        """
+        devices = [arg for arg in (*args, device) if isinstance(arg, str | int | torch.device)]
+        target = torch.device(devices[0]) if len(devices) == 1 else None
+        if target is None or target.type == "cpu":
+            return super().to(*args, device=device, **options)
+        check_device(target)
+        others = [arg for arg in args if arg not in devices]
+        super().to("cpu", *others, **options)
+        self.placement = OneAtATime(target, visits=self._visits_of_whole_parts())
+        return self
 
     # --- the call ---
 
@@ -295,6 +316,7 @@ class GlmImagePipeline(Pipeline):
                 num_images_per_prompt,
                 self._codebook_size(),
                 goes_on,
+                packed=self.plan is None,
             )
         home = self.device if device is None else torch.device(device)
         return prior._replace(prior_token_ids=prior.prior_token_ids.to(home))
@@ -513,12 +535,7 @@ class GlmImagePipeline(Pipeline):
             high = wide = self.default_sample_size * self.vae_scale_factor
         height = high if height is None else inputs.whole_number("height", height)
         width = wide if width is None else inputs.whole_number("width", width)
-        if height % PRIOR_PIXELS or width % PRIOR_PIXELS or 0 in (height, width):
-            nearest = [max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS for side in (height, width)]
-            raise InputError(
-                f"height and width must be multiples of {PRIOR_PIXELS}, not {height} x {width}; the nearest size is "
-                f"{nearest[0]} x {nearest[1]}"
-            )
+        check_sides(height, width)
         return [_SIZE.sub("", prompt).strip() for prompt in prompts], height, width
 
     def _given_prior(
@@ -563,6 +580,21 @@ class GlmImagePipeline(Pipeline):
                     )
         repeats = batch // ids.shape[0]
         return PriorTokens(ids.repeat_interleave(repeats, dim=0), image_ids, grids)
+
+
+def check_sides(height: int | None, width: int | None) -> None:
+    """Refuse sides in pixels that are no whole number of the prior's tokens; None is for what is not known.
+
+    Raises:
+        InputError: the message has the nearest ones.
+    """
+    given = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+    if any(side % PRIOR_PIXELS or side <= 0 for side in given.values()):
+        nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
+        raise InputError(
+            f"{' and '.join(given)} must be multiples of {PRIOR_PIXELS}, not {' x '.join(map(str, given.values()))}; "
+            f"the nearest size is {' x '.join(nearest)}"
+        )
 
 
 def _prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:

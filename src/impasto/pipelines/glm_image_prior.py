@@ -89,6 +89,7 @@ def generate_prior(
     per_prompt: int,
     codebook_size: int,
     goes_on: GoesOn,
+    packed: bool = True,
 ) -> PriorTokens:
     """Sample the tokens of each picture, with numbers of its own; some pictures at a time.
 
@@ -100,6 +101,7 @@ def generate_prior(
         per_prompt: pictures of each prompt.
         codebook_size: tokens from here on are no tokens of pictures, and are not sampled.
         goes_on: told of the tokens that are made; where it says no, what is missing is 0.
+        packed: whether memory may be taken for copies of the weights that are read faster.
     """
     read = [
         _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
@@ -110,7 +112,8 @@ def generate_prior(
     made = []
     for start in range(0, len(drawn), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        made.append(_sample(model, drawn[part], uniform[part], codebook_size, partial(_after, goes_on, start * total)))
+        told = partial(_after, goes_on, start * total)
+        made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed))
     rows, columns = read[0].targets[-1]
     ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
@@ -152,7 +155,9 @@ def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images
     return _Read(tokens[0], positions[:, 0], targets, grids, image_tokens)
 
 
-def _sample(model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size: int, goes_on: GoesOn) -> Tensor:
+def _sample(
+    model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size: int, goes_on: GoesOn, packed: bool
+) -> Tensor:
     """Tokens [B, total], chosen by numbers [B, total]."""
     batch, total = uniform.shape
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -163,7 +168,7 @@ def _sample(model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size
         tokens[row, own], mask[row, own], positions[:, row, own] = prompt.tokens, 1, prompt.positions
     following = positions[..., -1:] + 1 + target_offsets(prompts[0].targets).to(tokens.device)[:, None]  # [3, B, total]
 
-    decoder = PriorDecoder(model, batch, longest + total, codebook_size)
+    decoder = PriorDecoder(model, batch, longest + total, codebook_size, packed)
     sampling = Sampling.of(model.generation_config)
     made = tokens.new_zeros(batch, total)
     scores = decoder.prefill(tokens, positions, mask)  # [B, V]

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..nn.module import Model
+from ..transforms.quantized_linear import QuantizedLinear
 
 #: What models call the list of their repeated blocks.
 BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
@@ -44,13 +45,15 @@ class Slot(NamedTuple):
 
     def read(self) -> Tensor:
         if self.parameter is not None:
-            return self.parameter.data
+            return self.parameter.data if _is_plain(self.parameter) else cast(Tensor, self.owner._parameters[self.key])
         buffer = self.owner._buffers[self.key]
         assert buffer is not None
         return buffer
 
     def write(self, tensor: Tensor) -> None:
-        if self.parameter is not None:  # the parameter stays the same object: who holds it sees what it holds now
+        if self.parameter is not None and not _is_plain(self.parameter):
+            self.owner._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
+        elif self.parameter is not None:  # it stays the same object: who holds it sees what it holds now
             self.parameter.data = tensor
         else:
             self.owner._buffers[self.key] = tensor
@@ -104,7 +107,8 @@ class Group:
         with torch.inference_mode(False), torch.no_grad():
             for slot, copy in zip(self._slots, self._copies, strict=True):
                 home = slot.read()
-                if copy.data_ptr() != home.data_ptr() or copy.dtype != home.dtype or copy.device != home.device:
+                same = copy.dtype == home.dtype and copy.device == home.device
+                if not same or (_is_plain(copy) and copy.data_ptr() != home.data_ptr()):
                     self._home.append((slot, home))
                     slot.write(copy)
 
@@ -244,7 +248,12 @@ def is_settled(part: nn.Module) -> bool:
     part = unwrapped(part)
     if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
         return True
-    return any(type(parameter) not in (nn.Parameter, Tensor) for parameter in part.parameters())
+    own = (module for module in part.modules() if not isinstance(module, QuantizedLinear))  # which can be moved
+    return any(not _is_plain(p) for module in own for p in module._parameters.values() if p is not None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, Tensor)
 
 
 def device_of(part: nn.Module) -> torch.device | None:

@@ -1,8 +1,10 @@
 """The memory planner: how to draw a picture within a budget, decided from the headers of a checkpoint.
 
-Drawing has three phases, each of which needs one part: the text encoder, the transformer, the autoencoder. A plan
-says of each part in which dtype it computes and how it gets there, the fastest way that the budget allows. No way
-changes the picture beyond the rounding of the dtype: what is small enough for blocks of weights needs no 8 bits.
+Drawing has phases, each of which needs one part: the text encoder, the transformer, the autoencoder, and GLM-Image's
+prior before them. A plan says of each part in which dtype it computes and how it gets there, the fastest way that the
+budget allows. No way changes the picture beyond the rounding of the dtype, for what comes block by block needs no 8
+bits. The prior alone cannot come so, since each of its tokens needs all blocks: what is too small for its weights gets
+it in 8 bits, or in 4. Other parts are in few bits where that is asked for.
 
 On the CPU the budget is for memory that is not backed by a file. Weights that are used as they are stored stay in
 their memory-mapped file and take none of it: the operating system reads them when they are used, and may drop them.
@@ -23,6 +25,9 @@ from ..errors import CheckpointError, InputError, ResourceError
 from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
 from ..nn.cpu import processor_has
 from ..nn.module import parse_size
+from ..transforms.quantize import KEPT, Method, quantize
+from ..transforms.quantized_linear import NF4_BLOCK
+from .glm_image_prior import PRIOR_PIXELS, tokens_to_generate
 from .inspection import DTYPES, STORED, USUAL_VAE, Inspection, Part, picture_size
 from .moving import Visit, is_settled
 from .placement import OneAtATime, Resident
@@ -30,6 +35,11 @@ from .placement import OneAtATime, Resident
 logger = logging.getLogger("impasto")
 
 RESIDENT, IN_TURN, BLOCKS = "resident", "in turn", "block by block"
+PRIOR = "vision_language_encoder"
+#: Weights of few bits: by which method of ``quantize``, and bytes of each.
+QUANTISED: dict[str, tuple[Method, float]] = {"int8": ("int8-weight-only", 1.0), "nf4": ("nf4", 0.5 + 4 / NF4_BLOCK)}
+#: Weights of fewer values stay as they are in the estimate: they are no large linear layers.
+SMALL_WEIGHT = 2**16
 #: What a process holds on the CPU before it has any weights: the interpreter, torch, transformers, a tokenizer.
 PROCESS = 400_000_000
 #: What estimates may be short of, and what allocators keep: bytes, and a share of what is planned.
@@ -151,7 +161,8 @@ def plan_memory(
         found: the checkpoint, or those of its parts that will be loaded.
         size: the budget: bytes, or such as "8GB", of the device; on the CPU of the process, without what files back.
         device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
-        dtypes: of parts that are to compute in a certain one: a name, or "auto" for the stored one.
+        dtypes: of parts that are to compute in a certain one: a name, or "auto" for the stored one; or "int8" or
+            "nf4", for weights of few bits.
         height, width: of the pictures, in pixels; those of the training by default.
         pictures: how many are drawn at once.
         limited: count only as much of the budget as is free on this machine.
@@ -193,11 +204,13 @@ def plan_memory(
         if plan.peak <= limit:
             return filled(plan)
     turns: list[PartPlan] = []
-    needed = 0
+    needed, largest = 0, None
     for part in parts:
         ways = list(scene.ways(part))
         peaks = [made([way], "").peak for way in ways]
-        needed = max(needed, min(peaks))
+        least, smallest = min(zip(peaks, ways, strict=True), key=lambda pair: pair[0])
+        if least > needed:
+            needed, largest = least, smallest
         turns += [way for way, peak in zip(ways, peaks) if peak <= limit][:1]
     if needed <= limit:
         return filled(made(turns, "the parts take turns"))
@@ -206,9 +219,11 @@ def plan_memory(
             f"{format_size(free)} are free on {chosen}, and {found.model} needs {_up(needed)} for pictures of "
             f"{width} x {height} px; free some memory, or draw smaller pictures"
         )
+    assert largest is not None
     raise BudgetTooSmallError(
         f"a budget of {format_size(asked)} is too small for {found.model} on {chosen} with pictures of {width} x "
-        f"{height} px: the smallest that works is {_up(needed)}. Give that, or draw smaller pictures.",
+        f"{height} px: the smallest that works is {_up(needed)}. Give that, which the {largest.name} takes "
+        f"({largest.dtype}, {largest.way}), or draw smaller pictures.",
         needed,
     )
 
@@ -250,21 +265,26 @@ class _Scene:
         """How a part may take its turn, the fastest first."""
         dtype = self._dtype(part)
         stored = part.dtypes[0]
-        free = part.name == "text_encoder" and part.name not in self.dtypes
+        free = part.name in ("text_encoder", PRIOR) and part.name not in self.dtypes
         if free and self._is_mapped(part, stored) and self._computes(stored):  # nothing is cast for each prompt
             yield self._whole(part, stored, IN_TURN)
         whole = self._whole(part, dtype, IN_TURN)
         yield whole
         if part.name == "vae":
             yield from self._tiled(whole)
-        elif len(part.blocks()) > 1:
+        elif part.name == PRIOR:
+            if free:
+                yield from (self._whole(part, few, IN_TURN) for few in QUANTISED)
+        elif len(part.blocks()) > 1 and dtype not in QUANTISED:
             yield self._streamed(part, dtype)
 
     def _whole(self, part: Part, dtype: str, way: str) -> PartPlan:
         mapped = self._is_mapped(part, dtype)
+        if dtype in QUANTISED and self.device.type == "cpu":
+            way = RESIDENT  # where it is made
         # What is mapped takes nothing, but our own models may pack their weights anew for speed.
-        weights = 0 if mapped and part.name == "text_encoder" else part.memory(dtype)
-        moved = 0 if mapped or way == RESIDENT else part.memory(dtype)
+        weights = 0 if mapped and part.name in ("text_encoder", PRIOR) else _memory(part, dtype)
+        moved = 0 if mapped or way == RESIDENT else _memory(part, dtype)
         return PartPlan(part.name, part.dtypes[0], dtype, way, weights, self._work(part, dtype), moved)
 
     def _streamed(self, part: Part, dtype: str) -> PartPlan:
@@ -305,8 +325,9 @@ class _Scene:
         dtype = asked or fast_dtype(self.device)
         if asked is None and part.name == "vae" and dtype == "float16":  # in which some overflow
             dtype = "float32"
-        if dtype not in DTYPES:
-            raise InputError(f"a memory budget can be planned with {', '.join(DTYPES)}, not with {dtype}")
+        if dtype not in DTYPES and (dtype not in QUANTISED or part.name == "vae"):
+            known = [*DTYPES, *(QUANTISED if part.name != "vae" else ())]
+            raise InputError(f"a memory budget can be planned with {', '.join(known)}, not with {dtype}")
         return dtype
 
     def _computes(self, dtype: str) -> bool:
@@ -317,7 +338,11 @@ class _Scene:
 
     def _work(self, part: Part, dtype: str) -> int:
         """Bytes of the computation, with everything at once."""
+        if dtype in QUANTISED:
+            dtype = fast_dtype(self.device)
         config, itemsize = part.config, DTYPES[dtype]
+        if part.name == PRIOR:
+            return self._prior_work(config, itemsize)
         if part.name == "vae":  # one picture after the other
             if not self.pixels:
                 return 0
@@ -326,7 +351,8 @@ class _Scene:
             return int(maps * (1 + kernels)) + PIXEL * self.pixels * self.pictures
         if part.name == "transformer":
             work = self.found.working_memory(part.name, dtype, self.pixels, self.pictures)
-            if self.device.type == "cpu":  # short texts are absorbed into the projections
+            pixart = not (part.class_name or "").startswith("GlmImage")
+            if self.device.type == "cpu" and pixart:  # short texts are absorbed into the projections
                 width = int(config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72))
                 work += 2 * self.pictures * int(config.get("num_layers", 28)) * 2 * width**2 * itemsize
             return work
@@ -335,6 +361,37 @@ class _Scene:
         matrix = max((count for name, (_, count) in part.tensors.items() if _is_matrix(name)), default=0)
         # A matrix is reordered for the product; hidden states, and the two branches of the feed-forward.
         return (matrix + TEXT_TOKENS * (6 * width + 3 * inner)) * itemsize + 8 * scores
+
+    def _prior_work(self, config: Mapping[str, Any], itemsize: int) -> int:
+        """Keys and values of a sequence that refers to an image of the same size, and the widest hidden states."""
+        text = config.get("text_config") or {}
+        heads = int(text.get("num_attention_heads", 32))
+        width = int(text.get("hidden_size", 4096))
+        of_head = int(text.get("head_dim") or width // heads)
+        kept = 2 * int(text.get("num_hidden_layers", 40)) * int(text.get("num_key_value_heads") or heads) * of_head
+        units = [max(1, side // PRIOR_PIXELS) * PRIOR_PIXELS for side in (self.height, self.width)]
+        prompt = TEXT_TOKENS + units[0] * units[1] // PRIOR_PIXELS**2
+        length = prompt + tokens_to_generate(units[0], units[1], with_images=False)
+        wide = prompt * (6 * width + 3 * int(text.get("intermediate_size", 13696)))
+        return self.pictures * (length * kept + wide) * itemsize
+
+
+def _memory(part: Part, dtype: str) -> int:
+    """Bytes of a part's weights, the large ones of its blocks in few bits if the dtype says so."""
+    if dtype not in QUANTISED:
+        return part.memory(dtype)
+    blocks = part.blocks()
+    few = [
+        name
+        for prefix, names in blocks.items()
+        if prefix
+        for name in names
+        if name.endswith(".weight")
+        and part.tensors[name][1] >= SMALL_WEIGHT
+        and not any(f".{kept}." in f".{name}" for kept in KEPT)
+    ]
+    quantised = sum(part.tensors[name][1] for name in few)
+    return part.memory("bfloat16") - 2 * quantised + int(QUANTISED[dtype][1] * quantised)
 
 
 def _is_matrix(name: str) -> bool:
@@ -347,6 +404,8 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
     visits = {}
     for part in plan.parts:
         module = pipe.components[part.name]
+        if part.dtype in QUANTISED:
+            quantize(module, QUANTISED[part.dtype][0], keep_originals=False)
         if part.tiling is not None:
             module.enable_tiling(part.tiling.max_bytes, part.tiling.strip_bytes)
         if part.name == "vae" and plan.pictures > 1:
@@ -354,7 +413,7 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
         if part.way == RESIDENT:
             module.to(device)
         streamed = part.way == BLOCKS
-        dtype: torch.dtype = getattr(torch, part.dtype)
+        dtype: torch.dtype | None = None if part.dtype in QUANTISED else getattr(torch, part.dtype)
         visits[module] = Visit(dtype, blocks=1 if streamed else None, ahead=streamed and device.type != "cpu")
     given = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in visits]
     resident = all(part.way == RESIDENT for part in plan.parts) and all(is_settled(part) for part in given)
@@ -366,7 +425,12 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
 
 def load_dtypes(plan: MemoryPlan) -> dict[str, torch.dtype]:
     """In which dtype to load each part: what stays in memory is cast once, the others are left as stored."""
-    return {part.name: getattr(torch, part.dtype if part.way == RESIDENT else part.stored) for part in plan.parts}
+    quick = fast_dtype(torch.device(plan.device))
+    found = {}
+    for part in plan.parts:
+        dtype = part.dtype if part.way == RESIDENT else part.stored
+        found[part.name] = getattr(torch, quick if part.dtype in QUANTISED else dtype)
+    return found
 
 
 # --- the machine ---

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.onednn import Product, packed_product
+from ..nn.onednn import Product, joined_product
+from ..nn.plain import is_plain_linear
 
 
 class Sampling(NamedTuple):
@@ -61,11 +62,11 @@ class _Layer(NamedTuple):
     narrow: Product
 
     @classmethod
-    def of(cls, layer: Any, rows: int) -> _Layer:
+    def of(cls, layer: Any, rows: int | None) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         products = [projections, [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]]
-        return cls(layer, *(packed_product(layers, rows) for layers in products))
+        return cls(layer, *(joined_product(layers, rows) for layers in products))
 
 
 class PriorDecoder:
@@ -79,19 +80,19 @@ class PriorDecoder:
         batch: B.
         length: L.
         vocabulary: V, the first of the model's tokens.
+        packed: whether to make such copies, where they are faster; they take as much memory as the weights.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, vocabulary: int):
+    def __init__(self, model: Any, batch: int, length: int, vocabulary: int, packed: bool = True):
         language = model.model.language_model
         self._embed, self._norm, self._rotary = language.embed_tokens, language.norm, language.rotary_emb
-        self._layers = [_Layer.of(layer, batch) for layer in language.layers]
-        weight = model.lm_head.weight
-        head = nn.Linear(weight.shape[1], vocabulary, bias=False, device="meta")
-        head.weight = nn.Parameter(weight[:vocabulary].detach(), requires_grad=False)  # a part of the model's memory
-        self._head = packed_product([head], batch)
+        rows = batch if packed else None
+        self._layers = [_Layer.of(layer, rows) for layer in language.layers]
+        self._head = _head_product(model.lm_head, vocabulary, rows)
         config = language.config
         heads = config.num_key_value_heads or config.num_attention_heads
         shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
+        weight = language.norm.weight  # quantised layers tell no dtype
         self._memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)  # keys and values of each layer
         self._bias = torch.zeros(batch, 1, 1, length, device=weight.device, dtype=weight.dtype)  # -inf: padding
         self._padded = False
@@ -135,6 +136,16 @@ class PriorDecoder:
             x = x + of.post_mlp_layernorm(layer.narrow(up * of.mlp.activation_fn(gate)))
         self._length = end
         return self._head(self._norm(x[:, -1]))  # [B, V]
+
+
+def _head_product(head: nn.Module, vocabulary: int, rows: int | None) -> Product:
+    """The scores of the first tokens alone, where the layer is a plain one."""
+    if not is_plain_linear(head):
+        return lambda x: head(x)[..., :vocabulary]
+    assert isinstance(head.weight, Tensor)
+    part = nn.Linear(head.weight.shape[1], vocabulary, bias=False, device="meta")
+    part.weight = nn.Parameter(head.weight[:vocabulary].detach(), requires_grad=False)  # of the model's memory
+    return joined_product([part], rows)
 
 
 def _attend(

@@ -21,6 +21,14 @@ KEPT = {
     "caption_projection": "runs once a prompt, on the text that every block reads",
     "pos_embed": "the patch embedding: everything is made of its output; it is small (and a convolution in PixArt)",
     "proj_out": "the last layer: its error goes straight into the prediction; it is small",
+    "time_condition_embed": "GLM-Image's adaln_single, before the modulation of each block",
+    "norm1.linear": "that modulation: one row a step",
+    "norm_out": "the modulation before the last layer",
+    "image_projector": "the patch embedding of GLM-Image",
+    "glyph_projector": "runs once a prompt, on what every block reads",
+    "prior_projector": "runs once a picture, on what every block reads",
+    "visual": "the vision tower of GLM-Image's prior, which runs once an image: one wrong token of it stays wrong",
+    "lm_head": "the last layer of the prior, which chooses the token",
     "wo": "T5's output of each feed-forward: its activations have outliers that overflow float16, and few bits more so",
 }
 
