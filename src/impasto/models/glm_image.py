@@ -314,8 +314,8 @@ class GlmImageTransformer2DModel(Model):
         else:
             if prior_token_id is None:
                 raise InputError(
-                    "prior_token_id is None; give one token for each image token, or drop them all: "
-                    "prior_token_drop of ones"
+                    "prior_token_id is None; give a token for each image token. Where nothing is to be told, zeros, "
+                    "with prior_token_drop of ones"
                 )
             arguments = (encoder_hidden_states, attention_mask, prior_token_id, prior_token_drop, height, width)
             context = self.encode_context(*arguments, image_rotary_emb)

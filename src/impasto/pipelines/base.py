@@ -309,6 +309,23 @@ class Pipeline:
         with self.placement.using(part):
             yield part
 
+    @contextmanager
+    def using_vae(self) -> Iterator[tuple[Any, torch.dtype]]:
+        """The autoencoder, and in which dtype it computes.
+
+        Where its weights are known to overflow in float16, they are float32 for as long as they work.
+        """
+        with self.using("vae") as vae:
+            dtype = next(vae.parameters()).dtype
+            if dtype != torch.float16 or not vae.config.get("force_upcast"):
+                yield vae, dtype
+                return
+            vae.to(torch.float32)
+            try:
+                yield vae, torch.float32
+            finally:
+                vae.to(dtype)
+
     def computing_dtype(self, name: str) -> torch.dtype:
         """In which the part of this name computes: the placement may cast it for that."""
         part = self._require(name)

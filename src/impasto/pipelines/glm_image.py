@@ -18,14 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.glm_image import GlmImageContext, GlmImageReferences
+from ..models.glm_image import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
 from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .glm_image_prior import PRIOR_PIXELS, PriorTokens, generate_prior, reference_picture, tokens_to_generate
-from .glyphs import encode_glyphs
+from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
+from .moving import unwrapped
 from .placement import OneAtATime, check_device
+from .text import EncodedTexts
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
 _SIZE = re.compile(r"<sop>\s*(\d+)\s+(\d+)\s*<eop>")
@@ -99,6 +101,17 @@ class GlmImagePipeline(Pipeline):
         """The side of the latents that are drawn where nothing tells a size."""
         return 128 if self.transformer is None else int(self.transformer.config.get("sample_size", 128))
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """As for every pipeline; a transformer of diffusers becomes ours, with the same weights in memory."""
+        theirs = unwrapped(options.get("transformer", pipeline.components.get("transformer")))
+        if theirs is not None and not isinstance(theirs, GlmImageTransformer2DModel):
+            with torch.device("meta"):
+                ours = GlmImageTransformer2DModel.from_config(theirs.config)
+            ours.load_state_dict(theirs.state_dict(), assign=True)
+            options["transformer"] = ours.train(theirs.training)
+        return super().from_pipe(pipeline, **options)
+
     def to(self, *args: Any, device: torch.device | str | int | None = None, **options: Any) -> Self:
         """As for every pipeline; but on an accelerator the parts take turns, for together they are too large for most.
 
@@ -170,7 +183,8 @@ class GlmImagePipeline(Pipeline):
             attention_kwargs: accepted as documented; attention takes none.
             callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each step; returns those
                 that it changes.
-            callback_on_step_end_tensor_inputs: which: latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: which: latents, prompt_embeds, negative_prompt_embeds; a callback that
+                has ``tensor_inputs`` says so itself.
             max_sequence_length: bytes of one text in quotes.
             negative_prompt: whose glyphs to keep away from; none by default.
 
@@ -179,7 +193,8 @@ class GlmImagePipeline(Pipeline):
         """
         self.interrupt = False
         inputs.check_output_type(output_type)
-        for name in callback_on_step_end_tensor_inputs:
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        for name in wanted:
             if name != "latents" and name not in GlyphEmbeds._fields:
                 raise InputError(
                     f"callback_on_step_end_tensor_inputs has {name!r}; there are: latents, "
@@ -207,7 +222,8 @@ class GlmImagePipeline(Pipeline):
             self._require(part)
         if prompts or negative_prompt_embeds is None:
             self._require("tokenizer")
-            self._require("text_encoder")
+            if self.prompt_cache is None:
+                self._require("text_encoder")
         if prior_token_ids is None:
             if prior_token_image_ids is not None or source_image_grid_thw is not None:
                 raise InputError(
@@ -249,7 +265,7 @@ class GlmImagePipeline(Pipeline):
         with self.progress_bar(total=steps) as progress, closing(loop):
             for step in loop if not self.interrupt else ():
                 if callback_on_step_end is not None:
-                    self._call_back(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                    self._call_back(step, callback_on_step_end, wanted)
                 drawn = step.latents
                 progress.update()
                 if self.interrupt:
@@ -361,9 +377,7 @@ class GlmImagePipeline(Pipeline):
             raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
         home = self.device if device is None else torch.device(device)
         if wanted:
-            tokenizer = self._require("tokenizer")
-            with self.using("text_encoder") as text_encoder:
-                embeds, mask = encode_glyphs(tokenizer, text_encoder, wanted, length, self.device)
+            embeds, mask = self._encode_glyphs(wanted, length)
             halves = [_cut(embeds, mask, 0, len(prompts)), _cut(embeds, mask, len(prompts), len(wanted))]
             prompt_embeds = halves[0] if prompts else prompt_embeds
             negative_prompt_embeds = halves[1] if len(wanted) > len(prompts) else negative_prompt_embeds
@@ -380,6 +394,27 @@ class GlmImagePipeline(Pipeline):
         assert prompt_embeds is not None
         negative = None if negative_prompt_embeds is None else repeated(negative_prompt_embeds)
         return GlyphEmbeds(repeated(prompt_embeds), negative)
+
+    def _encode_glyphs(self, texts: list[str], length: int) -> EncodedTexts:
+        tokenizer = self._require("tokenizer")
+
+        def encode(some: list[str]) -> EncodedTexts:
+            with self.using("text_encoder") as text_encoder:
+                return EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, self.device))
+
+        if self.prompt_cache is None:
+            return encode(texts)
+        encoder = self.components["text_encoder"]
+        dtype = None if encoder is None else self.computing_dtype("text_encoder")
+        kept = [
+            self.prompt_cache.encode([text], most_tokens(text, length), self.device, encoder, tokenizer, dtype, encode)
+            for text in texts
+        ]
+        pads = torch.nn.utils.rnn.pad_sequence
+        return EncodedTexts(
+            embeds=pads([each.embeds[0] for each in kept], batch_first=True),  # [B, M, C]
+            mask=pads([each.mask[0] for each in kept], batch_first=True),  # [B, M]
+        )
 
     @torch.no_grad()
     def encode_references(
@@ -401,8 +436,8 @@ class GlmImagePipeline(Pipeline):
         transformer = self._require("transformer")
         unit = self.vae_scale_factor * transformer.config["patch_size"]
         pixels = self.image_processor.preprocess(image, height=rows * unit, width=columns * unit)  # [1, 3, H, W]
-        with self.using("vae") as vae:
-            z = vae.encode(pixels.to(self.device, next(vae.parameters()).dtype)).latent_dist.mode()
+        with self.using_vae() as (vae, dtype):
+            z = vae.encode(pixels.to(self.device, dtype)).latent_dist.mode()
             mean, std = self._statistics(z)
             latents = (z - mean) / std
         with self.using("transformer") as transformer:
@@ -504,8 +539,8 @@ class GlmImagePipeline(Pipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w], as the loop yields them, to pictures [B, 3, H, W] in about [-1, 1]."""
-        with self.using("vae") as vae:
-            z = latents.to(self.device, next(vae.parameters()).dtype)
+        with self.using_vae() as (vae, dtype):
+            z = latents.to(self.device, dtype)
             mean, std = self._statistics(z)
             pictures: Tensor = vae.decode(z * std + mean, return_dict=False)[0]
         return pictures

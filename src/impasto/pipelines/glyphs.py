@@ -18,6 +18,11 @@ def quoted_texts(prompt: str) -> list[str]:
     return [text for quotes in _QUOTES for text in re.findall(quotes, prompt)]
 
 
+def most_tokens(prompt: str, max_length: int) -> int:
+    """So many tokens a prompt's quoted texts have at most: a byte each, their ends, and padding in front."""
+    return sum(min(len(text.encode()) + 1, max_length) + 1 for text in quoted_texts(prompt) or [""])
+
+
 @torch.no_grad()
 def encode_glyphs(
     tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_length: int, device: torch.device | str

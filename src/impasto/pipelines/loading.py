@@ -104,10 +104,11 @@ class Source:
         """
         path = self._resolve([INDEX_NAME]) / INDEX_NAME
         if not path.is_file():
+            transformer = "GlmImageTransformer2DModel" if pipeline.startswith("Glm") else "PixArtTransformer2DModel"
             raise CheckpointNotFoundError(
                 f"{self.model} has no {INDEX_NAME}: it is no whole pipeline. If it holds a transformer alone, "
                 f"load that, and the other parts from a whole pipeline: {pipeline}.from_pretrained(WHOLE_PIPELINE, "
-                f"transformer=PixArtTransformer2DModel.from_pretrained({os.fspath(self.model)!r}, "
+                f"transformer={transformer}.from_pretrained({os.fspath(self.model)!r}, "
                 f"subfolder='transformer'))"
             )
         content = read_json(path)

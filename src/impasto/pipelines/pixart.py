@@ -196,7 +196,8 @@ class PixArtPipeline(Pipeline):
         inputs.finite("eta", eta)
         inputs.check_output_type(output_type)
         inputs.whole_number("callback_steps", callback_steps)
-        for name in callback_on_step_end_tensor_inputs:
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        for name in wanted:
             if name not in ("latents", *PromptEmbeds._fields):
                 names = ", ".join(("latents", *PromptEmbeds._fields))
                 raise InputError(f"callback_on_step_end_tensor_inputs has {name!r}; there are: {names}")
@@ -254,7 +255,7 @@ class PixArtPipeline(Pipeline):
             order = getattr(self.scheduler, "order", 1)
             with self.progress_bar(total=steps) as progress, closing(loop):
                 for step in loop:
-                    latents = self._call_back(step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                    latents = self._call_back(step, callback_on_step_end, wanted)
                     total = len(self.scheduler.timesteps)
                     warm_up = max(total - steps * order, 0)  # calls before the first whole step (PNDM has some)
                     done = step.index + 1
@@ -469,25 +470,16 @@ class PixArtPipeline(Pipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w], as the loop yields them, to pictures [B, 3, H, W] in about [-1, 1]."""
-        with self.using("vae") as vae:
+        with self.using_vae() as (vae, dtype):
             config = vae.config
-            dtype = next(vae.parameters()).dtype
-            # Where the weights are known to overflow in float16, they are float32 for as long as they work.
-            upcast = dtype == torch.float16 and bool(config.get("force_upcast"))
-            z = latents.to(self.device, torch.float32 if upcast else dtype)
+            z = latents.to(self.device, dtype)
             z = z / config.get("scaling_factor", 1.0)
             if config.get("latents_mean") is not None and config.get("latents_std") is not None:
                 mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
                 z = z * std + mean
             elif config.get("shift_factor") is not None:
                 z = z + config["shift_factor"]
-            if not upcast:
-                return cast(Tensor, vae.decode(z, return_dict=False)[0])
-            vae.to(torch.float32)
-            try:
-                return cast(Tensor, vae.decode(z, return_dict=False)[0])
-            finally:
-                vae.to(dtype)
+            return cast(Tensor, vae.decode(z, return_dict=False)[0])
 
     # --- checks ---
 

@@ -188,6 +188,15 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         sigma = levels.reshape(-1, *[1] * (sample.ndim - 1))
         return sigma * noise + (1.0 - sigma) * sample
 
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As ``scale_noise``; of samples [B, ...] at timesteps [B] of the schedule."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """noise - x_0, the same at all timesteps: what the model predicts."""
+        require_same_shape(noise, sample)
+        return noise - sample
+
     def step(
         self,
         model_output: Tensor,

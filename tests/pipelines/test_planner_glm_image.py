@@ -1,0 +1,203 @@
+"""Plans for GLM-Image: the prior in few bits where it is too large, and how such a plan is followed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
+
+from impasto import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
+from impasto.errors import InputError
+from impasto.nn.module import Model
+from impasto.pipelines import planner
+from impasto.pipelines.inspection import Inspection, Part, inspect_model
+from impasto.pipelines.moving import Group, Slot, is_settled
+from impasto.pipelines.placement import OneAtATime
+from impasto.pipelines.planner import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.transforms.quantized_linear import QuantizedLinear
+
+from ..tiny_glm import pipelines, prior_parts
+
+VAE = {
+    "block_out_channels": [128, 512, 1024, 1024],
+    "layers_per_block": 3,
+    "latent_channels": 16,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+@functools.cache
+def released(stored: str = "bfloat16") -> Inspection:
+    """The shapes of the released checkpoint; nothing is allocated."""
+    with torch.device("meta"):
+        glyphs = T5Config(d_model=1472, d_kv=64, d_ff=3584, num_layers=12, num_heads=6, feed_forward_proj="gated-gelu")
+        models: dict[str, nn.Module] = {
+            "text_encoder": T5EncoderModel(glyphs),
+            "vision_language_encoder": GlmImageForConditionalGeneration(GlmImageConfig()),
+            "transformer": GlmImageTransformer2DModel(num_attention_heads=32, attention_head_dim=128),
+            "vae": AutoencoderKL(**VAE),
+        }
+    parts = []
+    for name, model in models.items():
+        config: Any = model.config
+        settings = dict(config) if isinstance(model, Model) else config.to_dict()
+        tensors = {key: (stored, value.numel()) for key, value in model.state_dict().items()}
+        parts.append(Part(name, type(model).__name__, settings, tensors, 0))
+    return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", tuple(parts))
+
+
+def plan(size: str, device: str = "xpu", **options: Any) -> MemoryPlan:
+    return plan_memory(released(), size, device=device, limited=False, **options)
+
+
+def chosen(made: MemoryPlan) -> dict[str, tuple[str, str]]:
+    return {part.name: (part.dtype, part.way) for part in made.parts}
+
+
+def test_the_sizes_are_those_of_the_release() -> None:
+    parts = released().by_name
+    assert 10.0e9 < parts["vision_language_encoder"].parameters < 10.5e9
+    assert 6.9e9 < parts["transformer"].parameters < 6.95e9
+
+
+def test_budgets_of_a_gpu() -> None:
+    """24 GB hold the prior as it is and 16 GB its 8 bits, one part at a time; the transformer loses nothing."""
+    large = chosen(plan("48GB"))
+    assert {way for _, way in large.values()} == {RESIDENT}
+    middle = chosen(plan("24GB"))
+    assert middle["vision_language_encoder"] == ("bfloat16", IN_TURN)
+    assert middle["transformer"] == ("bfloat16", IN_TURN)
+    small = chosen(plan("16GB"))
+    assert small["vision_language_encoder"] == ("int8", IN_TURN)
+    assert small["transformer"] in {("bfloat16", BLOCKS), ("bfloat16", IN_TURN)}
+    least = chosen(plan("10GB"))
+    assert least["vision_language_encoder"] == ("nf4", IN_TURN)
+    for size in ("48GB", "24GB", "16GB", "10GB"):
+        assert plan(size).peak <= plan(size).budget
+    with pytest.raises(BudgetTooSmallError, match=r"the vision_language_encoder takes \(nf4, in turn\)"):
+        plan("4GB")
+
+
+def test_few_bits_of_both_large_models_where_asked_for() -> None:
+    asked = {"vision_language_encoder": "nf4", "transformer": "int8"}
+    made = plan("16GB", dtypes=asked)
+    assert chosen(made)["transformer"] == ("int8", IN_TURN)
+    assert chosen(made)["vision_language_encoder"] == ("nf4", IN_TURN)
+    weights = {part.name: part.weights for part in made.parts}
+    assert 7.5e9 < weights["transformer"] < 9e9  # modulation and embeddings stay as they are
+    assert 7e9 < weights["vision_language_encoder"] < 9e9  # as do the vision tower and the vocabulary
+    assert chosen(plan("24GB", dtypes=asked)) != chosen(plan("24GB"))
+    with pytest.raises(InputError, match="not with int8"):
+        plan("24GB", dtypes={"vae": "int8"})
+
+
+def test_on_a_cpu_stored_weights_stay_in_their_file() -> None:
+    if planner.fast_dtype(torch.device("cpu")) != "bfloat16":
+        pytest.skip("a CPU that casts to float32")
+    made = plan("16GB", device="cpu")
+    assert chosen(made)["vision_language_encoder"][0] == "bfloat16"
+    assert {part.name: part.weights for part in made.parts}["vision_language_encoder"] == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe, _ = pipelines()
+    for name, part in prior_parts().items():
+        setattr(pipe, name, part)
+    pipe.to(torch.bfloat16)
+    path = tmp_path_factory.mktemp("glm")
+    pipe.save_pretrained(path)
+    return path
+
+
+def call(pipe: GlmImagePipeline, **changes: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np", **changes}
+    return pipe('a sign "open"', generator=generator, **options).images
+
+
+def test_a_plan_is_followed_and_draws_the_same(folder: Path) -> None:
+    usual = GlmImagePipeline.from_pretrained(folder, dtype="bfloat16")
+    planned = GlmImagePipeline.from_pretrained(folder, memory_budget="4GB")
+    assert planned.plan is not None
+    if planned.plan.parts[0].dtype == "bfloat16":
+        assert abs(call(planned) - call(usual)).max() < 0.05
+    assert {part.name for part in inspect_model(str(folder)).parts} >= {"vision_language_encoder", "processor"}
+
+
+def test_few_bits_are_made_when_loading_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match=r"needs a memory_budget; without one, load it and call quantize"):
+        GlmImagePipeline.from_pretrained(folder, dtype={"transformer": "nf4"})
+    with pytest.raises(InputError, match="for parts alone"):
+        GlmImagePipeline.from_pretrained(folder, dtype="int8", memory_budget="4GB")
+    asked = {"vision_language_encoder": "nf4", "transformer": "nf4"}
+    pipe = GlmImagePipeline.from_pretrained(folder, dtype=asked, memory_budget="4GB")
+    prior, transformer = pipe.components["vision_language_encoder"], pipe.components["transformer"]
+    assert isinstance(prior.model.language_model.layers[0].mlp.down_proj, QuantizedLinear)
+    assert isinstance(transformer.transformer_blocks[0].attn1.to_q, QuantizedLinear)
+    assert not any(isinstance(module, QuantizedLinear) for module in prior.model.visual.modules())
+    assert call(pipe).shape == (1, 64, 64, 3)
+
+
+def test_quantised_parts_come_to_a_device_and_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Int8 weights are tensors of another library's class: they are copied like others, and are put back."""
+    pytest.importorskip("torchao")
+    from impasto import quantize
+
+    pipe = GlmImagePipeline.from_pretrained(folder, dtype="bfloat16")
+    quantize(pipe.transformer, "int8-weight-only")
+    assert not is_settled(pipe.transformer)
+    before = list(pipe.transformer.parameters())
+    expected = call(pipe)
+    copied: list[str] = []
+
+    def copy(group: Group, slot: Slot) -> torch.Tensor:  # as to another device
+        copied.append(slot.name)
+        return slot.read().clone()
+
+    monkeypatch.setattr(Group, "_copy", copy)
+    pipe.enable_sequential_cpu_offload()
+    assert abs(call(pipe) - expected).max() == 0
+    assert "transformer_blocks.0.attn1.to_q.weight" in copied
+    after = list(pipe.transformer.parameters())
+    assert len(after) == len(before)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(after, before) if type(b) is nn.Parameter)
+
+
+def test_parts_take_turns_on_an_accelerator(folder: Path) -> None:
+    pipe = GlmImagePipeline.from_pretrained(folder, dtype="bfloat16")
+    assert pipe.to("meta") is pipe
+    assert isinstance(pipe.placement, OneAtATime)
+    assert pipe.device.type == "meta"
+    for part in (pipe.transformer, pipe.vae, pipe.components["vision_language_encoder"]):
+        assert {parameter.device.type for parameter in part.parameters()} == {"cpu"}
+    assert pipe.placement.visit_of(pipe.transformer).blocks is None
+    pipe.to("cpu")
+    assert not isinstance(pipe.placement, OneAtATime)
+    assert pipe.to("meta", torch.float32).dtype == torch.float32
+    assert pipe.to(torch.bfloat16).dtype == torch.bfloat16
+    assert isinstance(pipe.placement, OneAtATime)
+    whole = GlmImagePipeline.from_pretrained(folder, dtype="bfloat16", device_map="meta")
+    assert {parameter.device.type for parameter in whole.transformer.parameters()} == {"meta"}
+
+
+def test_offloads_draw_the_same(folder: Path) -> None:
+    expected = call(GlmImagePipeline.from_pretrained(folder))
+    for method in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
+        pipe = GlmImagePipeline.from_pretrained(folder)
+        getattr(pipe, method)()  # the device is the CPU, where there is no other
+        prior = pipe.components["vision_language_encoder"]
+        assert isinstance(pipe.placement, OneAtATime)
+        assert pipe.placement.visit_of(prior).blocks is None  # each token needs all of them
+        assert abs(call(pipe) - expected).max() == 0, method

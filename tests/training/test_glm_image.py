@@ -1,0 +1,205 @@
+"""Training of the parts of a tiny GLM-Image: the visual codebook, the prior, the transformer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from impasto.models.glm_image import GlmImageTransformer2DModel
+from impasto.pipelines.glm_image_prior import target_offsets
+from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
+from impasto.training.loop import Recipe
+from impasto.training.prior import Sequences, join, scores, train_prior
+from impasto.training.visual_codebook import (
+    CodebookRecipe,
+    CodeReader,
+    OnlineCodebook,
+    Pictures,
+    see,
+    tokenise,
+    train_visual_codebook,
+)
+
+from ..tiny_glm import TRANSFORMER, prior_parts
+
+FAST: dict[str, Any] = {"warmup_steps": 2, "log_every": 5}
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- the codebook ---
+
+
+def test_tokens_of_a_batch_are_those_of_transformers() -> None:
+    parts = prior_parts()
+    model, images = parts["vision_language_encoder"], parts["processor"].image_processor
+    images.image_mean = images.image_std = [0.5] * 3
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    given = images([Image.fromarray(picture)], do_resize=False, return_tensors="pt")
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, 64, 64]
+    features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output[0]
+    seen = see(model.model.visual, pixels)[0].T.view_as(features)
+    torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokenise(model.model, pixels)[0], model.get_image_tokens([features]).flatten())
+
+
+def test_codes_follow_tokens_and_rare_ones_begin_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=-1)
+    tokens = centres[torch.randint(6, (600,), generator=generator)]
+    tokens = torch.nn.functional.normalize(tokens + 0.01 * torch.randn(600, 4, generator=generator), dim=-1)
+    book = OnlineCodebook(6, 4, 0.9)
+    for _ in range(50):
+        book.update(tokens, generator)
+    # Every centre has a code, which needs that those which no token was near began anew.
+    assert (centres @ book.codes.T).amax(1).min() > 0.99
+    assert len(book.nearest(tokens).unique()) == 6
+    other = OnlineCodebook(6, 4, 0.9)
+    other.load_state_dict(book.state_dict())
+    assert torch.equal(other.codes, book.codes)
+    book.start(tokens)
+    assert book.ready
+    torch.testing.assert_close(book.codes.norm(dim=-1), torch.ones(6))
+
+
+def coloured(seed: int) -> Iterator[Pictures]:
+    """Pictures of one of four colours, which labels tell."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
+    while True:
+        kind = torch.randint(4, (8,), generator=generator)
+        pixels = colours[kind][:, :, None, None].expand(-1, -1, 64, 64)
+        yield Pictures(pixels, kind.view(-1, 1, 1, 1).expand(-1, 1, 16, 16))
+
+
+def test_a_codebook_learns_to_tell_pictures_apart_and_resumes(tmp_path: Path) -> None:
+    model = prior_parts()["vision_language_encoder"].model
+    torch.manual_seed(0)
+    reader = CodeReader(8, (4,), side=4)
+    recipe = CodebookRecipe(steps=150, continuous_steps=50, save_every=75, learning_rate=5e-3, **FAST)
+    train_visual_codebook(model, reader, coloured(0), recipe, tmp_path)
+    log = rows(tmp_path)
+    assert log[-1]["labels"] < 0.2 * log[0]["labels"]
+    assert log[0]["codes_in_use"] == 0 < log[-1]["codes_in_use"]
+    batch = next(coloured(1))
+    tokens = tokenise(model, batch.pixels)  # [8, 16]
+    kinds = batch.labels[:, 0, 0, 0]
+    for kind in kinds.unique():
+        assert (tokens[kinds == kind] == tokens[kinds == kind][0]).all()
+    assert len({tuple(row.tolist()) for row in tokens}) == len(kinds.unique())
+    codes = model.vqmodel.quantize.embedding.weight.clone()
+
+    again = prior_parts()["vision_language_encoder"].model
+    train_visual_codebook(again, CodeReader(8, (4,), side=4), coloured(0), recipe, tmp_path)  # nothing is left to do
+    assert torch.equal(again.vqmodel.quantize.embedding.weight, codes)
+    assert torch.equal(tokenise(again, batch.pixels), tokens)
+
+
+# --- the prior ---
+
+
+def test_prompts_of_different_lengths_are_scored_as_transformers_does() -> None:
+    model = prior_parts()["vision_language_encoder"]
+    prompts = [torch.tensor([40, 41, 42, 43]), torch.tensor([44, 45])]
+    positions = [torch.arange(len(prompt)).expand(3, -1) for prompt in prompts]
+    targets = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
+    offsets = target_offsets([(1, 2), (2, 2)])
+    batch = join(prompts, positions, targets, offsets, padding=38, kind="drawn")
+    assert batch.tokens.tolist()[1] == [44, 45, 7, 8, 9, 10, 11, 12, 38, 38]
+    assert batch.positions[:, 1, 2].tolist() == [2, 2, 2]
+    assert batch.positions[:, 1, 7].tolist() == [2 + 2, 2 + 2 + 1, 2 + 2 + 1]
+    said = scores(model, batch)
+    for row, prompt in enumerate(prompts):
+        tokens = torch.cat([prompt, targets[row]])[None]
+        place = torch.cat([positions[row], positions[row][:, -1:] + 1 + offsets], dim=1)[:, None]
+        alone = model(input_ids=tokens, position_ids=place).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(said[row], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prior_learns_what_to_say_and_keeps_its_positions(tmp_path: Path) -> None:
+    model = prior_parts()["vision_language_encoder"]
+    frequencies = model.model.language_model.rotary_emb.inv_freq.clone()
+
+    def batches(seed: int) -> Iterator[Sequences]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            words = torch.randint(40, 44, (8,), generator=generator)
+            prompts = [torch.tensor([int(word), 39]) for word in words]
+            positions = [torch.arange(2).expand(3, -1)] * 8
+            targets = (words - 40)[:, None] * 4 + torch.arange(4)
+            yield join(prompts, positions, targets, target_offsets([(2, 2)]), 38, "drawn")
+
+    train_prior(model, batches(0), Recipe(steps=60, learning_rate=1e-2, save_every=30, **FAST), tmp_path)
+    assert rows(tmp_path)[-1]["drawn"] == 1.0
+    assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
+    batch = next(batches(1))
+    assert torch.equal(scores(model, batch).argmax(-1), batch.targets)
+    again = prior_parts()["vision_language_encoder"]
+    train_prior(again, batches(0), Recipe(steps=60, learning_rate=1e-2, save_every=30, **FAST), tmp_path)
+    assert torch.equal(scores(again, batch), scores(model, batch))
+
+
+# --- the transformer ---
+
+
+@pytest.fixture
+def transformer() -> GlmImageTransformer2DModel:
+    torch.manual_seed(0)
+    model = GlmImageTransformer2DModel(**TRANSFORMER)
+    initialize(model)
+    return model
+
+
+def flat(seed: int, edits: bool) -> Iterator[Batch]:
+    """Latents whose sign the token tells; of edits, that of the reference, while the tokens say nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = 0
+    while True:
+        kind = torch.randint(2, (8,), generator=generator)
+        latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 4, 4)
+        tokens = kind[:, None].expand(-1, 4)
+        text = torch.zeros(8, 1, 16)
+        reference = Reference(latents, tokens) if edits and turn % 2 else None
+        yield Batch(latents, tokens if reference is None else torch.full_like(tokens, 2), text, reference)
+        turn += 1
+
+
+def test_it_begins_as_nothing(transformer: GlmImageTransformer2DModel) -> None:
+    size = torch.tensor([[32.0, 32.0]])
+    out = transformer(
+        torch.randn(2, 4, 4, 4),
+        torch.randn(2, 1, 16),
+        torch.zeros(2, 4, dtype=torch.long),
+        None,
+        torch.tensor([10.0]),
+        size,
+        torch.zeros_like(size),
+    ).sample
+    assert not out.any()
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_a_transformer_learns_from_tokens_and_references(
+    transformer: GlmImageTransformer2DModel, edits: bool, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {**FAST, "log_every": 10, "compile_blocks": False, "learning_rate": 1e-2}
+    recipe = FlowMatchingRecipe(steps=80, save_every=40, **options)
+    train_flow_matching(transformer, flat(0, edits), recipe, tmp_path)
+    log = rows(tmp_path)
+    kinds = ["drawn", "edited"] if edits else ["drawn"]
+    for kind in kinds:  # where there is the most noise, only tokens and references tell the sign
+        assert log[-1][f"{kind}_3"] < 0.6 * log[0][f"{kind}_3"], kind
+    assert edits or "edited_3" not in log[-1]
+    again = GlmImageTransformer2DModel(**TRANSFORMER)
+    train_flow_matching(again, flat(0, edits), recipe, tmp_path)
+    for name, value in transformer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
