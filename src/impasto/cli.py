@@ -477,6 +477,7 @@ def _describe(found: Inspection) -> Iterator[str]:
     side = 0
     if "transformer" in by_name and "vae" in by_name:
         side, unit = picture_size(by_name["transformer"].config, by_name["vae"].config)
+        unit = 32 if found.class_name == GLM_IMAGE else unit  # of its prior
         yield f"pictures of {side} x {side} px; sides are multiples of {unit}"
     yield ""
     rows: list[tuple[str, ...]] = [("part", "class", "parameters", "stored as", "on disk")]

@@ -173,13 +173,23 @@ def test_a_cache_counts_only_samples_that_were_written(model: GlmImageTransforme
 
 
 def test_checkpointed_gradients_are_the_same(model: GlmImageTransformer2DModel) -> None:
+    """Of a picture that refers to an image, whose keys and values come out of recomputed blocks too."""
     inputs = arguments()
-    gradients = []
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    calls: list[int] = []
+    model.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    gradients, counts = [], []
     for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
         switch()
         model.zero_grad()
-        model(**inputs).sample.square().mean().backward()
+        calls.clear()
+        context = model.encode_context(text[:, :0], None, inputs["prior_token_id"], None, *latents.shape[-2:])
+        still = model.modulate(torch.zeros(1), inputs["target_size"][:1], inputs["crop_coords"][:1])
+        references = model.encode_references(latents.flip(0), context, still)
+        model(**inputs, kv_caches=references).sample.square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        counts.append(len(calls))
+    assert counts == [2, 4]  # each again in the backward pass
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
 

@@ -250,3 +250,97 @@ def test_a_transformers_without_the_prior_is_named() -> None:
         MissingDependencyError, match="has no GlmImageOfTomorrow; update it: pip install -U transformers"
     ):
         loading._class_of_transformers("GlmImageOfTomorrow")
+
+
+def test_low_precision_draws_nearly_the_same_and_an_autoencoder_that_overflows_works_in_float32() -> None:
+    pipe, _ = pipelines()
+    expected = pipe(**given()).images
+    pipe.to(torch.bfloat16)
+    assert 0 < abs(pipe(**given()).images - expected).max() < 0.1
+    pipe, _ = pipelines()
+    pipe.to(torch.float16)
+    seen: list[torch.dtype] = []
+    hook = pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    first = pipe(**given()).images
+    assert abs(first - expected).max() < 0.05
+    hook.remove()
+    assert seen == [torch.float32]  # force_upcast is the default of its config
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_several_pictures_of_each_prompt_refer_to_its_images() -> None:
+    pipe, _ = pipelines()
+    images = [[picture(64, 64)], [picture(64, 64).rotate(90)]]
+    ids = torch.arange(2 * 16).view(2, 16) % 32
+    own = [torch.arange(16), torch.arange(16) + 8]
+    grids = [torch.tensor([[1, 4, 4]])] * 2
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
+
+    def drawn(rows: list[int], per_prompt: int, seeds: list[int]) -> np.ndarray[Any, Any]:
+        pictures: np.ndarray[Any, Any] = pipe(
+            [["a cube", "a ball"][row] for row in rows],
+            image=[images[row] for row in rows],
+            prior_token_ids=ids[rows],
+            prior_token_image_ids=[own[row] for row in rows],
+            source_image_grid_thw=[grids[row] for row in rows],
+            num_images_per_prompt=per_prompt,
+            generator=[seeded(seed) for seed in seeds],
+            **options,
+        ).images
+        return pictures
+
+    together = drawn([0, 1], 2, [0, 1, 2, 3])
+    alone = drawn([1], 1, [3])
+    np.testing.assert_allclose(together[3:], alone, atol=1e-4)
+    assert abs(together[2] - together[3]).max() > 1e-2
+
+
+def test_packed_weights_draw_the_same() -> None:
+    pipe, _ = pipelines()
+    pipe.to(torch.bfloat16)
+    expected = pipe(**given()).images
+    with pipe.compile():
+        np.testing.assert_array_equal(pipe(**given()).images, expected)
+
+
+def test_glyphs_are_kept_on_disk(whole: GlmImagePipeline, tmp_path: Path) -> None:
+    pipe, _ = pipelines()
+    texts = ["a \"cat\" and a 'dog'", "nothing", '"cat" again']
+    expected = pipe.encode_prompt(texts)
+    pipe.enable_prompt_cache(tmp_path)
+    first = pipe.encode_prompt(texts)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len({*texts, ""})
+    runs: list[int] = []
+    hook = pipe.text_encoder.register_forward_hook(lambda *_: runs.append(1))
+    again = pipe.encode_prompt(texts)
+    hook.remove()
+    assert not runs
+    for a, b, c in zip(expected, first, again, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+        assert torch.equal(b, c)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_of_diffusers_is_shared() -> None:
+    ours, theirs = pipelines()
+    shared = GlmImagePipeline.from_pipe(theirs)
+    shared.set_progress_bar_config(disable=True)
+    assert shared.transformer.proj_out.weight.data_ptr() == theirs.transformer.proj_out.weight.data_ptr()
+    np.testing.assert_allclose(shared(**given()).images, ours(**given()).images, atol=1e-5)
+
+
+def test_a_callback_may_say_which_tensors_it_reads() -> None:
+    pipe, _ = pipelines()
+
+    class Callback:
+        tensor_inputs = ("latents", "prompt_embeds")
+        seen: tuple[str, ...] = ()
+
+        def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self.seen = tuple(tensors)
+            return {}
+
+    callback = Callback()
+    pipe(**given(callback_on_step_end=callback))
+    assert callback.seen == ("latents", "prompt_embeds")

@@ -1,0 +1,87 @@
+"""The command line with a GLM-Image: pictures, edits, what it is made of, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from impasto import GlmImagePipeline, cli
+from impasto.pipelines.image import read_settings
+
+from .tiny_glm import pipelines, prior_parts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe, _ = pipelines()
+    for name, part in prior_parts().items():
+        setattr(pipe, name, part)
+    path = tmp_path_factory.mktemp("glm") / "tiny"
+    pipe.save_pretrained(path)
+    return path
+
+
+def generate(model: Path, *arguments: Any) -> Result:
+    fixed = ["generate", "--model", model, "--device", "cpu", "--dtype", "float32", *arguments]
+    return CliRunner().invoke(cli.app, [str(argument) for argument in fixed])
+
+
+def test_a_picture_and_an_edit_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    options = ["--steps", 2, "--seed", 3, "--height", 64, "--width", 96]
+    result = generate(model, 'a sign "open"', "--output", first, *options)
+    assert result.exit_code == 0, result.stderr
+    pipe = GlmImagePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    same: dict[str, Any] = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
+    expected = pipe('a sign "open"', height=64, width=96, **same).images[0]
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(expected))
+    settings = read_settings(first)
+    assert settings is not None
+    assert (settings.steps, settings.guidance_scale, settings.seed) == (2, 1.5, 3)  # its usual guidance
+
+    result = generate(model, "at night", "--image", first, "--output", second, *options)
+    assert result.exit_code == 0, result.stderr
+    same["generator"] = torch.Generator().manual_seed(3)
+    expected = pipe("at night", image=Image.open(first), height=64, width=96, **same).images[0]
+    assert np.array_equal(np.asarray(Image.open(second)), np.asarray(expected))
+
+
+def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
+    result = generate(model, "a cube", "--memory-budget", "4GB", "--steps", 1, "--output", tmp_path / "a.png")
+    assert result.exit_code == 0, result.stderr
+    assert "vision_language_encoder" in result.stderr
+    told = CliRunner().invoke(cli.app, ["info", str(model)]).stdout
+    assert "GlmImageForConditionalGeneration" in told
+    assert "pictures of 64 x 64 px; sides are multiples of 32" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "40"], "height must be multiples of 32, not 40; the nearest size is 32"),
+        (["--scheduler", "ddim"], "--scheduler is for PixArt"),
+        (["--image", "missing.png"], "missing.png cannot be read as a picture"),
+    ],
+)
+def test_a_mistake_costs_no_loading(
+    model: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    result = generate(model, "a cube", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_images_are_for_glm_image_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (64, 64)).save(path)
+    result = CliRunner().invoke(cli.app, ["generate", "a cube", "--image", str(path)])
+    assert result.exit_code == 1
+    assert "draws from text alone; --image is for GLM-Image" in result.stderr
