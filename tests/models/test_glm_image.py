@@ -177,7 +177,7 @@ def test_checkpointed_gradients_are_the_same(model: GlmImageTransformer2DModel) 
     inputs = arguments()
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     calls: list[int] = []
-    model.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     gradients, counts = [], []
     for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
         switch()
