@@ -62,7 +62,10 @@ def test_the_same_numbers_give_the_same_tokens(parts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(parts: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fixed", [False, True])  # True: what a GPU records
+def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(
+    parts: dict[str, Any], fixed: bool
+) -> None:
     model = parts["vision_language_encoder"]
     prompts = [inputs_of(parts, "a cube"), inputs_of(parts, "a red ball behind it")]
     longest = max(given["input_ids"].shape[1] for given in prompts)
@@ -72,7 +75,7 @@ def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(pa
         count = given["input_ids"].shape[1]
         tokens[row, -count:], mask[row, -count:] = given["input_ids"][0], 1
         positions[:, row, -count:] = torch.arange(count)
-    decoder = PriorDecoder(model, 2, longest + 4, VOCABULARY)
+    decoder = PriorDecoder(model, 2, longest + 4, VOCABULARY, fixed=fixed)
     for _ in range(2):  # a decoder can begin anew
         scores = decoder.prefill(tokens, positions, mask)
         made: list[list[int]] = [[], []]
@@ -139,3 +142,36 @@ def test_choices_have_the_probabilities_of_transformers(settings: dict[str, Any]
 def test_settings_are_the_checkpoints() -> None:
     assert Sampling.of(GenerationConfig(temperature=0.9, top_k=7, top_p=0.75)) == Sampling(0.9, 7, 0.75)
     assert Sampling.of(GenerationConfig(temperature=None, top_k=None, top_p=None)) == Sampling(1.0, 50, 1.0)
+
+
+@torch.no_grad()
+def test_layers_of_few_bits_are_called(parts: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from impasto import quantize
+
+    model = prior_parts()["vision_language_encoder"]
+    with quantize(model, "nf4") as handle:
+        assert not any("visual" in name or "lm_head" in name for name in handle.layers)
+        given = inputs_of(parts, "a cube")
+        count = given["input_ids"].shape[1]
+        decoder = PriorDecoder(model, 1, count + 2, VOCABULARY)
+        made: list[int] = []
+        scores = decoder.prefill(given["input_ids"], torch.arange(count).expand(3, 1, -1))
+        torch.testing.assert_close(scores[0], scores_of(model, given, made), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_recorded_steps_are_those_that_are_computed(parts: dict[str, Any]) -> None:
+    model = prior_parts()["vision_language_encoder"].cuda()
+    tokens = torch.randint(0, VOCABULARY, (2, 9), device="cuda")
+    positions = torch.arange(9, device="cuda").expand(3, 2, -1)
+    found = []
+    for fixed in (False, True):
+        decoder = PriorDecoder(model, 2, 40, VOCABULARY, fixed=fixed)
+        for _ in range(2):  # begun anew
+            scores = [decoder.prefill(tokens, positions)]
+            for i in range(20):
+                scores.append(decoder.step(scores[-1].argmax(-1), positions[..., -1] + i + 1).clone())
+        found.append(torch.stack(scores))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

@@ -25,6 +25,9 @@ PRIOR_PIXELS = 32
 #: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
 _AT_ONCE = 8
 
+#: Tokens that are asked for at most twice as many ahead of those that a GPU has computed.
+_AHEAD = 16
+
 #: Told how many tokens there are; whether to go on.
 GoesOn = Callable[[int], bool]
 
@@ -171,11 +174,16 @@ def _sample(
     decoder = PriorDecoder(model, batch, longest + total, codebook_size, packed)
     sampling = Sampling.of(model.generation_config)
     made = tokens.new_zeros(batch, total)
+    behind: list[torch.cuda.Event] = []  # so that what is said of the tokens, and their end, are not far ahead of them
     scores = decoder.prefill(tokens, positions, mask)  # [B, V]
     for i in range(total):
         made[:, i] = sampling.choose(scores, uniform[:, i])
         if not goes_on(batch * (i + 1)):
             return torch.zeros_like(made)
+        if tokens.is_cuda and i % _AHEAD == 0:
+            behind.append(torch.cuda.current_stream(tokens.device).record_event())
+            if len(behind) > 1:
+                behind.pop(0).synchronize()
         if i + 1 < total:
             scores = decoder.step(made[:, i], following[:, :, i])
     return made

@@ -1,8 +1,8 @@
 """The language model of GLM-Image's prior, a token at a time: the latency of a picture.
 
 transformers' own ``generate`` does this for any model. Here the memory of keys and values is allocated once, only the
-scores of tokens that a picture may have are computed, and nothing waits for the device between two tokens. The layers
-are those of the loaded model, and are called.
+scores of tokens that a picture may have are computed, and nothing waits for the device between two tokens: on a GPU, a
+token is one graph of kernels, recorded once and replayed. The layers are those of the loaded model, and are called.
 
 Shapes: B pictures, S tokens at a time, L tokens in all, d channels of a head, H width, V tokens that may be sampled.
 """
@@ -81,9 +81,13 @@ class PriorDecoder:
         length: L.
         vocabulary: V, the first of the model's tokens.
         packed: whether to make such copies, where they are faster; they take as much memory as the weights.
+        fixed: whether every token is computed with the same shapes, at the cost of attention to what is not there
+            yet: then its kernels can be replayed. None: on a GPU, where they are.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, vocabulary: int, packed: bool = True):
+    def __init__(
+        self, model: Any, batch: int, length: int, vocabulary: int, packed: bool = True, fixed: bool | None = None
+    ):
         language = model.model.language_model
         self._embed, self._norm, self._rotary = language.embed_tokens, language.norm, language.rotary_emb
         rows = batch if packed else None
@@ -93,10 +97,21 @@ class PriorDecoder:
         heads = config.num_key_value_heads or config.num_attention_heads
         shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
         weight = language.norm.weight  # quantised layers tell no dtype
-        self._memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)  # keys and values of each layer
-        self._bias = torch.zeros(batch, 1, 1, length, device=weight.device, dtype=weight.dtype)  # -inf: padding
+        options: Any = {"device": weight.device, "dtype": weight.dtype}
+        self._fixed = weight.device.type == "cuda" if fixed is None else fixed
+        if self._fixed:
+            length = -(-length // 64) * 64  # which kernels are faster at
+        shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
+        self._memory = torch.zeros(shape, **options)  # keys and values of each layer
+        self._bias = torch.zeros(batch, 1, 1, length, **options)  # -inf: padding, and with fixed shapes what is to come
         self._padded = False
         self._length = 0
+        # What a token of fixed shape reads, and its place, which it moves on by itself.
+        self._token = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self._position = torch.zeros(3, batch, dtype=torch.long, device=weight.device)
+        self._place = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self._scores: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read prompts [B, S] at positions [3, B, S] -> the scores [B, V] of what follows.
@@ -104,38 +119,77 @@ class PriorDecoder:
         Args:
             mask: [B, S], 1 where there is a token; padding is in front.
         """
-        self._length = 0
         self._padded = mask is not None and not bool(mask.all())
-        self._bias.zero_()
         count = tokens.shape[1]
+        self._bias.zero_()
+        if self._fixed:
+            self._bias[..., count:] = -torch.inf
+            self._place.fill_(count)
         causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[None, None]  # [1, 1, S, S]
         if self._padded:
             assert mask is not None
             self._bias[:, :, :, :count].masked_fill_(~mask.bool()[:, None, None], -torch.inf)
             # Padding attends to itself, so that it has no row without any key.
             causal = causal & (mask.bool()[:, None, None] | torch.eye(count, dtype=torch.bool, device=tokens.device))
-        return self._run(tokens, positions, causal)
+        self._length = count
+        return self._run(tokens, positions, slice(0, count), count, causal)
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """One more token [B] of each at positions [3, B] -> the scores [B, V] of what follows."""
-        seen = self._length + 1
-        return self._run(tokens[:, None], positions[..., None], self._bias[..., :seen] if self._padded else None)
+        """One more token [B] of each at positions [3, B] -> the scores [B, V] of what follows.
 
-    def _run(self, tokens: Tensor, positions: Tensor, bias: Tensor | None) -> Tensor:
+        With fixed shapes, the next step writes its scores into the same memory.
+        """
+        self._length += 1
+        if not self._fixed:
+            end = self._length
+            bias = self._bias[..., :end] if self._padded else None
+            return self._run(tokens[:, None], positions[..., None], slice(end - 1, end), end, bias)
+        self._token.copy_(tokens)
+        self._position.copy_(positions)
+        if self._token.device.type != "cuda":
+            return self._fixed_step()
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        assert self._scores is not None
+        self._graph.replay()
+        return self._scores
+
+    def _fixed_step(self) -> Tensor:
+        self._bias.index_fill_(3, self._place, 0.0)
+        end = self._memory.shape[4]
+        scores = self._run(self._token[:, None], self._position[..., None], self._place, end, self._bias)
+        self._place += 1
+        return scores
+
+    def _record(self) -> None:
+        """Record a step. What the trials change is put back; what they write into the memory is written over."""
+        before = self._bias.clone(), self._place.clone()
+        aside = torch.cuda.Stream(self._token.device)
+        aside.wait_stream(torch.cuda.current_stream(self._token.device))
+        with torch.cuda.stream(aside):
+            self._fixed_step()  # libraries allocate on first use, which cannot be recorded
+        torch.cuda.current_stream(self._token.device).wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._scores = self._fixed_step()
+        self._bias.copy_(before[0])
+        self._place.copy_(before[1])
+
+    def _run(self, tokens: Tensor, positions: Tensor, places: slice | Tensor, end: int, bias: Tensor | None) -> Tensor:
+        """Tokens [B, S] at positions [3, B, S], which go to places of the memory and read it up to its end."""
         x = self._embed(tokens)  # [B, S, H]
         cos, sin = (part[:, None] for part in self._rotary(x, positions))  # [B, 1, S, rotated channels] each
         sin[..., : sin.shape[-1] // 2].neg_()
-        start, end = self._length, self._length + tokens.shape[1]
         for layer, (keys, values) in zip(self._layers, self._memory, strict=True):
             of = layer.layer
-            keys_values = keys[:, :, :end], values[:, :, :end]
             x = x + of.post_self_attn_layernorm(
-                _attend(layer, of.input_layernorm(x), cos, sin, *keys_values, start, bias)
+                _attend(layer, of.input_layernorm(x), cos, sin, keys, values, places, end, bias)
             )
             gate, up = layer.widen(of.post_attention_layernorm(x)).chunk(2, dim=-1)
             x = x + of.post_mlp_layernorm(layer.narrow(up * of.mlp.activation_fn(gate)))
-        self._length = end
-        return self._head(self._norm(x[:, -1]))  # [B, V]
+        scores: Tensor = self._head(self._norm(x[:, -1]))  # [B, V]
+        return scores
 
 
 def _head_product(head: nn.Module, vocabulary: int, rows: int | None) -> Product:
@@ -149,17 +203,29 @@ def _head_product(head: nn.Module, vocabulary: int, rows: int | None) -> Product
 
 
 def _attend(
-    layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int, bias: Tensor | None
+    layer: _Layer,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: slice | Tensor,
+    end: int,
+    bias: Tensor | None,
 ) -> Tensor:
-    """x [B, S, H] -> [B, S, H]; its keys and values are put behind the earlier ones, [B, heads, end, d]."""
+    """x [B, S, H] -> [B, S, H]; its keys and values are put into the memory, [B, heads, L, d] each."""
     attention = layer.layer.self_attn
     heads = layer.project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, all heads, S, d]
     count = keys.shape[1]
     query_key, value = heads.split([heads.shape[1] - count, count], dim=1)
     _turn(query_key, cos, sin)
     query, key = query_key.split([query_key.shape[1] - count, count], dim=1)
-    keys[:, :, start:] = key
-    values[:, :, start:] = value
+    if isinstance(places, slice):
+        keys[:, :, places], values[:, :, places] = key, value
+    else:
+        keys.index_copy_(2, places, key)
+        values.index_copy_(2, places, value)
+    keys, values = keys[:, :, :end], values[:, :, :end]
     if x.shape[1] == 1:  # heads that share a key as so many queries to it, which torch is faster at
         grouped = query.reshape(*keys.shape[:2], -1, attention.head_dim)  # [B, heads, group, d]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=attention.scaling)
