@@ -8,11 +8,13 @@ Every stage resumes where it was interrupted. Without --stage all run in order.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,7 +222,7 @@ def train_codebook(out: Path, steps: int) -> None:
     reader = CodeReader(QUANTISER["embed_dim"], LABEL_CLASSES, SIDE // 32)
     known = sorted(int(path.stem) for path in (out / "pictures").glob("[0-9]???.npz"))
     chunks = Chunks(out, known[1:])
-    recipe = CodebookRecipe(steps=steps, save_every=250)
+    recipe = codebook_recipe(steps)
     train_visual_codebook(model, reader, chunks.batches(128, steps_done(folder)), recipe, folder)
     parts = {"visual": model.visual, "vqmodel": model.vqmodel}
     save_state(folder / "model.pt", {name: part.state_dict() for name, part in parts.items()})
@@ -347,10 +349,9 @@ def train_language_model(out: Path, steps: int, full_steps: int) -> None:
     sayings = Sayings(out, processor.tokenizer, known)
     model = build_prior(len(processor.tokenizer))
     folder = out / "prior"
-    recipe = Recipe(steps=steps, save_every=250)
+    recipe, last = prior_recipes(steps, full_steps)
     batches = sayings.batches(64, 0.35, steps_done(folder), shortened=True)
     train_prior(model, batches, recipe, folder)
-    last = Recipe(steps=full_steps, learning_rate=1e-3, warmup_steps=20, decay_share=0.7, save_every=50, ema_decay=0.99)
     folder = out / "prior_in_full"
     train_prior(model, sayings.batches(24, 0.35, steps_done(folder), shortened=False), last, folder)
     save_state(folder / "model.pt", model.state_dict())
@@ -494,9 +495,63 @@ def train_transformer(out: Path, steps: int) -> None:
     model = GlmImageTransformer2DModel(**TRANSFORMER)
     initialize(model)
     folder = out / "transformer"
-    recipe = FlowMatchingRecipe(steps=steps, save_every=250)
+    recipe = transformer_recipe(steps)
     train_flow_matching(model, latents.batches(64, 0.3, text, steps_done(folder)), recipe, folder)
     model.save_pretrained(folder / "model")
+
+
+# --- the recipes, and how far a run has come ---
+
+
+def codebook_recipe(steps: int) -> CodebookRecipe:
+    return CodebookRecipe(steps=steps, save_every=250)
+
+
+def prior_recipes(steps: int, full_steps: int) -> tuple[Recipe, Recipe]:
+    """Of shortened pictures, and of whole ones."""
+    full = Recipe(steps=full_steps, learning_rate=1e-3, warmup_steps=20, decay_share=0.7, ema_decay=0.99, save_every=50)
+    return Recipe(steps=steps, save_every=250), full
+
+
+def transformer_recipe(steps: int) -> FlowMatchingRecipe:
+    return FlowMatchingRecipe(steps=steps, save_every=250)
+
+
+#: The stages that are trained; each has a folder of this name in a run, with a log.
+TRAINED = ("autoencoder", "codebook", "prior", "prior_in_full", "transformer")
+
+
+def record(out: Path, records: Path) -> None:
+    """Copy the logs, and write down what the run is made of."""
+    records.mkdir(parents=True, exist_ok=True)
+    done = {}
+    for name in TRAINED:
+        shutil.copyfile(out / name / "log.jsonl", records / f"{name}.jsonl")
+        done[name] = steps_done(out / name)
+    prior, in_full = prior_recipes(done["prior"], done["prior_in_full"])
+    recipes = {
+        "autoencoder": AutoencoderRecipe(steps=done["autoencoder"]),
+        "codebook": codebook_recipe(done["codebook"]),
+        "prior": prior,
+        "prior_in_full": in_full,
+        "transformer": transformer_recipe(done["transformer"]),
+    }
+    configuration = {
+        "seed": SEED,
+        "chunks": len(list((out / "pictures").glob("[0-9]???.npz"))),
+        "geometries": GEOMETRIES,
+        "colourings": COLOURINGS,
+        "wordings": WORDINGS,
+        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "autoencoder": AUTOENCODER,
+        "vision": VISION,
+        "quantiser": QUANTISER,
+        "language": LANGUAGE,
+        "text_encoder": TEXT_ENCODER,
+        "transformer": TRANSFORMER,
+        "scheduler": SCHEDULER,
+    }
+    (records / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
 
 
 # --- the whole ---
@@ -563,10 +618,10 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--chunks", type=int, default=CHUNKS)
     parser.add_argument("--autoencoder-steps", type=int, default=900)
-    parser.add_argument("--codebook-steps", type=int, default=2500)
-    parser.add_argument("--prior-steps", type=int, default=2500)
-    parser.add_argument("--prior-full-steps", type=int, default=250)
-    parser.add_argument("--transformer-steps", type=int, default=2000)
+    parser.add_argument("--codebook-steps", type=int, default=1700)
+    parser.add_argument("--prior-steps", type=int, default=2400)
+    parser.add_argument("--prior-full-steps", type=int, default=220)
+    parser.add_argument("--transformer-steps", type=int, default=3300)
     parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--target", type=Path, help="where the finished checkpoint goes; OUT/checkpoint if not given")
@@ -588,6 +643,7 @@ def main() -> None:
         train_transformer(options.out, options.transformer_steps)
     if options.stage in (None, "export"):
         export(options.out, target)
+        record(options.out, options.records)
     if options.stage in (None, "judge"):
         judge(target, options.records, options.judged)
 

@@ -196,6 +196,9 @@ def generate(
         from .pipelines.planner import Budget
 
         batch_size = batch_size or 1
+        if references:  # whose size the pictures have
+            usual = [side // 32 * 32 or None for side in references[0].size]
+            height, width = height or usual[1], width or usual[0]
         budget = Budget(memory_budget, chosen, height, width, batch_size)
         pipe = _load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
         assert pipe.plan is not None

@@ -66,7 +66,8 @@ def test_codes_follow_tokens_and_rare_ones_begin_anew() -> None:
     other = OnlineCodebook(6, 4, 0.9)
     other.load_state_dict(book.state_dict())
     assert torch.equal(other.codes, book.codes)
-    book.start(tokens)
+    book.start(tokens, 3)
+    assert float(book.counts.sum()) == 200
     assert book.ready
     torch.testing.assert_close(book.codes.norm(dim=-1), torch.ones(6))
 

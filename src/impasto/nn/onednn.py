@@ -124,7 +124,7 @@ def joined_product(layers: Sequence[nn.Module], rows: int | None) -> Product:
 
     Args:
         rows: of the input. For so few the weights are packed if that can be, and then read twice as fast; such a
-            product is to be kept no longer than nobody changes them. None: not packed.
+            product is to be kept only as long as nobody changes them. None: not packed.
     """
     if rows is None or not all(multiplies(layer, layer.weight) for layer in layers if isinstance(layer.weight, Tensor)):
         return layers[0] if len(layers) == 1 else lambda x: torch.cat([layer(x) for layer in layers], dim=-1)

@@ -144,7 +144,7 @@ class Pipeline:
             if name not in names:
                 raise InputError(f"{cls.__name__}.from_pretrained has no argument {name!r}; parts: {', '.join(names)}")
         asked = dtype if dtype is not None else torch_dtype
-        asked, few = _without_quantised(asked, memory_budget is not None)
+        asked, few = _without_quantised(asked, names, memory_budget is not None)
         dtypes = loading.dtype_of_each(names, asked)
         for each in dtypes.values():
             check_dtype(each, None)
@@ -170,6 +170,7 @@ class Pipeline:
             if budget.device is not None:
                 check_device(torch.device(budget.device))
             plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
+            planner.check_libraries(plan)
             dtypes |= planner.load_dtypes(plan)
         loaded = {
             name: loading.load_part(index[name], folder / name, dtypes[name], variant, use_safetensors)
@@ -539,17 +540,24 @@ class Pipeline:
         self._progress_bar_config = kwargs
 
 
-def _without_quantised(dtype: loading.DTypes, planned: bool) -> tuple[loading.DTypes, dict[str, str]]:
+def _without_quantised(
+    dtype: loading.DTypes, names: Sequence[str], planned: bool
+) -> tuple[loading.DTypes, dict[str, str]]:
     """The dtypes, and apart from them the parts that are to have few bits.
 
     Raises:
-        InputError: few bits without a plan.
+        InputError: few bits without a plan, or of what is no part.
     """
-    if isinstance(dtype, str) and dtype in planner.QUANTISED:
-        raise InputError(f"dtype={dtype!r} is for parts alone, as in dtype={{'transformer': {dtype!r}}}")
+    told = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    few = {name: str(value) for name, value in told.items() if value in planner.QUANTISED}
+    unknown = [name for name in few if name not in names]
+    if unknown:
+        raise InputError(
+            f"dtype={few[unknown[0]]!r} is for parts, by name, as in dtype={{'transformer': {few[unknown[0]]!r}}}; "
+            f"{unknown[0]!r} is none of {', '.join(names)}"
+        )
     if not isinstance(dtype, Mapping):
         return dtype, {}
-    few = {name: str(value) for name, value in dtype.items() if value in planner.QUANTISED}
     if few and not planned:
         name, value = next(iter(few.items()))
         raise InputError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.glm_image import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
+from ..nn.module import parse_dtype
 from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
@@ -26,7 +28,7 @@ from .glm_image_prior import PRIOR_PIXELS, PriorTokens, generate_prior, referenc
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
 from .moving import unwrapped
-from .placement import OneAtATime, check_device
+from .placement import OneAtATime, check_device, check_dtype
 from .text import EncodedTexts
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
@@ -125,8 +127,10 @@ class GlmImagePipeline(Pipeline):
             return super().to(*args, device=device, **options)
         check_device(target)
         others = [arg for arg in args if arg not in devices]
+        for dtype in (*others, options.get("dtype")):
+            check_dtype(parse_dtype(dtype), target)
         super().to("cpu", *others, **options)
-        self.placement = OneAtATime(target, visits=self._visits_of_whole_parts())
+        self._offload(OneAtATime(target))
         return self
 
     # --- the call ---
@@ -224,6 +228,19 @@ class GlmImagePipeline(Pipeline):
             self._require("tokenizer")
             if self.prompt_cache is None:
                 self._require("text_encoder")
+        guided = guidance_scale > 1.0
+
+        def encoded() -> GlyphEmbeds:  # before the prior, which takes long
+            return self.encode_prompt(
+                texts or None,
+                guided,
+                per_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                max_sequence_length=max_sequence_length,
+                negative_prompt=negative_prompt,
+            )
+
         if prior_token_ids is None:
             if prior_token_image_ids is not None or source_image_grid_thw is not None:
                 raise InputError(
@@ -232,21 +249,12 @@ class GlmImagePipeline(Pipeline):
             if not prompts:
                 raise InputError("the prior needs a prompt to read: give prompt, or prior_token_ids with prompt_embeds")
             images = None if images is None else [[reference_picture(one) for one in row] for row in images]
+            embeds = encoded()
             prior = self.generate_prior_tokens(texts, height, width, images, None, generators, per_prompt)
         else:
             given = (prior_token_ids, prior_token_image_ids, source_image_grid_thw)
             prior = self._given_prior(*given, images, shape, per_prompt)
-        guided = guidance_scale > 1.0
-
-        embeds = self.encode_prompt(
-            texts or None,
-            guided,
-            per_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            max_sequence_length=max_sequence_length,
-            negative_prompt=negative_prompt,
-        )
+            embeds = encoded()
         noise = draw_noise(shape, generators, self.device, torch.float32) if latents is None else latents
         references = self.encode_references(images, prior)
         loop = self.denoise(
@@ -396,6 +404,7 @@ class GlmImagePipeline(Pipeline):
         return GlyphEmbeds(repeated(prompt_embeds), negative)
 
     def _encode_glyphs(self, texts: list[str], length: int) -> EncodedTexts:
+        """Embeddings [B, M, channels] and mask [B, M] of the texts in quotes, of at most so many bytes each."""
         tokenizer = self._require("tokenizer")
 
         def encode(some: list[str]) -> EncodedTexts:
@@ -406,14 +415,15 @@ class GlmImagePipeline(Pipeline):
             return encode(texts)
         encoder = self.components["text_encoder"]
         dtype = None if encoder is None else self.computing_dtype("text_encoder")
-        kept = [
-            self.prompt_cache.encode([text], most_tokens(text, length), self.device, encoder, tokenizer, dtype, encode)
-            for text in texts
-        ]
-        pads = torch.nn.utils.rnn.pad_sequence
+        kept = {}
+        with nullcontext() if encoder is None else self.using("text_encoder"):  # once for all
+            for text in dict.fromkeys(texts):
+                most = most_tokens(text, length)
+                kept[text] = self.prompt_cache.encode([text], most, self.device, encoder, tokenizer, dtype, encode)
+        join = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return EncodedTexts(
-            embeds=pads([each.embeds[0] for each in kept], batch_first=True),  # [B, M, C]
-            mask=pads([each.mask[0] for each in kept], batch_first=True),  # [B, M]
+            embeds=join([kept[text].embeds[0] for text in texts]),
+            mask=join([kept[text].mask[0] for text in texts]),
         )
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ PRIOR_PIXELS = 32
 #: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
 _AT_ONCE = 8
 
-#: Tokens that are asked for at most twice as many ahead of those that a GPU has computed.
+#: How many tokens apart the host waits for a GPU; it is at most twice as many ahead.
 _AHEAD = 16
 
 #: Told how many tokens there are; whether to go on.

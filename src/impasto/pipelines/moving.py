@@ -92,7 +92,9 @@ class Group:
 
     def _copy(self, slot: Slot) -> Tensor:
         tensor = slot.read()
-        dtype = self._dtype if tensor.is_floating_point() else None
+        # Tables that no file holds, such as rotary frequencies, would be shifted by rounding.
+        table = slot.parameter is None and slot.key in slot.owner._non_persistent_buffers_set
+        dtype = self._dtype if tensor.is_floating_point() and not table else None
         if dtype is not None and stays_float32(self._part, slot.name, dtype):
             dtype = torch.float32
         pinned = tensor.device.type == "cpu" and self._device.type not in WITHOUT_STREAMS and tensor.is_pinned()
@@ -107,8 +109,7 @@ class Group:
         with torch.inference_mode(False), torch.no_grad():
             for slot, copy in zip(self._slots, self._copies, strict=True):
                 home = slot.read()
-                same = copy.dtype == home.dtype and copy.device == home.device
-                if not same or (_is_plain(copy) and copy.data_ptr() != home.data_ptr()):
+                if not _is_the_same(copy, home):
                     self._home.append((slot, home))
                     slot.write(copy)
 
@@ -250,6 +251,13 @@ def is_settled(part: nn.Module) -> bool:
         return True
     own = (module for module in part.modules() if not isinstance(module, QuantizedLinear))  # which can be moved
     return any(not _is_plain(p) for module in own for p in module._parameters.values() if p is not None)
+
+
+def _is_the_same(copy: Tensor, home: Tensor) -> bool:
+    """Whether nothing had to be copied."""
+    if copy.dtype != home.dtype or copy.device != home.device:
+        return False
+    return copy is home or (_is_plain(copy) and copy.data_ptr() == home.data_ptr())
 
 
 def _is_plain(tensor: Tensor) -> bool:

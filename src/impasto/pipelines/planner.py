@@ -12,6 +12,7 @@ their memory-mapped file and take none of it: the operating system reads them wh
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
 from ..nn.cpu import processor_has
 from ..nn.module import parse_size
 from ..transforms.quantize import KEPT, Method, quantize
-from ..transforms.quantized_linear import NF4_BLOCK
+from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES
 from .glm_image_prior import PRIOR_PIXELS, tokens_to_generate
 from .inspection import DTYPES, STORED, USUAL_VAE, Inspection, Part, picture_size
 from .moving import Visit, is_settled
@@ -203,23 +204,29 @@ def plan_memory(
         plan = made(candidate, reason)
         if plan.peak <= limit:
             return filled(plan)
-    turns: list[PartPlan] = []
-    needed, largest = 0, None
-    for part in parts:
-        ways = list(scene.ways(part))
-        peaks = [made([way], "").peak for way in ways]
-        least, smallest = min(zip(peaks, ways, strict=True), key=lambda pair: pair[0])
-        if least > needed:
-            needed, largest = least, smallest
-        turns += [way for way, peak in zip(ways, peaks) if peak <= limit][:1]
-    if needed <= limit:
-        return filled(made(turns, "the parts take turns"))
+    choices = {part.name: list(scene.ways(part)) for part in parts}
+    # What may stay in memory, in each of its ways, and beside it the others in their turns.
+    staying = {name: ways for name, ways in choices.items() if ways[-1].way == RESIDENT}
+    closest: MemoryPlan | None = None
+    for ways in itertools.product(*staying.values()):
+        turns = dict(zip(staying, ways))
+        held = [way for way in ways if way.way == RESIDENT]
+        for name in choices.keys() - staying.keys():
+            peaks = [made([*held, way], "").peak for way in choices[name]]
+            fitting = next((i for i, peak in enumerate(peaks) if peak <= limit), peaks.index(min(peaks)))
+            turns[name] = choices[name][fitting]
+        plan = made([turns[part.name] for part in parts], "the parts take turns")
+        if plan.peak <= limit:
+            return filled(plan)
+        closest = plan if closest is None or plan.peak < closest.peak else closest
+    assert closest is not None
+    needed = closest.peak
+    largest = max(closest.parts, key=lambda part: closest.phases[part.name])
     if asked > free and needed <= asked:
         raise ResourceError(
             f"{format_size(free)} are free on {chosen}, and {found.model} needs {_up(needed)} for pictures of "
             f"{width} x {height} px; free some memory, or draw smaller pictures"
         )
-    assert largest is not None
     raise BudgetTooSmallError(
         f"a budget of {format_size(asked)} is too small for {found.model} on {chosen} with pictures of {width} x "
         f"{height} px: the smallest that works is {_up(needed)}. Give that, which the {largest.name} takes "
@@ -283,9 +290,27 @@ class _Scene:
         if dtype in QUANTISED and self.device.type == "cpu":
             way = RESIDENT  # where it is made
         # What is mapped takes nothing, but our own models may pack their weights anew for speed.
-        weights = 0 if mapped and part.name in ("text_encoder", PRIOR) else _memory(part, dtype)
-        moved = 0 if mapped or way == RESIDENT else _memory(part, dtype)
+        size = self._memory(part, dtype)
+        weights = 0 if mapped and part.name in ("text_encoder", PRIOR) else size
+        moved = 0 if mapped or way == RESIDENT else size
         return PartPlan(part.name, part.dtypes[0], dtype, way, weights, self._work(part, dtype), moved)
+
+    def _memory(self, part: Part, dtype: str) -> int:
+        """Bytes of a part's weights, the large ones of its blocks in few bits if the dtype says so."""
+        if dtype not in QUANTISED:
+            return part.memory(dtype)
+        rest = fast_dtype(self.device)
+        few = [
+            name
+            for prefix, names in part.blocks().items()
+            if prefix
+            for name in names
+            if name.endswith(".weight")
+            and part.tensors[name][1] >= SMALL_WEIGHT
+            and not any(f".{kept}." in f".{name}" for kept in KEPT)
+        ]
+        quantised = sum(part.tensors[name][1] for name in few)
+        return part.memory(rest) - DTYPES[rest] * quantised + int(QUANTISED[dtype][1] * quantised)
 
     def _streamed(self, part: Part, dtype: str) -> PartPlan:
         blocks = part.blocks()
@@ -312,6 +337,10 @@ class _Scene:
         kernels = strip_bytes if self.device.type == "cpu" else 0
         work = plan.peak_bytes + kernels + PIXEL * self.pixels * self.pictures
         return replace(part, work=work, tiling=Tiling(plan.peak_bytes, strip_bytes, plan.recomputation))
+
+    def _vae_config(self) -> Mapping[str, Any]:
+        parts = self.found.by_name
+        return parts["vae"].config if "vae" in parts else USUAL_VAE
 
     def _latent_sides(self) -> tuple[int, int]:
         factor = 2 ** (len(self.found.by_name["vae"].config["block_out_channels"]) - 1)
@@ -351,9 +380,11 @@ class _Scene:
             return int(maps * (1 + kernels)) + PIXEL * self.pixels * self.pictures
         if part.name == "transformer":
             work = self.found.working_memory(part.name, dtype, self.pixels, self.pictures)
-            pixart = not (part.class_name or "").startswith("GlmImage")
-            if self.device.type == "cpu" and pixart:  # short texts are absorbed into the projections
-                width = int(config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72))
+            width = int(config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72))
+            if (part.class_name or "").startswith("GlmImage"):  # each layer's K and V of an image that is referred to
+                tokens = self.pixels * self.pictures // picture_size(config, self._vae_config())[1] ** 2
+                work += 2 * int(config.get("num_layers", 30)) * width * tokens * itemsize
+            elif self.device.type == "cpu":  # short texts are absorbed into the projections
                 work += 2 * self.pictures * int(config.get("num_layers", 28)) * 2 * width**2 * itemsize
             return work
         width, inner = int(config.get("d_model", 4096)), int(config.get("d_ff", 10240))
@@ -376,24 +407,6 @@ class _Scene:
         return self.pictures * (length * kept + wide) * itemsize
 
 
-def _memory(part: Part, dtype: str) -> int:
-    """Bytes of a part's weights, the large ones of its blocks in few bits if the dtype says so."""
-    if dtype not in QUANTISED:
-        return part.memory(dtype)
-    blocks = part.blocks()
-    few = [
-        name
-        for prefix, names in blocks.items()
-        if prefix
-        for name in names
-        if name.endswith(".weight")
-        and part.tensors[name][1] >= SMALL_WEIGHT
-        and not any(f".{kept}." in f".{name}" for kept in KEPT)
-    ]
-    quantised = sum(part.tensors[name][1] for name in few)
-    return part.memory("bfloat16") - 2 * quantised + int(QUANTISED[dtype][1] * quantised)
-
-
 def _is_matrix(name: str) -> bool:
     return "shared" not in name and "embed" not in name
 
@@ -406,6 +419,7 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
         module = pipe.components[part.name]
         if part.dtype in QUANTISED:
             quantize(module, QUANTISED[part.dtype][0], keep_originals=False)
+            module.to(getattr(torch, fast_dtype(device)))  # what is not in few bits
         if part.tiling is not None:
             module.enable_tiling(part.tiling.max_bytes, part.tiling.strip_bytes)
         if part.name == "vae" and plan.pictures > 1:
@@ -425,12 +439,15 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
 
 def load_dtypes(plan: MemoryPlan) -> dict[str, torch.dtype]:
     """In which dtype to load each part: what stays in memory is cast once, the others are left as stored."""
-    quick = fast_dtype(torch.device(plan.device))
-    found = {}
+    stay = {part.name for part in plan.parts if part.way == RESIDENT and part.dtype not in QUANTISED}
+    return {part.name: getattr(torch, part.dtype if part.name in stay else part.stored) for part in plan.parts}
+
+
+def check_libraries(plan: MemoryPlan) -> None:
+    """Raise now, and not after the weights are loaded, where a library for few bits is missing."""
     for part in plan.parts:
-        dtype = part.dtype if part.way == RESIDENT else part.stored
-        found[part.name] = getattr(torch, quick if part.dtype in QUANTISED else dtype)
-    return found
+        if part.dtype in QUANTISED:
+            SCHEMES[QUANTISED[part.dtype][0]]().check(torch.device("cpu"), getattr(torch, part.stored))
 
 
 # --- the machine ---

@@ -9,6 +9,7 @@ Shapes: B pictures, S tokens at a time, L tokens in all, d channels of a head, H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..nn.onednn import Product, joined_product
 from ..nn.plain import is_plain_linear
+from .compiling import CudaGraphs, Recorder
 
 
 class Sampling(NamedTuple):
@@ -72,8 +74,8 @@ class _Layer(NamedTuple):
 class PriorDecoder:
     """The prior with the keys and values of B sequences of at most L tokens.
 
-    A token is as fast as its weights are read. On a CPU that multiplies bfloat16, packed copies of them are, which are
-    made here and live as long as this: the model is not to change in the meantime.
+    A token is as fast as its weights are read. On a CPU that multiplies bfloat16, packed copies are read faster: made
+    here, unless ``packed`` says no, they live as long as this. The model is not to change in the meantime.
 
     Args:
         model: transformers' ``GlmImageForConditionalGeneration``.
@@ -82,11 +84,19 @@ class PriorDecoder:
         vocabulary: V, the first of the model's tokens.
         packed: whether to make such copies, where they are faster; they take as much memory as the weights.
         fixed: whether every token is computed with the same shapes, at the cost of attention to what is not there
-            yet: then its kernels can be replayed. None: on a GPU, where they are.
+            yet: then its kernels can be replayed. None: on a GPU.
+        make_recorder: of a device, what replays them; None: CUDA graphs on a GPU, and nothing elsewhere.
     """
 
     def __init__(
-        self, model: Any, batch: int, length: int, vocabulary: int, packed: bool = True, fixed: bool | None = None
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        vocabulary: int,
+        packed: bool = True,
+        fixed: bool | None = None,
+        make_recorder: Callable[[torch.device], Recorder] | None = None,
     ):
         language = model.model.language_model
         self._embed, self._norm, self._rotary = language.embed_tokens, language.norm, language.rotary_emb
@@ -95,10 +105,11 @@ class PriorDecoder:
         self._head = _head_product(model.lm_head, vocabulary, rows)
         config = language.config
         heads = config.num_key_value_heads or config.num_attention_heads
-        shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
         weight = language.norm.weight  # quantised layers tell no dtype
         options: Any = {"device": weight.device, "dtype": weight.dtype}
         self._fixed = weight.device.type == "cuda" if fixed is None else fixed
+        if make_recorder is None and weight.device.type == "cuda":
+            make_recorder = CudaGraphs
         if self._fixed:
             length = -(-length // 64) * 64  # which kernels are faster at
         shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
@@ -110,8 +121,8 @@ class PriorDecoder:
         self._token = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self._position = torch.zeros(3, batch, dtype=torch.long, device=weight.device)
         self._place = torch.zeros(1, dtype=torch.long, device=weight.device)
-        self._scores: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], Tensor] | None = None
+        self._make_recorder = make_recorder
 
     def prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read prompts [B, S] at positions [3, B, S] -> the scores [B, V] of what follows.
@@ -125,9 +136,10 @@ class PriorDecoder:
         if self._fixed:
             self._bias[..., count:] = -torch.inf
             self._place.fill_(count)
-        causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[None, None]  # [1, 1, S, S]
+        causal: Tensor | None = None  # [B, 1, S, S]
         if self._padded:
             assert mask is not None
+            causal = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
             self._bias[:, :, :, :count].masked_fill_(~mask.bool()[:, None, None], -torch.inf)
             # Padding attends to itself, so that it has no row without any key.
             causal = causal & (mask.bool()[:, None, None] | torch.eye(count, dtype=torch.bool, device=tokens.device))
@@ -146,35 +158,23 @@ class PriorDecoder:
             return self._run(tokens[:, None], positions[..., None], slice(end - 1, end), end, bias)
         self._token.copy_(tokens)
         self._position.copy_(positions)
-        if self._token.device.type != "cuda":
+        if self._make_recorder is None:
             return self._fixed_step()
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
-        assert self._scores is not None
-        self._graph.replay()
-        return self._scores
+        if self._replay is None:
+            before = self._bias.clone(), self._place.clone()
+            self._replay = self._make_recorder(self._token.device)(self._fixed_step)
+            # What trials write behind this place of the memory is written over.
+            self._bias.copy_(before[0])
+            self._place.copy_(before[1])
+        return self._replay()
 
     def _fixed_step(self) -> Tensor:
-        self._bias.index_fill_(3, self._place, 0.0)
         end = self._memory.shape[4]
-        scores = self._run(self._token[:, None], self._position[..., None], self._place, end, self._bias)
+        place = self._place.clamp(max=end - 1)  # trials at the end
+        self._bias.index_fill_(3, place, 0.0)
+        scores = self._run(self._token[:, None], self._position[..., None], place, end, self._bias)
         self._place += 1
         return scores
-
-    def _record(self) -> None:
-        """Record a step. What the trials change is put back; what they write into the memory is written over."""
-        before = self._bias.clone(), self._place.clone()
-        aside = torch.cuda.Stream(self._token.device)
-        aside.wait_stream(torch.cuda.current_stream(self._token.device))
-        with torch.cuda.stream(aside):
-            self._fixed_step()  # libraries allocate on first use, which cannot be recorded
-        torch.cuda.current_stream(self._token.device).wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._scores = self._fixed_step()
-        self._bias.copy_(before[0])
-        self._place.copy_(before[1])
 
     def _run(self, tokens: Tensor, positions: Tensor, places: slice | Tensor, end: int, bias: Tensor | None) -> Tensor:
         """Tokens [B, S] at positions [3, B, S], which go to places of the memory and read it up to its end."""
@@ -230,7 +230,9 @@ def _attend(
         grouped = query.reshape(*keys.shape[:2], -1, attention.head_dim)  # [B, heads, group, d]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=attention.scaling)
         return layer.out(out.flatten(1)[:, None])
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=attention.scaling, enable_gqa=True)
+    # Without a mask, kernels that keep no scores can take it.
+    options: Any = {"attn_mask": bias, "is_causal": bias is None, "scale": attention.scaling, "enable_gqa": True}
+    out = F.scaled_dot_product_attention(query, keys, values, **options)
     return layer.out(out.transpose(1, 2).flatten(2))
 
 

@@ -91,8 +91,7 @@ def train_flow_matching(
         velocity = transformer.denoise(xt.bfloat16(), context, modulation, references).float()
         errors = (velocity - (noise - x0)).square().flatten(1).mean(1)  # [B]
         kind = "drawn" if batch.reference is None else "edited"
-        quarters = errors.detach()[share.argsort()].unflatten(0, (4, -1)).mean(1)
-        parts = {f"{kind}_{i}": value for i, value in enumerate(quarters)}
+        parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # less noise first
         return Loss(errors.mean(), parts)
 
     blocks = list(transformer.transformer_blocks) if recipe.compile_blocks else []

@@ -58,12 +58,13 @@ class OnlineCodebook:
         numbers: Tensor = (tokens @ self.codes.T).argmax(-1)
         return numbers
 
-    def start(self, tokens: Tensor) -> None:
-        """Begin with tokens [T, d]: spherical k-means."""
+    def start(self, tokens: Tensor, batches: int) -> None:
+        """Begin with the tokens [T, d] of so many batches: spherical k-means."""
         generator = torch.Generator().manual_seed(1)
         self.codes = tokens[torch.randperm(len(tokens), generator=generator)[: len(self.codes)]].clone()
         for _ in range(10):
             self._count(tokens, 0.0)
+        self.counts, self.sums = self.counts / batches, self.sums / batches  # as much as one batch weighs
         self.ready = True
 
     def update(self, tokens: Tensor, generator: torch.Generator) -> None:
@@ -176,7 +177,7 @@ def train_visual_codebook(
             lately.append(flat)
             del lately[:-64]
             if step + 1 >= recipe.continuous_steps:
-                book.start(torch.cat(lately))
+                book.start(torch.cat(lately), len(lately))
                 lately.clear()
             told, far, used = tokens, torch.zeros(()), torch.zeros(())
         else:
