@@ -278,12 +278,15 @@ class Sayings:
     """Prompts of all pictures and edits in memory, and the tokens that they are to be answered with.
 
     A prompt for a picture is answered with a small one of 16 x 16 tokens first, as it is with the released model. Here
-    the picture itself is but 4 x 4, so the small one is the same picture with each token 4 x 4 times. In most of the
-    training it is shortened to one of each: the others only repeat what is beside or above them.
+    the picture itself is but 4 x 4, so the small one is left empty: the same code everywhere. Most of the training has
+    only the last few of them.
     """
 
     GRID = SIDE // 32
     SMALL = 16
+    EMPTY = 0  # the code of the small picture
+    LAST = 4  # of its tokens, in a shortened answer
+    EMPTY_WEIGHT = 0.02
 
     def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, chunks: Sequence[int]):
         self.padding = tokenizer.pad_token_id
@@ -303,32 +306,31 @@ class Sayings:
         self.codes = torch.cat(codes)  # [N, GRID * GRID]
         self.pairs = torch.tensor(sources)  # [edits, 2]: what is edited, and what it becomes
 
-    def batches(self, size: int, edits: float, seed: int, shortened: bool) -> Iterator[Sequences]:
+    def batches(self, size: int, edits: float, whole: float, seed: int) -> Iterator[Sequences]:
+        """``edits`` and ``whole``: the shares of batches of edits, and of answers that are not shortened."""
         rng = np.random.default_rng([SEED, seed])
         grid, small = (self.GRID, self.GRID), (self.SMALL, self.SMALL)
-        every = torch.arange(self.SMALL**2).view(small)[:: self.SMALL // self.GRID, :: self.SMALL // self.GRID]
-        first = target_offsets([small])[:, every.flatten()]
+        every = target_offsets([small, grid])
         while True:
-            if rng.random() < edits:
+            kind = rng.random()
+            if kind < edits:
                 rows = rng.integers(len(self.pairs), size=size)
                 prompts = [self.asked(int(row)) for row in rows]
                 tokens, positions = zip(*prompts, strict=True)
                 targets = self.codes[self.pairs[rows, 1]]
                 yield join(tokens, positions, targets, target_offsets([grid]), self.padding, "edited")
                 continue
-            rows = rng.integers(len(self.drawn), size=size)
-            wordings = rng.integers(WORDINGS, size=size)
+            full = kind < edits + whole
+            empty, count = (self.SMALL**2, size * 3 // 8) if full else (self.LAST, size)
+            rows = rng.integers(len(self.drawn), size=count)
+            wordings = rng.integers(WORDINGS, size=count)
             tokens = [self.drawn[row][wording] for row, wording in zip(rows, wordings, strict=True)]
             positions = [torch.arange(len(ids)).expand(3, -1) for ids in tokens]
-            targets = self.codes[rows]
-            if shortened:
-                yield join(tokens, positions, targets, first, self.padding, "drawn")
-            else:
-                several = targets.view(-1, *grid)
-                for dim in (1, 2):
-                    several = several.repeat_interleave(self.SMALL // self.GRID, dim=dim)
-                both = torch.cat([several.flatten(1), targets], dim=1)
-                yield join(tokens, positions, both, target_offsets([small, grid]), self.padding, "drawn_in_full")
+            targets = torch.cat([torch.full((count, empty), self.EMPTY), self.codes[rows]], dim=1)
+            weights = torch.cat([torch.full((empty,), self.EMPTY_WEIGHT), torch.ones(self.GRID**2)])
+            name = "drawn_in_full" if full else "drawn"
+            batch = join(tokens, positions, targets, every[:, -targets.shape[1] :], self.padding, name)
+            yield batch._replace(weights=weights)
 
     def asked(self, edit: int) -> tuple[Tensor, Tensor]:
         """An edit's prompt, the picture's own tokens in front, and the positions of its tokens, [3, S]."""
@@ -341,7 +343,7 @@ class Sayings:
 
 
 def train_language_model(out: Path, steps: int, full_steps: int) -> None:
-    """The prior: shortened pictures and edits first, then whole ones."""
+    """The prior: shortened answers and edits first, then whole ones among them."""
     torch.manual_seed(SEED)
     processor = make_processor(out)
     processor.save_pretrained(out / "processor")
@@ -350,10 +352,10 @@ def train_language_model(out: Path, steps: int, full_steps: int) -> None:
     model = build_prior(len(processor.tokenizer))
     folder = out / "prior"
     recipe, last = prior_recipes(steps, full_steps)
-    batches = sayings.batches(64, 0.35, steps_done(folder), shortened=True)
+    batches = sayings.batches(64, 0.35, 0.0, steps_done(folder))
     train_prior(model, batches, recipe, folder)
     folder = out / "prior_in_full"
-    train_prior(model, sayings.batches(24, 0.35, steps_done(folder), shortened=False), last, folder)
+    train_prior(model, sayings.batches(64, 0.3, 0.2, steps_done(folder)), last, folder)
     save_state(folder / "model.pt", model.state_dict())
 
 
@@ -508,8 +510,10 @@ def codebook_recipe(steps: int) -> CodebookRecipe:
 
 
 def prior_recipes(steps: int, full_steps: int) -> tuple[Recipe, Recipe]:
-    """Of shortened pictures, and of whole ones."""
-    full = Recipe(steps=full_steps, learning_rate=1e-3, warmup_steps=20, decay_share=0.7, ema_decay=0.99, save_every=50)
+    """Of shortened answers, and of whole ones among them."""
+    full = Recipe(
+        steps=full_steps, learning_rate=1.5e-3, warmup_steps=50, decay_share=0.5, ema_decay=0.995, save_every=200
+    )
     return Recipe(steps=steps, save_every=250), full
 
 

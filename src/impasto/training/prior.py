@@ -24,6 +24,7 @@ class Sequences(NamedTuple):
     starts: Tensor  # [B], where what is to be said begins
     targets: Tensor  # [B, T]
     kind: str = "tokens"  # under which the log tells how many were right
+    weights: Tensor | None = None  # [T], how much each counts; None: all the same
 
 
 def join(
@@ -81,8 +82,10 @@ def train_prior(model: Any, batches: Iterator[Sequences], recipe: Recipe, folder
     def loss(step: int, generator: torch.Generator) -> Loss:
         batch = next(batches)
         said = scores(model, batch).float()  # [B, T, V]
-        wrong = F.cross_entropy(said.flatten(0, 1), batch.targets.flatten())
-        right = (said.detach().argmax(-1) == batch.targets).float().mean()
-        return Loss(wrong, {batch.kind: right})
+        errors = F.cross_entropy(said.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+        right = (said.detach().argmax(-1) == batch.targets).float()
+        weights = torch.ones(errors.shape[1]) if batch.weights is None else batch.weights
+        share = weights / weights.sum() / len(errors)
+        return Loss((errors * share).sum(), {batch.kind: (right * share).sum()})
 
     train(models, loss, recipe, folder)
