@@ -587,7 +587,7 @@ def judge(target: Path, records: Path, count: int) -> None:
     pipe = GlmImagePipeline.from_pretrained(target)
     pipe.set_progress_bar_config(disable=True)
     records.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 20, "guidance_scale": 1.5}
+    options: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 20, "guidance_scale": 2.0}
     prompts, drawn = held_out_prompts(count), []
     for start in range(0, count, 16):
         some = [prompt.text for prompt in prompts[start : start + 16]]
@@ -604,9 +604,22 @@ def judge(target: Path, records: Path, count: int) -> None:
         images = [[source] for source in sources[start : start + 16]]
         edited += pipe(some, image=images, generator=generators, **options).images
     of_prompts, of_edits = judge_pictures(prompts, drawn), judge_edits(edits, edited)
+    objects = [
+        colour and shape
+        for verdict in of_prompts.verdicts
+        for colour, shape in zip(verdict.score.colours, verdict.score.shapes, strict=True)
+    ]
     named = [verdict.score.colours[edit.solid] for verdict, edit in zip(of_edits.verdicts, edits, strict=True)]
-    print(of_prompts.table(), of_edits.table(), f"colours that were to change: {sum(named)} of {count}", sep="\n\n")
-    told = {"text_to_image": of_prompts.to_dict(), "image_to_image": of_edits.to_dict()}
+    kept = [  # all that is there in the colours and shapes that it should have
+        verdict.score.count and all((*verdict.score.colours, *verdict.score.shapes)) for verdict in of_edits.verdicts
+    ]
+    summary = {
+        "solids of the right colour and shape": [sum(objects), len(objects)],
+        "edits whose colour is the new one": [sum(named), count],
+        "edits after which every solid has its colour and shape, and there is no other": [sum(kept), count],
+    }
+    print(of_prompts.table(), of_edits.table(), json.dumps(summary, indent=1), sep="\n\n")
+    told = {"summary": summary, "text_to_image": of_prompts.to_dict(), "image_to_image": of_edits.to_dict()}
     (records / "judged.json").write_text(json.dumps(told, indent=1) + "\n")
     pairs = [picture for pair in zip(sources, edited, strict=True) for picture in pair]
     for name, pictures in (("drawn", drawn[:32]), ("edited", pairs[:32])):
