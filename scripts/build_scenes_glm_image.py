@@ -637,8 +637,8 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=900)
     parser.add_argument("--codebook-steps", type=int, default=1700)
     parser.add_argument("--prior-steps", type=int, default=2400)
-    parser.add_argument("--prior-full-steps", type=int, default=220)
-    parser.add_argument("--transformer-steps", type=int, default=3300)
+    parser.add_argument("--prior-full-steps", type=int, default=2850)
+    parser.add_argument("--transformer-steps", type=int, default=3900)
     parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--target", type=Path, help="where the finished checkpoint goes; OUT/checkpoint if not given")
