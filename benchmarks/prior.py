@@ -114,8 +114,8 @@ def main() -> None:
     assert difference < (0.05 if options.dtype == "bfloat16" else 1e-4), difference
     calls = {
         "impasto": ours,
+        "reading the weights": lambda: reading(bits, count, options.device),  # right behind ours: bandwidth changes
         "transformers generate": theirs,
-        "reading the weights": lambda: reading(bits, count, options.device),
     }
     for call in calls.values():
         call()

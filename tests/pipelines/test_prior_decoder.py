@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
+from transformers.models.glm_image.modeling_glm_image import GlmImageRMSNorm
 
 from impasto.pipelines.glm_image_prior import generate_prior
-from impasto.pipelines.prior_decoder import PriorDecoder, Sampling
+from impasto.pipelines.prior_decoder import PriorDecoder, Sampling, fast_norm
 
 from ..tiny_glm import prior_parts
 
@@ -44,6 +45,19 @@ def scores_of(model: Any, given: Any, made: list[int]) -> Tensor:
     ids = torch.cat([given["input_ids"], torch.tensor([made], dtype=torch.long)], dim=1)
     found = model(ids, position_ids=torch.cat([positions, behind[:, None]], dim=2), use_cache=False)
     return found.logits[0, -1, :VOCABULARY]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@torch.no_grad()
+def test_norms_are_those_of_transformers(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = GlmImageRMSNorm(48, eps=1e-5)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    x = size * (1 + torch.randn(2, 3, 48, generator=generator))  # with a mean
+    torch.testing.assert_close(fast_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
+    exact = norm.double()(x.bfloat16().double())
+    found = fast_norm(norm.bfloat16())(x.bfloat16())
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-6)  # rounded weights, and once more
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def _product(layer: nn.Module, approximate: str | None, x: Tensor, weight: Tenso
         kept = KEPT.get(layer)
         weight = layer.weight if kept is None else kept.of(layer, x.numel() // x.shape[-1])
     activation: tuple[str, list[float], str] = ("none", [], "") if approximate is None else ("gelu", [], approximate)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, *activation)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, layer.bias, *activation)
     return out
 
 

@@ -2,7 +2,7 @@
 
 transformers' own ``generate`` does this for any model. Here the memory of keys and values is allocated once, only the
 scores of tokens that a picture may have are computed, and nothing waits for the device between two tokens: on a GPU, a
-token is one graph of kernels, recorded once and replayed. The layers are those of the loaded model, and are called.
+token is one graph of kernels, recorded once and replayed. The weights are those of the loaded model.
 
 Shapes: B pictures, S tokens at a time, L tokens in all, d channels of a head, H width, V tokens that may be sampled.
 """
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.onednn import Product, joined_product
-from ..nn.plain import is_plain_linear
+from ..nn.plain import is_plain_linear, is_watched
 from .compiling import CudaGraphs, Recorder
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class Sampling(NamedTuple):
@@ -55,20 +57,44 @@ class Sampling(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer of the model, and its products."""
+    """A layer of the model: its products, and the norms before and behind its two halves."""
 
-    layer: Any
+    attention: Any
+    activation: Callable[[Tensor], Tensor]
     project: Product  # to query, key and value, one behind the other
     out: Product
     widen: Product
     narrow: Product
+    before_attention: Norm
+    behind_attention: Norm
+    before_mlp: Norm
+    behind_mlp: Norm
 
     @classmethod
     def of(cls, layer: Any, rows: int | None) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         products = [projections, [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]]
-        return cls(layer, *(joined_product(layers, rows) for layers in products))
+        norms = [layer.input_layernorm, layer.post_self_attn_layernorm]
+        norms += [layer.post_attention_layernorm, layer.post_mlp_layernorm]
+        parts: list[Any] = [*(joined_product(layers, rows) for layers in products), *map(fast_norm, norms)]
+        return cls(attention, mlp.activation_fn, *parts)
+
+
+def fast_norm(norm: Any) -> Norm:
+    """transformers' ``GlmImageRMSNorm`` (1910.07467) in one kernel rather than eight, rounded once.
+
+    One that is watched, or is not that, is called as it is.
+    """
+    if is_watched(norm) or not hasattr(norm, "variance_epsilon"):
+        return norm  # type: ignore[no-any-return]
+    weight, eps = norm.weight.detach(), norm.variance_epsilon
+    width = len(weight)
+    if weight.device.type != "cpu":
+        return lambda x: F.rms_norm(x, (width,), weight, eps)
+    # On a CPU torch has no such kernel, but one of LayerNorm: x and -x together have no mean, and x's mean square.
+    twice = weight.repeat(2)
+    return lambda x: F.layer_norm(torch.cat([x, -x], dim=-1), (2 * width,), twice, None, eps)[..., :width]
 
 
 class PriorDecoder:
@@ -99,7 +125,7 @@ class PriorDecoder:
         make_recorder: Callable[[torch.device], Recorder] | None = None,
     ):
         language = model.model.language_model
-        self._embed, self._norm, self._rotary = language.embed_tokens, language.norm, language.rotary_emb
+        self._embed, self._norm, self._rotary = language.embed_tokens, fast_norm(language.norm), language.rotary_emb
         rows = batch if packed else None
         self._layers = [_Layer.of(layer, rows) for layer in language.layers]
         self._head = _head_product(model.lm_head, vocabulary, rows)
@@ -113,7 +139,7 @@ class PriorDecoder:
         if self._fixed:
             length = -(-length // 64) * 64  # which kernels are faster at
         shape = (len(self._layers), 2, batch, heads, length, language.layers[0].self_attn.head_dim)
-        self._memory = torch.zeros(shape, **options)  # keys and values of each layer
+        self._memory = [tuple(pair) for pair in torch.zeros(shape, **options)]  # keys and values of each layer
         self._bias = torch.zeros(batch, 1, 1, length, **options)  # -inf: padding, and with fixed shapes what is to come
         self._padded = False
         self._length = 0
@@ -124,6 +150,7 @@ class PriorDecoder:
         self._replay: Callable[[], Tensor] | None = None
         self._make_recorder = make_recorder
 
+    @torch.inference_mode()
     def prefill(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read prompts [B, S] at positions [3, B, S] -> the scores [B, V] of what follows.
 
@@ -146,6 +173,7 @@ class PriorDecoder:
         self._length = count
         return self._run(tokens, positions, slice(0, count), count, causal)
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """One more token [B] of each at positions [3, B] -> the scores [B, V] of what follows.
 
@@ -169,7 +197,7 @@ class PriorDecoder:
         return self._replay()
 
     def _fixed_step(self) -> Tensor:
-        end = self._memory.shape[4]
+        end = self._memory[0][0].shape[2]
         place = self._place.clamp(max=end - 1)  # trials at the end
         self._bias.index_fill_(3, place, 0.0)
         scores = self._run(self._token[:, None], self._position[..., None], place, end, self._bias)
@@ -182,12 +210,10 @@ class PriorDecoder:
         cos, sin = (part[:, None] for part in self._rotary(x, positions))  # [B, 1, S, rotated channels] each
         sin[..., : sin.shape[-1] // 2].neg_()
         for layer, (keys, values) in zip(self._layers, self._memory, strict=True):
-            of = layer.layer
-            x = x + of.post_self_attn_layernorm(
-                _attend(layer, of.input_layernorm(x), cos, sin, keys, values, places, end, bias)
-            )
-            gate, up = layer.widen(of.post_attention_layernorm(x)).chunk(2, dim=-1)
-            x = x + of.post_mlp_layernorm(layer.narrow(up * of.mlp.activation_fn(gate)))
+            attended = _attend(layer, layer.before_attention(x), cos, sin, keys, values, places, end, bias)
+            x = x + layer.behind_attention(attended)
+            gate, up = layer.widen(layer.before_mlp(x)).chunk(2, dim=-1)
+            x = x + layer.behind_mlp(layer.narrow(up * layer.activation(gate)))
         scores: Tensor = self._head(self._norm(x[:, -1]))  # [B, V]
         return scores
 
@@ -214,7 +240,7 @@ def _attend(
     bias: Tensor | None,
 ) -> Tensor:
     """x [B, S, H] -> [B, S, H]; its keys and values are put into the memory, [B, heads, L, d] each."""
-    attention = layer.layer.self_attn
+    attention = layer.attention
     heads = layer.project(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, all heads, S, d]
     count = keys.shape[1]
     query_key, value = heads.split([heads.shape[1] - count, count], dim=1)
