@@ -164,6 +164,10 @@ TOKENS = {
     ("changes", "message"),
     [
         ({"prior_token_ids": torch.full((1, 24), 32)}, "tokens from 0 to 31"),
+        ({"prior_token_ids": [[0] * 24]}, "prior_token_ids must be tensors"),
+        ({"prior_token_ids": torch.zeros(1, 24)}, "tokens from 0 to 31"),
+        (IMAGE | TOKENS | {"prior_token_image_ids": [[torch.zeros(16)]]}, "prior_token_image_ids must be tensors"),
+        (IMAGE | TOKENS | {"source_image_grid_thw": [[1, 4, 4]]}, r"must be tensors \[images, 3\]"),
         ({"prior_token_ids": None} | TOKENS, "belong to prior_token_ids"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 16), "prior_token_ids": None}, "a prompt to read"),
         ({"prior_token_ids": None, "num_inference_steps": 0}, "num_inference_steps"),

@@ -595,15 +595,17 @@ class GlmImagePipeline(Pipeline):
         batch, _, rows, columns = shape
         count = batch // per_prompt
         tokens = rows * columns // self.transformer.config["patch_size"] ** 2
+        codes = self._codebook_size()
+        for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids or [])):
+            if not all(_is_within(x, codes) for x in numbers):
+                raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, those of the codebook")
+        if not all(isinstance(grid, Tensor) and grid.shape[1:] == (3,) for grid in grids or []):
+            raise InputError("source_image_grid_thw must be tensors [images, 3]: of each image 1, its rows and columns")
         if ids.ndim != 2 or ids.shape[1] != tokens or ids.shape[0] not in (count, batch):
             raise InputError(
                 f"prior_token_ids has shape {list(ids.shape)}; a picture of this size has {tokens} tokens: expected "
                 f"{[count, tokens]}"
             )
-        codes = self._codebook_size()
-        for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids or [])):
-            if any(len(x) and not 0 <= int(x.min()) <= int(x.max()) < codes for x in numbers):
-                raise InputError(f"{name} must be tokens from 0 to {codes - 1}, those of the codebook")
         if images is None:
             if image_ids is not None or grids is not None:
                 raise InputError("prior_token_image_ids and source_image_grid_thw are of images, and image is None")
@@ -733,3 +735,10 @@ def _halves(
     if references is None and alike and conditional.bias is None:
         return [(GlmImageContext.concat([unconditional, conditional]), None)]
     return [(unconditional, None), (conditional, references)]
+
+
+def _is_within(tokens: Any, codes: int) -> bool:
+    """Whether tokens are whole numbers of a codebook."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        return False
+    return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes
