@@ -115,7 +115,7 @@ def test_prompts_of_different_lengths_are_scored_as_transformers_does() -> None:
     targets = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
     offsets = target_offsets([(1, 2), (2, 2)])
     batch = join(prompts, positions, targets, offsets, padding=38, kind="drawn")
-    assert batch.tokens.tolist()[1] == [44, 45, 7, 8, 9, 10, 11, 12, 38, 38]
+    assert batch.tokens.tolist()[1] == [44, 45, 7, 8, 9, 10, 11, 12, *[38] * 8]  # of few lengths
     assert batch.positions[:, 1, 2].tolist() == [2, 2, 2]
     assert batch.positions[:, 1, 7].tolist() == [2 + 2, 2 + 2 + 1, 2 + 2 + 1]
     said = scores(model, batch)
@@ -139,13 +139,22 @@ def test_a_prior_learns_what_to_say_and_keeps_its_positions(tmp_path: Path) -> N
             targets = (words - 40)[:, None] * 4 + torch.arange(4)
             yield join(prompts, positions, targets, target_offsets([(2, 2)]), 38, "drawn")
 
-    train_prior(model, batches(0), Recipe(steps=60, learning_rate=1e-2, save_every=30, **FAST), tmp_path)
-    assert rows(tmp_path)[-1]["drawn"] == 1.0
+    recipe = Recipe(steps=60, learning_rate=1e-2, save_every=30, compile_blocks=False, **FAST)
+    unseen = [next(batches(1)), next(batches(2))._replace(kind="edited")]
+    way = model.config.text_config._attn_implementation
+    train_prior(model, batches(0), recipe, tmp_path, unseen)
+    assert model.config.text_config._attn_implementation == way
+    seen = [row for row in rows(tmp_path) if "drawn" in row]
+    assert seen[-1]["drawn"] == 1.0
+    checks = [row for row in rows(tmp_path) if "unseen_drawn" in row]
+    assert [row["step"] for row in checks] == [30, 60]
+    assert checks[-1]["unseen_drawn"] > 0.9  # averaged weights
+    assert checks[-1]["unseen_edited"] > 0.9
     assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
     batch = next(batches(1))
     assert torch.equal(scores(model, batch).argmax(-1), batch.targets)
     again = prior_parts()["vision_language_encoder"]
-    train_prior(again, batches(0), Recipe(steps=60, learning_rate=1e-2, save_every=30, **FAST), tmp_path)
+    train_prior(again, batches(0), recipe, tmp_path)
     assert torch.equal(scores(again, batch), scores(model, batch))
 
 

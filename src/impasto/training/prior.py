@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loop import Loss, Recipe, train
+from .state import append_log
 
 
 class Sequences(NamedTuple):
@@ -41,7 +42,7 @@ def join(
     """
     batch, count = targets.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max()) + count
+    longest = -(-(int(lengths.max()) + count) // 16) * 16  # few lengths, for each of which layers are compiled
     tokens = torch.full((batch, longest), padding)
     places = torch.zeros(3, batch, longest, dtype=torch.long)
     for row, (prompt, place) in enumerate(zip(prompts, positions, strict=True)):
@@ -57,8 +58,10 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
     language = model.model.language_model
     x = language.embed_tokens(sequences.tokens)  # [B, S, H]
     rotary = language.rotary_emb(x, sequences.positions)
+    length = x.shape[1]
+    later = x.new_full((length, length), -torch.inf).triu(1)  # which no token sees
     for layer in language.layers:
-        x = layer(x, position_embeddings=rotary, attention_mask=None)
+        x = layer(x, position_embeddings=rotary, attention_mask=later)
     count = sequences.targets.shape[1]
     before = sequences.starts[:, None] - 1 + torch.arange(count)  # [B, T]
     said = x.gather(1, before[..., None].expand(-1, -1, x.shape[-1]))  # [B, T, H]
@@ -66,12 +69,26 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
     return result
 
 
-def train_prior(model: Any, batches: Iterator[Sequences], recipe: Recipe, folder: Path) -> None:
+def errors(model: Any, batch: Sequences) -> tuple[Tensor, Tensor]:
+    """The mean error of what is said, in nats, and how much of it is right."""
+    said = scores(model, batch).float()  # [B, T, V]
+    wrong = F.cross_entropy(said.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    right = (said.detach().argmax(-1) == batch.targets).float()
+    weights = torch.ones(wrong.shape[1]) if batch.weights is None else batch.weights
+    share = weights / weights.sum() / len(wrong)
+    return (wrong * share).sum(), (right * share).sum()
+
+
+def train_prior(
+    model: Any, batches: Iterator[Sequences], recipe: Recipe, folder: Path, unseen: Sequence[Sequences] = ()
+) -> None:
     """Train the language model in place, resuming from ``folder/state.pt`` where there is one.
 
     Args:
         model: transformers' ``GlmImageForConditionalGeneration``.
         batches: endless.
+        unseen: batches that training does not see: with every save the log tells how many of their tokens are right.
+            Where these are fewer than those of training, it lacks data.
     """
     language = model.model.language_model
     # Without its rotary table, whose frequencies bfloat16 would spoil.
@@ -81,11 +98,15 @@ def train_prior(model: Any, batches: Iterator[Sequences], recipe: Recipe, folder
 
     def loss(step: int, generator: torch.Generator) -> Loss:
         batch = next(batches)
-        said = scores(model, batch).float()  # [B, T, V]
-        errors = F.cross_entropy(said.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
-        right = (said.detach().argmax(-1) == batch.targets).float()
-        weights = torch.ones(errors.shape[1]) if batch.weights is None else batch.weights
-        share = weights / weights.sum() / len(errors)
-        return Loss((errors * share).sum(), {batch.kind: (right * share).sum()})
+        total, right = errors(model, batch)
+        return Loss(total, {batch.kind: right})
 
-    train(models, loss, recipe, folder)
+    def check(step: int) -> None:
+        right = {f"unseen_{batch.kind}": float(errors(model, batch)[1]) for batch in unseen}
+        append_log(folder / "log.jsonl", step=step, **right)
+
+    kind = language.config._attn_implementation
+    model.set_attn_implementation("eager")  # whose backward takes half as long on a CPU as that of torch's own
+    blocks = list(language.layers) if recipe.compile_blocks else []
+    train(models, loss, recipe, folder, on_save=check if unseen else None, blocks=blocks)
+    model.set_attn_implementation(kind)
