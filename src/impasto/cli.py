@@ -179,7 +179,7 @@ def generate(
     chosen_dtype = _choose_dtype(dtype or DType.AUTO, chosen)
     transformer, vae = read_part_configs(folder, "transformer", "vae")
     if class_name == GLM_IMAGE:  # what the pipeline would say, before a large model is loaded
-        from .pipelines.glm_image import check_sides
+        from .pipelines.glm_image_inputs import check_sides
 
         check_sides(height, width)
     elif transformer and vae:

@@ -6,7 +6,6 @@ Shapes: P prompts, B pictures, C latent channels, h x w latent pixels, M text to
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -24,15 +23,13 @@ from ..nn.module import parse_dtype
 from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_prior import PRIOR_PIXELS, PriorTokens, generate_prior, reference_picture, tokens_to_generate
+from .glm_image_inputs import given_prior, images_of_prompts, plan_size, read_prompts
+from .glm_image_prior import PriorTokens, generate_prior, reference_picture, tokens_to_generate
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
 from .moving import unwrapped
 from .placement import OneAtATime, check_device, check_dtype
 from .text import EncodedTexts
-
-#: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
-_SIZE = re.compile(r"<sop>\s*(\d+)\s+(\d+)\s*<eop>")
 
 
 class GlyphEmbeds(NamedTuple):
@@ -206,9 +203,10 @@ class GlmImagePipeline(Pipeline):
                 )
         if attention_kwargs and set(attention_kwargs) - {"scale"}:
             raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
-        prompts, count = _prompts(prompt, prompt_embeds)
-        images = _images_of_prompts(image, count)
-        texts, height, width = self._canvas(prompts, height, width, images)
+        prompts, count = read_prompts(prompt, prompt_embeds)
+        images = images_of_prompts(image, count)
+        default = self.default_sample_size * self.vae_scale_factor
+        texts, height, width = plan_size(prompts, height, width, images, default)
         per_prompt = inputs.whole_number("num_images_per_prompt", num_images_per_prompt)
         batch = count * per_prompt
         generators = inputs.check_generator(generator, batch)
@@ -253,7 +251,8 @@ class GlmImagePipeline(Pipeline):
             prior = self.generate_prior_tokens(texts, height, width, images, None, generators, per_prompt)
         else:
             given = (prior_token_ids, prior_token_image_ids, source_image_grid_thw)
-            prior = self._given_prior(*given, images, shape, per_prompt)
+            tokens = rows * columns // self.transformer.config["patch_size"] ** 2
+            prior = given_prior(*given, images, batch, per_prompt, tokens, self._codebook_size())
             embeds = encoded()
         noise = draw_noise(shape, generators, self.device, torch.float32) if latents is None else latents
         references = self.encode_references(images, prior)
@@ -377,7 +376,7 @@ class GlmImagePipeline(Pipeline):
             [P * num_images_per_prompt, M, channels] each, padded behind with zeros.
         """
         length = inputs.whole_number("max_sequence_length", max_sequence_length)
-        prompts, count = _prompts(prompt, prompt_embeds)
+        prompts, count = read_prompts(prompt, prompt_embeds)
         wanted = list(prompts)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             wanted += inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
@@ -563,131 +562,6 @@ class GlmImagePipeline(Pipeline):
         pair = ([0.0] * channels if mean is None else mean, [1.0] * channels if std is None else std)
         return z.new_tensor(pair[0])[:, None, None], z.new_tensor(pair[1])[:, None, None]
 
-    # --- checks ---
-
-    def _canvas(
-        self, prompts: list[str], height: int | None, width: int | None, images: list[list[Any]] | None
-    ) -> tuple[list[str], int, int]:
-        """The prompts without sizes, and the size: as given, as written, that of the first image, or the model's."""
-        written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
-        if len(written) > 1 and (height is None or width is None):
-            raise InputError(f"the prompts ask for pictures of different sizes, {sorted(written)}: draw them apart")
-        if written:
-            high, wide = (PRIOR_PIXELS * side for side in written.pop())
-        elif images is not None:
-            wide, high = (side // PRIOR_PIXELS * PRIOR_PIXELS for side in _size_of(images[0][0]))
-        else:
-            high = wide = self.default_sample_size * self.vae_scale_factor
-        height = high if height is None else inputs.whole_number("height", height)
-        width = wide if width is None else inputs.whole_number("width", width)
-        check_sides(height, width)
-        return [_SIZE.sub("", prompt).strip() for prompt in prompts], height, width
-
-    def _given_prior(
-        self,
-        ids: Tensor,
-        image_ids: list[Tensor] | None,
-        grids: list[Tensor] | None,
-        images: list[list[Any]] | None,
-        shape: tuple[int, ...],
-        per_prompt: int,
-    ) -> PriorTokens:
-        batch, _, rows, columns = shape
-        count = batch // per_prompt
-        tokens = rows * columns // self.transformer.config["patch_size"] ** 2
-        codes = self._codebook_size()
-        for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids or [])):
-            if not all(_is_within(x, codes) for x in numbers):
-                raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, those of the codebook")
-        if not all(isinstance(grid, Tensor) and grid.shape[1:] == (3,) for grid in grids or []):
-            raise InputError("source_image_grid_thw must be tensors [images, 3]: of each image 1, its rows and columns")
-        if ids.ndim != 2 or ids.shape[1] != tokens or ids.shape[0] not in (count, batch):
-            raise InputError(
-                f"prior_token_ids has shape {list(ids.shape)}; a picture of this size has {tokens} tokens: expected "
-                f"{[count, tokens]}"
-            )
-        if images is None:
-            if image_ids is not None or grids is not None:
-                raise InputError("prior_token_image_ids and source_image_grid_thw are of images, and image is None")
-        elif image_ids is None or grids is None:
-            raise InputError(
-                "image needs its own tokens beside prior_token_ids: give prior_token_image_ids and "
-                "source_image_grid_thw, or leave prior_token_ids out"
-            )
-        else:
-            for name, given in (("prior_token_image_ids", image_ids), ("source_image_grid_thw", grids)):
-                if len(given) != count:
-                    raise InputError(f"{name} is of {len(given)} prompts; there are {count}")
-            for of_prompt, tokens_of_images, grid in zip(images, image_ids, grids, strict=True):
-                told = int(grid.prod(dim=-1).sum())
-                if len(grid) != len(of_prompt) or told != tokens_of_images.numel():
-                    raise InputError(
-                        f"source_image_grid_thw tells of {len(grid)} images with {told} tokens; there are "
-                        f"{len(of_prompt)} images and {tokens_of_images.numel()} tokens"
-                    )
-        repeats = batch // ids.shape[0]
-        return PriorTokens(ids.repeat_interleave(repeats, dim=0), image_ids, grids)
-
-
-def check_sides(height: int | None, width: int | None) -> None:
-    """Refuse sides in pixels that are no whole number of the prior's tokens; None is for what is not known.
-
-    Raises:
-        InputError: the message has the nearest ones.
-    """
-    given = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    if any(side % PRIOR_PIXELS or side <= 0 for side in given.values()):
-        nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
-        raise InputError(
-            f"{' and '.join(given)} must be multiples of {PRIOR_PIXELS}, not {' x '.join(map(str, given.values()))}; "
-            f"the nearest size is {' x '.join(nearest)}"
-        )
-
-
-def _prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
-    """The texts (none where embeddings are given), and how many prompts there are."""
-    if prompt is not None and prompt_embeds is not None:
-        raise InputError("prompt and prompt_embeds were both given; give one of them")
-    if prompt_embeds is not None:
-        if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3 or len(prompt_embeds) == 0:
-            raise InputError("prompt_embeds must be a tensor [prompts, tokens, channels]")
-        return [], len(prompt_embeds)
-    if prompt is None:
-        raise InputError("there is nothing to draw: give prompt, or prompt_embeds")
-    texts = inputs.list_of_texts("prompt", prompt)
-    return texts, len(texts)
-
-
-def _images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
-    """A list of images for each prompt, of equal length; None without images."""
-    if image is None or (isinstance(image, list | tuple) and len(image) == 0):
-        return None
-    if not isinstance(image, list | tuple):
-        image = [image]
-    flat = [one for row in image for one in (row if isinstance(row, list | tuple) else [row])]
-    wrong = [one for one in flat if not isinstance(one, Image.Image | np.ndarray | Tensor)]
-    if wrong:
-        raise InputError(f"image must be pictures, arrays or tensors, not a {type(wrong[0]).__name__}")
-    nested = [isinstance(one, list | tuple) for one in image]
-    if count == 1 and not any(nested):
-        return [list(image)]
-    if not all(nested) or len(image) != count:
-        raise InputError(
-            f"image must be a list of {count} lists, one for each prompt, of the images that its picture refers to"
-        )
-    lengths = {len(one) for one in image}
-    if len(lengths) > 1 or 0 in lengths:
-        raise InputError(f"every prompt must have as many images as the others; these have {sorted(lengths)}")
-    return [list(one) for one in image]
-
-
-def _size_of(image: Any) -> tuple[int, int]:
-    """Width and height in pixels of a picture, an array [H, W, 3] or a tensor [..., 3, H, W]."""
-    if isinstance(image, Image.Image):
-        return image.size
-    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
-    return int(width), int(height)
-
 
 def _cut(embeds: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
     """Some rows of a batch, without the columns in which they all have padding."""
@@ -735,10 +609,3 @@ def _halves(
     if references is None and alike and conditional.bias is None:
         return [(GlmImageContext.concat([unconditional, conditional]), None)]
     return [(unconditional, None), (conditional, references)]
-
-
-def _is_within(tokens: Any, codes: int) -> bool:
-    """Whether tokens are whole numbers of a codebook."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        return False
-    return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes
