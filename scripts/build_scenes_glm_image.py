@@ -11,11 +11,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import multiprocessing
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from transformers import (
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
+import chunks
 from impasto.models.autoencoder_kl import AutoencoderKL
 from impasto.models.glm_image import GlmImageTransformer2DModel
 from impasto.pipelines.glm_image import GlmImagePipeline
@@ -63,10 +62,11 @@ from impasto.training.state import load_state, save_state
 from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Pictures, tokenise, train_visual_codebook
 
 SEED = 2027
-STAGES = ("render", "autoencoder", "latents", "codebook", "prior", "transformer", "export", "judge")
+STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")
 SIDE = 128  # pixels of a picture
 CHUNKS, GEOMETRIES, COLOURINGS, WORDINGS = 250, 32, 4, 4  # each colouring is drawn twice: as it is, and edited
 AUTOENCODER_CHUNKS = 48
+SAID_CHUNKS = 1250  # of which the prior learns; the pictures of most are not kept
 
 AUTOENCODER = {
     "in_channels": 3,
@@ -86,21 +86,13 @@ AUTOENCODER = {
 # --- pictures ---
 
 
-def render(out: Path, chunks: int) -> None:
-    """Chunks of pictures and of what an edit makes of them, with captions and instructions. All cores work at it."""
+def render(out: Path, count: int) -> None:
+    """Chunks of pictures and of what an edit makes of them, with captions and instructions."""
     folder = out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [chunk for chunk in range(chunks) if not (folder / f"{chunk:04d}.npz").exists()]
-    in_parallel(functools.partial(render_chunk, folder), missing)
+    chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
 
 
-def in_parallel(work: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """One process a core, with one thread each."""
-    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pool.map(work, items, chunksize=1)
-
-
-def render_chunk(folder: Path, chunk: int) -> None:
+def draw_chunk(chunk: int) -> dict[str, Any]:
     """Pictures [2 N, 3, H, W]: N as they are, and the same edited. No combination that is held out is among them."""
     rng = np.random.default_rng([SEED, chunk])
     count = GEOMETRIES * COLOURINGS
@@ -125,21 +117,21 @@ def render_chunk(folder: Path, chunk: int) -> None:
             instructions.append(edit.text)
     scenes = [*sources, *targets]
     captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
-    path = folder / f"{chunk:04d}.npz"
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        pictures=pictures.numpy(),
-        captions=json.dumps(captions),
-        instructions=json.dumps(instructions),
-        labels=label_cells(ids, scenes).numpy(),
-    )
-    os.replace(temporary, path)
+    return {
+        "pictures": pictures.numpy(),
+        "captions": json.dumps(captions),
+        "instructions": json.dumps(instructions),
+        "labels": label_cells(ids, scenes).numpy(),
+    }
+
+
+def render_chunk(folder: Path, chunk: int) -> None:
+    chunks.save(chunks.path_of(folder, chunk), **draw_chunk(chunk))
 
 
 def load_pictures(out: Path, chunk: int) -> Tensor:
     """A chunk, uint8 [2 N, 3, H, W]."""
-    return torch.from_numpy(np.load(out / "pictures" / f"{chunk:04d}.npz")["pictures"])
+    return torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["pictures"])
 
 
 # --- the visual codebook and the prior ---
@@ -169,7 +161,7 @@ LANGUAGE = {
     "pad_token_id": CODES + SPECIALS.index("<pad>"),
     "rope_parameters": {
         "rope_type": "default",
-        "rope_theta": 10000.0,
+        "rope_theta": 10.0,  # rows and columns turn by a fifth of this, and there are but 4 of them
         "partial_rotary_factor": 0.5,
         "mrope_section": [2, 3, 3],
     },
@@ -193,11 +185,11 @@ def halved(pictures: Tensor) -> Tensor:
     return F.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True)
 
 
-class Chunks:
+class Halves:
     """All pictures in memory as the vision tower sees them, and what they show."""
 
-    def __init__(self, out: Path, chunks: Sequence[int]):
-        rendered = [np.load(out / "pictures" / f"{chunk:04d}.npz") for chunk in chunks]
+    def __init__(self, out: Path, numbers: Sequence[int]):
+        rendered = [np.load(chunks.path_of(out / "pictures", chunk)) for chunk in numbers]
         halves = [halved(torch.from_numpy(part["pictures"])) for part in rendered]
         self.pictures = torch.cat(halves)  # [N, 3, H / 2, W / 2]
         self.labels = torch.from_numpy(np.concatenate([part["labels"] for part in rendered]))  # [N, 3, H / 8, W / 8]
@@ -209,27 +201,42 @@ class Chunks:
             yield Pictures(self.pictures[rows].float() / 127.5 - 1, self.labels[rows])
 
 
-def steps_done(folder: Path) -> int:
-    log = folder / "log.jsonl"
-    return int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0
-
-
 def train_codebook(out: Path, steps: int) -> None:
-    """The vision tower and the codes; then the tokens of every picture."""
+    """The vision tower and the codes."""
     torch.manual_seed(SEED)
     folder = out / "codebook"
     model = build_prior(words=1024).model
     reader = CodeReader(QUANTISER["embed_dim"], LABEL_CLASSES, SIDE // 32)
-    known = sorted(int(path.stem) for path in (out / "pictures").glob("[0-9]???.npz"))
-    chunks = Chunks(out, known[1:])
+    pictures = Halves(out, chunks.known(out / "pictures")[1:])
     recipe = codebook_recipe(steps)
-    train_visual_codebook(model, reader, chunks.batches(128, steps_done(folder)), recipe, folder)
+    train_visual_codebook(model, reader, pictures.batches(128, chunks.steps_done(folder)), recipe, folder)
     parts = {"visual": model.visual, "vqmodel": model.vqmodel}
     save_state(folder / "model.pt", {name: part.state_dict() for name, part in parts.items()})
-    for chunk in known:
-        pixels = halved(load_pictures(out, chunk)).float() / 127.5 - 1
-        tokens = tokenise(model, pixels).to(torch.int16)
-        np.save(folder / f"{chunk:04d}.npy", tokens.numpy())
+
+
+def load_codebook(out: Path, prior: GlmImageForConditionalGeneration) -> None:
+    for name, state in load_state(out / "codebook" / "model.pt").items():
+        getattr(prior.model, name).load_state_dict(state)
+
+
+def say(out: Path, count: int) -> None:
+    """The tokens of pictures beside their captions and instructions: what the prior learns from.
+
+    It takes many more pictures than are kept (docs/scenes/glm_image.md says why): the others are drawn, told and
+    forgotten.
+    """
+    chunks.make_missing(out / "tokens", range(count), functools.partial(say_chunk, out))
+
+
+@torch.no_grad()
+def say_chunk(out: Path, chunk: int) -> None:
+    kept = chunks.path_of(out / "pictures", chunk)
+    drawn = np.load(kept) if kept.exists() else draw_chunk(chunk)
+    prior = build_prior(words=1024)
+    load_codebook(out, prior)
+    tokens = tokenise(prior.model, halved(torch.from_numpy(drawn["pictures"])).float() / 127.5 - 1)
+    texts = {name: drawn[name] for name in ("captions", "instructions")}
+    chunks.save(chunks.path_of(out / "tokens", chunk), tokens=tokens.to(torch.int16).numpy(), **texts)
 
 
 def make_processor(out: Path) -> GlmImageProcessor:
@@ -266,9 +273,9 @@ def make_processor(out: Path) -> GlmImageProcessor:
     return GlmImageProcessor(images, tokenizer, chat_template=template)
 
 
-def texts_of(out: Path, chunks: int) -> Iterator[str]:
-    for path in sorted((out / "pictures").glob("[0-9]???.npz"))[:chunks]:
-        stored = np.load(path)
+def texts_of(out: Path, count: int) -> Iterator[str]:
+    for chunk in chunks.known(out / "tokens")[:count]:
+        stored = np.load(chunks.path_of(out / "tokens", chunk))
         yield from (text for texts in json.loads(str(stored["captions"])) for text in texts)
         yield from json.loads(str(stored["instructions"]))
         yield "<sop>4 4<eop><sop>16 16<eop>"
@@ -288,29 +295,30 @@ class Sayings:
     LAST = 4  # of its tokens, in a shortened answer
     EMPTY_WEIGHT = 0.02
 
-    def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, chunks: Sequence[int]):
-        self.padding = tokenizer.pad_token_id
+    def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int]):
+        self.tokenizer = tokenizer
         size = f"<sop>{self.GRID} {self.GRID}<eop>"
-        drawn, edited, codes, sources = [], [], [], []
-        for chunk in chunks:
-            stored = np.load(out / "pictures" / f"{chunk:04d}.npz")
+        self.drawn: list[list[str]] = []  # of each picture, in several wordings
+        self.edited: list[str] = []
+        codes, pairs = [], []
+        for chunk in numbers:
+            stored = np.load(chunks.path_of(out / "tokens", chunk))
             first = sum(len(part) for part in codes)
-            codes.append(torch.from_numpy(np.load(out / "codebook" / f"{chunk:04d}.npy")).long())
+            codes.append(torch.from_numpy(stored["tokens"]).long())
             count = len(codes[-1]) // 2
-            sources += [(first + i, first + count + i) for i in range(count)]
+            pairs += [(first + i, first + count + i) for i in range(count)]
             for texts in json.loads(str(stored["captions"])):
-                drawn.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
-            edited += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
-        self.drawn = [[torch.tensor(ids) for ids in tokenizer(texts).input_ids] for texts in drawn]
-        self.edited = [torch.tensor(ids) for ids in tokenizer(edited).input_ids]
+                self.drawn.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
+            self.edited += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
         self.codes = torch.cat(codes)  # [N, GRID * GRID]
-        self.pairs = torch.tensor(sources)  # [edits, 2]: what is edited, and what it becomes
+        self.pairs = torch.tensor(pairs)  # [edits, 2]: what is edited, and what it becomes
 
     def batches(self, size: int, edits: float, whole: float, seed: int) -> Iterator[Sequences]:
         """``edits`` and ``whole``: the shares of batches of edits, and of answers that are not shortened."""
         rng = np.random.default_rng([SEED, seed])
         grid, small = (self.GRID, self.GRID), (self.SMALL, self.SMALL)
         every = target_offsets([small, grid])
+        padding: int = self.tokenizer.pad_token_id
         while True:
             kind = rng.random()
             if kind < edits:
@@ -318,23 +326,24 @@ class Sayings:
                 prompts = [self.asked(int(row)) for row in rows]
                 tokens, positions = zip(*prompts, strict=True)
                 targets = self.codes[self.pairs[rows, 1]]
-                yield join(tokens, positions, targets, target_offsets([grid]), self.padding, "edited")
+                yield join(tokens, positions, targets, target_offsets([grid]), padding, "edited")
                 continue
             full = kind < edits + whole
-            empty, count = (self.SMALL**2, size * 3 // 8) if full else (self.LAST, size)
+            empty, count = (self.SMALL**2, size // 4) if full else (self.LAST, size)
             rows = rng.integers(len(self.drawn), size=count)
             wordings = rng.integers(WORDINGS, size=count)
-            tokens = [self.drawn[row][wording] for row, wording in zip(rows, wordings, strict=True)]
+            texts = [self.drawn[row][wording] for row, wording in zip(rows, wordings, strict=True)]
+            tokens = [torch.tensor(ids) for ids in self.tokenizer(texts).input_ids]
             positions = [torch.arange(len(ids)).expand(3, -1) for ids in tokens]
             targets = torch.cat([torch.full((count, empty), self.EMPTY), self.codes[rows]], dim=1)
             weights = torch.cat([torch.full((empty,), self.EMPTY_WEIGHT), torch.ones(self.GRID**2)])
             name = "drawn_in_full" if full else "drawn"
-            batch = join(tokens, positions, targets, every[:, -targets.shape[1] :], self.padding, name)
+            batch = join(tokens, positions, targets, every[:, -targets.shape[1] :], padding, name)
             yield batch._replace(weights=weights)
 
     def asked(self, edit: int) -> tuple[Tensor, Tensor]:
         """An edit's prompt, the picture's own tokens in front, and the positions of its tokens, [3, S]."""
-        text = self.edited[edit]
+        text = torch.tensor(self.tokenizer(self.edited[edit]).input_ids)
         frame = torch.tensor([CODES, CODES + 1])  # <start>, <end>
         tokens = torch.cat([frame[:1], self.codes[self.pairs[edit, 0]], frame[1:], text])
         picture = 1 + target_offsets([(self.GRID, self.GRID)])
@@ -342,20 +351,19 @@ class Sayings:
         return tokens, torch.cat([torch.zeros(3, 1, dtype=torch.long), picture, after.expand(3, -1)], dim=1)
 
 
-def train_language_model(out: Path, steps: int, full_steps: int) -> None:
-    """The prior: shortened answers and edits first, then whole ones among them."""
+def train_language_model(out: Path, steps: int) -> None:
+    """The prior: captions and instructions to tokens."""
     torch.manual_seed(SEED)
     processor = make_processor(out)
     processor.save_pretrained(out / "processor")
-    known = sorted(int(path.stem) for path in (out / "codebook").glob("[0-9]???.npy"))
-    sayings = Sayings(out, processor.tokenizer, known)
+    known = chunks.known(out / "tokens")
+    sayings = Sayings(out, processor.tokenizer, known[2:])
+    unseen = Sayings(out, processor.tokenizer, known[:2])
     model = build_prior(len(processor.tokenizer))
     folder = out / "prior"
-    recipe, last = prior_recipes(steps, full_steps)
-    batches = sayings.batches(64, 0.35, 0.0, steps_done(folder))
-    train_prior(model, batches, recipe, folder)
-    folder = out / "prior_in_full"
-    train_prior(model, sayings.batches(64, 0.3, 0.2, steps_done(folder)), last, folder)
+    batches = sayings.batches(64, 0.4, 0.15, chunks.steps_done(folder))
+    checks = [next(unseen.batches(256, edits, 0.0, 0)) for edits in (0.0, 1.0)]
+    train_prior(model, batches, prior_recipe(steps), folder, checks)
     save_state(folder / "model.pt", model.state_dict())
 
 
@@ -374,18 +382,11 @@ def train_vae(out: Path, start: Path, steps: int) -> None:
             name = f"encoder.down_blocks.{int(stage[1]) + 1}.{name[stage.end() :]}"
         if name in own and own[name].shape == value.shape:
             own[name].copy_(value)
-    chunks = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
-    validation = chunks[0][::8].float() / 127.5 - 1
-    batches = random_pictures(chunks[1:], 16, seed=SEED + steps_done(folder))
+    pictures = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
+    validation = pictures[0][::8].float() / 127.5 - 1
+    batches = chunks.random_pictures(pictures[1:], 16, seed=SEED + chunks.steps_done(folder))
     train_autoencoder(model, batches, AutoencoderRecipe(steps=steps), folder, validation)
     model.save_pretrained(folder / "model")
-
-
-def random_pictures(chunks: list[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
-    rng = np.random.default_rng(seed)
-    while True:
-        chunk = chunks[rng.integers(len(chunks))]
-        yield chunk[torch.from_numpy(rng.integers(len(chunk), size=batch))].float() / 127.5 - 1
 
 
 # --- the transformer ---
@@ -426,8 +427,6 @@ def build_text_encoder() -> tuple[ByT5Tokenizer, T5EncoderModel]:
 @torch.no_grad()
 def encode(out: Path) -> None:
     """The latents' mean and deviation into the autoencoder's config; then the latents of every chunk."""
-    folder = out / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
     if not (out / "vae" / "config.json").exists():
         model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
         sample = torch.cat([load_pictures(out, chunk)[::8].float() / 127.5 - 1 for chunk in range(8)])
@@ -439,35 +438,34 @@ def encode(out: Path) -> None:
         measured = AutoencoderKL(**AUTOENCODER, **statistics)
         measured.load_state_dict(model.state_dict())
         measured.save_pretrained(out / "vae")
-    missing = [p for p in sorted((out / "pictures").glob("[0-9]???.npz")) if not (folder / f"{p.stem}.npy").exists()]
-    in_parallel(functools.partial(encode_chunk, out), missing)
+    chunks.make_missing(out / "latents", chunks.known(out / "pictures"), functools.partial(encode_chunk, out))
 
 
 @torch.no_grad()
-def encode_chunk(out: Path, rendered: Path) -> None:
+def encode_chunk(out: Path, chunk: int) -> None:
     model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
-    pictures = load_pictures(out, int(rendered.stem)).float() / 127.5 - 1
+    pictures = load_pictures(out, chunk).float() / 127.5 - 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
     mean, std = (torch.tensor(model.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-    target = out / "latents" / f"{rendered.stem}.npy"
-    temporary = target.with_suffix(".tmp.npy")
-    np.save(temporary, ((latents.float() - mean) / std).half().contiguous().numpy())
-    os.replace(temporary, target)
+    standardised = ((latents.float() - mean) / std).half().contiguous()
+    chunks.save(chunks.path_of(out / "latents", chunk), latents=standardised.numpy())
 
 
 class Latents:
     """The latents and tokens of all pictures in memory."""
 
-    def __init__(self, out: Path, chunks: Sequence[int]):
-        latents = [torch.from_numpy(np.load(out / "latents" / f"{chunk:04d}.npy")) for chunk in chunks]
-        codes = [torch.from_numpy(np.load(out / "codebook" / f"{chunk:04d}.npy")).long() for chunk in chunks]
+    def __init__(self, out: Path, numbers: Sequence[int]):
+        latents, codes = (
+            [torch.from_numpy(np.load(chunks.path_of(out / name, chunk))[name]) for chunk in numbers]
+            for name in ("latents", "tokens")
+        )
         halves = [len(part) // 2 for part in latents]
         firsts = np.cumsum([0, *(len(part) for part in latents[:-1])])
         self.sources = torch.cat([first + torch.arange(half) for first, half in zip(firsts, halves, strict=True)])
         self.half = halves[0]
         self.latents = torch.cat(latents)  # [N, C, h, w]
-        grid = torch.cat(codes).view(-1, SIDE // 32, SIDE // 32)
+        grid = torch.cat(codes).long().view(-1, SIDE // 32, SIDE // 32)
         # A token of the prior is four of the transformer's.
         self.tokens = grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
 
@@ -490,15 +488,14 @@ class Latents:
 
 def train_transformer(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
-    known = sorted(int(path.stem) for path in (out / "codebook").glob("[0-9]???.npy"))
-    latents = Latents(out, known)
+    latents = Latents(out, chunks.known(out / "latents"))
     tokenizer, text_encoder = build_text_encoder()
     text = encode_glyphs(tokenizer, text_encoder, [""], 2048, "cpu")[0]
     model = GlmImageTransformer2DModel(**TRANSFORMER)
     initialize(model)
     folder = out / "transformer"
     recipe = transformer_recipe(steps)
-    train_flow_matching(model, latents.batches(64, 0.3, text, steps_done(folder)), recipe, folder)
+    train_flow_matching(model, latents.batches(64, 0.3, text, chunks.steps_done(folder)), recipe, folder)
     model.save_pretrained(folder / "model")
 
 
@@ -509,12 +506,8 @@ def codebook_recipe(steps: int) -> CodebookRecipe:
     return CodebookRecipe(steps=steps, save_every=250)
 
 
-def prior_recipes(steps: int, full_steps: int) -> tuple[Recipe, Recipe]:
-    """Of shortened answers, and of whole ones among them."""
-    full = Recipe(
-        steps=full_steps, learning_rate=1.5e-3, warmup_steps=50, decay_share=0.5, ema_decay=0.995, save_every=200
-    )
-    return Recipe(steps=steps, save_every=250), full
+def prior_recipe(steps: int) -> Recipe:
+    return Recipe(steps=steps, save_every=250)
 
 
 def transformer_recipe(steps: int) -> FlowMatchingRecipe:
@@ -522,7 +515,7 @@ def transformer_recipe(steps: int) -> FlowMatchingRecipe:
 
 
 #: The stages that are trained; each has a folder of this name in a run, with a log.
-TRAINED = ("autoencoder", "codebook", "prior", "prior_in_full", "transformer")
+TRAINED = ("autoencoder", "codebook", "prior", "transformer")
 
 
 def record(out: Path, records: Path) -> None:
@@ -531,18 +524,17 @@ def record(out: Path, records: Path) -> None:
     done = {}
     for name in TRAINED:
         shutil.copyfile(out / name / "log.jsonl", records / f"{name}.jsonl")
-        done[name] = steps_done(out / name)
-    prior, in_full = prior_recipes(done["prior"], done["prior_in_full"])
+        done[name] = chunks.steps_done(out / name)
     recipes = {
         "autoencoder": AutoencoderRecipe(steps=done["autoencoder"]),
         "codebook": codebook_recipe(done["codebook"]),
-        "prior": prior,
-        "prior_in_full": in_full,
+        "prior": prior_recipe(done["prior"]),
         "transformer": transformer_recipe(done["transformer"]),
     }
     configuration = {
         "seed": SEED,
-        "chunks": len(list((out / "pictures").glob("[0-9]???.npz"))),
+        "chunks": len(chunks.known(out / "pictures")),
+        "said_chunks": len(chunks.known(out / "tokens")),
         "geometries": GEOMETRIES,
         "colourings": COLOURINGS,
         "wordings": WORDINGS,
@@ -566,10 +558,8 @@ def export(out: Path, target: Path) -> None:
     tokenizer, text_encoder = build_text_encoder()
     processor = GlmImageProcessor.from_pretrained(out / "processor")
     prior = build_prior(len(processor.tokenizer))
-    prior.load_state_dict(load_state(out / "prior_in_full" / "model.pt"))
-    codebook = load_state(out / "codebook" / "model.pt")
-    for name, state in codebook.items():
-        getattr(prior.model, name).load_state_dict(state)
+    prior.load_state_dict(load_state(out / "prior" / "model.pt"))
+    load_codebook(out, prior)
     prior.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=0.9)
     GlmImagePipeline(
         tokenizer=tokenizer,
@@ -634,10 +624,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes_glm_image"))
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--chunks", type=int, default=CHUNKS)
+    parser.add_argument("--said-chunks", type=int, default=SAID_CHUNKS)
     parser.add_argument("--autoencoder-steps", type=int, default=900)
     parser.add_argument("--codebook-steps", type=int, default=1700)
     parser.add_argument("--prior-steps", type=int, default=2400)
-    parser.add_argument("--prior-full-steps", type=int, default=2850)
     parser.add_argument("--transformer-steps", type=int, default=3900)
     parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
     root = Path(__file__).resolve().parents[1]
@@ -654,8 +644,10 @@ def main() -> None:
         encode(options.out)
     if options.stage in (None, "codebook"):
         train_codebook(options.out, options.codebook_steps)
+    if options.stage in (None, "tokens"):
+        say(options.out, options.said_chunks)
     if options.stage in (None, "prior"):
-        train_language_model(options.out, options.prior_steps, options.prior_full_steps)
+        train_language_model(options.out, options.prior_steps)
     if options.stage in (None, "transformer"):
         train_transformer(options.out, options.transformer_steps)
     if options.stage in (None, "export"):

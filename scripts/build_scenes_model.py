@@ -13,12 +13,9 @@ import dataclasses
 import functools
 import io
 import json
-import multiprocessing
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -28,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+import chunks
 from impasto.models.autoencoder_kl import AutoencoderKL
 from impasto.models.pixart import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -100,18 +98,10 @@ MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 
 WARM_START_STEPS = 400
 
 
-def render(out: Path, chunks: int) -> None:
-    """Chunks of pictures with several wordings of each caption; one frame size a chunk. All cores work at it."""
+def render(out: Path, count: int) -> None:
+    """Chunks of pictures with several wordings of each caption; one frame size a chunk."""
     folder = out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [chunk for chunk in range(chunks) if not (folder / f"{chunk:04d}.npz").exists()]
-    in_parallel(functools.partial(render_chunk, folder), missing)
-
-
-def in_parallel(work: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """One process a core, with one thread each."""
-    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pool.map(work, items, chunksize=1)
+    chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
 
 
 def render_chunk(folder: Path, chunk: int) -> None:
@@ -119,28 +109,15 @@ def render_chunk(folder: Path, chunk: int) -> None:
     pictures, scenes, _, ids = scene_batch(SEED + chunk, GEOMETRIES, COLOURINGS, height, width)
     rng = np.random.default_rng([SEED, chunk])
     captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
-    path = folder / f"{chunk:04d}.npz"
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        pictures=pictures.numpy(),
-        captions=json.dumps(captions),
-        labels=label_cells(ids, scenes).numpy(),
-    )
-    os.replace(temporary, path)
+    labels = label_cells(ids, scenes).numpy()
+    path = chunks.path_of(folder, chunk)
+    chunks.save(path, pictures=pictures.numpy(), captions=json.dumps(captions), labels=labels)
 
 
 def load_pictures(out: Path, chunk: int) -> Tensor:
     """A chunk at half its rendered size, uint8 [N, 3, H, W]."""
-    pictures = torch.from_numpy(np.load(out / "pictures" / f"{chunk:04d}.npz")["pictures"])
+    pictures = torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["pictures"])
     return F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8)
-
-
-def random_pictures(chunks: list[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
-    rng = np.random.default_rng(seed)
-    while True:
-        chunk = chunks[rng.integers(len(chunks))]
-        yield chunk[torch.from_numpy(rng.integers(len(chunk), size=batch))].float() / 127.5 - 1
 
 
 def train_vae(out: Path, steps: int) -> None:
@@ -149,9 +126,7 @@ def train_vae(out: Path, steps: int) -> None:
     folder = out / "autoencoder"
     validation = load_pictures(out, VALIDATION_CHUNK)[::COLOURINGS].float() / 127.5 - 1
     train = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
-    log = folder / "log.jsonl"
-    done = int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0
-    batches = random_pictures(train, 16, seed=SEED + done)
+    batches = chunks.random_pictures(train, 16, seed=SEED + chunks.steps_done(folder))
     train_autoencoder(model, batches, AutoencoderRecipe(steps=steps), folder, validation)
     model.save_pretrained(folder / "model")
 
@@ -160,27 +135,22 @@ def train_vae(out: Path, steps: int) -> None:
 def encode(out: Path) -> None:
     """Standardise the latents' channels inside the autoencoder, and store the latents of every chunk."""
     model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
-    folder = out / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
     if not (out / "vae" / "config.json").exists():
         sample = torch.cat([load_pictures(out, chunk)[::2].float() / 127.5 - 1 for chunk in range(4)])
         latents = model.encode(sample).latent_dist.mode()
         standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         model.save_pretrained(out / "vae")
-    missing = [p for p in sorted((out / "pictures").glob("[0-9]???.npz")) if not (folder / f"{p.stem}.npy").exists()]
-    in_parallel(functools.partial(encode_chunk, out), missing)
+    chunks.make_missing(out / "latents", chunks.known(out / "pictures"), functools.partial(encode_chunk, out))
 
 
 @torch.no_grad()
-def encode_chunk(out: Path, rendered: Path) -> None:
+def encode_chunk(out: Path, chunk: int) -> None:
     model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
-    pictures = load_pictures(out, int(rendered.stem)).float() / 127.5 - 1
+    pictures = load_pictures(out, chunk).float() / 127.5 - 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-    target = out / "latents" / f"{rendered.stem}.npy"
-    temporary = target.with_suffix(".tmp.npy")
-    np.save(temporary, (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous().numpy())
-    os.replace(temporary, target)
+    scaled = (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous()
+    chunks.save(chunks.path_of(out / "latents", chunk), latents=scaled.numpy())
 
 
 def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
@@ -214,7 +184,7 @@ def train_tokenizer(out: Path) -> None:
     if (folder / "spiece.model").exists():  # another one would give the words other numbers
         return
     folder.mkdir(parents=True, exist_ok=True)
-    captions = [text for path in sorted((out / "pictures").glob("[0-9]*.npz"))[:40] for text in captions_of(path)]
+    captions = [text for chunk in chunks.known(out / "pictures")[:40] for text in captions_of(out, chunk)]
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -246,22 +216,23 @@ def train_tokenizer(out: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def captions_of(path: Path) -> list[str]:
+def captions_of(out: Path, chunk: int) -> list[str]:
     """All wordings in a chunk, picture by picture."""
-    return [text for texts in json.loads(str(np.load(path)["captions"])) for text in texts]
+    stored = np.load(chunks.path_of(out / "pictures", chunk))
+    return [text for texts in json.loads(str(stored["captions"])) for text in texts]
 
 
 class Samples:
     """All pictures in memory, by frame size: latents, labels, and the tokens of their captions."""
 
     def __init__(self, out: Path, tokenizer: T5Tokenizer):
-        chunks: dict[torch.Size, list[Batch]] = {}
-        for path in sorted((out / "latents").glob("[0-9]???.npy")):
-            rendered = out / "pictures" / path.with_suffix(".npz").name
-            latents, labels = torch.from_numpy(np.load(path)), torch.from_numpy(np.load(rendered)["labels"])
-            tokens = tokenise(tokenizer, captions_of(rendered))
-            chunks.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
-        self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in chunks.values()]
+        of_size: dict[torch.Size, list[Batch]] = {}
+        for chunk in chunks.known(out / "latents"):
+            latents = torch.from_numpy(np.load(chunks.path_of(out / "latents", chunk))["latents"])
+            labels = torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["labels"])
+            tokens = tokenise(tokenizer, captions_of(out, chunk))
+            of_size.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
+        self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in of_size.values()]
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
         rng = np.random.default_rng([SEED, seed])

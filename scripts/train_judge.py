@@ -10,9 +10,9 @@ Arrangements are traced once and coloured anew every time they are used.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import chunks
 from impasto.scenes.judge import CELL, SLOTS, WEIGHTS, Judge, JudgeOutput
 from impasto.scenes.reading import ARRANGEMENTS, Reading, canonical, canonical_order, compare
 from impasto.scenes.renderer import render as draw
@@ -57,35 +58,32 @@ VALIDATION_SCENES = 384
 REPORT_SCENES = 2000
 
 
-def render(out: Path, chunks: int) -> None:
+def render(out: Path, count: int) -> None:
     """Chunks of traced arrangements of one frame size, solids in canonical order."""
     folder = out / "geometry"
-    folder.mkdir(parents=True, exist_ok=True)
-    for chunk in range(chunks):
-        path = folder / f"{chunk:04d}.npz"
-        if path.exists():
-            continue
-        height, width = FRAMES[chunk % len(FRAMES)]
-        rng = np.random.default_rng([SEED, chunk])
-        # Background and up to three solids, then the gloss.
-        buffers = torch.zeros(ARRANGEMENTS_A_CHUNK, 5, height, width, dtype=torch.uint8)
-        labels = np.zeros((ARRANGEMENTS_A_CHUNK, 7), dtype=np.int64)  # arrangement, shape and size of each solid
-        for i in range(ARRANGEMENTS_A_CHUNK):
+    chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
+
+
+def render_chunk(folder: Path, chunk: int) -> None:
+    height, width = FRAMES[chunk % len(FRAMES)]
+    rng = np.random.default_rng([SEED, chunk])
+    # Background and up to three solids, then the gloss.
+    buffers = torch.zeros(ARRANGEMENTS_A_CHUNK, 5, height, width, dtype=torch.uint8)
+    labels = np.zeros((ARRANGEMENTS_A_CHUNK, 7), dtype=np.int64)  # arrangement, shape and size of each solid
+    for i in range(ARRANGEMENTS_A_CHUNK):
+        scene = sample_arrangement(rng, height, width)
+        while rng.random() > KEEP[len(scene.solids)]:
             scene = sample_arrangement(rng, height, width)
-            while rng.random() > KEEP[len(scene.solids)]:
-                scene = sample_arrangement(rng, height, width)
-            buffer = trace(scene, height, width, scene.seed)
-            order = [0] + [number + 1 for number in canonical_order(scene.relations)]
-            buffers[i, : len(order)] = (buffer.diffuse[order] * DIFFUSE_UNIT).round().to(torch.uint8)
-            buffers[i, 4] = (buffer.gloss * 255).round().to(torch.uint8)
-            reading = canonical(scene)
-            labels[i, 0] = ARRANGEMENTS.index(reading.relations)
-            for slot, solid in enumerate(reading.solids):
-                labels[i, 1 + 2 * slot] = SHAPES.index(solid.shape)
-                labels[i, 2 + 2 * slot] = SIZES.index(solid.size)
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, buffers=buffers.numpy(), labels=labels)
-        os.replace(temporary, path)
+        buffer = trace(scene, height, width, scene.seed)
+        order = [0] + [number + 1 for number in canonical_order(scene.relations)]
+        buffers[i, : len(order)] = (buffer.diffuse[order] * DIFFUSE_UNIT).round().to(torch.uint8)
+        buffers[i, 4] = (buffer.gloss * 255).round().to(torch.uint8)
+        reading = canonical(scene)
+        labels[i, 0] = ARRANGEMENTS.index(reading.relations)
+        for slot, solid in enumerate(reading.solids):
+            labels[i, 1 + 2 * slot] = SHAPES.index(solid.shape)
+            labels[i, 2 + 2 * slot] = SIZES.index(solid.size)
+    chunks.save(chunks.path_of(folder, chunk), buffers=buffers.numpy(), labels=labels)
 
 
 def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,9 +184,9 @@ def accuracy(readings: list[Reading], scenes: list[Scene]) -> dict[str, tuple[in
     return {name: (sum(values), len(values)) for name, values in flags.items()}
 
 
-def sample(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sample(geometry: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A batch from one chunk in new colours, degraded: pictures, labels, colours, backgrounds and cells."""
-    buffers, labels, cells = chunks[int(torch.randint(len(chunks), ()))]
+    buffers, labels, cells = geometry[int(torch.randint(len(geometry), ()))]
     chosen = torch.randperm(len(buffers))[:BATCH]
     colours = torch.randint(len(COLOURS), (BATCH, SLOTS))
     backgrounds = torch.randint(len(BACKGROUNDS), (BATCH,))
@@ -197,14 +195,14 @@ def sample(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor,
 
 
 @torch.no_grad()
-def settle(judge: Judge, chunks: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Measure the statistics of batch normalisation anew, evenly over all frame sizes."""
     norms = [module for module in judge.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
     for _ in range(SETTLING_BATCHES):
-        judge(sample(chunks)[0])
+        judge(sample(geometry)[0])
 
 
 def train(out: Path, steps: int) -> None:
@@ -220,7 +218,8 @@ def train(out: Path, steps: int) -> None:
         torch.manual_seed(SEED + start)
     if start >= steps:
         return
-    chunks = [load(path) for path in sorted((out / "geometry").glob("[0-9][0-9][0-9][0-9].npz"))]
+    folder = out / "geometry"
+    geometry = [load(chunks.path_of(folder, chunk)) for chunk in chunks.known(folder)]
     pictures, scenes = unseen("validation", VALIDATION_SCENES, out)
     clock, sums = time.monotonic(), dict[str, float]()
     for step in range(start, steps):
@@ -230,10 +229,10 @@ def train(out: Path, steps: int) -> None:
             group["lr"] = LEARNING_RATE * rate
         # A batch has one frame size, whose statistics are not those of the mixture that the judge will use.
         if step == steps - SETTLED_STEPS:
-            settle(judge, chunks)
+            settle(judge, geometry)
         if step >= steps - SETTLED_STEPS:
             judge.eval()
-        batch, labels, colours, backgrounds, cells = sample(chunks)
+        batch, labels, colours, backgrounds, cells = sample(geometry)
         with torch.autocast("cpu", torch.bfloat16):
             output = judge(batch)
         output = JudgeOutput(*(value.float() for value in output))
