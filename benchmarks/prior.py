@@ -2,7 +2,8 @@
 
     python benchmarks/prior.py [--layers 16] [--batch 1] [--tokens 48] [--dtype bfloat16] [--rounds 5] [--device cpu]
 
-A language model of the class that GLM-Image has, with random weights; 16 layers of width 1536 are 0.54 B. Both draw the
+A language model of the class that GLM-Image has, with random weights; 16 layers of width 1536 are 0.53 B, and 100 are
+3.3 B, which with packed copies take 14 GB. Both draw the
 tokens of one picture (those behind a prompt), in turns; the scores of a prompt are compared before. A token needs each
 weight once, so it cannot take less time than reading them: measured as the sum of their bits, in the same process.
 Reading the prompt is a part of both contestants' times; beside the reading of the weights stands ours without it.
@@ -129,7 +130,7 @@ def main() -> None:
     pairs = [step * count / read for step, read in zip(steps, seconds["reading the weights"], strict=True)]
     per_token["impasto, without the prompt"] = statistics.median(steps)
     measure.write(
-        f"prior-{options.dtype}-batch{batch}",
+        f"prior-{billions:.2f}B-{options.dtype}-batch{batch}",
         {
             "what": f"{count} tokens of a prior of {billions:.2f} B behind {PROMPT}, {options.dtype}, batch {batch}",
             "difference": difference,

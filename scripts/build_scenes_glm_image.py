@@ -56,8 +56,7 @@ from impasto.training.flow_matching import (
     initialize,
     train_flow_matching,
 )
-from impasto.training.loop import Recipe
-from impasto.training.prior import Sequences, join, train_prior
+from impasto.training.prior import PriorRecipe, Sequences, join, train_prior
 from impasto.training.state import load_state, save_state
 from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Pictures, tokenise, train_visual_codebook
 
@@ -161,7 +160,7 @@ LANGUAGE = {
     "pad_token_id": CODES + SPECIALS.index("<pad>"),
     "rope_parameters": {
         "rope_type": "default",
-        "rope_theta": 10.0,  # rows and columns turn by a fifth of this, and there are but 4 of them
+        "rope_theta": 10.0,  # columns turn by 0.24 a step; with 10,000 it is 0.003
         "partial_rotary_factor": 0.5,
         "mrope_section": [2, 3, 3],
     },
@@ -207,6 +206,8 @@ def train_codebook(out: Path, steps: int) -> None:
     folder = out / "codebook"
     model = build_prior(words=1024).model
     reader = CodeReader(QUANTISER["embed_dim"], LABEL_CLASSES, SIDE // 32)
+    if chunks.steps_done(folder) < steps and (out / "tokens").exists():
+        shutil.rmtree(out / "tokens")  # which other codes say
     pictures = Halves(out, chunks.known(out / "pictures")[1:])
     recipe = codebook_recipe(steps)
     train_visual_codebook(model, reader, pictures.batches(128, chunks.steps_done(folder)), recipe, folder)
@@ -506,8 +507,8 @@ def codebook_recipe(steps: int) -> CodebookRecipe:
     return CodebookRecipe(steps=steps, save_every=250)
 
 
-def prior_recipe(steps: int) -> Recipe:
-    return Recipe(steps=steps, save_every=250)
+def prior_recipe(steps: int) -> PriorRecipe:
+    return PriorRecipe(steps=steps, save_every=250)
 
 
 def transformer_recipe(steps: int) -> FlowMatchingRecipe:
@@ -627,8 +628,8 @@ def main() -> None:
     parser.add_argument("--said-chunks", type=int, default=SAID_CHUNKS)
     parser.add_argument("--autoencoder-steps", type=int, default=900)
     parser.add_argument("--codebook-steps", type=int, default=1700)
-    parser.add_argument("--prior-steps", type=int, default=2400)
-    parser.add_argument("--transformer-steps", type=int, default=3900)
+    parser.add_argument("--prior-steps", type=int, default=9000)
+    parser.add_argument("--transformer-steps", type=int, default=9000)
     parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--target", type=Path, help="where the finished checkpoint goes; OUT/checkpoint if not given")
@@ -645,7 +646,7 @@ def main() -> None:
     if options.stage in (None, "codebook"):
         train_codebook(options.out, options.codebook_steps)
     if options.stage in (None, "tokens"):
-        say(options.out, options.said_chunks)
+        say(options.out, max(options.chunks, options.said_chunks))
     if options.stage in (None, "prior"):
         train_language_model(options.out, options.prior_steps)
     if options.stage in (None, "transformer"):

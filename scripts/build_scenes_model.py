@@ -310,10 +310,8 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
             sheet.paste(picture, (i % 8 * 64, i // 8 * 64))
         sheet.save(folder / f"pictures_{step:06d}.png")
 
-    log = folder / "log.jsonl"
-    done = int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0
     ids, mask = tokenizer([""], return_tensors="pt").values()
-    batches = samples.batches(recipe.batch_size, seed=done)
+    batches = samples.batches(recipe.batch_size, seed=chunks.steps_done(folder))
     train_text_to_image(
         transformer, text_encoder, batches, (ids[0], mask[0]), scheduler.betas, recipe, folder, on_save=draw
     )

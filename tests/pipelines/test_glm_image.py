@@ -166,6 +166,7 @@ TOKENS = {
         ({"prior_token_ids": torch.full((1, 24), 32)}, "tokens from 0 to 31"),
         ({"prior_token_ids": [[0] * 24]}, "prior_token_ids must be tensors"),
         ({"prior_token_ids": torch.zeros(1, 24)}, "tokens from 0 to 31"),
+        ({"prior_token_ids": torch.zeros(1, 24, dtype=torch.bool)}, "tokens from 0 to 31"),
         (IMAGE | TOKENS | {"prior_token_image_ids": [[torch.zeros(16)]]}, "prior_token_image_ids must be tensors"),
         (IMAGE | TOKENS | {"source_image_grid_thw": [[1, 4, 4]]}, r"must be tensors \[images, 3\]"),
         ({"prior_token_ids": None} | TOKENS, "belong to prior_token_ids"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -47,17 +48,39 @@ def scores_of(model: Any, given: Any, made: list[int]) -> Tensor:
     return found.logits[0, -1, :VOCABULARY]
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e3])
 @torch.no_grad()
-def test_norms_are_those_of_transformers(size: float) -> None:
+def test_norms_are_those_of_transformers(size: float, dtype: torch.dtype, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     norm = GlmImageRMSNorm(48, eps=1e-5)
     torch.nn.init.normal_(norm.weight, generator=generator)
     x = size * (1 + torch.randn(2, 3, 48, generator=generator))  # with a mean
+    norm, x = norm.to(device), x.to(device)
     torch.testing.assert_close(fast_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
-    exact = norm.double()(x.bfloat16().double())
-    found = fast_norm(norm.bfloat16())(x.bfloat16())
-    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-6)  # rounded weights, and once more
+    norm, x = norm.to(dtype), x.to(dtype)
+    exact = deepcopy(norm).float()(x.float())
+    torch.testing.assert_close(fast_norm(norm)(x).float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+class Shifted(GlmImageRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return 1.0 + super().forward(hidden_states)
+
+
+@torch.no_grad()
+def test_norms_that_are_watched_or_something_else_are_called() -> None:
+    x, calls = torch.randn(2, 8), []
+    norm = GlmImageRMSNorm(8)
+    handle = norm.register_forward_hook(lambda *given: calls.append(given))
+    torch.testing.assert_close(fast_norm(norm)(x), norm(x))
+    assert len(calls) == 2
+    handle.remove()
+    fast_norm(norm)(x)
+    assert len(calls) == 2
+    shifted = Shifted(8)
+    assert torch.equal(fast_norm(shifted)(x), shifted(x))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What a call of GLM-Image's pipeline is given: read, and refused early where it cannot be used.
 
-Shapes: P prompts, B pictures, N image tokens.
+Shapes: B pictures, N image tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,7 +22,11 @@ _SIZE = re.compile(r"<sop>\s*(\d+)\s+(\d+)\s*<eop>")
 
 
 def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
-    """The texts (none where embeddings are given), and how many prompts there are."""
+    """The texts (none where embeddings are given), and how many prompts there are.
+
+    Raises:
+        InputError: none of both, or both.
+    """
     if prompt is not None and prompt_embeds is not None:
         raise InputError("prompt and prompt_embeds were both given; give one of them")
     if prompt_embeds is not None:
@@ -35,7 +40,11 @@ def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], 
 
 
 def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
-    """A list of images for each prompt, of equal length; None without images."""
+    """A list of images for each prompt, of equal length; None without images.
+
+    Raises:
+        InputError: something else than images, or not as many for each prompt.
+    """
     if image is None or (isinstance(image, list | tuple) and len(image) == 0):
         return None
     if not isinstance(image, list | tuple):
@@ -64,6 +73,9 @@ def plan_size(
 
     Args:
         default: the model's, in pixels of a side.
+
+    Raises:
+        InputError: different sizes for one batch, or none that 32 divides.
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
@@ -119,12 +131,15 @@ def given_prior(
         batch: B, of which ``per_prompt`` are of each prompt.
         tokens: N, that a picture of this size has.
         codes: so many there are in the codebook.
+
+    Raises:
+        InputError: tokens of another count or another book, or images without their tokens.
     """
     count = batch // per_prompt
-    for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids or [])):
-        if not all(_is_within(x, codes) for x in numbers):
+    for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids)):
+        if numbers is not None and not all(_is_within(x, codes) for x in numbers):
             raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, those of the codebook")
-    if not all(isinstance(grid, Tensor) and grid.shape[1:] == (3,) for grid in grids or []):
+    if grids is not None and not all(isinstance(grid, Tensor) and grid.shape[1:] == (3,) for grid in grids):
         raise InputError("source_image_grid_thw must be tensors [images, 3]: of each image 1, its rows and columns")
     if ids.ndim != 2 or ids.shape[1] != tokens or ids.shape[0] not in (count, batch):
         raise InputError(
@@ -156,6 +171,6 @@ def given_prior(
 
 def _is_within(tokens: Any, codes: int) -> bool:
     """Whether tokens are whole numbers of a codebook."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
         return False
     return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes

@@ -82,11 +82,11 @@ class _Layer(NamedTuple):
 
 
 def fast_norm(norm: Any) -> Norm:
-    """transformers' ``GlmImageRMSNorm`` (1910.07467) in one kernel rather than eight, rounded once.
+    """transformers' ``GlmImageRMSNorm`` (1910.07467), rounded once: one kernel on a GPU, three on a CPU, not eight.
 
-    One that is watched, or is not that, is called as it is.
+    One that is watched is called as it is, and so is any other.
     """
-    if is_watched(norm) or not hasattr(norm, "variance_epsilon"):
+    if type(norm).__name__ != "GlmImageRMSNorm" or is_watched(norm):
         return norm  # type: ignore[no-any-return]
     weight, eps = norm.weight.detach(), norm.variance_epsilon
     width = len(weight)

@@ -39,6 +39,7 @@ class FlowMatchingRecipe(Recipe):
     timesteps: int = 1000
     drop: float = 0.1  # share of the pictures whose prior says nothing, for guidance
     spread: float = 1.2  # of the logits of the levels
+    compile_blocks: bool = True
 
 
 def initialize(transformer: GlmImageTransformer2DModel) -> None:

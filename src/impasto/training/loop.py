@@ -28,7 +28,6 @@ class Recipe:
     ema_decay: float = 0.999
     log_every: int = 50
     save_every: int = 1000
-    compile_blocks: bool = True  # where a model has them
 
     def rate(self, step: int) -> float:
         """The learning rate: a linear rise, a plateau, a linear fall."""

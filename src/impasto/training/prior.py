@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens of the longest, T tokens that are to be said.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,13 @@ class Sequences(NamedTuple):
     targets: Tensor  # [B, T]
     kind: str = "tokens"  # under which the log tells how many were right
     weights: Tensor | None = None  # [T], how much each counts; None: all the same
+
+
+@dataclass(frozen=True)
+class PriorRecipe(Recipe):
+    """How to train."""
+
+    compile_blocks: bool = True
 
 
 def join(
@@ -59,7 +67,7 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
     x = language.embed_tokens(sequences.tokens)  # [B, S, H]
     rotary = language.rotary_emb(x, sequences.positions)
     length = x.shape[1]
-    later = x.new_full((length, length), -torch.inf).triu(1)  # which no token sees
+    later = x.new_full((1, 1, length, length), -torch.inf).triu(1)  # which no token sees
     for layer in language.layers:
         x = layer(x, position_embeddings=rotary, attention_mask=later)
     count = sequences.targets.shape[1]
@@ -80,15 +88,15 @@ def errors(model: Any, batch: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def train_prior(
-    model: Any, batches: Iterator[Sequences], recipe: Recipe, folder: Path, unseen: Sequence[Sequences] = ()
+    model: Any, batches: Iterator[Sequences], recipe: PriorRecipe, folder: Path, unseen: Sequence[Sequences] = ()
 ) -> None:
     """Train the language model in place, resuming from ``folder/state.pt`` where there is one.
 
     Args:
         model: transformers' ``GlmImageForConditionalGeneration``.
         batches: endless.
-        unseen: batches that training does not see: with every save the log tells how many of their tokens are right.
-            Where these are fewer than those of training, it lacks data.
+        unseen: batches that training does not see: with every save the log tells how many of their tokens are right, by
+            kind. Where these are fewer than those of training, it lacks data.
     """
     language = model.model.language_model
     # Without its rotary table, whose frequencies bfloat16 would spoil.
@@ -102,11 +110,16 @@ def train_prior(
         return Loss(total, {batch.kind: right})
 
     def check(step: int) -> None:
-        right = {f"unseen_{batch.kind}": float(errors(model, batch)[1]) for batch in unseen}
-        append_log(folder / "log.jsonl", step=step, **right)
+        right: dict[str, list[Tensor]] = {}
+        for batch in unseen:
+            right.setdefault(f"unseen_{batch.kind}", []).append(errors(model, batch)[1])
+        means = {kind: float(torch.stack(several).mean()) for kind, several in right.items()}
+        append_log(folder / "log.jsonl", step=step, **means)
 
-    kind = language.config._attn_implementation
-    model.set_attn_implementation("eager")  # whose backward takes half as long on a CPU as that of torch's own
+    way = language.config._attn_implementation
+    language.set_attn_implementation("eager")  # whose backward takes half as long on a CPU as that of torch's own
     blocks = list(language.layers) if recipe.compile_blocks else []
-    train(models, loss, recipe, folder, on_save=check if unseen else None, blocks=blocks)
-    model.set_attn_implementation(kind)
+    try:
+        train(models, loss, recipe, folder, on_save=check if unseen else None, blocks=blocks)
+    finally:
+        language.set_attn_implementation(way)

@@ -45,6 +45,7 @@ class TextToImageRecipe(Recipe):
     label_weight: float = 0.3
     label_block: int = 4
     label_classes: tuple[int, ...] = ()  # of each question
+    compile_blocks: bool = True
 
 
 class LabelHead(nn.Module):
