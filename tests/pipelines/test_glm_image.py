@@ -173,6 +173,8 @@ TOKENS = {
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 16), "prior_token_ids": None}, "a prompt to read"),
         ({"prior_token_ids": None, "num_inference_steps": 0}, "num_inference_steps"),
         ({"image": "cat.png"}, "not a str"),
+        ({"image": torch.zeros(64)}, r"not \[64\]"),
+        ({"image": np.zeros((64, 64), dtype=np.uint8)}, r"not \[64, 64\]"),
         ({"height": 48}, "multiples of 32, not 48 x 96; the nearest size is 64 x 96"),
         ({"width": 0}, "width must be a whole number"),
         ({"prompt": None}, "nothing to draw"),

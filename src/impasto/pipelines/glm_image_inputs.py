@@ -53,6 +53,11 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
     wrong = [one for one in flat if not isinstance(one, Image.Image | np.ndarray | Tensor)]
     if wrong:
         raise InputError(f"image must be pictures, arrays or tensors, not a {type(wrong[0]).__name__}")
+    flatter = [one for one in flat if not isinstance(one, Image.Image) and one.ndim < 3]
+    if flatter:
+        raise InputError(
+            f"image must be arrays [height, width, 3] or tensors [3, height, width], not {list(flatter[0].shape)}"
+        )
     nested = [isinstance(one, list | tuple) for one in image]
     if count == 1 and not any(nested):
         return [list(image)]
