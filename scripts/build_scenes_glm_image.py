@@ -43,7 +43,7 @@ from impasto.pipelines.glm_image_prior import target_offsets
 from impasto.pipelines.glyphs import encode_glyphs
 from impasto.scenes.captions import caption
 from impasto.scenes.edits import sample_edit
-from impasto.scenes.evaluate import held_out_edits, held_out_prompts, judge_edits, judge_pictures
+from impasto.scenes.evaluate import evaluate, evaluate_edits, held_out_edits
 from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import Scene, is_held_out, recolour, sample_arrangement
@@ -579,28 +579,29 @@ def judge(target: Path, records: Path, count: int) -> None:
     pipe.set_progress_bar_config(disable=True)
     records.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 20, "guidance_scale": 2.0}
-    prompts, drawn = held_out_prompts(count), []
-    for start in range(0, count, 16):
-        some = [prompt.text for prompt in prompts[start : start + 16]]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
-        drawn += pipe(some, generator=generators, **options).images
-    edits, sources, edited = held_out_edits(count), [], []
-    for edit in edits:
-        buffer = trace(edit.source, SIDE, SIDE, edit.source.seed)
-        picture = shade(buffer, [solid.color for solid in edit.source.solids], edit.source.background)
-        sources.append(Image.fromarray(picture.mul(255).round().byte().permute(1, 2, 0).numpy()))
-    for start in range(0, count, 16):
-        some = [edit.text for edit in edits[start : start + 16]]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(some))]
-        images = [[source] for source in sources[start : start + 16]]
-        edited += pipe(some, image=images, generator=generators, **options).images
-    of_prompts, of_edits = judge_pictures(prompts, drawn), judge_edits(edits, edited)
+    drawn: list[Image.Image] = []
+    sources: list[Image.Image] = []
+    edited: list[Image.Image] = []
+
+    def call(made: list[Image.Image], texts: list[str], **more: Any) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(len(made) + i) for i in range(len(texts))]
+        pictures = pipe(texts, generator=generators, **options, **more).images
+        made += pictures
+        return pictures
+
+    def edit(texts: list[str], pictures: list[Tensor]) -> list[Image.Image]:
+        given = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in pictures]
+        sources.extend(given)
+        return call(edited, texts, image=[[picture] for picture in given])
+
+    of_prompts = evaluate(functools.partial(call, drawn), count)
+    of_edits, edits = evaluate_edits(edit, count), held_out_edits(count)
     objects = [
         colour and shape
         for verdict in of_prompts.verdicts
         for colour, shape in zip(verdict.score.colours, verdict.score.shapes, strict=True)
     ]
-    named = [verdict.score.colours[edit.solid] for verdict, edit in zip(of_edits.verdicts, edits, strict=True)]
+    named = [verdict.score.colours[asked.solid] for verdict, asked in zip(of_edits.verdicts, edits, strict=True)]
     kept = [  # all that is there in the colours and shapes that it should have
         verdict.score.count and all((*verdict.score.colours, *verdict.score.shapes)) for verdict in of_edits.verdicts
     ]

@@ -153,6 +153,24 @@ def test_the_prior_can_be_ended(whole: GlmImagePipeline) -> None:
     assert not tokens.prior_token_ids.any()
 
 
+def test_the_prior_alone_takes_images_as_the_call_does(whole: GlmImagePipeline) -> None:
+    image = picture(70, 64)
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    expected = whole.generate_prior_tokens("bluer", 64, 96, [[image]], generator=seeded(0))
+    for same in (image, [image], np.array(image), tensor, [[tensor]]):
+        found = whole.generate_prior_tokens("bluer", 64, 96, same, generator=seeded(0))
+        assert torch.equal(found.prior_token_ids, expected.prior_token_ids)
+        assert found.prior_token_image_ids is not None
+        assert expected.prior_token_image_ids is not None
+        assert torch.equal(found.prior_token_image_ids[0], expected.prior_token_image_ids[0])
+    with pytest.raises(InputError, match="multiples of 32, not 48 x 96"):
+        whole.generate_prior_tokens("bluer", 48, 96)
+    with pytest.raises(InputError, match="a list of 2 lists"):
+        whole.generate_prior_tokens(["a", "b"], 64, 96, [image])
+    with pytest.raises(InputError, match="num_images_per_prompt"):
+        whole.generate_prior_tokens("a", 64, 96, num_images_per_prompt=0)
+
+
 IMAGE = {"image": picture(64, 64)}
 TOKENS = {
     "prior_token_image_ids": [torch.zeros(16, dtype=torch.long)],

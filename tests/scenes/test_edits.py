@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from impasto.scenes.edits import sample_edit
-from impasto.scenes.evaluate import KINDS, held_out_edits, judge_edits
+from impasto.scenes.evaluate import KINDS, evaluate_edits, held_out_edits, judge_edits
 from impasto.scenes.labels import CELL, LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Scene, Solid, is_held_out, sample_scene
@@ -42,6 +42,23 @@ def test_the_judge_tells_what_was_edited_from_what_was_not() -> None:
     assert right.counts()["whole"][0] >= 10
     assert left.counts()["whole"][0] == 0
     assert right.counts(KINDS[1])["whole"][1] == 6
+
+
+def test_pictures_and_instructions_come_in_batches() -> None:
+    targets = {edit.text: edit.target for edit in held_out_edits(7, seed=3)}
+    sizes = []
+
+    def edit(texts: list[str], pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+        sizes.append((len(texts), len(pictures)))
+        assert all(picture.shape == (3, 128, 128) for picture in pictures)
+        return [drawn(targets[text]) for text in texts[:-1]] + pictures[-1:]  # the last one is left as it was
+
+    report = evaluate_edits(edit, n=7, seed=3, batch_size=4)
+    assert sizes == [(4, 4), (3, 3)]
+    assert [verdict.prompt.text for verdict in report.verdicts] == list(targets)
+    assert not report.verdicts[3].score.whole
+    assert not report.verdicts[6].score.whole
+    assert report.counts()["whole"][0] >= 4
 
 
 def test_cells_are_labelled_with_what_fills_them() -> None:

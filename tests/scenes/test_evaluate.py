@@ -17,6 +17,7 @@ from impasto.scenes.evaluate import (
     TRAINED,
     Prompt,
     evaluate,
+    evaluate_edits,
     held_out_prompts,
 )
 from impasto.scenes.renderer import render
@@ -125,7 +126,11 @@ def test_the_dict_is_json_with_every_picture() -> None:
 
 
 def test_wrong_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match="3 prompts and returned 1"):
+    with pytest.raises(InputError, match="3 pictures were asked for, and 1 came back"):
         evaluate(lambda prompts: [torch.rand(3, 128, 128)], n=3)
     with pytest.raises(InputError, match="at least 1"):
         evaluate(true_renders, n=0)
+    with pytest.raises(InputError, match="not 3 and 0"):
+        evaluate(true_renders, n=3, batch_size=0)
+    with pytest.raises(InputError, match="not 0 and 16"):
+        evaluate_edits(lambda texts, pictures: pictures, n=0)

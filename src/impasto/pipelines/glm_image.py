@@ -23,7 +23,7 @@ from ..nn.module import parse_dtype
 from ..nn.noise import draw_noise
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_inputs import given_prior, images_of_prompts, plan_size, read_prompts
+from .glm_image_inputs import check_sides, given_prior, images_of_prompts, plan_size, read_prompts
 from .glm_image_prior import PriorTokens, generate_prior, reference_picture, tokens_to_generate
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
@@ -301,7 +301,7 @@ class GlmImagePipeline(Pipeline):
         prompt: str | list[str],
         height: int,
         width: int,
-        image: list[list[Image.Image]] | None = None,
+        image: Any = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_prompt: int = 1,
@@ -311,18 +311,25 @@ class GlmImagePipeline(Pipeline):
         Args:
             prompt: one or several.
             height, width: in pixels, multiples of 32.
-            image: for each prompt, the images that its picture refers to.
+            image: as the call takes it: for each prompt, the images that its picture refers to.
             device: of the result; that of the pipeline by default.
             generator: one for all pictures, one after the other, or one for each.
             num_images_per_prompt: pictures of each prompt, each with tokens of its own.
 
         Returns:
             tokens [B, N] of the transformer's grid; with images also theirs, in what the call takes.
+
+        Raises:
+            InputError: what cannot be used, and what could.
         """
         processor = self._require("processor")
         prompts = inputs.list_of_texts("prompt", prompt)
+        check_sides(height, width)
+        inputs.whole_number("num_images_per_prompt", num_images_per_prompt)
+        images = images_of_prompts(image, len(prompts))
+        images = None if images is None else [[reference_picture(one) for one in row] for row in images]
         generators = inputs.check_generator(generator, len(prompts) * num_images_per_prompt)
-        total = len(prompts) * num_images_per_prompt * tokens_to_generate(height, width, image is not None)
+        total = len(prompts) * num_images_per_prompt * tokens_to_generate(height, width, images is not None)
         with self.using("vision_language_encoder") as model, self.progress_bar(total=total) as progress:
 
             def goes_on(done: int) -> bool:
@@ -334,7 +341,7 @@ class GlmImagePipeline(Pipeline):
                 processor,
                 prompts,
                 (height, width),
-                image,
+                images,
                 generators,
                 num_images_per_prompt,
                 self._codebook_size(),

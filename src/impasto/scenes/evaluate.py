@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import InputError
 from .captions import caption, statement
 from .edits import Edit, sample_edit
 from .judge import Judge, Picture, bundled_judge
 from .reading import Reading, Score, compare
+from .renderer import render
 from .world import Scene, is_held_out, sample_scene
 
 TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
@@ -191,14 +193,44 @@ def evaluate(
     Raises:
         InputError: `n` or `batch_size` is less than one, or `generate` returns something else than was asked for.
     """
+    prompts = held_out_prompts(n, seed)
+    texts = [prompt.text for prompt in prompts]
+    return judge_pictures(prompts, _in_batches(generate, n, batch_size, texts), judge)
+
+
+def evaluate_edits(
+    edit: Callable[[list[str], list[Tensor]], Sequence[Picture]],
+    n: int = 200,
+    seed: int = 0,
+    batch_size: int = 16,
+    judge: Judge | None = None,
+) -> Report:
+    """Let `edit` change pictures as held-out instructions say, and judge what it makes of them.
+
+    Args:
+        edit: from up to `batch_size` instructions and as many pictures [3, 128, 128], float32 in [0, 1], to as many
+            pictures as `evaluate` takes them.
+        n: how many edits; half of them of each kind of `held_out_edits`.
+        judge: the bundled one by default.
+
+    Raises:
+        InputError: `n` or `batch_size` is less than one, or `edit` returns something else than was asked for.
+    """
+    edits = held_out_edits(n, seed)
+    texts, sources = [asked.text for asked in edits], [render(asked.source) for asked in edits]
+    return judge_edits(edits, _in_batches(edit, n, batch_size, texts, sources), judge)
+
+
+def _in_batches(
+    draw: Callable[..., Sequence[Picture]], n: int, batch_size: int, texts: list[str], *beside: list[Any]
+) -> list[Picture]:
     if n < 1 or batch_size < 1:
         raise InputError(f"n and batch_size must be at least 1, not {n} and {batch_size}.")
-    prompts = held_out_prompts(n, seed)
     pictures: list[Picture] = []
     for start in range(0, n, batch_size):
-        texts = [prompt.text for prompt in prompts[start : start + batch_size]]
-        drawn = generate(texts)
-        if len(drawn) != len(texts):
-            raise InputError(f"generate was given {len(texts)} prompts and returned {len(drawn)} pictures.")
+        some = [given[start : start + batch_size] for given in (texts, *beside)]
+        drawn = draw(*some)
+        if len(drawn) != len(some[0]):
+            raise InputError(f"{len(some[0])} pictures were asked for, and {len(drawn)} came back.")
         pictures.extend(drawn)
-    return judge_pictures(prompts, pictures, judge)
+    return pictures

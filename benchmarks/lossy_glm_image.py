@@ -1,0 +1,77 @@
+"""What weights of few bits do to GLM-Image's pictures and edits, on the small one of docs/scenes/glm_image.md.
+
+    python benchmarks/lossy_glm_image.py [--model runs/scenes_glm_image/checkpoint] [--count 200]
+
+`scripts/build_scenes_glm_image.py` makes the model. Every option draws the same held-out prompts and edits from the
+same seeds; the judge's score is the share of pictures in which everything is right. Beside it stands how many of the
+prior's tokens are those that it draws with all of its bits. Results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import measure
+from impasto import GlmImagePipeline
+from impasto.scenes.evaluate import evaluate, evaluate_edits
+
+PRIOR, TRANSFORMER = "vision_language_encoder", "transformer"
+#: Bits of each part; those of the others are as stored.
+OPTIONS: dict[str, dict[str, str]] = {
+    "lossless": {},
+    "prior int8": {PRIOR: "int8"},
+    "prior NF4": {PRIOR: "nf4"},
+    "transformer int8": {TRANSFORMER: "int8"},
+    "transformer NF4": {TRANSFORMER: "nf4"},
+    "both int8": {PRIOR: "int8", TRANSFORMER: "int8"},
+    "both NF4": {PRIOR: "nf4", TRANSFORMER: "nf4"},
+}
+CALL: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 20, "guidance_scale": 2.0}
+
+
+def judged(model: Path, dtypes: dict[str, str], count: int) -> tuple[dict[str, Any], Tensor]:
+    """The judge's numbers, and the tokens of all pictures and edits."""
+    dtype = {"default": "bfloat16", **dtypes}
+    pipe = GlmImagePipeline.from_pretrained(model, dtype=dtype, memory_budget="8GB")
+    pipe.set_progress_bar_config(disable=True)
+    tokens: list[Tensor] = []
+
+    def draw(texts: list[str], pictures: list[Tensor] | None = None) -> list[Image.Image]:
+        first = sum(map(len, tokens))
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(texts))]
+        images = None if pictures is None else [[picture] for picture in pictures]
+        prior = pipe.generate_prior_tokens(texts, 128, 128, image=images, generator=generators)
+        tokens.append(prior.prior_token_ids)
+        given = {name: getattr(prior, name) for name in prior._fields}
+        return pipe(texts, image=images, generator=generators, **given, **CALL).images
+
+    reports = {"drawn": evaluate(draw, count), "edited": evaluate_edits(draw, count)}
+    return {name: report.to_dict()["accuracy"]["all"] for name, report in reports.items()}, torch.cat(tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/scenes_glm_image/checkpoint"))
+    parser.add_argument("--count", type=int, default=200)
+    options = parser.parse_args()
+    results: dict[str, Any] = {}
+    whole: Tensor | None = None
+    for name, dtypes in OPTIONS.items():
+        accuracy, tokens = judged(options.model, dtypes, options.count)
+        whole = tokens if whole is None else whole
+        same = float((tokens == whole).float().mean())
+        results[name] = {"tokens_as_with_all_bits": round(same, 4), **accuracy}
+        right = {kind: f"{accuracy[kind]['whole']['percent']:.1f} %" for kind in ("drawn", "edited")}
+        print(f"{name:20} drawn {right['drawn']:>8}   edited {right['edited']:>8}   the same tokens {100 * same:.1f} %")
+    what = f"GLM-Image's weights of few bits: {options.count} prompts and {options.count} edits, CPU"
+    measure.write("lossy-glm-image", {"what": what, "options": results})
+
+
+if __name__ == "__main__":
+    main()
