@@ -22,7 +22,7 @@ from impasto import GlmImagePipeline
 from impasto.scenes.evaluate import evaluate, evaluate_edits
 
 PRIOR, TRANSFORMER = "vision_language_encoder", "transformer"
-#: Bits of each part; those of the others are as stored.
+#: Which parts have few bits; the others are in bfloat16.
 OPTIONS: dict[str, dict[str, str]] = {
     "lossless": {},
     "prior int8": {PRIOR: "int8"},

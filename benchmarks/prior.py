@@ -2,11 +2,11 @@
 
     python benchmarks/prior.py [--layers 16] [--batch 1] [--tokens 48] [--dtype bfloat16] [--rounds 5] [--device cpu]
 
-A language model of the class that GLM-Image has, with random weights; 16 layers of width 1536 are 0.53 B, and 100 are
-3.3 B, which with packed copies take 14 GB. Both draw the
-tokens of one picture (those behind a prompt), in turns; the scores of a prompt are compared before. A token needs each
-weight once, so it cannot take less time than reading them: measured as the sum of their bits, in the same process.
-Reading the prompt is a part of both contestants' times; beside the reading of the weights stands ours without it.
+A language model of the class that GLM-Image has, with random weights; 16 layers of width 1536 are 0.57 B, and 100 are
+3.4 B, which with packed copies take 14 GB. Both draw the tokens of one picture (those behind a prompt), in turns; the
+scores of a prompt are compared before. A token needs each weight once, so it cannot take less time than reading them:
+measured as the sum of their bits, in the same process. Reading the prompt is a part of both contestants' times; beside
+the reading of the weights stands ours without it.
 """
 
 from __future__ import annotations

@@ -206,8 +206,13 @@ def train_codebook(out: Path, steps: int) -> None:
     folder = out / "codebook"
     model = build_prior(words=1024).model
     reader = CodeReader(QUANTISER["embed_dim"], LABEL_CLASSES, SIDE // 32)
-    if chunks.steps_done(folder) < steps and (out / "tokens").exists():
-        shutil.rmtree(out / "tokens")  # which other codes say
+    if chunks.steps_done(folder) < steps:  # then codes change
+        trained = [str(out / name) for name in ("prior", "transformer") if (out / name).exists()]
+        if trained:
+            raise SystemExit(
+                f"{' and '.join(trained)} learned the codes as they are: move them away, or give another --out"
+            )
+        shutil.rmtree(out / "tokens", ignore_errors=True)
     pictures = Halves(out, chunks.known(out / "pictures")[1:])
     recipe = codebook_recipe(steps)
     train_visual_codebook(model, reader, pictures.batches(128, chunks.steps_done(folder)), recipe, folder)

@@ -27,6 +27,8 @@ def make_missing(folder: Path, chunks: Iterable[int], make: Callable[[int], None
     """Make those that there are not: one process a core, with one thread each."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(chunks) - set(known(folder)))
+    if not missing:
+        return
     with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pool.map(make, missing, chunksize=1)
 

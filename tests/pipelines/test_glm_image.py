@@ -165,6 +165,8 @@ def test_the_prior_alone_takes_images_as_the_call_does(whole: GlmImagePipeline) 
         assert torch.equal(found.prior_token_image_ids[0], expected.prior_token_image_ids[0])
     with pytest.raises(InputError, match="multiples of 32, not 48 x 96"):
         whole.generate_prior_tokens("bluer", 48, 96)
+    with pytest.raises(InputError, match="width must be a whole number"):
+        whole.generate_prior_tokens("bluer", 64, None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a list of 2 lists"):
         whole.generate_prior_tokens(["a", "b"], 64, 96, [image])
     with pytest.raises(InputError, match="num_images_per_prompt"):

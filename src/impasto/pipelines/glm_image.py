@@ -324,7 +324,7 @@ class GlmImagePipeline(Pipeline):
         """
         processor = self._require("processor")
         prompts = inputs.list_of_texts("prompt", prompt)
-        check_sides(height, width)
+        check_sides(inputs.whole_number("height", height), inputs.whole_number("width", width))
         inputs.whole_number("num_images_per_prompt", num_images_per_prompt)
         images = images_of_prompts(image, len(prompts))
         images = None if images is None else [[reference_picture(one) for one in row] for row in images]
