@@ -1,0 +1,71 @@
+"""Checks of arguments and config values that every floor uses: a value comes back as a plain number, or is refused.
+
+A message names the value, says what was expected, and quotes what was given, shortened. NumPy's numbers are numbers;
+booleans, texts, NaN and infinities are not.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from .errors import ImpastoError, InputError
+
+
+def whole_number(
+    name: str, value: Any, least: int = 1, most: int | None = None, *, error: type[ImpastoError] = InputError
+) -> int:
+    """``value`` as an int from ``least`` to ``most``; ``error`` otherwise."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers, or on the meta device
+        found = None
+    if found is None or found < least or (most is not None and found > most):
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise error(f"{name} must be a whole number {bounds}, not {shown(value)}")
+    return found
+
+
+def finite(
+    name: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float | None = None,
+    error: type[ImpastoError] = InputError,
+) -> float:
+    """``value`` as a finite float from ``least`` to ``most`` (and greater than ``above``); ``error`` otherwise."""
+    try:
+        found = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found) or not least <= found <= most or (above is not None and found <= above):
+        bounds = ["finite"] if above is None else [f"above {above:g}"]
+        bounds += [f"at least {least:g}"] if math.isfinite(least) else []
+        bounds += [f"at most {most:g}"] if math.isfinite(most) else []
+        raise error(f"{name} must be a number that is {' and '.join(bounds)}, not {shown(value)}")
+    return found
+
+
+def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bool:
+    """``value`` as a bool: True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise error(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``repr(value)``, shortened, for a message. It never fails, and never prints a control character."""
+    try:
+        text = repr(value)
+    except Exception as problem:  # the repr of a foreign object, or of an integer of 5,000 digits
+        text = f"a {type(value).__name__} ({type(problem).__name__})"
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters and lone surrogates escaped (``\x1b``), so that a terminal only shows them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
