@@ -36,7 +36,7 @@ from impasto.scenes.world import (
     sample_arrangement,
     sample_scene,
 )
-from impasto.training.state import append_log, load_state, save_state
+from impasto.training.state import append_log, load_state, restore, restore_optimizers, save_state, trim_log
 
 SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31
@@ -212,10 +212,11 @@ def train(out: Path, steps: int) -> None:
     start, best = 0, -1.0
     if (out / "state.pt").exists():
         state = load_state(out / "state.pt")
-        judge.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(out / "state.pt", state["model"], judge.state_dict())
+        restore_optimizers(out / "state.pt", [optimizer], [state["optimizer"]])
         start, best = state["step"], state["best"]
         torch.manual_seed(SEED + start)
+    trim_log(out / "log.jsonl", start)
     if start >= steps:
         return
     folder = out / "geometry"

@@ -151,7 +151,7 @@ def test_a_failed_save_leaves_the_last_one(folder: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(OutputError, match=r"cannot save weights into .*one: .*No space left"):
+    with pytest.raises(OutputError, match=r"one cannot be written: No space left"):
         PixArtTransformer2DModel(**CONFIG).save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

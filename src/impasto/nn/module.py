@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +12,9 @@ from torch import nn
 
 from ..checkpoints import hub, weights
 from ..checkpoints.config import Configurable
+from ..checkpoints.layout import superseded
 from ..errors import ConfigurationError, InputError
+from ..files import reading, saving
 
 
 class Model(Configurable, nn.Module):
@@ -89,20 +90,20 @@ class Model(Configurable, nn.Module):
             local_files_only=local_files_only,
             token=token,
         )
-        folder = root / subfolder if subfolder else root
-        config = cls.load_config(folder)
-        files = weights.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
-        config = cls._fit_config(config, weights.stored_names(files))
-        with torch.device("meta"):
-            model = cls.from_config(config, **overrides)
-        weights.load_into(
-            model,
-            files,
-            dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
-            device=device,
-            rename=cls._rename_key,
-            keep_in_float32=cls.keep_in_float32,
-        )
+        with reading(root / subfolder if subfolder else root) as folder:
+            config = cls.load_config(folder)
+            files = weights.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
+            config = cls._fit_config(config, weights.stored_names(files))
+            with torch.device("meta"):
+                model = cls.from_config(config, **overrides)
+            weights.load_into(
+                model,
+                files,
+                dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+                device=device,
+                rename=cls._rename_key,
+                keep_in_float32=cls.keep_in_float32,
+            )
         return model.eval()
 
     def save_pretrained(
@@ -121,13 +122,10 @@ class Model(Configurable, nn.Module):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False would write a pickle; only safetensors are written")
-        weights.save_weights(
-            self.state_dict(),
-            Path(save_directory),
-            variant=variant,
-            max_shard_bytes=parse_size(max_shard_size),
-        )
-        self.save_config(save_directory)
+        size = parse_size(max_shard_size)
+        with saving(save_directory, superseded) as staging:
+            weights.write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
+            self.save_config(staging)
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, InputError
 from ..nn.module import parse_dtype, parse_size
 from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
-from . import inspection, loading, planner
+from . import inspection, loading, planner, saving
 from .compiling import Compiled
 from .embedding_cache import EmbeddingCache
 from .inputs import whole_number
@@ -207,7 +207,7 @@ class Pipeline:
             raise InputError("safe_serialization=False would write pickles; only safetensors are written")
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         parts = {name: unwrapped(part) for name, part in self.components.items()}
-        loading.save_parts(parts, Path(save_directory), type(self).__name__, variant, shard_bytes)
+        saving.save_components(parts, Path(save_directory), type(self).__name__, variant, shard_bytes)
 
     @classmethod
     def from_pipe(

@@ -7,6 +7,7 @@ which encoder a model was last used with, for pipelines that are loaded without 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..checkpoints.config import read_json
 from ..errors import CheckpointError, OutputError
+from ..files import is_abandoned, write_file
 from .moving import unwrapped
 from .text import EncodedTexts
 
@@ -136,65 +139,74 @@ class EmbeddingCache:
         try:
             with safe_open(path, framework="pt") as file:
                 embeds: Tensor = file.get_tensor("embeds").clone()  # no file that is removed must stay mapped
+                stored = file.metadata() or {}
             if embeds.ndim != 2 or not 0 < len(embeds) <= length or not embeds.is_floating_point():
                 raise CheckpointError(f"a tensor of shape {list(embeds.shape)}")
-            os.utime(path)
-        except (SafetensorError, CheckpointError, OSError, KeyError) as error:
-            logger.warning("%s of the prompt cache is damaged (%s); its prompt is encoded anew", path, error)
+            if stored.get("checksum") != _checksum(path.stem, embeds):
+                raise CheckpointError("its checksum is another one")
+            if not bool(embeds.isfinite().all()):
+                raise CheckpointError("values that are not finite")
+        except (SafetensorError, CheckpointError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s of the prompt cache is damaged (%s); its prompt is encoded again", path, error)
             return None
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(path)
         return embeds
 
     def _write(self, path: Path, embeds: Tensor) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        embeds = embeds.detach().cpu().contiguous().clone()
+        if not bool(embeds.isfinite().all()):  # a fault of the encoder, which must not outlive it
+            return
         try:
-            save_file({"embeds": embeds.detach().cpu().contiguous().clone()}, temporary)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:  # the prompt is encoded all the same
-            logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_file(path, save({"embeds": embeds}, {"checksum": _checksum(path.stem, embeds)}), durable=False)
+        except OutputError as error:  # the prompt is encoded all the same
+            logger.warning("the prompt cache cannot be written: %s", error)
 
     def _shrink(self) -> None:
         """Remove what was not used for longest, beyond the size that is allowed."""
         if self.max_bytes is None:
             return
         entries = []
-        for path in self.folder.glob("*.safetensors"):
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp")):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # removed by another process
+                if path.suffix == ".tmp" and is_abandoned(path):
+                    path.unlink(missing_ok=True)
+                    continue
+            except OSError:  # removed by another process
                 continue
             entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if path.suffix != ".tmp":  # which another process is writing
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    total -= size
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
-            problem: object = "no JSON object"
-        except FileNotFoundError:
+        if not path.exists():
             return {}
-        except (OSError, ValueError) as error:
-            problem = error
-        logger.warning("%s is damaged (%s) and is written anew", path, problem)
-        return {}
+        try:
+            return read_json(path)
+        except CheckpointError as error:
+            logger.warning("%s is damaged (%s) and is written anew", path, error)
+            return {}
 
     def _write_index(self, content: dict[str, Any]) -> None:
-        temporary = self.folder / f"{INDEX_NAME}.{os.getpid()}.tmp"
         try:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(temporary, self.folder / INDEX_NAME)
-        except OSError as error:
-            logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_file(self.folder / INDEX_NAME, json.dumps(content, indent=1), durable=False)
+        except OutputError as error:
+            logger.warning("the prompt cache cannot be written: %s", error)
+
+
+def _checksum(name: str, embeds: Tensor) -> str:
+    """A hash of an entry's values, dtype and shape (its tokens and width), and of the name under which it is kept."""
+    digest = hashlib.sha256(f"{name} {embeds.dtype} {list(embeds.shape)}".encode())
+    digest.update(embeds.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # --- what tells encoders apart ---

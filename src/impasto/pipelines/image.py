@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
 from ..errors import InputError, OutputError
+from ..files import write_file
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
@@ -338,18 +338,7 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], settings: Gen
         content = _encode_picture(image, _FORMATS[path.suffix.lower()], settings)
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} cannot be written as {path.suffix}: {error}; try .png") from error
-    # In the same folder, because only within one file system is replacing a file atomic.
-    temporary = path.with_name(f".impasto-{secrets.token_hex(6)}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, content)
 
 
 def _encode_picture(image: Image.Image, kind: str, settings: GenerationSettings | None) -> bytes:

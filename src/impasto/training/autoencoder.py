@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.autoencoder_kl import AutoencoderKL
-from .state import append_log, load_state, save_state
+from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ def train_autoencoder(
     state_path, start = folder / "state.pt", 0
     if state_path.exists():
         state = load_state(state_path)
-        model.load_state_dict(state["model"])
+        start = steps_done(state_path, state)
+        restore(state_path, section(state_path, state, "model"), model.state_dict())
         if "optimizer" in state:  # a state made from a finished checkpoint has none
-            optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+            restore_optimizers(state_path, [optimizer], [state["optimizer"]])
+    trim_log(folder / "log.jsonl", start)
     model.train()
     clock = time.monotonic()
     for step in range(start, recipe.steps):

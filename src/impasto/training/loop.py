@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole_number
+from ..errors import CheckpointError
 from .ema import EMA
-from .state import append_log, load_state, save_state
+from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,17 @@ def train(
     state_path, start = folder / "state.pt", 0
     if state_path.exists():
         state = load_state(state_path)
-        for name, master in masters.named.items():
-            if name in state["models"] or thrown_away is None or not name.startswith(thrown_away):
-                master.copy_(state["models"][name])
-        for optimizer, stored in zip(optimizers, state.get("optimizers", ()), strict=False):  # nor has it those
-            optimizer.load_state_dict(stored)
-        ema.load_state_dict(state["ema"])
+        start = steps_done(state_path, state)
+        restore(state_path, section(state_path, state, "models"), masters.named, optional=thrown_away)
+        if "optimizers" in state or thrown_away is None:  # a finished checkpoint has none
+            restore_optimizers(state_path, optimizers, state.get("optimizers"))
+        averages = section(state_path, state, "ema")
+        restore(state_path, {k: v for k, v in averages.items() if k != "updates"}, ema.shadow, optional=thrown_away)
+        ema.updates = whole_number(f"'updates' of {state_path}", averages.get("updates"), 0, error=CheckpointError)
         if beside is not None:
-            beside.load_state_dict(state["beside"])
+            beside.load_state_dict(section(state_path, state, "beside"))
         masters.publish()
-        start = state["step"]
+    trim_log(folder / "log.jsonl", start)
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
     generator = torch.Generator().manual_seed(start)

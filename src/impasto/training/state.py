@@ -1,41 +1,158 @@
-"""The state of a training run on disk: written whole or not at all, read without running code."""
+"""The state of a training run on disk: written whole or not at all, read without running code, checked before use."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import CheckpointError
+from ..checks import shown, whole_number
+from ..errors import CheckpointError, OutputError
+from ..files import write_file
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and dicts of them; an interrupted save leaves the last state as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write tensors, numbers and dicts of them; an interrupted save leaves the last state as it was.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _make_folder(path.parent)
+    write_file(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote."""
+    """Read what ``save_state`` wrote.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds anything but tensors, numbers, texts and dicts or lists of them.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the reader stumble in any way: IndexError, KeyError, ...
-        raise CheckpointError(f"{path} is not a training state; delete it to start anew ({error})") from error
+        raise CheckpointError(f"{path} is not a training state; delete it to start anew ({_reason(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a training state but a {type(state).__name__}; delete it to start anew")
     return state
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error, unless it advises to load without protection."""
+    first = str(error).partition("\n")[0]
+    return type(error).__name__ if "weights_only" in first else f"{type(error).__name__}: {shown(first, 200)}"
+
+
+def section(path: Path, state: Mapping[str, Any], name: str, kind: type[Any] = dict) -> Any:
+    """An entry of a state.
+
+    Raises:
+        CheckpointError: it is missing, or of another kind: the state is of another training.
+    """
+    if not isinstance(state.get(name), kind):
+        raise CheckpointError(
+            f"{path} is the state of another training: it has no {name!r} of the kind that this one saves. "
+            f"Continue it with the script that wrote it, or delete it to start anew"
+        )
+    return state[name]
+
+
+def steps_done(path: Path, state: Mapping[str, Any]) -> int:
+    """How many steps a state has behind it."""
+    return whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
+
+
+def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None) -> None:
+    """Copy stored tensors into those of the same names, all or none.
+
+    Args:
+        optional: how the names begin that the state may lack.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, or have other shapes; the message names the first.
+    """
+    faults = [f"lacks {name}" for name in into if name not in stored and not (optional and name.startswith(optional))]
+    for name, tensor in stored.items():
+        if name not in into:
+            faults.append(f"has {shown(name)}, which this model has not")
+        elif not isinstance(tensor, Tensor) or tensor.shape != into[name].shape:
+            found = list(tensor.shape) if isinstance(tensor, Tensor) else shown(tensor)
+            faults.append(f"has {name} as {found}, and this model as {list(into[name].shape)}")
+    if faults:
+        raise CheckpointError(
+            f"{path} is the state of another model: it {faults[0]}. "
+            f"Train the model that it belongs to, or delete it to start anew"
+        )
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            into[name].copy_(tensor)
+
+
+def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stored: Any) -> None:
+    """Load the states of optimizers, each checked against the shapes of its parameters.
+
+    Raises:
+        CheckpointError: they are of other parameters or other optimizers.
+    """
+    try:
+        for optimizer, state in zip(optimizers, stored, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, moments in state["state"].items():
+                shapes = {tuple(x.shape) for x in moments.values() if isinstance(x, Tensor) and x.ndim}
+                if shapes - {tuple(parameters[index].shape)}:
+                    raise ValueError(f"shapes {sorted(shapes)} for a parameter {list(parameters[index].shape)}")
+            optimizer.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds the optimizers of another training ({_reason(error)}); delete it to start anew"
+        ) from error
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
 def append_log(path: Path, **values: float) -> None:
-    """Add one line to a JSONL log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({name: round(float(value), 6) for name, value in values.items()}) + "\n")
+    """Add one line to a JSONL log, in one piece.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    _make_folder(path.parent)
+    line = json.dumps({name: round(float(value), 6) for name, value in values.items()}) + "\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"the log {path} cannot be written: {error.strerror or error}") from error
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Remove what a resumed run is going to log again: lines beyond ``step``, and half a line at the end."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if kept != lines:
+        write_file(path, b"".join(kept), durable=False)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # not a line of ours, or damaged
+        return float("inf")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {folder} cannot be made: {error.strerror}; choose another place") from error
