@@ -59,7 +59,7 @@ def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
     assert "vision_language_encoder" in result.stderr
     told = CliRunner().invoke(cli.app, ["info", str(model)]).stdout
     assert "GlmImageForConditionalGeneration" in told
-    assert "pictures of 64 x 64 px; sides are multiples of 32" in told
+    assert "images of 64 x 64 px; sides are multiples of 32" in told
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
     [
         (["--height", "40"], "height must be multiples of 32, not 40; the nearest size is 32"),
         (["--scheduler", "ddim"], "--scheduler is for PixArt"),
-        (["--image", "missing.png"], "missing.png cannot be read as a picture"),
+        (["--image", "missing.png"], "'missing.png' cannot be read as an image"),
     ],
 )
 def test_a_mistake_costs_no_loading(
@@ -84,4 +84,4 @@ def test_images_are_for_glm_image_alone(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(path)
     result = CliRunner().invoke(cli.app, ["generate", "a cube", "--image", str(path)])
     assert result.exit_code == 1
-    assert "draws from text alone; --image is for GLM-Image" in result.stderr
+    assert "takes text alone; --image is for GLM-Image" in result.stderr

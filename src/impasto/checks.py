@@ -42,10 +42,10 @@ def finite(
     except (TypeError, ValueError, OverflowError, RuntimeError):
         found = math.nan
     if not math.isfinite(found) or not least <= found <= most or (above is not None and found <= above):
-        bounds = ["finite"] if above is None else [f"above {above:g}"]
-        bounds += [f"at least {least:g}"] if math.isfinite(least) else []
-        bounds += [f"at most {most:g}"] if math.isfinite(most) else []
-        raise error(f"{name} must be a number that is {' and '.join(bounds)}, not {shown(value)}")
+        bounds = [] if above is None else [f"above {above:g}"]
+        bounds += [f"of {least:g} or more"] if math.isfinite(least) else []
+        bounds += [f"of {most:g} or less"] if math.isfinite(most) else []
+        raise error(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f", not {shown(value)}")
     return found
 
 
@@ -53,6 +53,17 @@ def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bo
     """``value`` as a bool: True or False, and nothing that merely counts as one."""
     if not isinstance(value, bool):
         raise error(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
+def text(name: str, value: Any, most: int, *, error: type[ImpastoError] = InputError) -> str:
+    """``value`` as a str of at most so many characters, without the lone surrogates of undecodable bytes."""
+    if not isinstance(value, str):
+        raise error(f"{name} must be a text, not {shown(value)}")
+    if len(value) > most:
+        raise error(f"{name} has {len(value):,} characters, and at most {most:,} are taken; shorten it")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise error(f"{name} is not valid Unicode: {shown(value)}; give it in UTF-8")
     return value
 
 

@@ -8,6 +8,7 @@ asks, hangs or takes gigabytes is seen as such.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -186,8 +187,8 @@ def _child(
     os.dup2(silent, 0)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout, sys.stderr = (open(i, "w", errors="backslashreplace", closefd=False) for i in (1, 2))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(i, "w", errors="backslashreplace", closefd=False) for i in (1, 2))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -207,7 +208,8 @@ def _child(
         names = tuple(cls.__name__ for cls in type(error).__mro__)
         result = ("raised", type(error).__name__, names, str(error), None, traceback.format_exc()[-4000:])
     for file in (sys.stdout, sys.stderr):
-        file.flush()
+        with contextlib.suppress(OSError, ValueError):  # closed or full, as the case wanted it
+            file.flush()
     with os.fdopen(write, "wb") as pipe:
         _send(pipe, result)
     os._exit(0)

@@ -78,3 +78,23 @@ def test_random_mixtures(joint: str) -> None:
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_without_cleaning(caption: str) -> None:
     assert [normalize_caption(caption)] == PixArtAlphaPipeline._text_preprocessing(None, caption)
+
+
+ALPHABETS = [
+    *("a.-", "a1.", "1x×х.", "a1_ ", " .\n", "a.com ", "a./@_é", "www:/.co ", "http:s/%. "),
+    "aB1é漢-.:'\" #&<>@;",
+]
+#: What the expressions are about that are not written as in the reference, for linear time.
+PIECES = [
+    *(".com", ".org/", "http://", "https:", "www:", "a.ru", "@", ".png", ".jpg", "1.5x3", "j2d1", "é", "/", "_", "-"),
+    " . ",
+]
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_random_characters(alphabet: str) -> None:
+    rng = random.Random(alphabet)
+    for _ in range(700):
+        pieces = [*alphabet, *rng.sample(PIECES, 4)]
+        caption = "".join(rng.choices(pieces, k=rng.randint(1, 24)))
+        assert clean_caption(caption) == reference(caption), caption

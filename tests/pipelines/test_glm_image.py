@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from impasto import GlmImagePipeline
+from impasto.checkpoints import from_transformers
 from impasto.errors import InputError, MissingDependencyError
-from impasto.pipelines import loading
+from impasto.nn.cpu import multiplies_bfloat16
 from impasto.pipelines.glm_image_prior import reference_picture, small_grid, tokens_to_generate
 
 from ..tiny_glm import pipelines, prior_parts
@@ -197,7 +198,7 @@ TOKENS = {
         ({"image": np.zeros((64, 64), dtype=np.uint8)}, r"not \[64, 64\]"),
         ({"height": 48}, "multiples of 32, not 48 x 96; the nearest size is 64 x 96"),
         ({"width": 0}, "width must be a whole number"),
-        ({"prompt": None}, "nothing to draw"),
+        ({"prompt": None}, "nothing to generate"),
         ({"prompt": []}, "one or more texts"),
         ({"prior_token_ids": torch.zeros(1, 23, dtype=torch.long)}, r"24 tokens: expected \[1, 24\]"),
         ({"prior_token_ids": torch.zeros(3, 24, dtype=torch.long)}, r"expected \[1, 24\]"),
@@ -207,7 +208,7 @@ TOKENS = {
         (IMAGE | TOKENS | {"prior_token_image_ids": []}, "of 0 prompts; there are 1"),
         ({"prompt": ["a", "b"], "image": [picture(64, 64)] * 2}, "a list of 2 lists"),
         ({"prompt": ["a", "b"], "image": [[picture(64, 64)], []]}, "as many images"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, r"64 x 96 picture needs \[1, 4, 8, 12\]"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"\[1, 4, 8, 12\], for images of 64 x 96 pixels"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
         ({"attention_kwargs": {"gain": 1}}, "gain"),
@@ -276,7 +277,7 @@ def test_a_transformers_without_the_prior_is_named() -> None:
     with pytest.raises(
         MissingDependencyError, match="has no GlmImageOfTomorrow; update it: pip install -U transformers"
     ):
-        loading._class_of_transformers("GlmImageOfTomorrow")
+        from_transformers.class_of_transformers("GlmImageOfTomorrow")
 
 
 def test_low_precision_draws_nearly_the_same_and_an_autoencoder_that_overflows_works_in_float32() -> None:
@@ -326,8 +327,10 @@ def test_packed_weights_draw_the_same() -> None:
     pipe, _ = pipelines()
     pipe.to(torch.bfloat16)
     expected = pipe(**given()).images
+    # Where the processor has no products of bfloat16, packed weights are added up in another order.
+    tolerance = 0 if multiplies_bfloat16() else 0.05
     with pipe.compile():
-        np.testing.assert_array_equal(pipe(**given()).images, expected)
+        np.testing.assert_allclose(pipe(**given()).images, expected, atol=tolerance, rtol=0)
 
 
 def test_glyphs_are_kept_on_disk(whole: GlmImagePipeline, tmp_path: Path) -> None:

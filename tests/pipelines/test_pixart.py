@@ -118,7 +118,7 @@ def test_no_gradients_are_kept(pipe: PixArtSigmaPipeline) -> None:
 EMBEDS = torch.zeros(2, 5, 32)
 MASK = torch.ones(2, 5)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({"prompt": None}, "nothing to draw"),
+    "nothing": ({"prompt": None}, "nothing to generate"),
     "no prompts": ({"prompt": []}, "one or more texts"),
     "number": ({"prompt": 3}, "prompt must be a text"),
     "tuple": ({"prompt": ("a", "b")}, "prompt must be a text"),
@@ -127,11 +127,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no mask": ({"prompt": None, "prompt_embeds": EMBEDS}, "needs its prompt_attention_mask"),
     "mask shape": (
         {"prompt": None, "prompt_embeds": EMBEDS, "prompt_attention_mask": torch.ones(2, 6)},
-        r"prompt_attention_mask has shape \[2, 6\].*must be \[2, 5\]",
+        r"prompt_attention_mask must be a tensor \[2, 5\].*not \[2, 6\]",
     ),
     "embeds shape": (
         {"prompt": None, "prompt_embeds": EMBEDS[0], "prompt_attention_mask": MASK},
-        r"\[prompts, tokens, channels\], not shape \[5, 32\]",
+        r"\[prompts, tokens, channels\], not \[5, 32\]",
     ),
     "embeds width": (
         {"prompt": None, "prompt_embeds": torch.zeros(2, 5, 16), "prompt_attention_mask": MASK, "guidance_scale": 1},
@@ -164,12 +164,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative type": ({"negative_prompt": 3}, "negative_prompt must be a text"),
     "height": ({"height": 15}, r"multiples of 4, not 15 x 16; the nearest size is 16 x 16"),
     "width": ({"width": 1}, r"multiples of 4, not 16 x 1; the nearest size is 16 x 4"),
-    "zero": ({"height": 0}, "height must be a whole number of 1 or more"),
+    "zero": ({"height": 0}, "height must be a whole number from 1 to 8192"),
     "fraction": ({"width": 16.0}, "width must be a whole number"),
     "nan": ({"guidance_scale": math.nan}, "guidance_scale must be a finite number"),
     "inf": ({"guidance_scale": math.inf}, "guidance_scale must be a finite number"),
     "no guidance": ({"guidance_scale": None}, "guidance_scale must be a finite number"),
-    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of 1 or more"),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 10000"),
     "steps type": ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
     "two schedules": ({"timesteps": [5], "sigmas": [0.5]}, "both given"),
     "no timesteps": ({"timesteps": []}, "timesteps is empty"),
@@ -177,10 +177,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "callback_steps": ({"callback_steps": 0}, "callback_steps"),
     "callback_steps type": ({"callback_steps": None}, "callback_steps"),
     "callback tensors": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise.*there are: latents, prompt_embeds"),
-    "latents": ({"latents": torch.zeros(1, 4, 8, 9)}, r"latents must be a tensor \[1, 4, 8, 8\].*not \[1, 4, 8, 9\]"),
+    "latents": (
+        {"latents": torch.zeros(1, 4, 8, 9)},
+        r"latents must be a floating-point tensor \[1, 4, 8, 8\].*not \[1, 4, 8, 9\]",
+    ),
     "latents batch": ({"latents": torch.zeros(1, 4, 8, 8), "num_images_per_prompt": 2}, r"\[2, 4, 8, 8\]"),
     "latents type": ({"latents": [1.0]}, "not a list"),
-    "generators": ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 pictures"),
+    "generators": ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 images"),
     "generator": ({"generator": 3}, "generator must be a torch.Generator"),
     "output": ({"output_type": "png"}, "output_type must be one of pil, np, pt, latent"),
     "eta": ({"eta": math.nan}, "eta must be a finite number"),

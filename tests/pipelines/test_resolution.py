@@ -37,7 +37,7 @@ def test_nearest_bin_goes_by_aspect_ratio_alone() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(0, 8), (8, 0), (-8, 8)])
 def test_nearest_bin_refuses_sizes_that_are_none(height: int, width: int) -> None:
-    with pytest.raises(InputError, match="positive"):
+    with pytest.raises(InputError, match="must be a whole number from 1"):
         nearest_bin(height, width, {1.0: (8, 8)})
 
 

@@ -149,7 +149,7 @@ def test_a_text_that_just_fits_is_not_warned_about(no_grad: None, caplog: pytest
         ("a cat", 8, "list of one or more texts"),
         ([], 8, "list of one or more texts"),
         ([None], 8, "list of one or more texts"),
-        (["a cat"], 0, "at least 1"),
+        (["a cat"], 0, "max_sequence_length must be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_encoded(texts: Any, length: int, message: str) -> None:

@@ -186,8 +186,8 @@ def test_an_override_that_is_no_argument_is_refused() -> None:
         ({"timestep_spacing": "even"}, "timestep_spacing must be one of 'linspace'"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"trained_betas": [0.1, 0.2]}, "num_train_timesteps=1000"),
-        ({"beta_end": 1.5}, "between 0 and 1"),
-        ({"beta_start": math.nan}, "between 0 and 1"),
+        ({"beta_end": 1.5}, "beta_end must be a finite number of 0 or more and of 1 or less"),
+        ({"beta_start": math.nan}, "beta_start must be a finite number of 0 or more and of 1 or less"),
     ],
 )
 def test_wrong_options_are_named_with_what_is_allowed(cls: Any, options: dict[str, Any], message: str) -> None:
@@ -198,7 +198,7 @@ def test_wrong_options_are_named_with_what_is_allowed(cls: Any, options: dict[st
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, "20"])
 def test_a_number_of_steps_that_cannot_be_is_refused(cls: Any, steps: Any) -> None:
-    with pytest.raises(InputError, match="from 1 to num_train_timesteps=1000"):
+    with pytest.raises(InputError, match="num_inference_steps must be a whole number from 1 to 1000"):
         cls().set_timesteps(steps)
 
 

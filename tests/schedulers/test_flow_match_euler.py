@@ -57,7 +57,7 @@ def test_half_precision_keeps_small_steps() -> None:
         ({"sigmas": [0.5, 1.0]}, "descend"),
         ({"sigmas": [2.0, 1.0]}, "descend"),
         ({"timesteps": [500.0, 0.0]}, "descend"),
-        ({"sigmas": []}, "0 steps"),
+        ({"sigmas": []}, "one or more"),
         ({"num_inference_steps": 0}, "from 1 to"),
         ({"num_inference_steps": 2.5}, "whole number"),
     ],

@@ -7,13 +7,21 @@ import inspect
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from ..checks import printable, shown
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, OutputError
+from ..files import write_file
+from .values import check_arguments
 
 logger = logging.getLogger("impasto")
+
+#: Of a JSON file: indexes of the largest models are about a megabyte.
+MOST_BYTES = 10_000_000
 
 P = ParamSpec("P")
 T = TypeVar("T", bound="Configurable")
@@ -56,19 +64,19 @@ class Config(Mapping[str, Any]):
 
 
 def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
-    """Decorate an ``__init__`` so that ``self.config`` holds all its arguments, defaults included."""
+    """Decorate an ``__init__`` so that its arguments are what their types say (``values.py``), and are recorded.
+
+    ``self.config`` holds all of them, defaults included.
+    """
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def wrapper(self: T, /, *args: P.args, **kwargs: P.kwargs) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        values = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in list(bound.arguments.items())[1:]
-        }
+        values = check_arguments(type(self).__name__, dict(list(bound.arguments.items())[1:]), init)
         object.__setattr__(self, "config", Config(values))
-        init(self, *args, **kwargs)
+        cast(Any, init)(self, **values)
 
     return wrapper
 
@@ -90,27 +98,48 @@ class Configurable:
         Raises:
             ConfigurationError: a value cannot be used, or an override is not an argument of the class.
         """
+        values = cls._arguments(config, overrides)
+        unknown = [
+            str(name)
+            for name in config
+            if name not in values and name not in cls.ignored_config_keys and not str(name).startswith("_")
+        ]
+        if unknown:
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            listed = ", ".join(printable(name[:80]) for name in unknown[:10])
+            logger.warning("%s: unknown config values are ignored: %s%s", cls.__name__, listed, more)
+        try:
+            return cls(**values)
+        except ConfigurationError:
+            raise
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise ConfigurationError(
+                f"{cls.__name__} cannot be built from this config: {printable(str(error))[:300]}. "
+                f"Compare its values with those of a published checkpoint."
+            ) from error
+
+    @classmethod
+    def checked_arguments(cls, config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+        """What ``from_config`` would pass to the constructor, defaults included, each checked on its own.
+
+        Raises:
+            ConfigurationError: a value is not what the constructor's signature says, or an override is no argument.
+        """
+        init = inspect.unwrap(cls.__init__)
+        bound = inspect.signature(init).bind(None, **cls._arguments(config, overrides))
+        bound.apply_defaults()
+        return check_arguments(cls.__name__, dict(list(bound.arguments.items())[1:]), init)
+
+    @classmethod
+    def _arguments(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Those values of a config that are arguments, with overrides in their place."""
+        if not isinstance(config, Mapping):
+            raise ConfigurationError(f"from_config takes a config, such as scheduler.config, not {shown(config)}")
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         wrong = [name for name in overrides if name not in known]
         if wrong:
             raise ConfigurationError(f"{cls.__name__} has no argument {wrong[0]!r}; it takes: {', '.join(known)}")
-        values = {name: value for name, value in config.items() if name in known}
-        unknown = [
-            name
-            for name in config
-            if name not in known and name not in cls.ignored_config_keys and not name.startswith("_")
-        ]
-        if unknown:
-            logger.warning("%s: unknown config values are ignored: %s", cls.__name__, ", ".join(unknown))
-        try:
-            return cls(**{**values, **overrides})
-        except ConfigurationError:
-            raise
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise ConfigurationError(
-                f"{cls.__name__} cannot be built from this config: {error}. "
-                f"Compare its values with those of a published checkpoint."
-            ) from error
+        return {**{name: value for name, value in config.items() if name in known}, **overrides}
 
     @classmethod
     def load_config(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,25 +157,67 @@ class Configurable:
         write_json(Path(folder) / self.config_name, {"_class_name": type(self).__name__, **values})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Like the published schedulers, it may hold ``-Infinity``."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file that a config comes from in what is said of its values."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Read a JSON object. Like the published schedulers, it may hold ``-Infinity``.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointError: it is no file of JSON, or holds something else than an object.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait
+            raise ValueError("not a regular file")
+        if status.st_size > most_bytes:
+            raise ValueError(f"{status.st_size} bytes, and at most {most_bytes} are read")
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"{path} does not exist; is {path.parent} the folder you meant?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); download or save it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, and holds a {type(content).__name__}")
     return content
 
 
+def parse_json(data: bytes) -> Any:
+    """UTF-8 JSON in which no object has a name twice: readers would differ in which of them counts.
+
+    Raises:
+        ValueError, RecursionError: not JSON, an integer of thousands of digits, or nested too deeply.
+    """
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"it has {shown(name)} twice")
+            seen.add(name)
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a JSON object whole or not at all.
+
+    Raises:
+        OutputError: the file or its folder cannot be written.
+    """
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {path.parent} cannot be made: {error.strerror}; choose another place") from error
+    write_file(path, text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from ..checks import printable, shown, text
 from ..errors import CheckpointNotFoundError, HubError, InputError
 
 #: Models that come with the package, by id.
@@ -33,21 +34,37 @@ def resolve(
         CheckpointNotFoundError: no such folder, bundled model or repository.
         HubError: it has to be downloaded, and the network or the hub does not answer.
     """
-    name = os.fspath(model)
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else model
+    if not isinstance(name, str):
+        raise InputError(f"a model is a folder or an id, as a text or a path, not {shown(model)}")
     if name.startswith("builtin:"):
         if name not in BUILTIN:
-            raise CheckpointNotFoundError(f"there is no bundled model {name!r}; bundled: {', '.join(BUILTIN)}")
+            raise CheckpointNotFoundError(f"there is no bundled model {shown(name)}; bundled: {', '.join(BUILTIN)}")
         return Path(str(resources.files("impasto"))) / BUILTIN[name]
-    if name and Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path.is_dir, it takes names of any length
         return Path(name)
-    if name and Path(name).exists():
+    if os.path.exists(name):
         raise InputError(f"{name} is a file; give the folder of the checkpoint that holds it")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+    is_id = name.count("/") == 1 and name.isprintable() and len(name) <= 200
+    if not is_id or name.startswith((".", "/", "~")) or "\\" in name:
         raise CheckpointNotFoundError(
-            f"the folder {name or repr(name)} does not exist. Give an existing folder, a hub id such as "
-            f"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, or {', '.join(BUILTIN)}."
+            f"the folder {printable(name[:200]) or repr(name)} does not exist. Give an existing folder, a hub id such "
+            f"as PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, or {', '.join(BUILTIN)}."
         )
     return _download(name, allow_patterns, revision, cache_dir, local_files_only, token)
+
+
+def inside(root: Path, subfolder: str | None) -> Path:
+    """A folder in a checkpoint.
+
+    Raises:
+        InputError: its name is none.
+    """
+    if subfolder is None:
+        return root
+    if "\0" in text("subfolder", subfolder, 255):
+        raise InputError(f"subfolder must be the name of a folder, not {shown(subfolder)}")
+    return root / subfolder
 
 
 def _download(
@@ -61,8 +78,6 @@ def _download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -81,9 +96,9 @@ def _download(
             f"the hub has no {repo_id}" + (f" at revision {revision}" if revision else "") + ", or it is private; "
             "check the id, or log in with `hf auth login`, or give a folder"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # of the cache, the network, the server or the library
         raise HubError(
             f"{repo_id} is neither a folder nor in the local cache, and the hub cannot be reached. Connect to the "
-            f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy."
+            f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"
         ) from error
     return Path(folder)

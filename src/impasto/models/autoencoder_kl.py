@@ -13,8 +13,8 @@ Letters in the margins: B pictures, C channels, H and W the sides at that level,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, cast, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
+from ..checkpoints.values import Count, Levels, Scale, Shift
+from ..checks import shown
 from ..errors import ConfigurationError, InputError
 from ..nn.attention import attention
 from ..nn.gaussian import DiagonalGaussianDistribution
-from ..nn.module import Model, require_positive
+from ..nn.module import Model
 from ..nn.outputs import keyed
 from .autoencoder_tiling import Tiling
 
@@ -68,23 +70,28 @@ class AutoencoderKL(Tiling, Model):
         ConfigurationError: a value that is not among those above.
     """
 
+    stored_lists: ClassVar[Mapping[str, str]] = {
+        "block_out_channels": "encoder.down_blocks",
+        "layers_per_block": "encoder.down_blocks.0.resnets",
+    }
+
     @records_config
     def __init__(
         self,
-        in_channels: int = 3,
-        out_channels: int = 3,
+        in_channels: Count = 3,
+        out_channels: Count = 3,
         down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
         up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
+        block_out_channels: Levels = (64,),
+        layers_per_block: Count = 1,
         act_fn: str = "silu",
-        latent_channels: int = 4,
-        norm_num_groups: int = 32,
-        sample_size: int | Sequence[int] = 32,
-        scaling_factor: float = 0.18215,
-        shift_factor: float | None = None,
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
+        latent_channels: Count = 4,
+        norm_num_groups: Count = 32,
+        sample_size: Count | Sequence[Count] = 32,
+        scaling_factor: Scale = 0.18215,
+        shift_factor: Shift | None = None,
+        latents_mean: Sequence[Shift] | None = None,
+        latents_std: Sequence[Scale] | None = None,
         force_upcast: bool = True,
         use_quant_conv: bool = True,
         use_post_quant_conv: bool = True,
@@ -92,24 +99,15 @@ class AutoencoderKL(Tiling, Model):
     ):
         super().__init__()
         widths = list(block_out_channels)
-        require_positive(
-            type(self).__name__,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            block_out_channels=widths,
-            layers_per_block=layers_per_block,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-        )
         _check_blocks("down_block_types", down_block_types, "DownEncoderBlock2D", levels=len(widths))
         _check_blocks("up_block_types", up_block_types, "UpDecoderBlock2D", levels=len(widths))
-        if not widths or any(width % norm_num_groups for width in widths):
+        if any(width % norm_num_groups for width in widths):
             raise ConfigurationError(
                 f"block_out_channels={widths} do not fit norm_num_groups={norm_num_groups}: "
-                f"at least one width is needed, and the number of groups has to divide every one"
+                f"the number of groups has to divide every width"
             )
         if act_fn not in ("silu", "swish"):
-            raise ConfigurationError(f"act_fn={act_fn!r} is not implemented; use 'silu'")
+            raise ConfigurationError(f"act_fn={shown(act_fn)} is not implemented; use 'silu'")
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
                 raise ConfigurationError(
@@ -237,7 +235,7 @@ LEGACY_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -> None:
     for block_type in types:
         if block_type != expected:
-            raise ConfigurationError(f"{name}: {block_type!r} is not implemented; use {expected!r} for each level")
+            raise ConfigurationError(f"{name}: {shown(block_type)} is not implemented; use {expected!r} for each level")
     if len(types) != levels:
         raise ConfigurationError(
             f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one for every level"

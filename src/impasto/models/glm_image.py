@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
+from ..checkpoints.values import MOST_CHANNELS, Count, Patch
 from ..errors import ConfigurationError, InputError
 from ..nn.embeddings import rotary_2d
 from ..nn.layers import FeedForward, unpatchify_channels_first
 from ..nn.masks import text_bias
-from ..nn.module import Model, require_positive
+from ..nn.module import Model
 from ..nn.outputs import Transformer2DModelOutput
 from .glm_image_blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
 from .glm_image_context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
@@ -67,52 +68,40 @@ class GlmImageTransformer2DModel(Model):
     # Of the documents, not of the class that wrote the released config: only written where they say something.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset({"pos_embed_max_size", "sample_size"})
 
+    stored_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
+
     @records_config
     def __init__(
         self,
-        patch_size: int = 2,
-        in_channels: int = 16,
-        num_layers: int = 30,
-        attention_head_dim: int = 40,
-        num_attention_heads: int = 64,
-        out_channels: int = 16,
-        text_embed_dim: int = 1472,
-        time_embed_dim: int = 512,
-        condition_dim: int = 256,
-        pos_embed_max_size: int = 128,
-        sample_size: int = 128,
-        prior_vq_quantizer_codebook_size: int = 16384,
+        patch_size: Patch = 2,
+        in_channels: Count = 16,
+        num_layers: Count = 30,
+        attention_head_dim: Count = 40,
+        num_attention_heads: Count = 64,
+        out_channels: Count = 16,
+        text_embed_dim: Count = 1472,
+        time_embed_dim: Count = 512,
+        condition_dim: Count = 256,
+        pos_embed_max_size: Count = 128,
+        sample_size: Count = 128,
+        prior_vq_quantizer_codebook_size: Count = 16384,
     ):
         super().__init__()
         name = type(self).__name__
-        sizes = {
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_layers": num_layers,
-            "attention_head_dim": attention_head_dim,
-            "num_attention_heads": num_attention_heads,
-            "out_channels": out_channels,
-            "text_embed_dim": text_embed_dim,
-            "time_embed_dim": time_embed_dim,
-            "condition_dim": condition_dim,
-            "pos_embed_max_size": pos_embed_max_size,
-            "sample_size": sample_size,
-            "prior_vq_quantizer_codebook_size": prior_vq_quantizer_codebook_size,
-        }
-        for key, size in sizes.items():
-            if not isinstance(size, int):
-                raise ConfigurationError(f"{name}: {key} must be a positive whole number, not {size!r}")
-        require_positive(name, **sizes)
         if attention_head_dim % 4:
             raise ConfigurationError(
                 f"{name}: attention_head_dim {attention_head_dim} must be a multiple of 4: half of the channels "
                 f"turn by the row and half by the column, in pairs"
             )
-        for key in ("time_embed_dim", "condition_dim"):
-            if sizes[key] % 2:
-                raise ConfigurationError(f"{name}: {key} {sizes[key]} must be even: sines and cosines")
-
+        for key, size in (("time_embed_dim", time_embed_dim), ("condition_dim", condition_dim)):
+            if size % 2:
+                raise ConfigurationError(f"{name}: {key} {size} must be even: sines and cosines")
         width = num_attention_heads * attention_head_dim
+        if width > MOST_CHANNELS:
+            raise ConfigurationError(
+                f"{name}: num_attention_heads * attention_head_dim is {width}, and may be {MOST_CHANNELS} at most"
+            )
+
         self.inner_dim = width
         self.head_dim = attention_head_dim
         self.in_channels, self.out_channels = in_channels, out_channels

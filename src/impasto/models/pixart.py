@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
+from ..checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
+from ..checks import shown
 from ..errors import ConfigurationError, InputError
 from ..nn.embeddings import sincos_2d
 from ..nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
 from ..nn.masks import text_bias
-from ..nn.module import Model, require_positive
+from ..nn.module import Model
 from ..nn.outputs import Transformer2DModelOutput
 from .pixart_blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
@@ -66,72 +68,56 @@ class PixArtTransformer2DModel(Model):
         {"double_self_attention", "only_cross_attention", "num_vector_embeds", "use_linear_projection"}
     )
 
+    stored_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
+
     @records_config
     def __init__(
         self,
-        num_attention_heads: int = 16,
-        attention_head_dim: int = 72,
-        in_channels: int = 4,
-        out_channels: int | None = 8,
-        num_layers: int = 28,
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-        cross_attention_dim: int | None = 1152,
+        num_attention_heads: Count = 16,
+        attention_head_dim: Count = 72,
+        in_channels: Count = 4,
+        out_channels: Count | None = 8,
+        num_layers: Count = 28,
+        dropout: Share = 0.0,
+        norm_num_groups: Count = 32,
+        cross_attention_dim: Count | None = 1152,
         attention_bias: bool = True,
-        sample_size: int = 128,
-        patch_size: int = 2,
+        sample_size: Count = 128,
+        patch_size: Patch = 2,
         activation_fn: str = "gelu-approximate",
-        num_embeds_ada_norm: int | None = 1000,
+        num_embeds_ada_norm: Count | None = 1000,
         upcast_attention: bool = False,
         norm_type: str = "ada_norm_single",
         norm_elementwise_affine: bool = False,
-        norm_eps: float = 1e-6,
-        interpolation_scale: float | None = None,
+        norm_eps: Epsilon = 1e-6,
+        interpolation_scale: Scale | None = None,
         use_additional_conditions: bool | None = None,
-        caption_channels: int | None = None,
+        caption_channels: Count | None = None,
         attention_type: str | None = "default",
         use_linear_projection: bool = False,
-        num_vector_embeds: int | None = None,
+        num_vector_embeds: Offset | None = None,
     ):
         super().__init__()
         name = type(self).__name__
         if norm_type != "ada_norm_single":
-            raise ConfigurationError(f"{name}: norm_type {norm_type!r} is not PixArt's; use 'ada_norm_single'")
+            raise ConfigurationError(f"{name}: norm_type {shown(norm_type)} is not PixArt's; use 'ada_norm_single'")
         if attention_type not in ("default", None):
-            raise ConfigurationError(f"{name}: attention_type {attention_type!r} is not PixArt's; use 'default'")
+            raise ConfigurationError(f"{name}: attention_type {shown(attention_type)} is not PixArt's; use 'default'")
         if num_vector_embeds:
             raise ConfigurationError(
                 f"{name}: num_vector_embeds={num_vector_embeds} asks for discrete latents; leave it"
             )
-        sizes = {
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-            "in_channels": in_channels,
-            "num_layers": num_layers,
-            "sample_size": sample_size,
-            "patch_size": patch_size,
-        }
-        optional = {
-            "out_channels": out_channels,
-            "cross_attention_dim": cross_attention_dim,
-            "caption_channels": caption_channels,
-        }
-        for key, size in (sizes | {key: size for key, size in optional.items() if size is not None}).items():
-            if not isinstance(size, int) or size <= 0:
-                raise ConfigurationError(f"{name}: {key} must be a positive whole number, not {size!r}")
-        require_positive(name, norm_eps=norm_eps)
-        if interpolation_scale is not None:
-            require_positive(name, interpolation_scale=interpolation_scale)
         if sample_size < patch_size:
             raise ConfigurationError(f"{name}: sample_size {sample_size} is smaller than patch_size {patch_size}")
         if num_embeds_ada_norm is None:
             raise ConfigurationError(f"{name}: num_embeds_ada_norm cannot be None; the published models have 1000")
-        if not 0.0 <= dropout < 1.0:
+        if dropout == 1:
             raise ConfigurationError(f"{name}: dropout must be in [0, 1), not {dropout!r}")
         width = num_attention_heads * attention_head_dim
-        if width % 4:
+        if width % 4 or width > MOST_CHANNELS:
             raise ConfigurationError(
-                f"{name}: num_attention_heads * attention_head_dim is {width}; 2-D positions need a multiple of 4"
+                f"{name}: num_attention_heads * attention_head_dim is {width}; 2-D positions need a multiple of 4, "
+                f"of at most {MOST_CHANNELS}"
             )
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128

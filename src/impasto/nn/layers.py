@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import shown
 from ..errors import ConfigurationError
 from .onednn import Product, linear_gelu, multiplies, product
 from .plain import is_idle_dropout, is_watched
@@ -102,7 +103,8 @@ class _Activated(nn.Module):
     def __init__(self, dim: int, hidden: int, activation_fn: str):
         super().__init__()
         if activation_fn not in ACTIVATIONS:
-            raise ConfigurationError(f"activation_fn {activation_fn!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigurationError(f"activation_fn {shown(activation_fn)} is unknown; use one of {known}")
         self.activation, gates = ACTIVATIONS[activation_fn]
         self.approximate = {"gelu": "none", "gelu-approximate": "tanh"}.get(activation_fn)
         self.proj = nn.Linear(dim, 2 * hidden if gates else hidden)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from ..checkpoints import hub, weights
-from ..checkpoints.config import Configurable
+from ..checkpoints.config import Configurable, naming
 from ..checkpoints.layout import superseded
-from ..errors import ConfigurationError, InputError
+from ..checkpoints.stored import Stored, describe, find_weight_files
+from ..checks import shown
+from ..errors import InputError, WeightsMismatchError
 from ..files import reading, saving
 
 
@@ -22,6 +25,8 @@ class Model(Configurable, nn.Module):
 
     #: Parts of parameter names that stay float32 whatever dtype is asked for.
     keep_in_float32: ClassVar[tuple[str, ...]] = ()
+    #: Which list of blocks an argument (a number, or a list) gives the length of, by its path in the names of tensors.
+    stored_lists: ClassVar[Mapping[str, str]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,21 +95,51 @@ class Model(Configurable, nn.Module):
             local_files_only=local_files_only,
             token=token,
         )
-        with reading(root / subfolder if subfolder else root) as folder:
-            config = cls.load_config(folder)
-            files = weights.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
-            config = cls._fit_config(config, weights.stored_names(files))
-            with torch.device("meta"):
-                model = cls.from_config(config, **overrides)
+        chosen = parse_dtype(dtype if dtype is not None else torch_dtype)
+        with reading(hub.inside(root, subfolder)) as folder:
+            model, stored = cls.skeleton(folder, variant=variant, use_safetensors=use_safetensors, **overrides)
             weights.load_into(
                 model,
-                files,
-                dtype=parse_dtype(dtype if dtype is not None else torch_dtype),
+                stored,
+                dtype=chosen,
                 device=device,
                 rename=cls._rename_key,
                 keep_in_float32=cls.keep_in_float32,
             )
         return model.eval()
+
+    @classmethod
+    def skeleton(
+        cls, folder: Path, *, variant: str | None = None, use_safetensors: bool | None = None, **overrides: Any
+    ) -> tuple[Self, Stored]:
+        """The model on the meta device and the stored tensors, which fit it: loading's checks, and none of its cost.
+
+        Raises:
+            CheckpointError, ConfigurationError: as ``from_pretrained``.
+        """
+        cls.checked_arguments({}, **overrides)
+        config = cls.load_config(folder)
+        stored = describe(find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
+        names = {cls._rename_key(name) for name in stored}
+        config = cls._fit_config(config, names)
+        with naming(folder / cls.config_name), torch.device("meta"):
+            cls._check_lists(cls.checked_arguments(config, **overrides), names, folder)
+            model = cls.from_config(config, **overrides)
+        weights.check_fit(model, stored, cls._rename_key)
+        return model, stored
+
+    @classmethod
+    def _check_lists(cls, arguments: Mapping[str, Any], names: set[str], folder: Path) -> None:
+        """Compare the config's numbers of blocks with those stored: a billion of them would take for ever to build."""
+        for argument, path in cls.stored_lists.items():
+            indices = {name.removeprefix(f"{path}.").split(".", 1)[0] for name in names if name.startswith(f"{path}.")}
+            value = arguments[argument]
+            asked = len(value) if isinstance(value, list) else value
+            if asked != len(indices):
+                raise WeightsMismatchError(
+                    f"{folder / cls.config_name}: {argument} asks for {asked} {path}, and the weights hold "
+                    f"{len(indices)}. Weights and config.json do not belong together."
+                )
 
     def save_pretrained(
         self,
@@ -141,7 +176,7 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = t
     names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
     found = getattr(torch, names.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype {dtype!r} is unknown; use float32, bfloat16, float16 or auto")
+        raise InputError(f"dtype {shown(dtype)} is unknown; use float32, bfloat16, float16 or auto")
     return found
 
 
@@ -150,19 +185,11 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int):
         found = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
         if match is None:
-            raise InputError(f"size {size!r} is not understood; write it like 5GB or 500MB")
+            raise InputError(f"size {shown(size)} is not understood; write it like 5GB or 500MB")
         base = 1024 if match[3] else 1000
         found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
     if found <= 0:
-        raise InputError(f"size {size!r} must be more than zero")
+        raise InputError(f"size {shown(size)} must be more than zero")
     return found
-
-
-def require_positive(owner: str, **values: int | float | Sequence[int]) -> None:
-    """Refuse sizes that no model can have, with the argument's name."""
-    for name, value in values.items():
-        for number in value if isinstance(value, Sequence) else (value,):
-            if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
-                raise ConfigurationError(f"{owner}: {name} must be a positive number, not {value!r}")

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, InputError
+from ..checkpoints.stored import non_finite_parameter
+from ..checks import shown, whole_number
+from ..errors import CheckpointError, ConfigurationError, InputError
 from ..nn.module import parse_dtype, parse_size
 from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
 from . import inspection, loading, planner, saving
 from .compiling import Compiled
 from .embedding_cache import EmbeddingCache
-from .inputs import whole_number
 from .moving import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32
 from .moving import unwrapped as unwrapped
 from .placement import (
@@ -30,6 +31,7 @@ from .placement import (
     PerPart,
     Placement,
     Resident,
+    as_device,
     check_device,
     check_dtype,
     require_device,
@@ -158,27 +160,29 @@ class Pipeline:
             local_files_only=local_files_only,
             token=token,
         )
-        index = source.read_index(cls.__name__)
-        wanted = [name for name in names if name not in components]
-        folder = source.fetch(index, wanted, cls.__name__)
         plan = None
-        if memory_budget is not None:
-            found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
-            named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
-            named |= few
-            budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
-            if budget.device is not None:
-                check_device(torch.device(budget.device))
-            plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
-            planner.check_libraries(plan)
-            dtypes |= planner.load_dtypes(plan)
-        loaded = {
-            name: loading.load_part(index[name], folder / name, dtypes[name], variant, use_safetensors)
-            for name in wanted
-            if index[name][1] is not None
-        }
-        pipe = cls(**{**dict.fromkeys(names), **loaded, **components})
-        pipe._source = folder
+        with source.opened() as source:
+            index = source.read_index(cls.__name__)
+            wanted = [name for name in names if name not in components]
+            folder = source.fetch(index, wanted, cls.__name__)
+            if memory_budget is not None:
+                found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
+                named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+                named |= few
+                budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
+                if budget.device is not None:
+                    check_device(torch.device(budget.device))
+                plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
+                planner.check_libraries(plan)
+                dtypes |= planner.load_dtypes(plan)
+            loaded = {
+                name: loading.load_part(index[name], folder / name, dtypes[name], variant, use_safetensors)
+                for name in wanted
+                if index[name][1] is not None
+            }
+            loading.check_vocabularies(loaded)
+            pipe = cls(**{**dict.fromkeys(names), **loaded, **components})
+            pipe._source = folder
         if plan is not None:
             planner.apply_plan(plan, pipe)
         if device_map is not None:
@@ -278,7 +282,7 @@ class Pipeline:
         """
         given = [arg for arg in args if arg is not None]
         if len(args) > 2 or sum(isinstance(arg, torch.dtype) for arg in given) > 1:
-            raise InputError(f"to takes a device, a dtype, or a device and then a dtype, not {args}")
+            raise InputError(f"to takes a device, a dtype, or a device and then a dtype, not {shown(args)}")
         for arg in given:
             if isinstance(arg, torch.dtype):
                 dtype = arg if dtype is None else _once("dtype", arg, dtype)
@@ -286,7 +290,7 @@ class Pipeline:
                 device = arg if device is None else _once("device", arg, device)
         if dtype is not None:
             dtype = parse_dtype(dtype)
-        target = None if device is None else torch.device(device)
+        target = None if device is None else as_device(device)
         check_dtype(dtype, target)
         if target is not None:
             check_device(target)
@@ -343,6 +347,20 @@ class Pipeline:
             )
         return part
 
+    def _check_output(self, name: str, output: Tensor) -> None:
+        """Blame the component of this name for NaN and infinite values, if its weights hold some.
+
+        Raises:
+            CheckpointError: they do; the message names the first such tensor.
+        """
+        if not bool(output.isfinite().all()):
+            broken = non_finite_parameter(unwrapped(self._require(name)))
+            if broken is not None:
+                raise CheckpointError(
+                    f"the {name} computes NaN or infinite values, because its tensor {broken} holds some; "
+                    f"download or save it again"
+                )
+
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the parts in the memory of the CPU, and each on the device only while the pipeline uses it.
 
@@ -397,7 +415,7 @@ class Pipeline:
         Raises:
             InputError: parts are on another device than the CPU already, or an argument that cannot be used.
         """
-        if torch.device(offload_device).type != "cpu":
+        if as_device(offload_device).type != "cpu":
             raise InputError(f"offload_device is {str(offload_device)!r}; weights wait in the memory of the CPU: 'cpu'")
         blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)

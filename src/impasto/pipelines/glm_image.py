@@ -17,18 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import shown, whole_number
 from ..errors import InputError
 from ..models.glm_image import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
 from ..nn.module import parse_dtype
 from ..nn.noise import draw_noise
-from . import inputs
+from . import inputs, limits
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_inputs import check_sides, given_prior, images_of_prompts, plan_size, read_prompts
+from .glm_image_inputs import check_sides, check_widths, given_prior, images_of_prompts, plan_size, read_prompts
 from .glm_image_prior import PriorTokens, generate_prior, reference_picture, tokens_to_generate
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
 from .moving import unwrapped
-from .placement import OneAtATime, check_device, check_dtype
+from .placement import OneAtATime, as_device, check_device, check_dtype
 from .text import EncodedTexts
 
 
@@ -119,7 +120,7 @@ class GlmImagePipeline(Pipeline):
         them there.
         """
         devices = [arg for arg in (*args, device) if isinstance(arg, str | int | torch.device)]
-        target = torch.device(devices[0]) if len(devices) == 1 else None
+        target = as_device(devices[0]) if len(devices) == 1 else None
         if target is None or target.type == "cpu":
             return super().to(*args, device=device, **options)
         check_device(target)
@@ -186,47 +187,39 @@ class GlmImagePipeline(Pipeline):
                 that it changes.
             callback_on_step_end_tensor_inputs: which: latents, prompt_embeds, negative_prompt_embeds; a callback that
                 has ``tensor_inputs`` says so itself.
-            max_sequence_length: bytes of one text in quotes.
+            max_sequence_length: bytes of one text in quotes, at most 4096.
             negative_prompt: whose glyphs to keep away from; none by default.
 
         Raises:
             InputError: what cannot be used, and what could.
         """
         self.interrupt = False
-        inputs.check_output_type(output_type)
-        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        for name in wanted:
-            if name != "latents" and name not in GlyphEmbeds._fields:
-                raise InputError(
-                    f"callback_on_step_end_tensor_inputs has {name!r}; there are: latents, "
-                    f"{', '.join(GlyphEmbeds._fields)}"
-                )
-        if attention_kwargs and set(attention_kwargs) - {"scale"}:
-            raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
+        names = callback_on_step_end_tensor_inputs
+        wanted = inputs.check_result(output_type, callback_on_step_end, names, GlyphEmbeds._fields)
+        if not isinstance(attention_kwargs, Mapping | None) or {*(attention_kwargs or ())} - {"scale"}:
+            raise InputError(f"attention_kwargs must be None, as attention takes none, not {shown(attention_kwargs)}")
         prompts, count = read_prompts(prompt, prompt_embeds)
         images = images_of_prompts(image, count)
         default = self.default_sample_size * self.vae_scale_factor
         texts, height, width = plan_size(prompts, height, width, images, default)
-        per_prompt = inputs.whole_number("num_images_per_prompt", num_images_per_prompt)
-        batch = count * per_prompt
+        per_prompt, batch = inputs.count_images(count, num_images_per_prompt)
         generators = inputs.check_generator(generator, batch)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
         shape = (batch, self._require("transformer").config["in_channels"], rows, columns)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise InputError(
-                f"latents has shape {list(latents.shape)}; a {height} x {width} picture needs {list(shape)}"
-            )
-        inputs.whole_number("num_inference_steps", num_inference_steps)
-        steps = next((len(given) for given in (timesteps, sigmas) if given is not None), num_inference_steps)
+        if latents is not None:
+            inputs.check_tensor("latents", latents, shape, f", for images of {height} x {width} pixels")
+        guided = inputs.guidance(guidance_scale) > 1.0
+        crops_coords_top_left = inputs.corner(crops_coords_top_left)
+        whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
+        steps = inputs.count_steps(self._require("scheduler"), num_inference_steps, timesteps, sigmas, both=True)
         if negative_prompt is not None:
             inputs.list_of_texts("negative_prompt", negative_prompt, count)
-        for part in ("scheduler", *(() if output_type == "latent" and images is None else ("vae",))):
-            self._require(part)
+        if output_type != "latent" or images is not None:
+            self._require("vae")
         if prompts or negative_prompt_embeds is None:
             self._require("tokenizer")
             if self.prompt_cache is None:
                 self._require("text_encoder")
-        guided = guidance_scale > 1.0
 
         def encoded() -> GlyphEmbeds:  # before the prior, which takes long
             return self.encode_prompt(
@@ -268,30 +261,23 @@ class GlmImagePipeline(Pipeline):
             generator=generators,
             crops_coords_top_left=crops_coords_top_left,
         )
-        drawn = noise
+        latents = noise
         with self.progress_bar(total=steps) as progress, closing(loop):
             for step in loop if not self.interrupt else ():
                 if callback_on_step_end is not None:
-                    self._call_back(step, callback_on_step_end, wanted)
-                drawn = step.latents
+                    inputs.call_back(self, step, callback_on_step_end, wanted)
+                    self._check_packed_weights()
+                latents = step.latents
                 progress.update()
                 if self.interrupt:
                     break
-        pictures: list[Image.Image] | np.ndarray[Any, Any] | Tensor = drawn
+        self._check_output("transformer", latents)
+        result: list[Image.Image] | np.ndarray[Any, Any] | Tensor = latents
         if output_type != "latent":
-            pictures = self.image_processor.postprocess(self.decode(drawn), output_type=output_type)
-        return ImagePipelineOutput(pictures) if return_dict else (pictures,)
-
-    def _call_back(self, step: GlmDenoisingStep, callback: Callable[..., Any], names: Sequence[str]) -> None:
-        tensors = {name: step.latents if name == "latents" else getattr(step.embeds, name) for name in names}
-        changed = dict(callback(self, step.index, step.timestep, tensors) or {})
-        self._check_packed_weights()
-        step.latents = changed.pop("latents", step.latents)
-        unknown = [name for name in changed if name not in GlyphEmbeds._fields]
-        if unknown:
-            raise InputError(f"callback_on_step_end returned {unknown[0]!r}, which is no tensor of this pipeline")
-        if any(value is not getattr(step.embeds, name) for name, value in changed.items()):
-            step.embeds = step.embeds._replace(**changed)
+            decoded = self.decode(latents)  # [B, 3, H, W]
+            self._check_output("vae", decoded)
+            result = self.image_processor.postprocess(decoded, output_type=output_type)
+        return ImagePipelineOutput(result) if return_dict else (result,)
 
     # --- the stages ---
 
@@ -324,12 +310,12 @@ class GlmImagePipeline(Pipeline):
         """
         processor = self._require("processor")
         prompts = inputs.list_of_texts("prompt", prompt)
-        check_sides(inputs.whole_number("height", height), inputs.whole_number("width", width))
-        inputs.whole_number("num_images_per_prompt", num_images_per_prompt)
+        check_sides(whole_number("height", height), whole_number("width", width))
+        num_images_per_prompt, batch = inputs.count_images(len(prompts), num_images_per_prompt)
         images = images_of_prompts(image, len(prompts))
         images = None if images is None else [[reference_picture(one) for one in row] for row in images]
-        generators = inputs.check_generator(generator, len(prompts) * num_images_per_prompt)
-        total = len(prompts) * num_images_per_prompt * tokens_to_generate(height, width, images is not None)
+        generators = inputs.check_generator(generator, batch)
+        total = batch * tokens_to_generate(height, width, images is not None)
         with self.using("vision_language_encoder") as model, self.progress_bar(total=total) as progress:
 
             def goes_on(done: int) -> bool:
@@ -347,9 +333,10 @@ class GlmImagePipeline(Pipeline):
                 self._codebook_size(),
                 goes_on,
                 packed=self.plan is None,
+                check=partial(self._check_output, "vision_language_encoder"),
             )
-        home = self.device if device is None else torch.device(device)
-        return prior._replace(prior_token_ids=prior.prior_token_ids.to(home))
+        target = self.device if device is None else as_device(device)
+        return prior._replace(prior_token_ids=prior.prior_token_ids.to(target))
 
     def _codebook_size(self) -> int:
         transformer = self._require("transformer")
@@ -382,14 +369,16 @@ class GlmImagePipeline(Pipeline):
         Returns:
             [P * num_images_per_prompt, M, channels] each, padded behind with zeros.
         """
-        length = inputs.whole_number("max_sequence_length", max_sequence_length)
+        length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
         prompts, count = read_prompts(prompt, prompt_embeds)
         wanted = list(prompts)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             wanted += inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
         elif negative_prompt and negative_prompt_embeds is not None:
             raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-        home = self.device if device is None else torch.device(device)
+        check_widths(prompt_embeds, negative_prompt_embeds, count, self.components["transformer"])
+        num_images_per_prompt, _ = inputs.count_images(count, num_images_per_prompt)
+        target = self.device if device is None else as_device(device)
         if wanted:
             embeds, mask = self._encode_glyphs(wanted, length)
             halves = [_cut(embeds, mask, 0, len(prompts)), _cut(embeds, mask, len(prompts), len(wanted))]
@@ -397,13 +386,10 @@ class GlmImagePipeline(Pipeline):
             negative_prompt_embeds = halves[1] if len(wanted) > len(prompts) else negative_prompt_embeds
         if not do_classifier_free_guidance:
             negative_prompt_embeds = None
-        for name, given in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if given is not None and (given.ndim != 3 or len(given) != count):
-                raise InputError(f"{name} has shape {list(given.shape)}; expected [{count}, tokens, channels]")
         to = self.dtype if dtype is None else dtype
 
         def repeated(x: Tensor) -> Tensor:
-            return x.to(home, to).repeat_interleave(num_images_per_prompt, dim=0)
+            return x.to(target, to).repeat_interleave(num_images_per_prompt, dim=0)
 
         assert prompt_embeds is not None
         negative = None if negative_prompt_embeds is None else repeated(negative_prompt_embeds)
@@ -415,7 +401,9 @@ class GlmImagePipeline(Pipeline):
 
         def encode(some: list[str]) -> EncodedTexts:
             with self.using("text_encoder") as text_encoder:
-                return EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, self.device))
+                encoded = EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, self.device))
+            self._check_output("text_encoder", encoded.embeds)
+            return encoded
 
         if self.prompt_cache is None:
             return encode(texts)
@@ -491,6 +479,7 @@ class GlmImagePipeline(Pipeline):
             num_inference_steps, timesteps, sigmas, guidance_scale, generator, crops_coords_top_left: as in the call.
         """
         scheduler = self._require("scheduler")
+        guidance_scale = inputs.guidance(guidance_scale)
         with self.using("transformer") as transformer:
             device, dtype = self.device, transformer.dtype
             batch, _, rows, columns = noise.shape
@@ -535,13 +524,13 @@ class GlmImagePipeline(Pipeline):
         """GLM-Image's schedule: whole timesteps that are not shifted, and levels of noise that are, by the size."""
         config = self.scheduler.config
         total = config["num_train_timesteps"]
-        count = inputs.whole_number("num_inference_steps", steps if sigmas is None else len(sigmas))
+        count = inputs.count_steps(self.scheduler, steps, timesteps, sigmas, both=True)
         evenly = np.linspace(total, 1.0, count + 1)[:-1]
-        told = np.asarray(evenly if timesteps is None else timesteps).astype(np.int64).astype(np.float32)
-        levels = told / total if sigmas is None else np.asarray(sigmas, dtype=np.float32)
+        times = np.asarray(evenly if timesteps is None else timesteps).astype(np.int64).astype(np.float32)
+        levels = times / total if sigmas is None else np.asarray(sigmas, dtype=np.float32)
         base = config.get("base_image_seq_len", 256)
         mu = config.get("max_shift", 0.75) * (tokens / base) ** 0.5 + config.get("base_shift", 0.25)
-        given = {"timesteps": told.tolist(), "sigmas": levels.tolist(), "mu": mu}
+        given = {"timesteps": times.tolist(), "sigmas": levels.tolist(), "mu": mu}
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         if "sigmas" not in accepted:
             raise InputError(

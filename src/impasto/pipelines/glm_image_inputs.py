@@ -1,6 +1,6 @@
 """What a call of GLM-Image's pipeline is given: read, and refused early where it cannot be used.
 
-Shapes: B pictures, N image tokens.
+Shapes: B images, N image tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import whole_number
 from ..errors import InputError
-from . import inputs
+from . import inputs, limits
 from .glm_image_prior import PRIOR_PIXELS, PriorTokens
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
-_SIZE = re.compile(r"<sop>\s*(\d+)\s+(\d+)\s*<eop>")
+_SIZE = re.compile(r"<sop>\s*(\d{1,9})\s+(\d{1,9})\s*<eop>")
 
 
 def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
@@ -30,13 +31,21 @@ def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], 
     if prompt is not None and prompt_embeds is not None:
         raise InputError("prompt and prompt_embeds were both given; give one of them")
     if prompt_embeds is not None:
-        if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3 or len(prompt_embeds) == 0:
-            raise InputError("prompt_embeds must be a tensor [prompts, tokens, channels]")
+        inputs.check_tensor("prompt_embeds", prompt_embeds, ("prompts", "tokens", "channels"))
+        whole_number("the number of prompt_embeds", len(prompt_embeds))
         return [], len(prompt_embeds)
     if prompt is None:
-        raise InputError("there is nothing to draw: give prompt, or prompt_embeds")
+        raise InputError("there is nothing to generate: give prompt, or prompt_embeds")
     texts = inputs.list_of_texts("prompt", prompt)
     return texts, len(texts)
+
+
+def check_widths(embeds: Any, negative_embeds: Any, count: int, transformer: Any) -> None:
+    """Whether embeddings that are given have a row for each prompt, and the channels that the transformer takes."""
+    channels = "channels" if transformer is None else int(transformer.config["text_embed_dim"])
+    for name, given in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
+        if given is not None:
+            inputs.check_tensor(name, given, (count, "tokens", channels))
 
 
 def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
@@ -52,7 +61,7 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
     flat = [one for row in image for one in (row if isinstance(row, list | tuple) else [row])]
     wrong = [one for one in flat if not isinstance(one, Image.Image | np.ndarray | Tensor)]
     if wrong:
-        raise InputError(f"image must be pictures, arrays or tensors, not a {type(wrong[0]).__name__}")
+        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(wrong[0]).__name__}")
     flatter = [one for one in flat if not isinstance(one, Image.Image) and one.ndim < 3]
     if flatter:
         raise InputError(
@@ -84,27 +93,27 @@ def plan_size(
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
-        raise InputError(f"the prompts ask for pictures of different sizes, {sorted(written)}: draw them apart")
+        raise InputError(f"the prompts ask for images of different sizes, {sorted(written)}: generate them apart")
     if written:
         high, wide = (PRIOR_PIXELS * side for side in written.pop())
     elif images is not None:
         wide, high = (side // PRIOR_PIXELS * PRIOR_PIXELS for side in _size_of(images[0][0]))
     else:
         high = wide = default
-    height = high if height is None else inputs.whole_number("height", height)
-    width = wide if width is None else inputs.whole_number("width", width)
+    height, width = high if height is None else height, wide if width is None else width
     check_sides(height, width)
     return [_SIZE.sub("", prompt).strip() for prompt in prompts], height, width
 
 
-def check_sides(height: int | None, width: int | None) -> None:
+def check_sides(height: Any, width: Any) -> None:
     """Refuse sides in pixels that are no whole number of the prior's tokens; None is for what is not known.
 
     Raises:
         InputError: the message has the nearest ones.
     """
-    given = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    if any(side % PRIOR_PIXELS or side <= 0 for side in given.values()):
+    sides = (("height", height), ("width", width))
+    given = {name: whole_number(name, side, most=limits.SIDE) for name, side in sides if side is not None}
+    if any(side % PRIOR_PIXELS for side in given.values()):
         nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
         raise InputError(
             f"{' and '.join(given)} must be multiples of {PRIOR_PIXELS}, not {' x '.join(map(str, given.values()))}; "
@@ -142,13 +151,14 @@ def given_prior(
     """
     count = batch // per_prompt
     for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids)):
-        if numbers is not None and not all(_is_within(x, codes) for x in numbers):
+        listed = isinstance(numbers, list | tuple | None)
+        if not listed or not all(_is_within(x, codes) for x in numbers or ()):
             raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, those of the codebook")
-    if grids is not None and not all(isinstance(grid, Tensor) and grid.shape[1:] == (3,) for grid in grids):
+    if not isinstance(grids, list | tuple | None) or not all(_is_grid(grid) for grid in grids or ()):
         raise InputError("source_image_grid_thw must be tensors [images, 3]: of each image 1, its rows and columns")
     if ids.ndim != 2 or ids.shape[1] != tokens or ids.shape[0] not in (count, batch):
         raise InputError(
-            f"prior_token_ids has shape {list(ids.shape)}; a picture of this size has {tokens} tokens: expected "
+            f"prior_token_ids has shape {list(ids.shape)}; an image of this size has {tokens} tokens: expected "
             f"{[count, tokens]}"
         )
     if images is None:
@@ -156,7 +166,7 @@ def given_prior(
             raise InputError("prior_token_image_ids and source_image_grid_thw are of images, and image is None")
     elif image_ids is None or grids is None:
         raise InputError(
-            "image needs its own tokens beside prior_token_ids: give prior_token_image_ids and "
+            "image needs its own tokens in addition to prior_token_ids: give prior_token_image_ids and "
             "source_image_grid_thw, or leave prior_token_ids out"
         )
     else:
@@ -164,18 +174,34 @@ def given_prior(
             if len(given) != count:
                 raise InputError(f"{name} is of {len(given)} prompts; there are {count}")
         for of_prompt, tokens_of_images, grid in zip(images, image_ids, grids, strict=True):
-            told = int(grid.prod(dim=-1).sum())
-            if len(grid) != len(of_prompt) or told != tokens_of_images.numel():
+            expected = int(grid.prod(dim=-1).sum())
+            if len(grid) != len(of_prompt) or expected != tokens_of_images.numel():
                 raise InputError(
-                    f"source_image_grid_thw tells of {len(grid)} images with {told} tokens; there are "
+                    f"source_image_grid_thw describes {len(grid)} images with {expected} tokens; there are "
                     f"{len(of_prompt)} images and {tokens_of_images.numel()} tokens"
                 )
     repeats = batch // ids.shape[0]
     return PriorTokens(ids.repeat_interleave(repeats, dim=0), image_ids, grids)
 
 
+def _is_whole(numbers: Any) -> bool:
+    """Whether this is a tensor of whole numbers, in memory."""
+    kinds = (torch.int32, torch.int64)
+    return (
+        isinstance(numbers, Tensor)
+        and numbers.dtype in kinds
+        and not numbers.is_meta
+        and numbers.layout == torch.strided
+    )
+
+
+def _is_grid(grid: Any) -> bool:
+    """Whether a tensor [images, 3] has 1, rows and columns of each image."""
+    return _is_whole(grid) and grid.shape[1:] == (3,) and bool((grid[:, 0] == 1).all() and (grid > 0).all())
+
+
 def _is_within(tokens: Any, codes: int) -> bool:
     """Whether tokens are whole numbers of a codebook."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+    if not _is_whole(tokens):
         return False
     return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes

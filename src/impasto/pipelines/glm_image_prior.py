@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from ..errors import InputError
+from .image_inputs import as_batch, normalize, to_rgb
 from .prior_decoder import PriorDecoder, Sampling
 
 #: Pixels to a token of the prior along a side; two of the transformer's.
@@ -53,32 +54,26 @@ def tokens_to_generate(height: int, width: int, with_images: bool) -> int:
 
 
 def reference_picture(image: Any) -> Image.Image:
-    """A picture, an array [H, W, 3] or a tensor [3, H, W] with values from 0 to 1 (or whole ones to 255), as a picture
-    whose sides are multiples of 32: so the prior and the autoencoder see the same.
+    """A PIL image, an array [H, W, C] or a tensor [C, H, W], of the values that ``ImageProcessor`` takes, as an RGB
+    image whose sides are multiples of 32: so the prior and the autoencoder see the same.
 
     Raises:
         InputError: something else, or an image that is too small.
     """
-    if isinstance(image, Tensor):
-        image = image.squeeze(0) if image.ndim == 4 and len(image) == 1 else image
-        values = image.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-        image = values.permute(1, 2, 0).numpy() if values.ndim == 3 else image
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
-        whole = (image.clip(0, 1) * 255).round() if np.issubdtype(image.dtype, np.floating) else image.clip(0, 255)
-        image = Image.fromarray(whole.astype(np.uint8))
+    if isinstance(image, np.ndarray | Tensor):
+        levels = ((normalize(as_batch(image).detach().cpu()).float() * 0.5 + 0.5) * 255).round().clamp(0, 255)
+        if len(levels) != 1 or levels.shape[1] not in (1, 3):
+            raise InputError(f"image must be one of 1 or 3 channels, not of shape {list(image.shape)}")
+        image = Image.fromarray(levels[0].expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())
     if not isinstance(image, Image.Image):
-        raise InputError(
-            f"image must be pictures, arrays [height, width, 3] or tensors [3, height, width], not "
-            f"a {type(image).__name__} {list(getattr(image, 'shape', []))}"
-        )
+        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(image).__name__}")
     size = tuple(side // PRIOR_PIXELS * PRIOR_PIXELS for side in image.size)
     if 0 in size:
         raise InputError(
             f"an image of {image.width} x {image.height} pixels is too small to refer to: 32 x 32 at least"
         )
-    picture = image.convert("RGB")
-    return picture if picture.size == size else picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    rgb = to_rgb(image)
+    return rgb if rgb.size == size else rgb.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
@@ -93,6 +88,7 @@ def generate_prior(
     codebook_size: int,
     goes_on: GoesOn,
     packed: bool = True,
+    check: Callable[[Tensor], None] = lambda scores: None,
 ) -> PriorTokens:
     """Sample the tokens of each picture, with numbers of its own; some pictures at a time.
 
@@ -105,6 +101,7 @@ def generate_prior(
         codebook_size: tokens from here on are no tokens of pictures, and are not sampled.
         goes_on: told of the tokens that are made; where it says no, what is missing is 0.
         packed: whether memory may be taken for copies of the weights that are read faster.
+        check: sees the first scores of some images, before anything is sampled.
     """
     read = [
         _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
@@ -116,7 +113,7 @@ def generate_prior(
     for start in range(0, len(drawn), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         told = partial(_after, goes_on, start * total)
-        made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed))
+        made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed, check))
     rows, columns = read[0].targets[-1]
     ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
@@ -136,9 +133,10 @@ class _Read(NamedTuple):
 
 
 def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images: Sequence[Image.Image]) -> _Read:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    message = {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
-    text = processor.apply_chat_template([message], tokenize=False)
+    # As the released chat template has it; that of a checkpoint is a program, which is not run.
+    config = model.config
+    frame = [config.image_start_token_id, config.image_token_id, config.image_end_token_id]
+    text = "".join(processor.tokenizer.convert_ids_to_tokens(frame)) * len(images) + prompt
     options = {"text": [text], "target_h": size[0], "target_w": size[1], "return_tensors": "pt"}
     given = processor(images=list(images) or None, **options).to(model.device)
     tokens, all_grids = given["input_ids"], given["image_grid_thw"]
@@ -159,7 +157,13 @@ def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images
 
 
 def _sample(
-    model: Any, prompts: Sequence[_Read], uniform: Tensor, codebook_size: int, goes_on: GoesOn, packed: bool
+    model: Any,
+    prompts: Sequence[_Read],
+    uniform: Tensor,
+    codebook_size: int,
+    goes_on: GoesOn,
+    packed: bool,
+    check: Callable[[Tensor], None],
 ) -> Tensor:
     """Tokens [B, total], chosen by numbers [B, total]."""
     batch, total = uniform.shape
@@ -176,6 +180,7 @@ def _sample(
     made = tokens.new_zeros(batch, total)
     behind: list[torch.cuda.Event] = []  # so that what is said of the tokens, and their end, are not far ahead of them
     scores = decoder.prefill(tokens, positions, mask)  # [B, V]
+    check(scores)
     for i in range(total):
         made[:, i] = sampling.choose(scores, uniform[:, i])
         if not goes_on(batch * (i + 1)):

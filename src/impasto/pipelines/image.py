@@ -1,4 +1,4 @@
-"""Tensors <-> pictures, and the settings that travel inside a picture file."""
+"""Tensors <-> images, and the settings that travel inside an image file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
+from ..checks import shown, whole_number
 from ..errors import InputError, OutputError
 from ..files import write_file
+from . import limits
+from .image_inputs import as_batch, load_image, normalize, to_rgb
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
 
-Picture = Image.Image | np.ndarray[Any, Any] | Tensor
+Images = Image.Image | np.ndarray[Any, Any] | Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -56,8 +59,7 @@ class ImageProcessor(Configurable):
         Raises:
             InputError: not a tensor [B, C, H, W], or an unknown ``output_type``.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+        check_output_type(output_type)
         if not isinstance(image, Tensor):
             raise InputError(f"postprocess takes a tensor [B, C, H, W], not a {type(image).__name__}")
         if output_type == "latent":
@@ -78,59 +80,59 @@ class ImageProcessor(Configurable):
         return self.numpy_to_pil(self.pt_to_numpy(image.float().nan_to_num(0.0)))
 
     def preprocess(
-        self, image: Picture | Sequence[Picture], height: int | None = None, width: int | None = None
+        self, image: Images | Sequence[Images], height: int | None = None, width: int | None = None
     ) -> Tensor:
-        """Turn pictures into what an autoencoder encodes.
+        """Turn images into what an autoencoder encodes.
 
         Args:
-            image: One picture or a list: PIL pictures (made RGB), arrays [H, W], [H, W, C] or [B, H, W, C],
-                or tensors [H, W], [C, H, W] or [B, C, H, W]; floating-point values in [0, 1] or integers in
-                [0, 255]. Tensors that have the channels of latents are returned unchanged.
-            height: In pixels, cut down to a multiple of ``vae_scale_factor``; None: the first picture's.
+            image: One image or a list: PIL images (made RGB, transparency on white), arrays [H, W], [H, W, C] or
+                [B, H, W, C], or tensors [H, W], [C, H, W] or [B, C, H, W], of 1 or 3 channels; floating-point values
+                in [0, 1] or integers in [0, 255]. Floats in [-1, 1] are taken as such, with a warning; other ranges
+                are refused. Tensors that have the channels of latents are returned unchanged.
+            height: In pixels, cut down to a multiple of ``vae_scale_factor``; None: the first image's.
             width: The same.
 
         Returns:
             A tensor [B, C, height, width] in [-1, 1].
+
+        Raises:
+            InputError: something else than images of one kind, or values that are not those of an image.
         """
-        pictures = list(image) if isinstance(image, (list, tuple)) else [image]
-        if not pictures:
-            raise InputError("there is no picture to preprocess")
-        first = pictures[0]
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not images:
+            raise InputError("there is no image to preprocess")
+        first = images[0]
         kind = Image.Image if isinstance(first, Image.Image) else type(first)
-        if not isinstance(first, Image.Image | np.ndarray | Tensor) or not all(isinstance(x, kind) for x in pictures):
-            names = ", ".join(sorted({type(x).__name__ for x in pictures}))
-            raise InputError(f"expected PIL pictures, NumPy arrays or tensors, all of one kind, not {names}")
+        if not isinstance(first, Image.Image | np.ndarray | Tensor) or not all(isinstance(x, kind) for x in images):
+            names = ", ".join(sorted({type(x).__name__ for x in images}))
+            raise InputError(f"expected PIL images, NumPy arrays or tensors, all of one kind, not {names}")
 
         if isinstance(first, Image.Image):
             size = self._size((first.height, first.width), height, width)
             resized = [
-                x.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
-                for x in pictures
-                if isinstance(x, Image.Image)
+                to_rgb(x).resize(size[::-1], Image.Resampling.LANCZOS) for x in images if isinstance(x, Image.Image)
             ]
-            return self._normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
+            return normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
 
-        images = _stack(pictures)
-        if isinstance(first, Tensor) and images.shape[1] == self.config.vae_latent_channels:
-            return images
-        if not images.is_floating_point():
-            images = images.float() / 255
-        size = self._size((images.shape[2], images.shape[3]), height, width)
-        return self._normalize(F.interpolate(images, size=size))
+        batches = [as_batch(x) for x in images]
+        if len({batch.shape[1:] for batch in batches}) > 1:
+            shapes = ", ".join(str(list(batch.shape)) for batch in batches)
+            raise InputError(f"arrays and tensors must have one size to form a batch, not {shapes}")
+        batch = torch.cat(batches)
+        if isinstance(first, Tensor) and batch.shape[1] == self.config.vae_latent_channels:
+            return batch
+        size = self._size((batch.shape[2], batch.shape[3]), height, width)
+        if batch.shape[1] not in (1, 3):
+            raise InputError(f"an image has 1 or 3 channels, not {batch.shape[1]} (shape {list(batch.shape)})")
+        return F.interpolate(normalize(batch), size=size)
 
     def _size(self, old: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         factor = self.config.vae_scale_factor
-        height, width = height or old[0], width or old[1]
+        height = old[0] if height is None else whole_number("height", height, most=limits.SIDE)
+        width = old[1] if width is None else whole_number("width", width, most=limits.SIDE)
         if height < factor or width < factor:
-            raise InputError(f"a picture of {height} x {width} pixels is smaller than a latent of {factor}")
+            raise InputError(f"an image of {height} x {width} pixels is smaller than a latent of {factor}")
         return height - height % factor, width - width % factor
-
-    @staticmethod
-    def _normalize(images: Tensor) -> Tensor:
-        if images.min() < 0:
-            logger.warning("pictures to encode should be in [0, 1]; these have negative values, taken as in [-1, 1]")
-            return images
-        return 2.0 * images - 1.0
 
     @staticmethod
     def denormalize(images: Tensor) -> Tensor:
@@ -176,23 +178,10 @@ class ImageProcessor(Configurable):
         return resize_and_crop(samples, new_height, new_width)
 
 
-def _stack(pictures: list[Any]) -> Tensor:
-    """Arrays [(B,) H, W (, C)] or tensors [(B,) (C,) H, W] to one tensor [B, C, H, W]."""
-    batches: list[Tensor] = []
-    for picture in pictures:
-        if not 2 <= picture.ndim <= 4:
-            raise InputError(f"a picture has 2 to 4 dimensions, not the shape {tuple(picture.shape)}")
-        if isinstance(picture, Tensor):
-            picture = picture[None] if picture.ndim == 2 else picture
-            batches.append(picture[None] if picture.ndim == 3 else picture)
-        else:
-            picture = picture[..., None] if picture.ndim == 2 else picture
-            picture = picture[None] if picture.ndim == 3 else picture
-            batches.append(torch.from_numpy(np.array(picture.transpose(0, 3, 1, 2))))
-    if len({batch.shape[1:] for batch in batches}) > 1:
-        shapes = ", ".join(str(tuple(picture.shape)) for picture in pictures)
-        raise InputError(f"arrays and tensors must have one size to form a batch, not {shapes}")
-    return torch.cat(batches)
+def check_output_type(output_type: Any) -> None:
+    """Raise InputError unless it is one of ``OUTPUT_TYPES``."""
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {shown(output_type)}")
 
 
 def _warn_of_non_finite(images: Tensor) -> None:
@@ -211,7 +200,8 @@ def _warn_of_non_finite(images: Tensor) -> None:
 _NEGATIVE = "Negative prompt: "
 _NEGATIVE_FROM = "Negative prompt from line"
 _NAMES = ("Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", _NEGATIVE_FROM)
-_ENTRY = re.compile(r'([^:,"]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)')
+# A name begins where one can: the search is then linear in a line of another origin.
+_ENTRY = re.compile(r'(?:(?<![^:,"])|(?<=, ))([^:,"]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)')
 
 
 @dataclass(frozen=True)
@@ -235,7 +225,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in self.extra:
             if name in _NAMES or not re.fullmatch(r'[^\s:,"]([^:,"\n\r]*[^\s:,"])?', name):
-                raise InputError(f"{name!r} cannot name an extra setting: take another, without commas or colons")
+                raise InputError(f"{shown(name)} cannot name an extra setting: take another, without commas or colons")
 
     def to_text(self) -> str:
         """The prompt, the negative prompt and one line of settings, in the form that image tools share."""
@@ -260,6 +250,8 @@ class GenerationSettings:
     def from_text(cls, text: str) -> GenerationSettings:
         """The inverse of :meth:`to_text`. Raises InputError for a text that has no line of settings."""
         *lines, last = text.rstrip("\n").split("\n")
+        if len(last) > limits.CHARACTERS:
+            raise InputError(f"the text holds no settings: its last line has {len(last):,} characters")
         entries = {name.strip(): _unquoted(value) for name, value in _ENTRY.findall(last)}
         try:
             steps = int(entries.pop("Steps"))
@@ -282,7 +274,7 @@ class GenerationSettings:
         except (KeyError, ValueError) as error:
             raise InputError(
                 f"the text holds no settings: its last line should begin like 'Steps: 20, Sampler: ...', "
-                f"and is {last[:80]!r}"
+                f"and is {shown(last)}"
             ) from error
 
 
@@ -367,22 +359,16 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     """Read the settings back from a picture that :func:`save_picture` or a tool of the same habit wrote.
 
     Raises:
-        InputError: the file is no readable picture, or holds no settings.
+        InputError: the file is not a readable image, or holds no settings.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()  # PNG text may follow the pixels
-            text = image.info.get("parameters")
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} is not a readable picture: {error}") from error
+    image = load_image(path)
+    text = image.info.get("parameters")
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if text is None and isinstance(comment, bytes):
         if comment.startswith(_UNICODE):
             text = comment[len(_UNICODE) :].decode("utf-16-be", "replace")
         else:
             text = comment.removeprefix(_ASCII).decode("utf-8", "replace")
     if not isinstance(text, str):
-        raise InputError(f"{path} holds no generation settings")
+        raise InputError(f"{shown(os.fspath(path), 200)} holds no generation settings")
     return GenerationSettings.from_text(text)

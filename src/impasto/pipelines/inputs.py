@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Generator, Tensor
 
+from ..checks import finite, shown, text, whole_number
 from ..errors import InputError
-from .image import OUTPUT_TYPES
+from . import limits
+from .image import check_output_type
 from .resolution import bins_for, nearest_bin
 
 
 class Canvas(NamedTuple):
-    """Sizes in pixels: at which a picture is drawn, and to which it is brought afterwards."""
+    """Sizes in pixels: at which an image is generated, and to which it is brought afterwards."""
 
     height: int
     width: int
@@ -26,52 +28,61 @@ class Canvas(NamedTuple):
 
 
 def plan_canvas(height: int | None, width: int | None, base: int, unit: int, binning: bool) -> Canvas:
-    """Choose the sizes of a picture.
+    """Choose the sizes of an image.
 
     Args:
         height, width: as asked for; ``base`` if None.
-        base: the side of the pictures that the model was trained on; binning exists for 256, 512, 1024, 2048.
-        unit: what the sides of a drawn picture have to be multiples of.
-        binning: draw at the nearest size of the training.
+        base: the side of the images that the model was trained on; binning exists for 256, 512, 1024, 2048.
+        unit: what the sides of a generated image have to be multiples of.
+        binning: generate at the nearest size of the training.
 
     Raises:
-        InputError: a size that cannot be drawn; the message has the nearest that can.
+        InputError: a size that cannot be generated; the message has the nearest that can.
     """
-    final_height = base if height is None else whole_number("height", height)
-    final_width = base if width is None else whole_number("width", width)
+    final_height = base if height is None else whole_number("height", height, most=limits.SIDE)
+    final_width = base if width is None else whole_number("width", width, most=limits.SIDE)
     bins = bins_for(base) if binning else None
-    drawn = (final_height, final_width) if bins is None else nearest_bin(final_height, final_width, bins)
-    if drawn[0] % unit or drawn[1] % unit:
-        nearest = [max(1, round(side / unit)) * unit for side in drawn]
+    sides = (final_height, final_width) if bins is None else nearest_bin(final_height, final_width, bins)
+    if sides[0] % unit or sides[1] % unit:
+        nearest = [max(1, round(side / unit)) * unit for side in sides]
         raise InputError(
-            f"height and width must be multiples of {unit}, not {drawn[0]} x {drawn[1]}; "
+            f"height and width must be multiples of {unit}, not {sides[0]} x {sides[1]}; "
             f"the nearest size is {nearest[0]} x {nearest[1]}"
         )
-    return Canvas(*drawn, final_height, final_width)
+    return Canvas(*sides, final_height, final_width)
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int of at least ``least``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise InputError(f"{name} must be a whole number of {least} or more, not {value!r}")
-    return number
+def guidance(value: Any, name: str = "guidance_scale") -> float:
+    return finite(name, value, -limits.GUIDANCE, limits.GUIDANCE)
 
 
-def finite(name: str, value: Any) -> float:
-    """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {value!r}")
-    return float(value)
+def count_images(prompts: int, images_per_prompt: Any) -> tuple[int, int]:
+    """How many images of each prompt, and of all; None stands for one."""
+    name, most = "num_images_per_prompt", limits.IMAGES // prompts
+    each = 1 if images_per_prompt is None else whole_number(name, images_per_prompt, most=max(1, most))
+    return each, prompts * each
 
 
-def check_output_type(output_type: Any) -> str:
-    if output_type not in OUTPUT_TYPES:
-        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-    return str(output_type)
+def check_result(
+    output_type: Any, callback: Callable[..., Any] | None, names: Any, fields: Sequence[str]
+) -> tuple[str, ...]:
+    """Check in which form images are wanted and what a callback asks to see: the names of those tensors.
+
+    Args:
+        names: of ``callback_on_step_end_tensor_inputs``; a callback that has ``tensor_inputs`` says so itself.
+        fields: the names that there are beyond latents.
+    """
+    check_output_type(output_type)
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, not {shown(callback)}")
+    names = getattr(callback, "tensor_inputs", names)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InputError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(names)}")
+    for name in names:
+        if name not in ("latents", *fields):
+            there = ", ".join(("latents", *fields))
+            raise InputError(f"callback_on_step_end_tensor_inputs has {shown(name)}; there are: {there}")
+    return tuple(names)
 
 
 def check_extra(kwargs: Mapping[str, Any]) -> None:
@@ -86,30 +97,48 @@ def list_of_texts(name: str, value: Any, count: int | None = None) -> list[str]:
     """One text or a list of them -> a list; one text stands for ``count``.
 
     Raises:
-        InputError: neither a text nor a list of texts, an empty list, or a list of another length.
+        InputError: neither a text nor a list of texts, an empty list or one of another length, or a text that is too
+            long or not valid Unicode.
     """
     if isinstance(value, str):
-        return [value] * (count or 1)
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{name} must be a text or a list of one or more texts, not {value!r:.80}")
+        return [text(name, value, limits.CHARACTERS)] * (count or 1)
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise InputError(f"{name} must be a text or a list of one or more texts, not {shown(value)}")
     if count is not None and len(value) != count:
         raise InputError(f"{name} has {len(value)} texts for {count} prompts; give one for all, or one for each")
-    return list(value)
+    return [text(f"{name}[{i}]", one, limits.CHARACTERS) for i, one in enumerate(value)]
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str = "", mask: bool = False) -> None:
+    """Whether a tensor has this shape, and finite values of floating point (in a mask any real ones).
+
+    Args:
+        shape: a number is required; a word stands for any number, and names it in the message.
+        advice: the end of the message.
+    """
+    if not isinstance(value, Tensor):
+        found = f"a {type(value).__name__}"
+    elif value.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, value.shape)):
+        found = f"{list(value.shape)}"
+    elif not (value.is_floating_point() or (mask and not value.is_complex() and not value.is_quantized)):
+        found = f"one of {value.dtype}"
+    elif value.is_meta or value.layout != torch.strided:
+        found = "one without values (meta)" if value.is_meta else f"one of layout {value.layout}"
+    elif not bool(value.isfinite().all()):
+        found = "one with NaN or infinite values"
+    else:
+        return
+    kind = "tensor" if mask else "floating-point tensor"
+    raise InputError(f"{name} must be a {kind} [{', '.join(map(str, shape))}]{advice}, not {found}")
 
 
 def check_embeds(name: str, embeds: Any, mask: Any) -> tuple[int, ...]:
     """The shape of embeddings that are given in place of texts, with their mask."""
     mask_name = name.removesuffix("embeds") + "attention_mask"
-    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or not embeds.is_floating_point():
-        found = f"shape {list(embeds.shape)}" if isinstance(embeds, Tensor) else f"a {type(embeds).__name__}"
-        raise InputError(f"{name} must be a floating-point tensor [prompts, tokens, channels], not {found}")
-    if not isinstance(mask, Tensor):
+    check_tensor(name, embeds, ("prompts", "tokens", "channels"))
+    if mask is None:
         raise InputError(f"{name} needs its {mask_name} [prompts, tokens], where 1 marks the tokens that count")
-    if mask.shape != embeds.shape[:2]:
-        raise InputError(
-            f"{mask_name} has shape {list(mask.shape)}, and {name} {list(embeds.shape)}; "
-            f"the mask must be {list(embeds.shape[:2])}"
-        )
+    check_tensor(mask_name, mask, list(embeds.shape[:2]), f" for {name} {list(embeds.shape)}", mask=True)
     return tuple(embeds.shape)
 
 
@@ -121,7 +150,7 @@ def count_prompts(
     negative_prompt_embeds: Any,
     negative_prompt_attention_mask: Any,
 ) -> int:
-    """Check all that says what to draw, and return the number of prompts.
+    """Check all that says what to generate, and return the number of prompts.
 
     Raises:
         InputError: a kind or shape that cannot be used, or two arguments that contradict each other.
@@ -134,7 +163,7 @@ def count_prompts(
         if count == 0:
             raise InputError("prompt_embeds is empty; it needs one row for each prompt")
     elif prompt is None:
-        raise InputError("there is nothing to draw: give prompt, or prompt_embeds with prompt_attention_mask")
+        raise InputError("there is nothing to generate: give prompt, or prompt_embeds with prompt_attention_mask")
     else:
         shape = None
         count = len(list_of_texts("prompt", prompt))
@@ -154,36 +183,37 @@ def count_prompts(
     return count
 
 
+def corner(value: Any, name: str = "crops_coords_top_left") -> tuple[int, int]:
+    """Two numbers of pixels: from the top, and from the left."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InputError(f"{name} must be two numbers of pixels, (top, left), not {shown(value)}")
+    top, left = (whole_number(f"{name}[{i}]", side, least=0, most=limits.SIDE) for i, side in enumerate(value))
+    return top, left
+
+
 def check_generator(generator: Any, batch: int) -> Generator | list[Generator] | None:
-    """One generator, or a list with one for each picture."""
+    """One generator, or a list with one for each image."""
     if generator is None or isinstance(generator, Generator):
         return generator
     if not isinstance(generator, list | tuple) or not all(isinstance(one, Generator) for one in generator):
-        raise InputError(f"generator must be a torch.Generator or a list of them, not {generator!r:.80}")
+        raise InputError(f"generator must be a torch.Generator or a list of them, not {shown(generator)}")
     if len(generator) != batch:
-        raise InputError(f"{len(generator)} generators were given for {batch} pictures; give one, or one for each")
+        raise InputError(f"{len(generator)} generators were given for {batch} images; give one, or one for each")
     return list(generator)
 
 
-def check_latents(latents: Any, shape: tuple[int, ...], canvas: Canvas) -> None:
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-        found = list(latents.shape) if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
-        raise InputError(
-            f"latents must be a tensor {list(shape)}, for pictures that are drawn at {canvas.height} x {canvas.width} "
-            f"pixels, not {found}; give height and width, or use_resolution_binning=False"
-        )
-
-
-def count_steps(
-    scheduler: Any, num_inference_steps: Any, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
-) -> int:
+def count_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas: Any, both: bool = False) -> int:
     """The number of steps, after a check that the scheduler takes what is given.
+
+    Args:
+        both: whether timesteps and sigmas may be given together.
 
     Raises:
         InputError: timesteps and sigmas, or what the scheduler does not take, or no step at all.
     """
-    if timesteps is not None and sigmas is not None:
+    if timesteps is not None and sigmas is not None and not both:
         raise InputError("timesteps and sigmas were both given; give one of them")
+    counts = []
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
         if value is None:
@@ -193,10 +223,52 @@ def count_steps(
                 f"{type(scheduler).__name__} takes no {name}; leave them out, or use a scheduler that takes them, "
                 f"such as DPMSolverMultistepScheduler"
             )
-        if len(value) == 0:
-            raise InputError(f"{name} is empty; give one for each step, or None")
-        return len(value)
-    return whole_number("num_inference_steps", num_inference_steps)
+        counts.append(count_levels(name, value))
+    if len({*counts}) > 1:
+        raise InputError(f"there are {counts[0]} timesteps and {counts[1]} sigmas; give as many of both")
+    return counts[0] if counts else whole_number("num_inference_steps", num_inference_steps, most=limits.STEPS)
+
+
+def count_levels(name: str, value: Any) -> int:
+    """How many timesteps or sigmas a caller's schedule has: finite numbers of 0 or more."""
+    if isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided and not value.is_complex():
+        value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.tolist()
+    one_row = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, list | tuple | range)
+    if not one_row:
+        raise InputError(f"{name} must be a list of numbers, one for each step, not {shown(value)}")
+    if len(value) == 0:
+        raise InputError(f"{name} is empty; give one for each step, or None")
+    whole_number(f"the number of {name}", len(value), most=limits.STEPS)
+    for i, one in enumerate(value):
+        finite(f"{name}[{i}]", one, 0.0)
+    return len(value)
+
+
+def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequence[str]) -> None:
+    """Let a callback see a step, and put what it returns in the place of the step's latents and embeddings.
+
+    Raises:
+        InputError: it returned something else than a dict of those tensors, each of the kind that it replaces.
+    """
+    old = {"latents": step.latents, **step.embeds._asdict()}
+    returned = callback(pipe, step.index, step.timestep, {name: old[name] for name in names})
+    if returned is not None and not isinstance(returned, Mapping):
+        raise InputError(f"callback_on_step_end must return a dict of tensors or None, not {shown(returned)}")
+    changed = {name: value for name, value in (returned or {}).items() if value is not old.get(name, ...)}
+    for name, value in changed.items():
+        who = f"callback_on_step_end returned {shown(name)}, which"
+        if name not in old:
+            raise InputError(f"{who} is no tensor of this pipeline; there are: {', '.join(old)}")
+        if old[name] is None:
+            raise InputError(f"{who} this call does not have; leave it out")
+        shape: list[int | str] = [*old[name].shape]
+        if name != "latents":
+            shape[1] = "tokens"  # those of embeddings and masks are compared when they are used
+        check_tensor(f"{name} that callback_on_step_end returned", value, shape, mask=name.endswith("mask"))
+    if "latents" in changed:
+        step.latents = changed.pop("latents").to(old["latents"])
+    if changed:
+        step.embeds = step.embeds._replace(**changed)
 
 
 def check_text_width(

@@ -8,32 +8,33 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
-from ..errors import CheckpointError, CheckpointNotFoundError, HubError
+from ..checkpoints.layout import WEIGHTS
+from ..checks import shown, whole_number
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
+from ..files import reading
+from .roles import LANGUAGE_MODELS, PROCESSORS, TOKENIZERS, accepted_classes, check_role, component_entries
+
+if TYPE_CHECKING:
+    from ..checkpoints.stored import Stored
 
 INDEX_NAME = "model_index.json"
 #: Parts of names of tensors that stay float32 where float16 is asked for, because they would overflow.
 FLOAT32_IN_FLOAT16 = {"T5EncoderModel": (".wo.",)}
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-#: As the headers of safetensors name them.
-STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 #: What is to be known of an autoencoder that is not there: 8 times smaller latents.
 USUAL_VAE = {"block_out_channels": (128, 256, 512, 512)}
 #: Tensors of the size of the hidden states that are alive at once in a layer: the feed-forward is four times as wide.
 TRANSFORMER_MAPS = 12
 #: The repeated blocks in the names of tensors, as ``moving.BLOCK_LISTS`` has them.
 _BLOCK = re.compile(r"([^.]+\.)*?(transformer_blocks|blocks|block|layers)\.\d+\.")
-_SHARD = r"(-\d+-of-\d+)?"
-_WEIGHTS = re.compile(
-    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)"
-    rf"{_SHARD}(\.(?P<variant>\w+))?{_SHARD}\.(safetensors|bin)"
-)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Part:
 
     name: str
     class_name: str | None
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # checked, defaults included
     tensors: Mapping[str, tuple[str, int]]  # name -> stored dtype, number of values
     disk_bytes: int  # of all files that loading reads
     pickled: bool = False  # weights that cannot be looked into without loading them
+    weights: tuple[Path, ...] = ()  # their files
 
     @property
     def parameters(self) -> int:
@@ -89,14 +91,14 @@ class Inspection:
         return {part.name: part for part in self.parts}
 
     def working_memory(self, name: str, dtype: str, pixels: int | None = None, pictures: int = 1) -> int:
-        """About how many bytes a part needs beside its weights, for guided pictures.
+        """About how many bytes a component needs in addition to its weights, for guided images.
 
         The factors were counted: the largest sum of tensors alive at once in our models, attention not included,
         since its backends keep no scores.
 
         Args:
-            pixels: of a picture; by default as many as the pictures of the training have.
-            pictures: how many are drawn at once.
+            pixels: of an image; by default as many as the training images have.
+            pictures: how many images are generated at once.
         """
         parts = self.by_name
         if "transformer" not in parts:
@@ -118,7 +120,7 @@ class Inspection:
         return 0
 
     def peak_memory(self, dtype: str, *, one_at_a_time: bool) -> int:
-        """About how many bytes of the device drawing one picture takes, with all parts there or one at a time."""
+        """About how many bytes of the device generating one image takes, with all components there or one at a time."""
         needs = [(part.memory(dtype), self.working_memory(part.name, dtype)) for part in self.parts]
         if one_at_a_time:
             return max((weights + work for weights, work in needs), default=0)
@@ -137,31 +139,47 @@ def resolve_pipeline(model: str) -> tuple[Path, str]:
     if not path.is_file():
         raise CheckpointNotFoundError(
             f"{model} has no {INDEX_NAME}: it is no whole pipeline. Give one that is; a transformer alone is combined "
-            f"with the other parts of a pipeline in Python: from_pretrained(PIPELINE, transformer=...)"
+            f"with the other components of a pipeline in Python: from_pretrained(PIPELINE, transformer=...)"
         )
     name = read_json(path).get("_class_name")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isidentifier():
         raise CheckpointError(f"{path} does not say which pipeline it is (_class_name); download or save it again")
     return folder, name
 
 
 def picture_size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
-    """From two configs: the side of the pictures of the training, and what sides must be multiples of, in pixels."""
-    factor = 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
-    return int(transformer.get("sample_size", 128) * factor), int(transformer.get("patch_size", 2) * factor)
+    """From two configs: the side of the training images, and what sides must be multiples of, in pixels.
+
+    Raises:
+        ConfigurationError: a config that was not checked yet has values that cannot be used.
+    """
+    widths = vae.get("block_out_channels", (64,))
+    if not isinstance(widths, Sequence) or not 1 <= len(widths) <= 16:
+        raise ConfigurationError(f"vae/config.json: block_out_channels must be a list of numbers, not {shown(widths)}")
+    factor = 2 ** (len(widths) - 1)
+    numbers = (("sample_size", 128, 65_536), ("patch_size", 2, 64))
+    side, patch = (
+        whole_number(f"transformer/config.json: {key}", transformer.get(key, usual), 1, most, error=ConfigurationError)
+        for key, usual, most in numbers
+    )
+    return side * factor, patch * factor
 
 
 def read_part_configs(folder: Path, *names: str) -> list[dict[str, Any]]:
-    """The ``config.json`` of parts; empty where there is none."""
+    """The ``config.json`` of components, unchecked; empty if there is none."""
     paths = [folder / name / "config.json" for name in names]
     return [read_json(path) if path.is_file() else {} for path in paths]
 
 
-def inspect_model(model: str | os.PathLike[str]) -> Inspection:
+def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
     """Look into a checkpoint: a folder, a bundled model, or a hub repository that is on this machine.
 
+    Args:
+        deep: read all weights, and look for NaN and infinity in them.
+
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, as loading would find.
+        ConfigurationError: a config holds a value that cannot be used.
         HubError: a hub repository that was not downloaded yet.
     """
     name = os.fspath(model)
@@ -172,14 +190,20 @@ def inspect_model(model: str | os.PathLike[str]) -> Inspection:
             f"{name} is neither a folder nor on this machine, and what it holds is read from its files; "
             f"download it with `hf download {name}`"
         ) from error
-    folder, class_name = resolve_pipeline(str(folder))
-    return inspect_parts(folder, class_name, read_json(folder / INDEX_NAME), name=name)
+    with reading(folder) as root:
+        _, class_name = resolve_pipeline(str(root))
+        found = inspect_parts(root, class_name, read_json(root / INDEX_NAME), name=name)
+        for part in found.parts:
+            _check_reader(root / part.name, part.class_name or "")
+            if deep:
+                _check_values(part.weights)
+    return found
 
 
 def inspect_parts(
     folder: Path, class_name: str, index: Mapping[str, Any], variant: str | None = None, name: str | None = None
 ) -> Inspection:
-    """Look into those parts of a pipeline's folder that an index lists.
+    """Look into those components of a pipeline's folder that an index lists.
 
     Args:
         variant: which copy of the weights; any if None, the one without a variant first.
@@ -187,41 +211,80 @@ def inspect_parts(
 
     Raises:
         CheckpointError: files are missing or damaged.
+        ConfigurationError: a config holds a value that cannot be used.
     """
     parts = []
-    for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
-            continue
-        if not (folder / part).is_dir():
-            raise CheckpointNotFoundError(f"{folder} lacks the part {part} that its {INDEX_NAME} lists; download it")
-        parts.append(_inspect_part(folder / part, str(value[1]), variant))
+    with _disk_errors(folder):
+        for part, (library, part_class) in component_entries(folder / INDEX_NAME, index).items():
+            if part_class is None or not accepted_classes(class_name, part):  # absent, or never loaded
+                continue
+            check_role(class_name, part, (library, part_class), str(folder))
+            if not (folder / part).is_dir():
+                raise CheckpointNotFoundError(
+                    f"{folder} lacks the component {part} that its {INDEX_NAME} lists; download it"
+                )
+            parts.append(_inspect_part(folder / part, part_class, variant))
     return Inspection(name or str(folder), folder, class_name, tuple(parts))
 
 
 def _inspect_part(folder: Path, class_name: str, variant: str | None) -> Part:
-    from ..checkpoints.weights import tensor_headers
+    from ..checkpoints import from_transformers
+    from ..nn.module import Model
+    from .loading import OURS
 
-    (config,) = read_part_configs(folder.parent, folder.name)
-    weights = _weight_files(folder, variant) if config else []
+    config: Mapping[str, Any] = {}
+    stored: Stored = {}
+    chosen = _variant_there(folder) if variant is None else variant
+    if class_name in LANGUAGE_MODELS:
+        config, _, stored = from_transformers.check_model(class_name, folder, chosen, None)
+    elif class_name in OURS:
+        cls = OURS[class_name]
+        if issubclass(cls, Model):
+            skeleton, stored = cls.skeleton(folder, variant=chosen)
+            config = skeleton.config
+        else:
+            cls.from_pretrained(folder)
+    files = tuple(dict.fromkeys(tensor.file for tensor in stored.values()))
     others = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".safetensors", ".bin")]
-    tensors = {}
-    for path in weights:
-        if path.suffix == ".safetensors":
-            for name, header in tensor_headers(path).items():
-                stored = str(header["dtype"])
-                tensors[name] = (STORED.get(stored, stored.lower()), math.prod(header["shape"]))
-    size = sum(path.stat().st_size for path in [*weights, *others])
-    return Part(folder.name, class_name, config, tensors, size, any(path.suffix == ".bin" for path in weights))
+    pickled = any(path.suffix == ".bin" for path in files)
+    tensors = {} if pickled else {name: (dtype, math.prod(shape)) for name, (_, dtype, shape) in stored.items()}
+    size = sum(path.stat().st_size for path in [*files, *others])
+    return Part(folder.name, class_name, config, tensors, size, pickled, files)
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one copy of a model's weights: safetensors before pickles, without a variant before with one."""
-    from ..checkpoints.weights import find_weight_files
+def _variant_there(folder: Path) -> str | None:
+    """Of the copies of a model's weights: safetensors before pickles, without a variant before with one."""
+    found = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
+    copies = [(match["kind"] == "bin", match["variant"] or match["index_variant"] or "") for match in found]
+    return min(copies, default=(False, ""))[1] or None
 
-    found = [match for path in folder.iterdir() if (match := _WEIGHTS.fullmatch(path.name))]
-    # Where there is none, the search below says which was expected.
-    wanted = [match for match in found if variant is None or match["variant"] == variant]
-    match = min(wanted, key=lambda match: (match[0].endswith(".bin"), match["variant"] or ""), default=None)
-    if match is None:
-        return find_weight_files(folder, variant=variant)
-    return find_weight_files(folder, variant=match["variant"], stem=match["stem"])
+
+def _check_reader(folder: Path, class_name: str) -> None:
+    """Load what is small: tokenizers and processors."""
+    from ..checkpoints import from_transformers
+
+    if class_name in TOKENIZERS:
+        from_transformers.load_tokenizer(class_name.removesuffix("Fast"), folder)
+    elif class_name in PROCESSORS:
+        from_transformers.load_processor(folder)
+
+
+def _check_values(files: Iterable[Path]) -> None:
+    from ..checkpoints.stored import first_non_finite, listing
+
+    found = first_non_finite(files)
+    if found is not None:
+        raise CheckpointError(
+            f"{found[0]}: {listing([found[1]])} holds NaN or infinity, and so will what it computes; download or save "
+            f"it again"
+        )
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ImpastoError):
+            raise
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}; check its permissions") from error

@@ -18,17 +18,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import finite, shown, whole_number
 from ..errors import InputError
 from ..models.pixart import PixArtContext, PixArtTransformer2DModel
 from ..nn.noise import draw_noise
-from . import inputs
+from . import inputs, limits
 from .base import ImagePipelineOutput, Pipeline, unwrapped
 from .compiling import TEXT_MULTIPLE
 from .families import ALPHA, SIGMA, Family, mixtures
 from .image import ImageProcessor
+from .placement import as_device
 from .resolution import resize_and_crop
-from .text import EncodedTexts, encode_texts, normalize_caption
-from .text import clean_caption as clean
+from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 
 logger = logging.getLogger("impasto")
 
@@ -148,7 +149,7 @@ class PixArtPipeline(Pipeline):
         """Draw pictures. No gradients are kept.
 
         Args:
-            prompt: what to draw; None where ``prompt_embeds`` are given.
+            prompt: what to show, in at most 20,000 characters; None where ``prompt_embeds`` are given.
             negative_prompt: what to lead away from: one for all prompts or one for each. None is the empty one.
             num_inference_steps: number of steps; without effect where timesteps or sigmas are given.
             timesteps, sigmas: a schedule of one's own, descending, for schedulers that take one.
@@ -168,7 +169,7 @@ class PixArtPipeline(Pipeline):
             clean_caption: remove from the prompts what was removed from the captions of the training.
             use_resolution_binning: draw at the nearest size of the training (for models of 256, 512, 1024 and
                 2048 px) and bring the result to ``height`` x ``width``.
-            max_sequence_length: tokens of a prompt; what goes beyond is cut off, with a warning that quotes it.
+            max_sequence_length: tokens of a prompt, at most 4096; what goes beyond is cut off, with a warning.
             callback_on_step_end: called as ``callback_on_step_end(pipe, step, timestep, tensors)`` after each step;
                 what it returns under the names of ``tensors`` takes their place.
             callback_on_step_end_tensor_inputs: the names in ``tensors``: latents, and the fields of PromptEmbeds.
@@ -189,18 +190,16 @@ class PixArtPipeline(Pipeline):
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
-        images_per_prompt = inputs.whole_number("num_images_per_prompt", num_images_per_prompt or 1)
-        batch = prompts * images_per_prompt
-        guidance_scale = inputs.finite("guidance_scale", guidance_scale)
+        images_per_prompt, batch = inputs.count_images(prompts, num_images_per_prompt)
+        guidance_scale = inputs.guidance(guidance_scale)
         guided = guidance_scale > 1.0
-        inputs.finite("eta", eta)
-        inputs.check_output_type(output_type)
-        inputs.whole_number("callback_steps", callback_steps)
-        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        for name in wanted:
-            if name not in ("latents", *PromptEmbeds._fields):
-                names = ", ".join(("latents", *PromptEmbeds._fields))
-                raise InputError(f"callback_on_step_end_tensor_inputs has {name!r}; there are: {names}")
+        finite("eta", eta, 0.0, 1.0)
+        whole_number("callback_steps", callback_steps)
+        whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback must be a function, not {shown(callback)}")
+        names = callback_on_step_end_tensor_inputs
+        wanted = inputs.check_result(output_type, callback_on_step_end, names, PromptEmbeds._fields)
         generator = inputs.check_generator(generator, batch)
         steps = inputs.count_steps(self._require("scheduler"), num_inference_steps, timesteps, sigmas)
         canvas = inputs.plan_canvas(
@@ -213,7 +212,8 @@ class PixArtPipeline(Pipeline):
         channels, factor = transformer.config["in_channels"], self.vae_scale_factor
         shape = (batch, channels, canvas.height // factor, canvas.width // factor)
         if latents is not None:
-            inputs.check_latents(latents, shape, canvas)
+            of = f", of images generated at {canvas.height} x {canvas.width} pixels (give height and width, or "
+            inputs.check_tensor("latents", latents, shape, f"{of}use_resolution_binning=False)")
         if output_type != "latent":
             self._require("vae")
         inputs.check_text_width(
@@ -255,7 +255,10 @@ class PixArtPipeline(Pipeline):
             order = getattr(self.scheduler, "order", 1)
             with self.progress_bar(total=steps) as progress, closing(loop):
                 for step in loop:
-                    latents = self._call_back(step, callback_on_step_end, wanted)
+                    if callback_on_step_end is not None:
+                        inputs.call_back(self, step, callback_on_step_end, wanted)
+                        self._check_packed_weights()
+                    latents = step.latents
                     total = len(self.scheduler.timesteps)
                     warm_up = max(total - steps * order, 0)  # calls before the first whole step (PNDM has some)
                     done = step.index + 1
@@ -265,34 +268,16 @@ class PixArtPipeline(Pipeline):
                             callback(step.index // order, step.timestep, latents)
                     if self._interrupt:
                         break
+            self._check_output("transformer", latents)
 
             images: list[Image.Image] | np.ndarray[Any, Any] | Tensor = latents
             if output_type != "latent":
                 decoded = self.decode(latents)  # [B, 3, H, W]
+                self._check_output("vae", decoded)
                 if (canvas.final_height, canvas.final_width) != (canvas.height, canvas.width):
                     decoded = resize_and_crop(decoded, canvas.final_height, canvas.final_width)
                 images = self.image_processor.postprocess(decoded, output_type=output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
-
-    def _call_back(
-        self,
-        step: DenoisingStep,
-        callback: Callable[[Any, int, Tensor, dict[str, Any]], Mapping[str, Any] | None] | None,
-        names: Sequence[str],
-    ) -> Tensor:
-        """Let a callback see and change a step; return the latents that it leaves."""
-        if callback is None:
-            return step.latents
-        tensors = {name: step.latents if name == "latents" else getattr(step.embeds, name) for name in names}
-        changed = dict(callback(self, step.index, step.timestep, tensors) or {})
-        self._check_packed_weights()
-        step.latents = changed.pop("latents", step.latents)
-        unknown = [name for name in changed if name not in PromptEmbeds._fields]
-        if unknown:
-            raise InputError(f"callback_on_step_end returned {unknown[0]!r}, which is no tensor of this pipeline")
-        if any(value is not getattr(step.embeds, name) for name, value in changed.items()):
-            step.embeds = step.embeds._replace(**changed)
-        return step.latents
 
     # --- the three stages ---
 
@@ -341,8 +326,9 @@ class PixArtPipeline(Pipeline):
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
-        length = inputs.whole_number("max_sequence_length", max_sequence_length)
-        home = self.device if device is None else torch.device(device)
+        length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
+        images_per_prompt, _ = inputs.count_images(count, num_images_per_prompt)
+        target = self.device if device is None else as_device(device)
         negative_texts: list[str] = []
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative_texts = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
@@ -350,7 +336,7 @@ class PixArtPipeline(Pipeline):
         if texts or negative_texts:
             if prompt_embeds is not None:
                 length = prompt_embeds.shape[1]
-            encoded = self._encode([*texts, *negative_texts], clean_caption, length, home)
+            encoded = self._encode([*texts, *negative_texts], clean_caption, length, target)
             if texts:
                 prompt_embeds, prompt_attention_mask = (x[: len(texts)] for x in encoded)
             if negative_texts:
@@ -360,7 +346,7 @@ class PixArtPipeline(Pipeline):
         dtype = next((parts[name].dtype for name in ("text_encoder", "transformer") if parts[name] is not None), None)
 
         def repeated(x: Tensor | None, dtype: torch.dtype | None) -> Any:
-            return None if x is None else x.to(device=home, dtype=dtype).repeat_interleave(num_images_per_prompt, dim=0)
+            return None if x is None else x.to(device=target, dtype=dtype).repeat_interleave(images_per_prompt, dim=0)
 
         if not do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_attention_mask = None
@@ -372,13 +358,14 @@ class PixArtPipeline(Pipeline):
         )
 
     def _encode(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Twice, as in the training: what one pass removes may bring together what the next removes.
-        texts = [clean(clean(text)) if cleaned else normalize_caption(text) for text in texts]
+        texts = [clean_prompt(text) if cleaned else normalize_caption(text) for text in texts]
 
         def encode(texts: list[str]) -> EncodedTexts:
             tokenizer = self._require("tokenizer")
             with self.using("text_encoder") as text_encoder:
-                return encode_texts(tokenizer, text_encoder, texts, length, device)
+                encoded = encode_texts(tokenizer, text_encoder, texts, length, device)
+            self._check_output("text_encoder", encoded.embeds)
+            return encoded
 
         if self.prompt_cache is None:
             return encode(texts)
@@ -411,6 +398,7 @@ class PixArtPipeline(Pipeline):
             num_inference_steps, timesteps, sigmas, guidance_scale, eta, generator: as in the call.
         """
         steps = inputs.count_steps(self._require("scheduler"), num_inference_steps, timesteps, sigmas)
+        guidance_scale = inputs.guidance(guidance_scale)
         scheduler = self.scheduler
         with self.using("transformer") as transformer:
             device, dtype = self.device, transformer.dtype

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..checks import shown
 from ..errors import InputError, ResourceError
 from ..nn.module import parse_size
 from .moving import Stay, Visit, device_of, is_settled
@@ -165,6 +166,20 @@ def spread(
     return {name: found[name] for name in sizes}
 
 
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device of this name or number, on this machine or not.
+
+    Raises:
+        InputError: no name of a device.
+        ResourceError: no device has this number.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        error = ResourceError if isinstance(device, int) else InputError
+        raise error(f"there is no device {shown(device)}; this machine has {', '.join(_devices())}") from problem
+
+
 def require_device(device: torch.device | str | int) -> torch.device:
     """The device, if this machine has it.
 
@@ -172,19 +187,17 @@ def require_device(device: torch.device | str | int) -> torch.device:
         InputError: no name of a device.
         ResourceError: it is not there.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    there = ["cpu", *(f"{accelerator.type}:{i}" for i in range(count) if accelerator is not None)]
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        if isinstance(device, int):
-            raise ResourceError(f"there is no device {device}; this machine has {', '.join(there)}") from error
-        raise InputError(f"there is no device {device!r}; this machine has {', '.join(there)}") from error
-    known = chosen.type in ("cpu", "meta") or f"{chosen.type}:{chosen.index or 0}" in there
-    if not known:
-        raise ResourceError(f"the device {chosen} is not available; this machine has {', '.join(there)}")
+    chosen = as_device(device)
+    if chosen.type not in ("cpu", "meta") and f"{chosen.type}:{chosen.index or 0}" not in _devices():
+        raise ResourceError(f"the device {chosen} is not available; this machine has {', '.join(_devices())}")
     return chosen
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 # --- devices and dtypes ---
@@ -224,7 +237,7 @@ def offload_device(gpu_id: int | None, device: torch.device | str | None) -> tor
         ResourceError: a numbered device was asked for and there is no accelerator.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    chosen = torch.device(device) if device is not None else accelerator or torch.device("cpu")
+    chosen = as_device(device) if device is not None else accelerator or torch.device("cpu")
     if gpu_id is None:
         return chosen
     if chosen.index is not None and chosen.index != gpu_id:

@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..checkpoints.stored import FLOATS
 from ..errors import CheckpointError, InputError, ResourceError
 from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
-from ..nn.cpu import processor_has
+from ..nn.cpu import multiplies_bfloat16
 from ..nn.module import parse_size
 from ..transforms.quantize import KEPT, Method, quantize
 from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES
 from .glm_image_prior import PRIOR_PIXELS, tokens_to_generate
-from .inspection import DTYPES, STORED, USUAL_VAE, Inspection, Part, picture_size
+from .inspection import DTYPES, USUAL_VAE, Inspection, Part, picture_size
 from .moving import Visit, is_settled
 from .placement import OneAtATime, Resident
 
@@ -179,7 +180,7 @@ def plan_memory(
     base = base_memory(chosen)
     parts = [part for part in found.parts if part.config and (part.tensors or part.pickled)]
     for part in parts:
-        if part.pickled or not set(part.dtypes) <= set(STORED.values()):
+        if part.pickled or not set(part.dtypes) <= set(FLOATS):
             kind = "pickled" if part.pickled else f"quantised ({', '.join(part.dtypes)})"
             raise CheckpointError(
                 f"the weights of {part.name} are {kind} and cannot be planned with; give the part to from_pretrained "
@@ -462,7 +463,7 @@ def fast_dtype(device: torch.device) -> str:
     if device.type == "cuda" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu":
-        return "bfloat16" if processor_has("avx512_bf16") else "float32"
+        return "bfloat16" if multiplies_bfloat16() else "float32"
     return "float32" if device.type == "mps" else "bfloat16"
 
 

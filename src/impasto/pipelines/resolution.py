@@ -13,7 +13,10 @@ from types import MappingProxyType
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import shown, whole_number
 from ..errors import InputError
+
+_MOST = 1 << 20  # pixels of a side
 
 #: Height and width of each bin at 1024 px, in units of 64 px; at 512 and 256 px: halves and quarters.
 _SIZES_1024 = (
@@ -54,8 +57,7 @@ def bins_for(sample_size_px: int) -> Bins | None:
 
 def nearest_bin(height: int, width: int, bins: Mapping[float, tuple[int, int]]) -> tuple[int, int]:
     """The (height, width) of the bin whose aspect ratio is nearest to that of ``height`` x ``width``."""
-    if height < 1 or width < 1:
-        raise InputError(f"height and width must be positive, not {height} x {width}")
+    height, width = whole_number("height", height, most=_MOST), whole_number("width", width, most=_MOST)
     ratio = min(bins, key=lambda ratio: abs(float(ratio) - height / width))
     bin_height, bin_width = bins[ratio]
     return int(bin_height), int(bin_width)
@@ -63,6 +65,9 @@ def nearest_bin(height: int, width: int, bins: Mapping[float, tuple[int, int]]) 
 
 def resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
     """Scale images [B, C, H, W] until they cover ``height`` x ``width``, then cut out the centre."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise InputError(f"images must be a floating-point tensor [B, C, H, W], not {shown(images)}")
+    height, width = whole_number("height", height, most=_MOST), whole_number("width", width, most=_MOST)
     old_height, old_width = images.shape[-2:]
     if (old_height, old_width) == (height, width):
         return images

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import shown, whole_number
 from ..errors import InputError
+from . import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,17 +27,28 @@ logger = logging.getLogger("impasto")
 # --- caption cleaning ---------------------------------------------------------------------------------------
 #
 # PixArt's training captions were cleaned of what the web adds to them, and a prompt should look like them.
-# The rules are those of DeepFloyd IF, which PixArt took over: expressions and order are the definition.
+# The rules are those of DeepFloyd IF, which PixArt took over: expressions and order are the definition. Where theirs
+# take quadratic time, these take linear time for the same result: an expression that begins with a run of characters
+# is tried where the run begins, since where that fails, every later start in the run fails too.
 
-_DOMAIN = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
+_LABELS = r"[a-zA-Z0-9.\-]"
+_DOMAIN = rf"{_LABELS}+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
+_MOST_TAGS = 300  # a caption with more "<" is no markup; the parser takes quadratic time for tags without an end
 _FILE_TYPE = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 
 Rules = tuple[tuple[str, str, str], ...]  # why, expression, replacement
 
+
+def _address(scheme: str) -> str:
+    """An address, or in group 1 what holds none and is kept: the labels up to the next scheme or their end."""
+    begin = rf"{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])"
+    return rf"\b(?:{begin}|{_DOMAIN}|((?:(?!\b{begin}){_LABELS})++))"
+
+
 _BEFORE_MARKUP: Rules = (
     ("placeholder of anonymised captions", r"<person>", "person"),
-    ("web address", rf"\b((?:https?:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN}))", ""),
-    ("web address", rf"\b((?:www:(?:\/{{1,3}}|[a-zA-Z0-9%])|{_DOMAIN}))", ""),
+    ("web address", _address("https?"), r"\1"),
+    ("web address", _address("www"), r"\1"),
 )
 
 _AFTER_MARKUP: Rules = (
@@ -57,11 +70,11 @@ _AFTER_MARKUP: Rules = (
     ("#123", r"#\d{1,3}\b", ""),
     ("#12345 and longer", r"#\d{5,}\b", ""),
     ("123456 and longer", r"\b\d{6,}\b", ""),
-    ("file name", rf"[\S]+\.{_FILE_TYPE}", ""),
+    ("file name", rf"(?<!\S)[\S]+\.{_FILE_TYPE}", ""),
     ("run of quotes", r"[\"\']{2,}", '"'),
     ("run of full stops", r"[\.]{2,}", " "),
     ("decoration", r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
-    ("lonely full stop", r"\s+\.\s+", " "),
+    ("lonely full stop", r"(?<!\s)\s+\.\s+", " "),
 )
 
 _JOINERS = r"[-_]"  # spaces of a this-is-a-cat caption; up to three are left alone
@@ -75,8 +88,8 @@ _AFTER_REPAIR: Rules = (
     ("shop talk", r"\bclick\b\s(?:for|on)\s\w+", ""),
     ("file type", rf"\b{_FILE_TYPE}(\simage[s]?)?", ""),
     ("page number", r"\bpage\s+\d+\b", ""),
-    ("random identifier, j2d1a2a", r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    ("dimensions, 10x20 (the second letter is Cyrillic)", r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),
+    ("random identifier, j2d1a2a", r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),
+    ("dimensions, 10x20 (the second letter is Cyrillic)", r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b", ""),
     ("space before a colon", r"\b\s+\:\s+", ": "),
     ("no space after punctuation", r"(\D[,\./])\b", r"\1 "),
     ("run of white space", r"\s+", " "),
@@ -101,6 +114,8 @@ def _apply(rules: Rules, caption: str) -> str:
 def _without_markup(caption: str) -> str:
     if "<" not in caption and "&" not in caption:  # spares the import, and a warning about "cat.jpg"
         return caption
+    if caption.count("<") > _MOST_TAGS:
+        return caption
     from bs4 import BeautifulSoup
     from bs4.exceptions import ParserRejectedMarkup
 
@@ -113,7 +128,7 @@ def _without_markup(caption: str) -> str:
 def clean_caption(text: str) -> str:
     """Lower-case a caption and remove addresses, markup, numbers of products, shop talk and decoration.
 
-    The pipelines clean twice, since what one pass removes may bring together what the next removes.
+    The pipelines clean twice, as in the training, since what one pass removes may bring together what the next removes.
     """
     import ftfy
 
@@ -126,6 +141,18 @@ def clean_caption(text: str) -> str:
     caption = ftfy.fix_text(caption)
     caption = html.unescape(html.unescape(caption))
     return _apply(_AFTER_REPAIR, caption).strip()
+
+
+def clean_prompt(text: str) -> str:
+    """A caption cleaned as often as in the training, with a warning where nothing is left of it."""
+    cleaned = clean_caption(clean_caption(text))
+    if not cleaned and text.strip():
+        logger.warning(
+            "cleaning removes all of the prompt %s, as it does with most that are not in Latin script: the image will "
+            "be that of no prompt. Give clean_caption=False to keep the prompt, or write it in English",
+            shown(text),
+        )
+    return cleaned
 
 
 def normalize_caption(text: str) -> str:
@@ -166,9 +193,8 @@ def encode_texts(
         InputError: ``texts`` is empty or holds something else than text, or there is no room for any token.
     """
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"expected a list of one or more texts to encode, not {texts!r:.80}")
-    if max_sequence_length < 1:
-        raise InputError(f"max_sequence_length must be at least 1, not {max_sequence_length}")
+        raise InputError(f"expected a list of one or more texts to encode, not {shown(texts)}")
+    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
 
     tokens = _tokenize(tokenizer, texts, max_sequence_length)
     empty = next((ids for ids, text in zip(tokens, texts) if text == ""), None)
@@ -205,10 +231,10 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
             if len(ids) > max_length:
                 logger.warning(
                     "the prompt is %d tokens long and the text encoder is given %d (max_sequence_length); "
-                    "this part of it has no effect: %r",
+                    "this part of it has no effect: %s",
                     len(ids),
                     max_length,
-                    tokenizer.decode(list(ids[max_length - 1 : -1])),
+                    shown(tokenizer.decode(list(ids[max_length - 1 : -1])), 400),
                 )
     return tokens
 

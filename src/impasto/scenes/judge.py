@@ -9,9 +9,9 @@ are related.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints.config import records_config
+from ..checkpoints.values import Count
 from ..errors import InputError
 from ..nn.module import Model
 from ..nn.outputs import keyed
@@ -66,8 +67,12 @@ class Judge(Model):
         blocks: residual blocks at each of the two strides.
     """
 
+    stored_lists: ClassVar[Mapping[str, str]] = {"blocks": "coarse"}
+
     @records_config
-    def __init__(self, fine_channels: int = 48, coarse_channels: int = 80, hidden_channels: int = 96, blocks: int = 2):
+    def __init__(
+        self, fine_channels: Count = 48, coarse_channels: Count = 80, hidden_channels: Count = 96, blocks: Count = 2
+    ):
         super().__init__()
         # A wide kernel at stride 4 keeps what 4 x 4 pixels hold, and is a third of the cost of two stages at stride 2.
         self.stem = nn.Sequential(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checkpoints import hub
-from ..checkpoints.config import Config, Configurable, records_config, write_json
+from ..checkpoints.config import Config, Configurable, naming, records_config, write_json
+from ..checks import shown, whole_number
 from ..errors import ConfigurationError, InputError
+from ..files import reading
 from ..nn.outputs import keyed
 from .noise_schedule import BETA_SCHEDULES, rescale_zero_terminal_snr
 
@@ -44,15 +45,21 @@ def records_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Conca
 
     @functools.wraps(init)
     def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        given = signature.bind(self, *args, **kwargs).arguments
-        recorded(self, *args, **kwargs)
-        values = {
-            name: value.tolist() if isinstance(value, np.ndarray | Tensor) else value
-            for name, value in self.config.items()
+        given = {
+            name: _listed(name, value) if isinstance(value, np.ndarray | Tensor) else value
+            for name, value in list(signature.bind(self, *args, **kwargs).arguments.items())[1:]
         }
-        self.config = Config({**values, DEFAULTED: [name for name in values if name not in given]})
+        cast(Any, recorded)(self, **given)
+        self.config = Config({**self.config, DEFAULTED: [name for name in self.config if name not in given]})
 
     return wrapper
+
+
+def _listed(name: str, value: np.ndarray[Any, Any] | Tensor) -> Any:
+    try:
+        return value.tolist()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigurationError(f"{name} cannot be read as numbers: {shown(value)}") from error
 
 
 class Scheduler(Configurable):
@@ -80,10 +87,10 @@ class Scheduler(Configurable):
         Raises:
             ConfigurationError: not a config, or a value that cannot be used.
         """
-        if not isinstance(config, Mapping):
-            raise ConfigurationError(f"from_config takes a config, such as scheduler.config, not {config!r}")
-        known = set(inspect.signature(cls.__init__).parameters) - set(config.get(DEFAULTED, ()))
-        return super().from_config({name: value for name, value in config.items() if name in known}, **overrides)
+        given = cls._arguments(config, {})
+        defaulted = config.get(DEFAULTED)
+        left_out = [name for name in defaulted if isinstance(name, str)] if isinstance(defaulted, list) else []
+        return super().from_config({name: x for name, x in given.items() if name not in left_out}, **overrides)
 
     @classmethod
     def from_pretrained(
@@ -111,7 +118,9 @@ class Scheduler(Configurable):
             local_files_only=local_files_only,
             token=token,
         )
-        return cls.from_config(cls.load_config(root / subfolder if subfolder else root), **overrides)
+        cls.checked_arguments({}, **overrides)
+        with reading(hub.inside(root, subfolder)) as folder, naming(folder / cls.config_name):
+            return cls.from_config(cls.load_config(folder), **overrides)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``scheduler_config.json`` into the folder, readable by diffusers."""
@@ -127,7 +136,7 @@ class Scheduler(Configurable):
     def _require(self, name: str, value: object, allowed: Sequence[object]) -> None:
         if value not in allowed:
             raise ConfigurationError(
-                f"{type(self).__name__}: {name} must be one of {', '.join(map(repr, allowed))}, not {value!r}"
+                f"{type(self).__name__}: {name} must be one of {', '.join(map(repr, allowed))}, not {shown(value)}"
             )
 
     def _make_tables(
@@ -141,8 +150,6 @@ class Scheduler(Configurable):
         zero_snr: bool,
     ) -> None:
         """Set betas, alphas and alphas_cumprod, and every training timestep as the schedule."""
-        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-            raise ConfigurationError(f"num_train_timesteps must be a whole number above 1, not {count!r}")
         if trained is not None:
             betas = torch.as_tensor(trained, dtype=torch.float32, device="cpu").clone()
             if betas.shape != (count,):
@@ -156,6 +163,11 @@ class Scheduler(Configurable):
             raise ConfigurationError(
                 f"every beta must be between 0 and 1; beta_start={start!r} and beta_end={end!r}, or trained_betas, "
                 f"give others"
+            )
+        if not 1.0 - betas[0] < 1 or not torch.prod(1.0 - betas[:-1]) > 0:
+            raise ConfigurationError(
+                f"beta_start={start!r}, beta_end={end!r}, num_train_timesteps={count}, or trained_betas, give a "
+                f"schedule without noise at its beginning, or without anything else long before its end"
             )
         self.betas = rescale_zero_terminal_snr(betas) if zero_snr else betas
         self.alphas = 1.0 - self.betas
@@ -175,17 +187,7 @@ class Scheduler(Configurable):
         self._timestep_values: list[int | float] = value.tolist()
 
     def _count_steps(self, num_inference_steps: int) -> int:
-        most = len(self)
-        try:
-            steps = operator.index(num_inference_steps)
-        except TypeError:
-            steps = 0
-        if isinstance(num_inference_steps, bool) or not 1 <= steps <= most:
-            raise InputError(
-                f"num_inference_steps must be a whole number from 1 to num_train_timesteps={most}, "
-                f"not {num_inference_steps!r}"
-            )
-        return steps
+        return whole_number("num_inference_steps", num_inference_steps, 1, len(self))
 
     def _one_of(self, **given: object) -> None:
         named = [name for name, value in given.items() if value is not None]

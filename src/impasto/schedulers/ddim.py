@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..checkpoints.values import Offset, Scale, Share, Steps
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
@@ -47,19 +48,19 @@ class DDIMScheduler(Scheduler):
     @records_arguments
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
+        num_train_timesteps: Steps = 1000,
+        beta_start: Share = 0.0001,
+        beta_end: Share = 0.02,
         beta_schedule: str = "linear",
-        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
+        trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
         clip_sample: bool = True,
         set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
+        steps_offset: Offset = 0,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
+        dynamic_thresholding_ratio: Share = 0.995,
+        clip_sample_range: Scale = 1.0,
+        sample_max_value: Scale = 1.0,
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ):

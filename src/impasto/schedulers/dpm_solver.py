@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..checkpoints.values import Offset, Scale, Share, Shift, Steps
+from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
@@ -79,16 +81,16 @@ class DPMSolverMultistepScheduler(CountingScheduler):
     @records_arguments
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
+        num_train_timesteps: Steps = 1000,
+        beta_start: Share = 0.0001,
+        beta_end: Share = 0.02,
         beta_schedule: str = "linear",
-        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
+        trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
         solver_order: int = 2,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
+        dynamic_thresholding_ratio: Share = 0.995,
+        sample_max_value: Scale = 1.0,
         algorithm_type: str = "dpmsolver++",
         solver_type: str = "midpoint",
         lower_order_final: bool = True,
@@ -98,12 +100,12 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         use_beta_sigmas: bool = False,
         use_lu_lambdas: bool = False,
         use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
+        flow_shift: Scale = 1.0,
         final_sigmas_type: str = "zero",
-        lambda_min_clipped: float = -float("inf"),
+        lambda_min_clipped: Shift = -float("inf"),
         variance_type: str | None = None,
         timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
+        steps_offset: Offset = 0,
         rescale_betas_zero_snr: bool = False,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
@@ -155,6 +157,11 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         )  # fmt: skip
         if self.alphas_cumprod[-1] == 0:
             self.alphas_cumprod[-1] = 2**-24  # the first noise level must be finite
+        log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
+        # lambda falls with t, so those above the clip come first.
+        self._usable = len(self) - int(torch.searchsorted(log_snr.flip(0), lambda_min_clipped))
+        if self._usable < 2:
+            raise ConfigurationError(f"lambda_min_clipped={lambda_min_clipped!r} leaves no timesteps; lower it")
         self.timesteps = self.timesteps.float()
         self._table = schedules.noise_levels(self.alphas_cumprod)
         self.sigmas = torch.from_numpy(self._table.copy())
@@ -182,8 +189,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
                 use_dynamic_shifting.
         """
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        if mu is not None and not self.config.use_dynamic_shifting:
-            raise InputError("mu needs a scheduler with use_dynamic_shifting=True")
+        if mu is not None:
+            if not self.config.use_dynamic_shifting:
+                raise InputError("mu needs a scheduler with use_dynamic_shifting=True")
+            finite("mu", mu, -20, 20)
         final = float(self._table[0]) if self.config.final_sigmas_type == "sigma_min" else 0.0
         if timesteps is not None:
             if self._spacing not in (None, "use_flow_sigmas"):
@@ -207,11 +216,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         """Timesteps and noise levels as configured."""
         largest, smallest = float(self._table[-1]), float(self._table[0])
         if self._spacing is None:
-            # lambda falls with t, so those above the clip come first.
-            log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
-            usable = len(self) - int(torch.searchsorted(log_snr.flip(0), self.config.lambda_min_clipped))
             spacing, offset = self.config.timestep_spacing, self.config.steps_offset
-            points = schedules.spaced_timesteps(spacing, steps, len(self), offset, last=usable, skip_lowest=True)
+            points = schedules.spaced_timesteps(spacing, steps, len(self), offset, last=self._usable, skip_lowest=True)
             return points, schedules.timesteps_to_sigmas(points, self._table)
         if self._spacing == "use_flow_sigmas":
             levels = schedules.flow_sigmas(steps, len(self), flow_shift)
@@ -237,7 +243,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
     def _custom_sigmas(self, sigmas: Sequence[float], final: float) -> tuple[schedules.Array, float]:
         """Check a caller's noise levels; split off a last 0."""
-        listed = [float(value) for value in sigmas]
+        listed: list[float] = schedules.numbers("sigmas", sigmas).tolist()
         if listed and listed[-1] == 0:
             if not self._over_original:
                 raise InputError(
@@ -246,9 +252,9 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             listed, final = listed[:-1], 0.0
         levels = np.asarray(listed, dtype=np.float64)
         if len(levels) == 0 or not np.isfinite(levels).all() or (levels <= 0).any():
-            raise InputError(f"sigmas must be one or more numbers above 0 (the last may be 0), not {list(sigmas)}")
+            raise InputError(f"sigmas must be one or more numbers above 0 (the last may be 0), not {shown(sigmas)}")
         if (np.diff(levels) >= 0).any():
-            raise InputError(f"sigmas must be in descending order; these are {listed}")
+            raise InputError(f"sigmas must be in descending order; these are {shown(listed)}")
         highest = 1.0 if self._over_original else np.nextafter(1.0, 0.0)
         if self._flow and levels[0] > highest:
             raise InputError(f"with use_flow_sigmas, sigmas lie between 0 and 1; these begin with {levels[0]}")

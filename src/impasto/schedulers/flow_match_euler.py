@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..checkpoints.values import Exponent, Scale, Share, Steps, Tokens
+from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
@@ -48,28 +50,23 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
     @records_arguments
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        shift: float = 1.0,
+        num_train_timesteps: Steps = 1000,
+        shift: Scale = 1.0,
         use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5,
-        max_shift: float | None = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
+        base_shift: Exponent | None = 0.5,
+        max_shift: Exponent | None = 1.15,
+        base_image_seq_len: Tokens = 256,
+        max_image_seq_len: Tokens = 4096,
         invert_sigmas: bool = False,
-        shift_terminal: float | None = None,
+        shift_terminal: Share | None = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
         stochastic_sampling: bool = False,
     ):
-        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
-            raise ConfigurationError(f"num_train_timesteps must be a whole number above 1, not {num_train_timesteps!r}")
-        self._require("time_shift_type", time_shift_type, ("exponential", "linear"))
-        if not isinstance(shift, int | float) or not shift > 0:
-            raise ConfigurationError(f"shift must be a number above 0, not {shift!r}")
-        if shift_terminal is not None and not 0 <= shift_terminal < 1:
-            raise ConfigurationError(f"shift_terminal must be from 0 to below 1, not {shift_terminal!r}")
+        if shift_terminal == 1:
+            raise ConfigurationError("shift_terminal must be from 0 to below 1, not 1")
         chosen = [name for name in _SPACINGS if self.config[name]]
         if len(chosen) > 1:
             raise ConfigurationError(f"{' and '.join(chosen)} exclude each other: leave one")
@@ -88,9 +85,7 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
 
     def set_shift(self, shift: float) -> None:
         """Use another shift from the next ``set_timesteps`` on."""
-        if not isinstance(shift, int | float) or not shift > 0:
-            raise InputError(f"shift must be a number above 0, not {shift!r}")
-        self._shift = float(shift)
+        self._shift = finite("shift", shift, most=1e6, above=0)
 
     # --- the schedule ---
 
@@ -116,7 +111,10 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         """
         if self.config.use_dynamic_shifting and mu is None:
             raise InputError("this scheduler shifts by the size of a picture (use_dynamic_shifting): give mu")
-        lengths = {len(given) for given in (sigmas, timesteps) if given is not None}
+        total = self.config.num_train_timesteps
+        told = None if timesteps is None else _checked("timesteps", timesteps, total)
+        chosen = None if sigmas is None else _checked("sigmas", sigmas, 1)
+        lengths = {len(given) for given in (chosen, told) if given is not None}
         if num_inference_steps is not None:
             lengths.add(self._count_steps(num_inference_steps))
         if len(lengths) != 1 or 0 in lengths:
@@ -125,16 +123,16 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
                 f"num_inference_steps, or sigmas, or timesteps, and as many of each"
             )
         steps = lengths.pop()
-        total = self.config.num_train_timesteps
-        told = None if timesteps is None else _checked("timesteps", timesteps, total)
-        if sigmas is not None:
-            levels = _checked("sigmas", sigmas, 1)
+        if chosen is not None:
+            levels = chosen
         elif told is not None:
             levels = told / np.float32(total)
         else:
             levels = np.linspace(self.sigma_max * total, self.sigma_min * total, steps) / total
 
         if mu is not None and self.config.use_dynamic_shifting:
+            exponential = self.config.time_shift_type == "exponential"
+            mu = finite("mu", mu, -20, 20) if exponential else finite("mu", mu, 1e-6, 1e6)
             levels = self.time_shift(mu, 1.0, levels)
         else:
             levels = _shifted(levels, self._shift)
@@ -253,7 +251,7 @@ def _shifted(levels: schedules.Array, shift: float) -> schedules.Array:
 
 
 def _checked(name: str, given: Sequence[float], largest: float) -> schedules.Array:
-    values = np.asarray([float(value) for value in given], dtype=np.float32)
+    values = schedules.numbers(name, given).astype(np.float32)
     if not np.isfinite(values).all() or values.min() <= 0 or values.max() > largest or (np.diff(values) >= 0).any():
-        raise InputError(f"{name} must descend from {largest:g} or less to above 0; these are {list(given)}")
+        raise InputError(f"{name} must descend from {largest:g} or less to above 0; these are {shown(values.tolist())}")
     return values

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..checkpoints.values import Count, Offset, Scale, Share, Steps
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
@@ -54,22 +55,22 @@ class LCMScheduler(CountingScheduler):
     @records_arguments
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
+        num_train_timesteps: Steps = 1000,
+        beta_start: Share = 0.00085,
+        beta_end: Share = 0.012,
         beta_schedule: str = "scaled_linear",
-        trained_betas: Sequence[float] | np.ndarray[Any, Any] | None = None,
-        original_inference_steps: int = 50,
+        trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
+        original_inference_steps: Count = 50,
         clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
+        clip_sample_range: Scale = 1.0,
         set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
+        steps_offset: Offset = 0,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
+        dynamic_thresholding_ratio: Share = 0.995,
+        sample_max_value: Scale = 1.0,
         timestep_spacing: str = "leading",
-        timestep_scaling: float = 10.0,
+        timestep_scaling: Scale = 10.0,
         rescale_betas_zero_snr: bool = False,
     ):
         self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))

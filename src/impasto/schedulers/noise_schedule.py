@@ -17,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checks import shown
 from ..errors import ConfigurationError, InputError
 
 Array = NDArray[Any]
+#: Of a caller's timesteps or noise levels.
+MOST_NUMBERS = 100_000
 
 
 # --- betas: how much noise each training step adds ---------------------------------------------------------
@@ -123,10 +126,8 @@ def spaced_timesteps(
 
 def custom_timesteps(timesteps: Sequence[float] | Tensor | Array, train_steps: int, *, whole: bool) -> Array:
     """Check a caller's timesteps: finite, in [0, train_steps), descending; strictly so, and whole, if ``whole``."""
-    listed = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
-    values = np.asarray(listed, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise InputError(f"timesteps must be a list of one or more numbers, not {timesteps!r}")
+    values = numbers("timesteps", timesteps)
+    listed = shown(values.tolist())
     if not np.isfinite(values).all() or values.min() < 0 or values.max() >= train_steps:
         raise InputError(f"timesteps must lie between 0 and {train_steps - 1}; these are {listed}")
     steps = np.diff(values)
@@ -136,6 +137,17 @@ def custom_timesteps(timesteps: Sequence[float] | Tensor | Array, train_steps: i
     if whole and not is_whole:
         raise InputError(f"timesteps must be whole numbers; these are {listed}")
     return values.astype(np.int64) if is_whole else values
+
+
+def numbers(name: str, values: Sequence[float] | Tensor | Array) -> Array:
+    """A caller's list as one or more numbers, which may be NaN or infinite, [N] in float64."""
+    try:
+        listed = list(values.tolist() if isinstance(values, Tensor | np.ndarray) else values)
+        if 0 < len(listed) <= MOST_NUMBERS and not any(isinstance(value, str | bytes | bool) for value in listed):
+            return np.array([float(value) for value in listed], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise InputError(f"{name} must be a list of one or more numbers, not {shown(values)}")
 
 
 # --- noise levels -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.autoencoder_kl import AutoencoderKL
+from ..nn.cpu import fast_dtype
 from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
 
 
@@ -65,7 +66,8 @@ def train_autoencoder(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * cosine_rate(step, recipe.steps, recipe.warmup_steps)
         pictures = next(batches).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
+        fast = fast_dtype(pictures.device)
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
             posterior = model.encode(pictures).latent_dist
             reconstruction = model.decode(posterior.sample()).sample.float()
         mse = F.mse_loss(reconstruction, pictures)

@@ -75,7 +75,7 @@ def train_flow_matching(
         drop = torch.rand(count, generator=generator) < recipe.drop
         height, width = x0.shape[-2:]
         size = torch.tensor([[height * recipe.pixels, width * recipe.pixels]], dtype=torch.float32)
-        text = batch.text.bfloat16()
+        text = batch.text.to(transformer.dtype)
         context = transformer.encode_context(text, None, batch.prior_token_ids, drop, height, width)
         timestep = sigma.flatten() * recipe.timesteps - 1
         modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
@@ -84,11 +84,11 @@ def train_flow_matching(
             ids = batch.reference.prior_token_ids
             own = transformer.encode_context(text[:, :0], None, ids, None, height, width)
             still = transformer.modulate(torch.zeros(1), size, torch.zeros_like(size))
-            references = transformer.encode_references(batch.reference.latents.bfloat16(), own, still)
+            references = transformer.encode_references(batch.reference.latents.to(transformer.dtype), own, still)
             # The half without guidance does not see them.
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)
             references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
-        velocity = transformer.denoise(xt.bfloat16(), context, modulation, references).float()
+        velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
         errors = (velocity - (noise - x0)).square().flatten(1).mean(1)  # [B]
         kind = "drawn" if batch.reference is None else "edited"
         parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # less noise first

@@ -1,4 +1,4 @@
-"""The loop of a training: float32 masters of models that compute in bfloat16, Muon and AdamW, averages, resuming."""
+"""The loop of a training: float32 masters of models that compute in what is fast; Muon and AdamW; averages; resuming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..checks import whole_number
 from ..errors import CheckpointError
+from ..nn.cpu import fast_dtype
 from .ema import EMA
+from .muon import Muon
 from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
 
 
@@ -52,13 +54,13 @@ class Stateful(Protocol):
 
 
 class Masters:
-    """Parameters in float32, which the optimizer changes, of a model that computes in bfloat16."""
+    """Parameters in float32, which the optimizer changes, of a model that computes in ``dtype``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16):
         self.named = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         for master in self.named.values():
             master.grad = torch.zeros_like(master)
-        model.to(torch.bfloat16)
+        model.to(dtype)
         self.working = dict(model.named_parameters())
 
     def take_gradients(self) -> None:
@@ -78,18 +80,11 @@ class Masters:
 
 
 def make_optimizers(named: Mapping[str, Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon (K. Jordan, 2024) for the matrices inside of blocks, AdamW for all else.
-
-    Muon's steps have the size of AdamW's (2502.16982, eq. 4), so that both take the same rate.
-    """
+    """Muon for the matrices inside of blocks, AdamW for all else."""
     matrices = {name for name, p in named.items() if _is_hidden_matrix(name, p)}
     rest = [p for name, p in named.items() if name not in matrices]
     return [
-        torch.optim.Muon(
-            [p for name, p in named.items() if name in matrices],
-            weight_decay=recipe.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon([p for name, p in named.items() if name in matrices], weight_decay=recipe.weight_decay),
         torch.optim.AdamW(
             [
                 {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -124,14 +119,14 @@ def train(
     """Train in place, resuming from ``folder/state.pt`` where there is one. The models end as their averages.
 
     Args:
-        models: computes in bfloat16 meanwhile, and in float32 afterwards.
+        models: computes in ``fast_dtype`` meanwhile, and in float32 afterwards.
         loss: told the step and a generator of random numbers.
-        on_save: called with the step after each save, while the models hold their averages (in bfloat16).
+        on_save: called with the step after each save, while the models hold their averages (in ``fast_dtype``).
         blocks: those that are compiled.
         thrown_away: how names of parameters begin that a finished checkpoint may lack.
         beside: saved and loaded with them.
     """
-    masters = Masters(models)
+    masters = Masters(models, fast_dtype(next(models.parameters()).device))
     optimizers = make_optimizers(masters.named, recipe)
     ema = EMA(masters.named, recipe.ema_decay)
     state_path, start = folder / "state.pt", 0

@@ -117,7 +117,7 @@ def train_text_to_image(
         batches: endless.
         empty: ``input_ids`` and ``attention_mask``, each [M], of the empty caption, which replaces a share of them.
         betas: the noise schedule.
-        on_save: called with the step after each save, while both models hold their averages (in bfloat16).
+        on_save: called with the step after each save, while both models hold their averages.
     """
     models = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     head: LabelHead | None = None
@@ -139,7 +139,7 @@ def train_text_to_image(
         noise = torch.randn(x0.shape, generator=generator)
         xt = objective.add_noise(x0, noise, t)
         text = text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        output = transformer(xt.bfloat16(), text, t, encoder_attention_mask=batch.attention_mask).sample
+        output = transformer(xt.to(transformer.dtype), text, t, encoder_attention_mask=batch.attention_mask).sample
         losses = objective(output, x0, noise, xt, t)
         weighted = weights[t] * losses.mse
         total = weighted.mean() + recipe.bound_weight * losses.variational_bound.mean()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, MissingDependencyError, ResourceError
+from ..nn.cpu import multiplies_int8_exactly
 
 #: Weights that share one factor in NF4.
 NF4_BLOCK = 64
@@ -87,6 +88,14 @@ class Int8Dynamic(_TorchAO):
     # the cross-attention, which is less work than any product with them and needs plain layers.
     kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v"), "cpu": ("attn2",)}
     multiple = 8
+
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "cpu" and not multiplies_int8_exactly():
+            raise ResourceError(
+                "int8-dynamic needs exact products of int8, and ONEDNN_MAX_CPU_ISA hides the instructions that make "
+                "them; unset it, or use 'int8-weight-only'"
+            )
+        super().check(device, dtype)
 
     def _config(self, api: Any) -> Any:
         return api.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)

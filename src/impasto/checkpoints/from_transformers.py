@@ -1,0 +1,350 @@
+"""The one place where transformers loads anything: text encoders, GLM-Image's prior, tokenizers and its processor.
+
+It loads explicit classes only, and sees what was read and checked here: a config of known values, tensors of known
+names and shapes, and a tokenizer's files in a folder of ours. So nothing in a checkpoint can choose code, a file
+elsewhere or a kernel, and what is damaged is an error of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    MissingDependencyError,
+    ResourceError,
+    WeightsMismatchError,
+)
+from . import foreign_configs
+from .config import read_json
+from .foreign_configs import known_values, read_model_config, read_values
+from .foreign_errors import held_back_stderr, translated
+from .stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
+from .tokenizer_files import read_tokenizer_files
+
+logger = logging.getLogger("impasto")
+
+_AGAIN = "Download or save it again."
+#: Written in the languages and signs that prompts have: a tokenizer that encodes it has no broken rule.
+_PROBE = "A red cube, 3 x 4 m: “é” ﬁ Ω ж 漢字 かな 한 ع हिन्दी 🙂\t~\n"
+
+
+class _Kind(NamedTuple):
+    """A model of transformers."""
+
+    config_class: str
+    model_types: Sequence[str]
+    table: foreign_configs.Table
+    #: Which values of the config count the layers whose tensors have such names.
+    layers: Mapping[str, str]
+    #: Names of tensors that the model leaves out.
+    ignored: tuple[str, ...] = ()
+    #: A name -> the one that it shares its tensor with.
+    tied: Mapping[str, str] = {}
+    #: Whether tensors under other names are errors, or only reported.
+    strict: bool = True
+
+
+_KINDS = {
+    "T5EncoderModel": _Kind(
+        "T5Config",
+        ("t5", "mt5"),
+        foreign_configs.T5,
+        {"num_layers": r"encoder\.block\.(\d+)\."},
+        ignored=("decoder.", "lm_head."),
+        tied={"encoder.embed_tokens.weight": "shared.weight"},
+    ),
+    "GlmImageForConditionalGeneration": _Kind(
+        "GlmImageConfig",
+        ("glm_image",),
+        foreign_configs.GLM_IMAGE,
+        {
+            "text_config.num_hidden_layers": r"model\.language_model\.layers\.(\d+)\.",
+            "vision_config.depth": r"model\.visual\.blocks\.(\d+)\.",
+        },
+        strict=False,
+    ),
+}
+
+
+def class_of_transformers(name: str) -> Any:
+    """A class by its name.
+
+    Raises:
+        MissingDependencyError: the installed transformers has no such class.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise MissingDependencyError(
+            f"transformers {transformers.__version__} has no {name}; update it: pip install -U transformers"
+        )
+    return found
+
+
+# --- models ---
+
+
+def load_model(
+    name: str, folder: Path, dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
+) -> nn.Module:
+    """A T5 encoder or GLM-Image's prior, in evaluation mode; ``dtype=None`` keeps what is stored.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigurationError: a value of config.json is of another type or out of its range.
+        WeightsMismatchError: tensors are missing, misshapen or left over.
+    """
+    kind = _KINDS[name]
+    values, files, stored = check_model(name, folder, variant, use_safetensors)
+    with translated(name, folder):
+        config = class_of_transformers(kind.config_class)(**values, architectures=[name])
+    # Only loading with a dtype, and not a cast afterwards, keeps T5's sensitive weights in float32 in float16.
+    options = {"dtype": "auto" if dtype is None else dtype, "generation_config": _generation(name, folder)}
+    if "quantization_config" in values:
+        source: Any = folder  # the names and dtypes are those of the method, which reads the files itself
+        options |= {"variant": variant, "use_safetensors": files[0].suffix == ".safetensors"}
+    else:
+        with translated(name, folder), torch.device("meta"):
+            expected = dict(class_of_transformers(name)(config).state_dict())
+        _check_tensors(folder, name, kind, expected, stored)
+        source, options["state_dict"] = None, _state(kind, files, expected)
+    with translated(name, folder):
+        loaded, report = class_of_transformers(name).from_pretrained(
+            source,
+            config=config,
+            **options,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = [*report["missing_keys"], *(report["unexpected_keys"] if kind.strict else ())]
+    if missing:
+        raise _mismatch(folder, name, f"missing or left over are {listing(map(str, missing))}")
+    loaded.config.name_or_path = str(folder)
+    return cast(nn.Module, loaded.eval())
+
+
+def check_model(
+    name: str, folder: Path, variant: str | None, use_safetensors: bool | None
+) -> tuple[dict[str, Any], list[Path], Stored]:
+    """A model's config, its files and the tensors in them: all that ``load_model`` checks without transformers."""
+    kind, path = _KINDS[name], folder / "config.json"
+    if (adapter := folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{adapter} makes this an adapter of another model, and that model would be loaded from elsewhere. "
+            f"Merge the adapter into its model and save that, or remove the file."
+        )
+    values = read_model_config(path, kind.table, kind.model_types)
+    files = _weight_files(folder, variant, use_safetensors)
+    stored = {name: tensor for name, tensor in describe(files).items() if not name.startswith(kind.ignored)}
+    _check_layers(path, values, kind, stored)
+    return values, files, stored
+
+
+def _weight_files(folder: Path, variant: str | None, use_safetensors: bool | None) -> list[Path]:
+    """transformers names pickles otherwise than safetensors."""
+    if use_safetensors is not False:
+        try:
+            return find_weight_files(folder, variant=variant, use_safetensors=True, stem="model")
+        except CheckpointNotFoundError:
+            if use_safetensors or not any(folder.glob("pytorch_model*")):
+                raise
+    return find_weight_files(folder, variant=variant, use_safetensors=False, stem="pytorch_model")
+
+
+def _generation(name: str, folder: Path) -> Any:
+    path = folder / "generation_config.json"
+    if name == "T5EncoderModel" or not path.is_file():
+        return None
+    values = read_values(path, foreign_configs.GENERATION)
+    with translated("generation settings", path):
+        return class_of_transformers("GenerationConfig")(**values)
+
+
+def _check_layers(path: Path, values: Mapping[str, Any], kind: _Kind, stored: Stored) -> None:
+    """Before anything is built: as many layers as the weights have."""
+    for key, pattern in kind.layers.items():
+        numbers = {int(match[1]) for name in stored if (match := re.match(pattern, name)) and len(match[1]) < 6}
+        found, asked = max(numbers, default=-1) + 1, _value_at(values, key)
+        if asked is not None and asked != found:
+            raise WeightsMismatchError(
+                f"{path}: {key} is {asked}, and the weights have {found} layers. "
+                f"Weights and config.json do not belong together."
+            )
+
+
+def _value_at(values: Mapping[str, Any], key: str) -> Any:
+    """``text_config.depth`` in nested values; None where there is none."""
+    first, _, rest = key.partition(".")
+    found = values.get(first)
+    return _value_at(found, rest) if rest and isinstance(found, Mapping) else found
+
+
+def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, Tensor], stored: Stored) -> None:
+    """Names, shapes and dtypes, before any tensor is read."""
+    wrong = [key for key, tensor in stored.items() if key in expected and tensor.shape != tuple(expected[key].shape)]
+    if wrong:
+        sizes = f"{list(stored[wrong[0]].shape)}, not {list(expected[wrong[0]].shape)}"
+        raise _mismatch(folder, name, f"misshapen are {listing(wrong)} (the first is {sizes})")
+    held = stored.keys() | {kind.tied[key] for key in kind.tied.keys() & stored.keys()}
+    missing = [key for key in expected if key not in held and key not in kind.tied]
+    left = [key for key in stored if key not in expected]
+    if left and not kind.strict:
+        logger.warning("%s: the %s has no place for %d tensors: %s", folder, name, len(left), listing(left))
+        left = []
+    if missing or left:
+        listed = [
+            f"{what} are {listing(names)}" for what, names in (("missing", missing), ("left over", left)) if names
+        ]
+        raise _mismatch(folder, name, " and ".join(listed))
+    for key, tensor in stored.items():
+        if key in expected and tensor.dtype not in FLOATS:
+            raise WeightsMismatchError(
+                f"{tensor.file}: {listing([key])} is stored as {tensor.dtype}, and must be one of {', '.join(FLOATS)}; "
+                f"config.json has no quantization_config that says otherwise."
+            )
+
+
+def _mismatch(folder: Path, name: str, what: str) -> WeightsMismatchError:
+    return WeightsMismatchError(
+        f"the weights in {folder} do not fit the config of {name}: {what}. "
+        f"Weights and config.json do not belong together."
+    )
+
+
+def _state(kind: _Kind, files: Sequence[Path], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the model has, memory-mapped; of a shared one, that under its own name."""
+    state = {key: tensor for file in files for key, tensor in iterate_tensors(file) if key in expected}
+    for twin, own in kind.tied.items():
+        if twin in state:
+            shared = state.pop(twin)
+            state.setdefault(own, shared)
+    return state
+
+
+# --- tokenizers and the processor ---
+
+
+def load_tokenizer(name: str, folder: Path) -> Any:
+    """A tokenizer: T5's, ByT5's, or with the name of no model that of ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigurationError: a setting of another type or out of its range.
+    """
+    vocabularies = {
+        "T5Tokenizer": ("tokenizer.json", "spiece.model"),
+        "ByT5Tokenizer": (),
+        "PreTrainedTokenizerFast": ("tokenizer.json",),
+    }[name]
+    contents = read_tokenizer_files(folder, *vocabularies)
+    if vocabularies and not contents.keys() & set(vocabularies):  # it would be made without a vocabulary
+        raise CheckpointNotFoundError(f"{folder} holds no tokenizer: expected {' or '.join(vocabularies)}. {_AGAIN}")
+    with _folder_of_ours(contents) as ours, translated(name, folder), held_back_stderr():
+        tokenizer = class_of_transformers(name).from_pretrained(ours, trust_remote_code=False, local_files_only=True)
+        tokenizer(_PROBE)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
+    if getattr(tokenizer, "vocab_file", None):
+        tokenizer.vocab_file = tokenizer.init_kwargs["vocab_file"] = str(folder / "spiece.model")
+    return tokenizer
+
+
+@contextmanager
+def _folder_of_ours(contents: Mapping[str, bytes]) -> Iterator[str]:
+    """A folder that holds these files and nothing else, until the block ends."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))
+            for name, content in contents.items():
+                (Path(folder) / name).write_bytes(content)
+        except OSError as error:
+            raise ResourceError(
+                f"temporary files cannot be written ({error.strerror or error}), of which a tokenizer needs some while "
+                f"it is loaded; free some space, or name a folder in TMPDIR"
+            ) from error
+        yield folder
+
+
+def load_processor(folder: Path) -> Any:
+    """GLM-Image's processor, put together from its tokenizer and the settings of its images.
+
+    Its chat template is kept as text, for saving, and never executed: the text of a prompt is built in
+    ``pipelines.glm_image_prior``.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigurationError: a setting of another type or out of its range.
+    """
+    images = _image_settings(folder)
+    tokenizer = load_tokenizer("PreTrainedTokenizerFast", folder)
+    required = ("image_token", "grid_bos_token", "grid_eos_token", "bos_token")
+    lacking = [name for name in required if not getattr(tokenizer, name, None)]
+    if lacking:
+        raise CheckpointError(f"{folder}/tokenizer_config.json does not name the {', '.join(lacking)}. {_AGAIN}")
+    with translated("GlmImageProcessor", folder):
+        prepare = class_of_transformers("GlmImageImageProcessorPil")(**images)
+        return class_of_transformers("GlmImageProcessor")(prepare, tokenizer, chat_template=_chat_template(folder))
+
+
+def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -> None:
+    """That a tokenizer, or the processor that has one, fits the model that reads its ids.
+
+    Raises:
+        CheckpointError: it does not; the message names both components.
+    """
+    rows = model.config.get_text_config().vocab_size
+    highest = max(getattr(tokenizer, "tokenizer", tokenizer).get_vocab().values())
+    if highest >= rows:
+        raise CheckpointError(
+            f"the {reader} has token ids up to {highest}, and the vocabulary of the {model_name} has {rows} "
+            f"(vocab_size). They do not belong together; take both from one checkpoint."
+        )
+    for key, ours, theirs in (
+        ("image_token_id", getattr(tokenizer, "image_token_id", None), getattr(model.config, "image_token_id", None)),
+        (
+            "patch_size",
+            getattr(getattr(tokenizer, "image_processor", None), "patch_size", None),
+            getattr(getattr(model.config, "vision_config", None), "patch_size", None),
+        ),
+    ):
+        if ours != theirs:
+            raise CheckpointError(
+                f"the {reader} has the {key} {ours}, and the {model_name} {theirs}. "
+                f"They do not belong together; take both from one checkpoint."
+            )
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        path = folder / file
+        if path.is_file():
+            content = read_json(path)
+            nested = content.get("image_processor", content) if file == "processor_config.json" else content
+            if isinstance(nested, Mapping) and nested.keys() & foreign_configs.IMAGES.keys():
+                found = known_values(f"{path}: ", nested, foreign_configs.IMAGES)
+                return {key: value for key, value in found.items() if value is not None}
+    raise CheckpointNotFoundError(
+        f"{folder} does not say how images are prepared: expected processor_config.json with an image_processor, or "
+        f"preprocessor_config.json. {_AGAIN}"
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    path = folder / "chat_template.jinja"
+    if not path.is_file():
+        return None
+    with translated("a chat template", path), path.open(encoding="utf-8") as file:
+        return file.read(100_000)

@@ -1,0 +1,303 @@
+"""The files of a tokenizer, checked before the libraries that read them, and freed of all that could choose code.
+
+What is left is data: a vocabulary, special tokens, and rules of normalisation that cannot grow a text without bound.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ..checks import finite, flag, printable, shown, whole_number
+from ..errors import CheckpointError, ConfigurationError
+from .charsmap import fault_of_charsmap
+from .config import read_json
+from .foreign_configs import Table, TokenId, known_values
+from .values import Bounds, check
+
+MOST_TOKENS = 2**22
+MOST_BYTES = 200_000_000
+_LONGEST = 1000  # characters of a token or a regular expression
+
+_SETTINGS: Table = {
+    "extra_ids": Annotated[int, Bounds(0, 1000)],
+    "model_max_length": Annotated[float, Bounds(1, 1e31)] | None,
+    "padding_side": Literal["left", "right"],
+    "truncation_side": Literal["left", "right"],
+    "clean_up_tokenization_spaces": bool | None,
+    "split_special_tokens": bool,
+    "add_prefix_space": bool | None,
+    "add_bos_token": bool | None,
+    "add_eos_token": bool | None,
+    "legacy": bool | None,
+}
+_MODEL: Table = {
+    "dropout": Annotated[float, Bounds(0, 1)] | None,
+    "unk_id": TokenId | None,
+    "unk_token": str | None,
+    "continuing_subword_prefix": str | None,
+    "end_of_word_suffix": str | None,
+    "fuse_unk": bool,
+    "byte_fallback": bool | None,
+    "ignore_merges": bool | None,
+    "max_input_chars_per_word": Annotated[int, Bounds(1, 100_000)],
+}
+_MODELS = ("Unigram", "BPE", "WordLevel", "WordPiece")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def read_tokenizer_files(folder: Path, *vocabularies: str) -> dict[str, bytes]:
+    """The checked contents of a tokenizer's files by name: its settings, and those of ``vocabularies`` that are there.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds what no tokenizer has.
+        ConfigurationError: a setting of another type or out of its range.
+    """
+    readers: dict[str, Callable[[Path], Any]] = {
+        "tokenizer_config.json": _settings,
+        "special_tokens_map.json": lambda path: _special_tokens(f"{path}: ", read_json(path)),
+        "added_tokens.json": _added_tokens,
+    }
+    known = {"tokenizer.json": _tokenizer, "spiece.model": _sentencepiece}
+    readers |= {name: known[name] for name in vocabularies}
+    found = {}
+    for name, reader in readers.items():
+        path = folder / name
+        if path.is_file():
+            content = reader(path)
+            found[name] = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return found
+
+
+# --- settings and special tokens ---
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    where = f"{path}: "
+    found = {**known_values(where, content, _SETTINGS), **_special_tokens(where, content)}
+    if (stored := content.get("added_tokens_decoder")) is not None:
+        entries = _object(f"{where}added_tokens_decoder", stored).items()
+        found["added_tokens_decoder"] = {
+            str(_digits(f"{where}added_tokens_decoder", key)): _token(
+                f"{where}added_tokens_decoder.{printable(key)}", token
+            )
+            for key, token in entries
+        }
+    return found
+
+
+def _special_tokens(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens with names, such as ``pad_token``, and the lists of further ones."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key.endswith("_token") and key.isidentifier() and key not in _SETTINGS and value is not None:
+            found[key] = _token(f"{where}{printable(key)}", value)
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = content.get(key)
+        if isinstance(value, list):
+            found[key] = [_token(f"{where}{key}", token) for token in value]
+        elif value is not None:
+            named = _object(f"{where}{key}", value)
+            found[key] = {name: _token(f"{where}{key}.{printable(name)}", token) for name, token in named.items()}
+            if not all(name.isidentifier() and name.endswith("_token") for name in named):
+                raise ConfigurationError(f"{where}{key} must name tokens such as image_token, not {shown(list(named))}")
+    return found
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    return {
+        _text(f"{path}: a token", token): check(f"{path}: {shown(token)}", number, TokenId)
+        for token, number in content.items()
+    }
+
+
+def _token(where: str, value: Any) -> str | dict[str, Any]:
+    if isinstance(value, str):
+        return _text(where, value)
+    entry = _object(where, value)
+    flags = {
+        name: flag(f"{where}.{name}", entry[name], error=ConfigurationError) for name in _TOKEN_FLAGS if name in entry
+    }
+    kind = {"__type": "AddedToken"} if entry.get("__type") == "AddedToken" else {}
+    return {"content": _text(f"{where}.content", entry.get("content")), **flags, **kind}
+
+
+# --- tokenizer.json ---
+
+
+def _tokenizer(path: Path) -> dict[str, Any]:
+    content = read_json(path, most_bytes=MOST_BYTES)
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list) or len(added) > MOST_TOKENS:
+        raise CheckpointError(f"{path}: added_tokens must be a list of tokens, not {shown(added)}")
+    tokens = []
+    for number, entry in enumerate(added):
+        where = f"{path}: added_tokens[{number}]"
+        token = _token(where, _object(where, entry))
+        assert isinstance(token, dict)
+        tokens.append({"id": check(f"{where}.id", entry.get("id"), TokenId), **token})
+    rules = {}
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        rules[name] = content.get(name)
+        _check_rules(f"{path}: {name}", rules[name])
+    # Truncation and padding are those of a call, not what the last one was before the file was saved.
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, **rules} | {
+        "model": _model(f"{path}: model", content.get("model"))
+    }
+
+
+def _model(where: str, content: Any) -> dict[str, Any]:
+    given = _object(where, content)
+    vocabulary = given.get("vocab")
+    kind = given.get("type", "Unigram" if isinstance(vocabulary, list) else None)  # early files do not say it
+    if kind not in _MODELS:
+        raise CheckpointError(f"{where}.type must be one of {', '.join(_MODELS)}, not {shown(kind)}")
+    found = {"type": kind, **known_values(f"{where}.", given, _MODEL)}
+    if kind == "Unigram":
+        pieces = _list(f"{where}.vocab", vocabulary)
+        for i, piece in enumerate(pieces):
+            if not isinstance(piece, list) or len(piece) != 2:
+                raise CheckpointError(f"{where}.vocab[{i}] must be a piece and its score, not {shown(piece)}")
+        _check_pieces(f"{where}.vocab", pieces)
+        if (unknown := found.get("unk_id")) is not None and unknown >= len(pieces):
+            raise CheckpointError(f"{where}.unk_id must be below {len(pieces)}, the number of pieces, not {unknown}")
+        return {**found, "vocab": pieces}
+    found["vocab"] = _object(f"{where}.vocab", vocabulary)
+    _check_numbers(f"{where}.vocab", found["vocab"])
+    if kind == "BPE":
+        found["merges"] = _list(f"{where}.merges", given.get("merges"))
+        for i, merge in enumerate(found["merges"]):
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+                raise CheckpointError(f"{where}.merges[{i}] must be two pieces, not {shown(merge)}")
+    return found
+
+
+def _check_pieces(where: str, pieces: Iterable[Any]) -> None:
+    """Pieces and scores: texts, each once, and finite numbers."""
+    seen: set[str] = set()
+    for i, (piece, score) in enumerate(pieces):
+        if not _is_token(piece) or piece in seen:
+            raise CheckpointError(
+                f"{where}[{i}] must be a piece of its own, of 1 to {_LONGEST} characters, not {shown(piece)}"
+            )
+        if type(score) not in (int, float) or not -1e9 <= score <= 1e9:
+            finite(f"{where}[{i}]: the score of {shown(piece)}", score, -1e9, 1e9, error=CheckpointError)
+        seen.add(piece)
+    if not 3 <= len(seen) <= MOST_TOKENS:
+        raise CheckpointError(f"{where} must hold 3 to {MOST_TOKENS} pieces, and holds {len(seen)}")
+
+
+def _check_numbers(where: str, vocabulary: Mapping[str, Any]) -> None:
+    """Texts and their numbers, each once."""
+    for text, number in vocabulary.items():
+        if not _is_token(text):
+            raise CheckpointError(f"{where} must hold tokens of 1 to {_LONGEST} characters, not {shown(text)}")
+        if type(number) is not int or not 0 <= number <= 2**24:
+            whole_number(f"{where}: the number of {shown(text)}", number, 0, 2**24, error=CheckpointError)
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise CheckpointError(f"{where} gives a number to more than one token; download or save it again")
+    if not 1 <= len(vocabulary) <= MOST_TOKENS:
+        raise CheckpointError(f"{where} must hold 1 to {MOST_TOKENS} tokens, and holds {len(vocabulary)}")
+
+
+def _check_rules(where: str, rules: Any, depth: int = 0) -> None:
+    """How a text is normalised, split, framed and joined: small, and no rule makes a text much longer."""
+    if isinstance(rules, Mapping) and depth < 12:
+        for key, value in rules.items():
+            name = f"{where}.{printable(key[:40])}"
+            if key == "precompiled_charsmap":
+                _check_charsmap(name, value)
+                continue
+            if key == "length":
+                whole_number(name, value, 1, 2**24, error=CheckpointError)
+            if key == "normalizers" and isinstance(value, list) and len(value) > 8:
+                raise CheckpointError(f"{name} must be at most 8 rules, and are {len(value)}")
+            if key in ("content", "prepend") and isinstance(value, str) and len(value) > 4:
+                raise CheckpointError(f"{name} must be at most 4 characters, not {shown(value)}")
+            _check_rules(name, value, depth + 1)
+    elif isinstance(rules, list) and depth < 12 and len(rules) <= _LONGEST:
+        for i, rule in enumerate(rules):
+            _check_rules(f"{where}[{i}]", rule, depth + 1)
+    elif isinstance(rules, str):
+        _text(where, rules)
+    elif isinstance(rules, int | float):
+        finite(where, int(rules) if isinstance(rules, bool) else rules, -(2**24), 2**24, error=CheckpointError)
+    elif rules is not None:
+        raise CheckpointError(f"{where} must be a small rule, not {shown(rules)}")
+
+
+def _check_charsmap(where: str, value: Any) -> None:
+    try:
+        fault = fault_of_charsmap(base64.b64decode(value, validate=True))
+    except (TypeError, ValueError):  # a text that is not base64 among them
+        fault = "it is no base64"
+    if fault:
+        raise CheckpointError(f"{where} is damaged: {fault}; download or save it again")
+
+
+# --- spiece.model ---
+
+
+def _sentencepiece(path: Path) -> bytes:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
+
+    data = _bytes(path)
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise CheckpointError(f"{path} is damaged or no sentencepiece model; download or save it again") from error
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
+        raise CheckpointError(f"{path} is no Unigram model, as T5's tokenizers are; download or save it again")
+    _check_pieces(f"{path}: pieces", ((piece.piece, piece.score) for piece in model.pieces))
+    if fault := fault_of_charsmap(model.normalizer_spec.precompiled_charsmap):
+        raise CheckpointError(f"{path} has a damaged table of replacements: {fault}; download or save it again")
+    return data
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and a tokenizer at most {MOST_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
+
+
+# --- values ---
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= _LONGEST
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise CheckpointError(f"{where} must be a text of at most {_LONGEST} characters, not {shown(value)}")
+    return value
+
+
+def _digits(where: str, value: str) -> int:
+    number = int(value) if re.fullmatch(r"[0-9]{1,8}", value) else math.nan
+    return whole_number(f"{where}: the number {shown(value)}", number, 0, 2**24, error=ConfigurationError)
+
+
+def _object(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where} must be a JSON object, not {shown(value)}")
+    return value
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) > MOST_TOKENS:
+        raise CheckpointError(f"{where} must be a list of at most {MOST_TOKENS} entries, not {shown(value)}")
+    return value

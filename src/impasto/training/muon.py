@@ -1,0 +1,61 @@
+"""Muon: momentum whose matrices are orthogonalised (K. Jordan, 2024), on any processor.
+
+``torch.optim.Muon`` iterates in bfloat16, which takes minutes for a step where the processor does not multiply it. This
+one computes the same in the dtype that the machine is fast in; states are interchangeable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.cpu import multiplies_bfloat16
+
+#: The odd quintic a x + b x³ + c x⁵ whose iteration brings singular values near 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices that map hidden states to hidden states.
+
+    Steps have the size of AdamW's (2502.16982, eq. 4), so that both take the same learning rate.
+
+    Args:
+        params: tensors [out, in].
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalised(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                size = 0.2 * max(parameter.shape) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations."""
+    a, b, c = COEFFICIENTS
+    native = matrix.is_cuda or multiplies_bfloat16()
+    x = matrix.to(torch.bfloat16 if native else torch.float32)
+    x = x / x.norm().clamp(min=1e-7)  # singular values of at most 1
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x  # the smaller Gram matrix
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)

@@ -1,0 +1,304 @@
+"""Training states of other models, damaged and foreign ones; logs after a kill; entries of a prompt cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.training.loop import Loss, Recipe, train
+from impasto.training.state import append_log, load_state, save_state, trim_log
+
+from ..tiny import tiny_pipeline
+from .sandbox import refused, run
+
+
+class Small(nn.Module):
+    def __init__(self, width: int = 4, layers: int = 2):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        out: torch.Tensor = self.norm(x)
+        return out
+
+
+RECIPE = Recipe(steps=4, warmup_steps=1, log_every=1, save_every=2)
+
+
+def train_small(folder: str, width: int = 4, layers: int = 2, steps: int = 4) -> list[float]:
+    """The steps that the log has afterwards."""
+    torch.manual_seed(0)
+    model = Small(width, layers)
+
+    def loss(step: int, generator: torch.Generator) -> Loss:
+        x = torch.randn(2, width, generator=generator).to(model.norm.weight.dtype)
+        return Loss(model(x).float().square().mean() + (model.norm.weight - 2).square().mean(), {})
+
+    train(model, loss, Recipe(**{**vars(RECIPE), "steps": steps}), Path(folder))
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_small(str(folder))
+    return folder
+
+
+class Runs:
+    """A pickle that creates a folder when it is read."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        state = load_state(path)
+        change(state)
+        save_state(path, state)
+
+    return damage
+
+
+def models(state: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = state["models"]
+    return found
+
+
+def moments(state: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = state["optimizers"][1]["state"]
+    return found
+
+
+STATES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "state.pt"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[:900]), "state.pt"),
+    "a pickle with code": (lambda path: path.write_bytes(pickle.dumps(Runs(path.parent / "ran"))), "state.pt"),
+    "code inside": (lambda path: torch.save({"models": Runs(path.parent / "ran")}, path), "state.pt"),
+    "a list": (lambda path: torch.save([1, 2], path), "list"),
+    "a directory": (lambda path: (path.unlink(), path.mkdir()), "state.pt"),
+    "no models": (edited(lambda s: s.pop("models")), "'models'"),
+    "models are a number": (edited(lambda s: s.update(models=3)), "'models'"),
+    "no averages": (edited(lambda s: s.pop("ema")), "'ema'"),
+    "no step": (edited(lambda s: s.pop("step")), "'step'"),
+    "a step of text": (edited(lambda s: s.update(step="two")), "'step'"),
+    "a negative step": (edited(lambda s: s.update(step=-1)), "'step'"),
+    "updates of text": (edited(lambda s: s["ema"].update(updates="many")), "'updates'"),
+    "a tensor too few": (edited(lambda s: models(s).pop("norm.bias")), "norm.bias"),
+    "a tensor too many": (edited(lambda s: models(s).update(extra=torch.ones(1))), "extra"),
+    "another shape": (edited(lambda s: models(s).update({"norm.bias": torch.ones(9)})), "norm.bias"),
+    "a number as a tensor": (edited(lambda s: models(s).update({"norm.bias": 1.0})), "norm.bias"),
+    "an average of another shape": (edited(lambda s: s["ema"].update({"norm.bias": torch.ones(9)})), "norm.bias"),
+    "no optimizers": (edited(lambda s: s.pop("optimizers")), "optimizers"),
+    "an optimizer too few": (edited(lambda s: s["optimizers"].pop()), "optimizers"),
+    "an optimizer of another kind": (edited(lambda s: s["optimizers"].reverse()), "optimizers"),
+    "moments of another shape": (edited(lambda s: moments(s)[0].update(exp_avg=torch.ones(7))), "optimizers"),
+    "moments of no parameter": (edited(lambda s: moments(s).update({99: {"exp_avg": torch.ones(4)}})), "optimizers"),
+}
+
+
+@pytest.mark.parametrize("name", list(STATES))
+def test_states_that_do_not_fit(trained: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    damage, named = STATES[name]
+    damage(folder / "state.pt")
+    log = (folder / "log.jsonl").read_bytes()
+    outcome = run(train_small, str(folder), 4, 2, 6)
+    refused(outcome, "CheckpointError", named, "state.pt")
+    assert "weights_only" not in outcome.message
+    assert not (folder / "ran").exists()
+    assert (folder / "log.jsonl").read_bytes() == log, "nothing is lost"
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "named"), [(8, 2, "blocks.0.weight"), (4, 3, "blocks.2"), (4, 1, "blocks.1")]
+)
+def test_the_state_of_another_model(trained: Path, tmp_path: Path, width: int, layers: int, named: str) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    refused(run(train_small, str(tmp_path / "run"), width, layers, 6), "CheckpointError", named, "another model")
+
+
+def test_a_run_goes_on_where_its_state_is(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert train_small(str(tmp_path / "run"), steps=6) == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_that_are_run_again_are_logged_once(trained: Path, tmp_path: Path) -> None:
+    """Killed after it logged steps that its state does not have, and within a line."""
+    shutil.copytree(trained, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    append_log(log, step=5, loss=1.0)
+    with log.open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+    assert train_small(str(tmp_path / "run"), steps=6) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_begins_anew_begins_its_log_anew(tmp_path: Path) -> None:
+    append_log(tmp_path / "log.jsonl", step=3)
+    assert train_small(str(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_trimming(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    trim_log(log, 3)
+    assert not log.exists()
+    log.write_bytes(b'{"step": 1}\nnoise\n[]\n{"step": "x"}\n{"step": 3}\n{"step": 4}\n{"step": 2}')
+    trim_log(log, 3)
+    assert log.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+
+
+# --- prompt cache ---
+
+
+def cached(folder: str) -> tuple[bool, int]:
+    """Whether a cached embedding is the encoder's, and how often the encoder had to run."""
+    from impasto.pipelines import pixart
+
+    runs, encode = list[int](), pixart.encode_texts
+    pixart.encode_texts = lambda *args: (runs.append(1), encode(*args))[1]  # type: ignore[assignment]
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    plain = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.enable_prompt_cache(folder)
+    with torch.no_grad():
+        found = pipe.encode_prompt("a cat", do_classifier_free_guidance=False).prompt_embeds
+        count = len(runs)
+        expected = plain.encode_prompt("a cat", do_classifier_free_guidance=False).prompt_embeds
+    return torch.equal(found, expected), count
+
+
+def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], keep_checksum: bool = True) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        embeds, metadata = file.get_tensor("embeds").clone(), file.metadata()
+    save_file({"embeds": change(embeds).contiguous()}, path, metadata if keep_checksum else None)
+
+
+def flip(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[0, 0] += 0.01
+    return tensor
+
+
+ENTRIES: dict[str, Callable[[Path], object]] = {
+    "a value flipped": lambda path: rewrite(path, flip),
+    "no checksum": lambda path: rewrite(path, lambda x: x, keep_checksum=False),
+    "another dtype": lambda path: rewrite(path, lambda x: x.half()),
+    "another width": lambda path: rewrite(path, lambda x: x[:, :-1]),
+    "fewer tokens": lambda path: rewrite(path, lambda x: x[:-1]),
+    "not a number": lambda path: rewrite(path, lambda x: x * float("nan")),
+    "integers": lambda path: rewrite(path, lambda x: x.long()),
+    "one dimension": lambda path: rewrite(path, lambda x: x.flatten()),
+    "no tensor": lambda path: save_file({"other": torch.ones(1)}, path),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a header of a gigabyte": lambda path: path.write_bytes((1 << 30).to_bytes(8, "little") + b"{}"),
+    "of another prompt": lambda path: (other_entry(path.parent, path), None),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def other_entry(folder: Path, path: Path) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.enable_prompt_cache(elsewhere)
+    with torch.no_grad():
+        pipe.encode_prompt("a dog", do_classifier_free_guidance=False)
+    (entry,) = elsewhere.glob("*.safetensors")
+    shutil.copyfile(entry, path)
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    assert cached_in_fork(folder) == (True, 1)
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def cached_in_fork(folder: Path) -> Any:
+    outcome = run(cached, str(folder))
+    assert outcome.kind == "returned", (outcome.message, outcome.trace)
+    return outcome.value
+
+
+@pytest.mark.parametrize("name", list(ENTRIES))
+def test_damaged_entries_are_made_again(entry: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(entry.parent, folder)
+    ENTRIES[name](folder / entry.name)
+    assert cached_in_fork(folder) == (True, 1)
+    if name != "a folder":
+        assert cached_in_fork(folder) == (True, 0)
+
+
+def cached_by_another_user(folder: str) -> tuple[bool, int]:
+    tiny_pipeline(PixArtSigmaPipeline)  # whose tokenizer is made once, and needs a folder
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    return cached(folder)
+
+
+def test_a_cache_that_may_only_be_read_is_used(entry: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(entry.parent, folder)
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(0o755)
+    for place in (*folder.iterdir(), folder):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    outcome = run(cached_by_another_user, str(folder))
+    folder.chmod(0o755)
+    assert outcome.value == (True, 0), outcome
+    assert "damaged" not in outcome.stderr
+
+
+def shrink(folder: str) -> list[str]:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.enable_prompt_cache(folder, max_bytes="100KB")
+    with torch.no_grad():
+        pipe.encode_prompt("a dog")
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix == ".tmp")
+
+
+def test_what_killed_processes_left_is_removed(entry: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(entry.parent, folder)
+    for name in (".impasto-0123456789abcdef.tmp", "abc.4711.tmp"):
+        (folder / name).write_bytes(bytes(200_000))
+    assert run(shrink, str(folder)).value == []
+    assert cached_in_fork(folder) == (True, 0)
+
+
+def encode_broken(folder: str) -> int:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.text_encoder.encoder.final_layer_norm.weight.data[0] = float("inf")
+    pipe.enable_prompt_cache(folder)
+    try:
+        with torch.no_grad():
+            pipe.encode_prompt("a cat")
+    finally:
+        return len(list(Path(folder).glob("*.safetensors")))  # noqa: B012
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    assert run(encode_broken, str(tmp_path / "cache")).value == 0

@@ -1,0 +1,498 @@
+"""Writing files and folders completely or not at all: order, permissions, locks, journals, hostile journals."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from impasto import files
+from impasto.errors import CheckpointError, OutputError
+from impasto.files import JOURNAL, STAGING, reading, saving, write_file
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def save(folder: Path, contents: dict[str, str], remove: tuple[str, ...] = ()) -> None:
+    with saving(folder, lambda present, written: [name for name in present if name in remove]) as staging:
+        for name, text in contents.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_text(text)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "folder", {"a": "old", "deep/b": "old", "c": "old"})
+    (tmp_path / "folder" / "mine").write_text("mine")
+    return tmp_path / "folder"
+
+
+OLD = {"a": "old", "deep/b": "old", "c": "old", "mine": "mine"}
+NEW = {"a": "new", "deep/b": "new", "deep/d": "new", "mine": "mine"}
+
+
+def save_new(folder: Path) -> None:
+    save(folder, {"a": "new", "deep/b": "new", "deep/d": "new"}, remove=("c",))
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose save was committed and not carried out, as by a kill."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_apply", lambda folder: None)
+        save_new(folder)
+    assert (folder / STAGING / JOURNAL).is_file()
+
+
+# --- order ---
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The calls that make a write last, with the names of what they are on, in order."""
+    calls: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "unlink")}
+
+    def opened(path: Any, *args: Any, **options: Any) -> int:
+        descriptor: int = real["open"](path, *args, **options)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    def on_descriptor(name: str) -> Callable[..., Any]:
+        def call(descriptor: int, *args: Any) -> Any:
+            calls.append((name, names[descriptor]))
+            return real[name](descriptor, *args)
+
+        return call
+
+    def replaced(source: Any, target: Any) -> None:
+        calls.append(("rename", Path(target).name))
+        real["replace"](source, target)
+
+    def removed(path: Any, *args: Any, **options: Any) -> None:
+        calls.append(("remove", Path(path).name))
+        real["unlink"](path, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(os, "unlink", removed)
+    for name in ("write", "fsync"):
+        monkeypatch.setattr(os, name, on_descriptor(name))
+    return calls
+
+
+def test_a_file_is_written_forced_renamed_forced(tmp_path: Path, recorded: list[tuple[str, str]]) -> None:
+    write_file(tmp_path / "x", "text")
+    (_, temporary), *_ = recorded
+    assert temporary.startswith(".impasto-")
+    assert recorded == [("write", temporary), ("fsync", temporary), ("rename", "x"), ("fsync", tmp_path.name)]
+    recorded.clear()
+    write_file(tmp_path / "x", "text", durable=False)
+    assert recorded == [("write", temporary), ("rename", "x")]
+
+
+def test_a_folder_is_forced_committed_moved_forced(folder: Path, recorded: list[tuple[str, str]]) -> None:
+    recorded.clear()
+    save_new(folder)
+    order = [call for call in recorded if call[0] != "write"]
+    committed = order.index(("rename", JOURNAL))
+    staged, carried_out = order[:committed], order[committed + 1 :]
+    for name in ("a", "b", "d", STAGING, "deep", f"{JOURNAL}.tmp"):
+        assert ("fsync", name) in staged, f"{name} must be on the disk before the journal says so"
+    assert not [call for call in staged if call[0] == "rename"]
+    assert carried_out[0] == ("fsync", STAGING), "the journal is on the disk before anything moves"
+    moved = [i for i, call in enumerate(carried_out) if call in (("rename", "a"), ("rename", "b"), ("remove", "c"))]
+    forced = [i for i, call in enumerate(carried_out) if call in (("fsync", "folder"), ("fsync", "deep"))]
+    done = carried_out.index(("remove", JOURNAL))
+    assert len(moved) == 3
+    assert max(moved) < min(forced) < max(forced) < done
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("content", [b"bytes", "text ü", lambda path: path.write_text("by itself")])
+def test_contents(tmp_path: Path, content: Any) -> None:
+    write_file(tmp_path / "x", content)
+    expected = {bytes: b"bytes", str: "text ü".encode()}.get(type(content), b"by itself")
+    assert (tmp_path / "x").read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_permissions_are_those_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "x", "text")
+        with saving(tmp_path / "folder") as staging:
+            (staging / "y").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder" / "y").stat().st_mode) == 0o640
+
+
+def test_a_file_left_by_a_killed_process_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: os._exit(0))
+        child = os.fork()
+        if child == 0:
+            write_file(tmp_path / "x", "a long text of the process that was killed")
+        os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert files.is_abandoned(left)
+    write_file(tmp_path / "x", "short")
+    assert tree(tmp_path) == {"x": "short"}
+
+
+def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
+    def write(text: str) -> None:
+        for _ in range(20):
+            write_file(tmp_path / "x", text * 1000, durable=False)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set((tmp_path / "x").read_text())) == 1
+    assert list(tree(tmp_path)) == ["x"]
+
+
+class Full:
+    """What a disk without space does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str):
+        real = getattr(os, call)
+
+        def fail(*args: Any, **options: Any) -> Any:
+            if self.after == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.after -= 1
+            return real(*args, **options)
+
+        self.after = -1
+        monkeypatch.setattr(os, call, fail)
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    write_file(tmp_path / "x", "old")
+    with monkeypatch.context() as patch:
+        Full(patch, call).after = 0
+        with pytest.raises(OutputError, match=r"x cannot be written: No space left on device; choose another place"):
+            write_file(tmp_path / "x", "new")
+    assert tree(tmp_path) == {"x": "old"}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("n" * 300, "File name too long"), ("no/such/folder/x", "No such file"), ("nul\0", "no name")]
+)
+def test_names_that_cannot_be(tmp_path: Path, name: str, why: str) -> None:
+    with pytest.raises(OutputError, match=why):
+        write_file(tmp_path / name, "text")
+    if "such" not in name:
+        with pytest.raises(OutputError, match=why), saving(tmp_path / name):
+            pass
+
+
+# --- folders ---
+
+
+def test_files_replace_others_and_the_rest_stays(folder: Path) -> None:
+    assert tree(folder) == OLD
+    save_new(folder)
+    assert tree(folder) == NEW
+
+
+def test_nothing_happens_if_the_block_raises(folder: Path) -> None:
+    def stopped() -> None:
+        with saving(folder) as staging:
+            (staging / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert tree(folder) == OLD
+    assert not (folder / STAGING).exists()
+
+
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("call", ["fsync", "chmod", "mkdir", "replace"])
+def test_a_full_disk_leaves_the_old_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
+) -> None:
+    """Or, once it is committed, the new one: whoever comes next finishes it."""
+    with monkeypatch.context() as patch:
+        Full(patch, call).after = after
+        try:
+            save_new(folder)
+        except OutputError as error:
+            assert "No space left" in str(error)  # noqa: PT017
+    with reading(folder) as found:
+        assert tree(found) in (OLD, NEW)
+    save_new(folder)
+    assert tree(folder) == NEW
+
+
+def test_a_committed_save_is_finished_by_who_reads_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(folder, monkeypatch)
+    assert {**tree(folder), **OLD} == tree(folder), "nothing has moved"
+    with reading(folder) as found:
+        assert found == folder
+        assert tree(folder) == NEW
+    assert not (folder / STAGING).exists()
+
+
+def test_one_that_reads_a_folder_within_finishes_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(folder, monkeypatch)
+    with reading(folder / "deep"):
+        assert tree(folder) == NEW
+
+
+def test_one_that_reads_the_folder_around_finishes_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_apply", lambda folder: None)
+        save(folder / "deep", {"b": "newer"})
+    with reading(folder):
+        assert tree(folder) == {**OLD, "deep/b": "newer"}
+
+
+def test_the_next_save_finishes_a_committed_one_and_discards_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(folder, monkeypatch)
+    save(folder, {"e": "newest"})
+    assert tree(folder) == {**NEW, "e": "newest"}
+    (folder / STAGING / "deep").mkdir(parents=True)
+    (folder / STAGING / "deep" / "half").write_text("never committed")
+    save(folder, {"e": "again"})
+    assert tree(folder) == {**NEW, "e": "again"}
+
+
+@pytest.mark.parametrize("done", range(5))
+def test_a_save_that_was_stopped_while_it_was_carried_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    interrupted(folder, monkeypatch)
+    with monkeypatch.context() as patch:
+        calls: Iterator[int] = iter(range(done))
+        for name in ("replace", "unlink"):
+            real = getattr(os, name)
+
+            def some(*args: Any, real: Callable[..., Any] = real, **options: Any) -> None:
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                real(*args, **options)
+
+            patch.setattr(os, name, some)
+        with pytest.raises(KeyboardInterrupt), reading(folder):
+            pass
+    with reading(folder):
+        assert tree(folder) == NEW
+
+
+def test_where_it_may_not_be_finished_the_new_files_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(folder, monkeypatch)
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", forbidden)
+    with reading(folder) as view:
+        assert view != folder
+        assert tree(view) == NEW
+        assert view.name == folder.name
+    assert not view.exists()
+    with reading(folder / "deep") as view:
+        assert tree(view) == {"b": "new", "d": "new"}
+
+
+def test_where_this_user_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with real permissions, in a process that is not root's."""
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    folder = tmp_path / "folder"
+    save(folder, {"a": "old", "deep/b": "old", "c": "old"})
+    interrupted(folder, monkeypatch)
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o555 if place.is_dir() else 0o444)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            with reading(folder) as view:
+                os.write(write, json.dumps(tree(view)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    assert json.loads(os.read(read, 10_000)) == {name: text for name, text in NEW.items() if name != "mine"}
+    assert tree(folder)["a"] == "old"
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+
+
+def test_of_two_savers_one_waits(folder: Path) -> None:
+    begun, order = threading.Event(), list[str]()
+
+    def first() -> None:
+        with saving(folder) as staging:
+            begun.set()
+            time.sleep(0.2)
+            (staging / "a").write_text("first")
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait()
+    save(folder, {"a": "second"})
+    order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
+    assert tree(folder)["a"] == "second"
+
+
+def test_one_that_waits_too_long_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAIT_SECONDS", 0.1)
+    with saving(folder), pytest.raises(OutputError, match=r"another process keeps saving to .*folder; wait for it"):
+        save(folder, {"a": "second"})
+    with reading(folder), pytest.raises(OutputError, match="another process holds"):
+        save(folder, {"a": "third"})
+    assert tree(folder) == OLD
+
+
+def test_readers_see_no_half_of_a_save(folder: Path) -> None:
+    """Several save and several read, all at once: each reads the files of one save."""
+    found, stop = list[set[str]](), threading.Event()
+
+    def save_often(text: str) -> None:
+        for _ in range(15):
+            save(folder, {"a": text, "deep/b": text})
+
+    def read_often() -> None:
+        while not stop.is_set():
+            with reading(folder):
+                first = (folder / "a").read_text()
+                time.sleep(0.001)
+                found.append({first, (folder / "deep" / "b").read_text()})
+
+    savers = [threading.Thread(target=save_often, args=(text,)) for text in ("one", "two")]
+    readers = [threading.Thread(target=read_often) for _ in range(2)]
+    for thread in (*savers, *readers):
+        thread.start()
+    for thread in savers:
+        thread.join()
+    stop.set()
+    for thread in readers:
+        thread.join()
+    assert len(found) > 5
+    assert all(len(texts) == 1 for texts in found)
+
+
+def test_a_folder_within_that_is_a_link_is_left_alone(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "deep").symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="deep is a link"):
+        save(folder, {"a": "new", "deep/b": "new"})
+    assert not list(elsewhere.iterdir())
+    assert not (folder / "a").exists()
+
+
+def test_a_folder_that_is_a_link_is_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    save_new(tmp_path / "link")
+    assert tree(folder) == NEW
+    assert (tmp_path / "link").is_symlink()
+
+
+# --- journals of strangers ---
+
+
+def name_outside(tmp_path: Path) -> str:
+    return str(tmp_path / "outside")
+
+
+JOURNALS: dict[str, Any] = {
+    "not JSON": "{",
+    "a list": [],
+    "no files": {"remove": []},
+    "more than that": {"files": [], "remove": [], "run": []},
+    "files are no list": {"files": "a", "remove": []},
+    "a number as a name": {"files": [1], "remove": []},
+    "out of the folder": {"files": ["../outside"], "remove": []},
+    "out and in again": {"files": ["deep/../../outside"], "remove": []},
+    "an absolute name": {"files": [], "remove": ["/tmp/outside"]},
+    "removal outside": {"files": [], "remove": ["../outside"]},
+    "an empty name": {"files": [""], "remove": []},
+    "a null byte": {"files": ["a\0b"], "remove": []},
+    "a drive": {"files": ["C:x"], "remove": []},
+    "a backslash": {"files": ["..\\outside"], "remove": []},
+    "the journal itself": {"files": [f"{STAGING}/x"], "remove": []},
+    "through a link": {"files": ["link/outside"], "remove": []},
+    "deep nesting": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", list(JOURNALS))
+def test_journals_of_strangers(folder: Path, tmp_path: Path, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("safe")
+    (folder / "link").symlink_to(tmp_path)
+    (folder / STAGING).mkdir()
+    (folder / STAGING / "outside").write_text("theirs")
+    journal = JOURNALS[name]
+    (folder / STAGING / JOURNAL).write_text(journal if isinstance(journal, str) else json.dumps(journal))
+    with pytest.raises(CheckpointError, match=rf"{JOURNAL} is damaged.*delete .*{STAGING}"), reading(folder):
+        pass
+    with pytest.raises(CheckpointError, match=rf"{JOURNAL} is damaged"):
+        save(folder, {"a": "new"})
+    assert outside.read_text() == "safe"
+    assert (folder / "a").read_text() == "old"
+
+
+def test_a_journal_that_is_a_link_is_none(folder: Path, tmp_path: Path) -> None:
+    """As in the cache of a hub, whose files are links."""
+    (tmp_path / "blob").write_text(json.dumps({"files": [], "remove": ["a"]}))
+    (folder / STAGING).mkdir()
+    (folder / STAGING / JOURNAL).symlink_to(tmp_path / "blob")
+    with reading(folder):
+        assert tree(folder)["a"] == "old"
+
+
+def test_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that has none, and on a system that has none."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.fcntl, "flock", none)
+        save_new(folder)
+    assert tree(folder) == NEW
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fcntl", None)
+        save(folder, {"a": "newer"})
+        with reading(folder):
+            assert tree(folder)["a"] == "newer"
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    with reading(tmp_path / "missing") as found:
+        assert found == tmp_path / "missing"
+    assert not builtins.any(tmp_path.iterdir())
