@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impasto.errors import ConfigurationError, InputError
+from impasto.errors import CheckpointError, ConfigurationError, InputError
 from impasto.pipelines.pixart import DenoisingStep, PixArtSigmaPipeline
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.transforms.step_cache import METHODS, StepCache, cache_steps
@@ -192,7 +192,10 @@ def test_a_higher_threshold_leaves_out_more(pipe: PixArtSigmaPipeline) -> None:
 
 def test_not_a_number_is_never_reused(pipe: PixArtSigmaPipeline) -> None:
     nn.init.constant_(pipe.transformer.pos_embed.proj.weight, float("nan"))
-    with cache_steps(pipe, "first-block", threshold=1e6) as cache:
+    with (
+        cache_steps(pipe, "first-block", threshold=1e6) as cache,
+        pytest.raises(CheckpointError, match=r"pos_embed\.proj"),
+    ):
         draw(pipe)
     assert cache.reused == 0
 
