@@ -24,7 +24,8 @@ import impasto
 import measure
 import memory
 from impasto import files
-from impasto.checkpoints import config, foreign_configs, from_transformers, stored, tokenizer_files, values, weights
+from impasto.checkpoints import config, stored, values, weights
+from impasto.checkpoints.foreign import configs, from_transformers, tokenizer_files
 from impasto.nn import module
 from impasto.pipelines import loading, roles
 
@@ -34,7 +35,7 @@ CHECKS: dict[Any, tuple[str, ...]] = {
     values: ("check_arguments",),
     stored: ("find_weight_files", "describe"),
     weights: ("check_fit",),
-    foreign_configs: ("read_model_config", "read_values"),
+    configs: ("read_model_config", "read_values"),
     from_transformers: ("check_model", "_check_tensors", "_expected", "check_vocabulary"),
     tokenizer_files: ("read_tokenizer_files",),
     roles: ("check_role", "component_entries"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from impasto.files import write_file
 
 
 def path_of(folder: Path, chunk: int) -> Path:
@@ -35,9 +36,12 @@ def make_missing(folder: Path, chunks: Iterable[int], make: Callable[[int], None
 
 def save(path: Path, **arrays: Any) -> None:
     """Whole, or not at all."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    write_file(path, write)
 
 
 def random_pictures(pictures: Sequence[Tensor], batch: int, seed: int) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from impasto import cli
 from impasto.errors import CheckpointNotFoundError
-from impasto.nn.cpu import multiplies_bfloat16
+from impasto.nn.machine import multiplies_bfloat16
 from impasto.pipelines.image import check_picture_path, read_settings
 from impasto.pipelines.inspection import inspect_model, picture_size
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline

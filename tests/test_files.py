@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from impasto import files
+from impasto import files, folders
 from impasto.errors import CheckpointError, OutputError
-from impasto.files import JOURNAL, STAGING, reading, saving, write_file
+from impasto.files import write_file
+from impasto.folders import JOURNAL, STAGING, reading, saving
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -49,7 +50,7 @@ def save_new(folder: Path) -> None:
 def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder whose save was committed and not carried out, as by a kill."""
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_apply", lambda folder: None)
+        patch.setattr(folders, "_apply", lambda folder: None)
         save_new(folder)
     assert (folder / STAGING / JOURNAL).is_file()
 
@@ -117,6 +118,14 @@ def test_a_folder_is_forced_committed_moved_forced(folder: Path, recorded: list[
     done = carried_out.index(("remove", JOURNAL))
     assert len(moved) == 3
     assert max(moved) < min(forced) < max(forced) < done
+
+
+def test_nothing_else_in_the_package_renames_files() -> None:
+    """So every file that lasts is written by these two."""
+    source = Path(files.__file__).parent
+    calls = ("os.replace(", "os.rename(", "shutil.move(", ".rename(")
+    found = {path.name for path in source.rglob("*.py") if any(call in path.read_text() for call in calls)}
+    assert found == {"files.py", "folders.py"}
 
 
 # --- files ---
@@ -262,7 +271,7 @@ def test_one_that_reads_a_folder_within_finishes_it_too(folder: Path, monkeypatc
 
 def test_one_that_reads_the_folder_around_finishes_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_apply", lambda folder: None)
+        patch.setattr(folders, "_apply", lambda folder: None)
         save(folder / "deep", {"b": "newer"})
     with reading(folder):
         assert tree(folder) == {**OLD, "deep/b": "newer"}

@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "checks": 0,
     "files": 0,
+    "folders": 0,
     "nn": 0,
     "checkpoints": 0,
     "models": 1,
@@ -33,7 +34,7 @@ FLOORS = {
     "__main__": 4,
 }
 #: What every file may import.
-OPEN = {"errors", "checks", "files"}
+OPEN = {"errors", "checks", "files", "folders"}
 #: The one file that reaches into another folder of its own floor: a model's base class loads and saves.
 NEIGHBOURS = {"nn.module": "checkpoints"}
 #: Folders whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import impasto.checkpoints.weights
-from impasto import files
+from impasto import folders
 from impasto.errors import CheckpointError
 from impasto.models.autoencoder_kl import AutoencoderKL
 from impasto.models.pixart import PixArtTransformer2DModel
@@ -287,7 +287,7 @@ def kill_at_each(name: str, place: str, steps: list[int]) -> list[tuple[int, str
         if (folder / "notes.txt").read_text() != "mine":
             verdict = "a foreign file was lost"
         assert in_fork(lambda: kind.save(folder, 2)) == 0
-        left = [path.name for path in folder.rglob("*") if path.name == files.STAGING or path.suffix == ".tmp"]
+        left = [path.name for path in folder.rglob("*") if path.name == folders.STAGING or path.suffix == ".tmp"]
         found.append((step, verdict if not left else f"the next save leaves {left}"))
     return found
 

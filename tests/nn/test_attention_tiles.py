@@ -8,7 +8,7 @@ from torch import Tensor
 
 from impasto.nn import attention_tiles as tiles
 from impasto.nn.attention import attention_formula
-from impasto.nn.cpu import has_bfloat16_epilogues
+from impasto.nn.machine import has_bfloat16_epilogues
 
 needs_epilogues = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from impasto.nn import onednn
-from impasto.nn.cpu import has_bfloat16_epilogues
 from impasto.nn.layers import FeedForward
+from impasto.nn.machine import has_bfloat16_epilogues
 from impasto.nn.onednn import linear_gelu
 
 needs_products = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from impasto import cache_steps
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.nn import onednn
-from impasto.nn.cpu import has_bfloat16_epilogues
+from impasto.nn.machine import has_bfloat16_epilogues
 from impasto.pipelines import compiling
 from impasto.pipelines.compiling import RecordedSteps
 from impasto.pipelines.pixart import PixArtSigmaPipeline

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from impasto import GlmImagePipeline
-from impasto.checkpoints import from_transformers
+from impasto.checkpoints.foreign import from_transformers
 from impasto.errors import InputError, MissingDependencyError
-from impasto.nn.cpu import multiplies_bfloat16
+from impasto.nn.machine import multiplies_bfloat16
 from impasto.pipelines.glm_image_prior import reference_picture, small_grid, tokens_to_generate
 
 from ..tiny_glm import pipelines, prior_parts

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from impasto import PixArtTransformer2DModel, pack_weights
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.nn import onednn
-from impasto.nn.cpu import has_bfloat16_epilogues
+from impasto.nn.machine import has_bfloat16_epilogues
 from impasto.transforms import packing
 
 pytestmark = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")

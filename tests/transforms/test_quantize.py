@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, MissingDependencyError, ResourceError
 from impasto.models.pixart import PixArtTransformer2DModel
-from impasto.nn.cpu import multiplies_int8_exactly
+from impasto.nn.machine import multiplies_int8_exactly
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.transforms import quantized_linear
 from impasto.transforms.quantize import dequantize, quantize

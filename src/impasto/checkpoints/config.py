@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from ..checks import printable, shown
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, OutputError
-from ..files import write_file
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from ..files import make_folder, write_file
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -216,8 +216,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         OutputError: the file or its folder cannot be written.
     """
     text = json.dumps(content, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {path.parent} cannot be made: {error.strerror}; choose another place") from error
+    make_folder(path.parent)
     write_file(path, text)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, WeightsMismatchError
-from ..files import saving
+from ..folders import saving
 from .config import write_json
 from .layout import superseded
 from .stored import FLOATS, WEIGHTS_NAME, Stored, iterate_tensors, listing, with_variant

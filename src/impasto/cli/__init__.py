@@ -11,12 +11,13 @@ import typer
 
 from ..checks import finite, shown, text, whole_number
 from ..errors import CheckpointError, InputError, OutputError, ResourceError
+from ..files import make_folder
 from ..pipelines import limits
 from ..pipelines.inspection import inspect_model, picture_size, read_part_configs, resolve_pipeline
 from .describe import GLM_IMAGE, describe
 from .entry import Commands, say
 from .places import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
-from .places import make_folder, plan_files
+from .places import plan_files
 
 if TYPE_CHECKING:
     import torch
@@ -350,7 +351,7 @@ def _choose_dtype(name: DType, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device computes in it, and float32 elsewhere."""
     import torch
 
-    from ..nn.cpu import fast_dtype
+    from ..nn.machine import fast_dtype
 
     if name is not DType.AUTO:
         found: torch.dtype = getattr(torch, name.value)

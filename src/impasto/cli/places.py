@@ -28,10 +28,3 @@ def plan_files(output: str, count: int) -> list[Path]:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, and should be a folder or end in .png; choose another name")
     return [path / f"{i:04d}.png" for i in range(count)]
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror}; choose another place") from error

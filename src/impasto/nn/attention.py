@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_tiles import tiled_attention, tiled_attention_in_graphs
-from .cpu import processor_has
+from .machine import processor_has
 
 #: Above so many scores the products would not stay in cache, and they would take too much memory.
 _MAX_SCORES_IN_TRAINING = 2**25

@@ -17,7 +17,7 @@ from ..checkpoints.layout import superseded
 from ..checkpoints.stored import Stored, describe, find_weight_files
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
-from ..files import reading, saving
+from ..folders import reading, saving
 
 
 class Model(Configurable, nn.Module):

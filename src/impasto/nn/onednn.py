@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import has_bfloat16_epilogues
+from .machine import has_bfloat16_epilogues
 from .plain import is_plain_linear
 
 #: From so many rows on, packing a weight for one call of a model takes less time than its products then save.

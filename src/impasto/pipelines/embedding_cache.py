@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoints.config import read_json
 from ..errors import CheckpointError, OutputError
-from ..files import is_abandoned, write_file
+from ..files import is_abandoned, make_folder, write_file
 from .moving import unwrapped
 from .text import EncodedTexts
 
@@ -51,10 +51,7 @@ class EmbeddingCache:
     def __init__(self, folder: Path, max_bytes: int | None = None, source: Path | None = None):
         self.folder, self.max_bytes = folder, max_bytes
         self._source = source
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"the prompt cache {folder} cannot be made: {error}; choose another place") from error
+        make_folder(folder)
 
     def encode(
         self,

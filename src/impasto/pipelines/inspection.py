@@ -19,7 +19,7 @@ from ..checkpoints.config import read_json
 from ..checkpoints.layout import WEIGHTS
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
-from ..files import reading
+from ..folders import reading
 from .roles import LANGUAGE_MODELS, PROCESSORS, TOKENIZERS, accepted_classes, check_role, component_entries
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def inspect_parts(
 
 
 def _inspect_part(folder: Path, class_name: str, variant: str | None) -> Part:
-    from ..checkpoints import from_transformers
+    from ..checkpoints.foreign import from_transformers
     from ..nn.module import Model
     from .loading import OURS
 
@@ -261,7 +261,7 @@ def _variant_there(folder: Path) -> str | None:
 
 def _check_reader(folder: Path, class_name: str) -> None:
     """Load what is small: tokenizers and processors."""
-    from ..checkpoints import from_transformers
+    from ..checkpoints.foreign import from_transformers
 
     if class_name in TOKENIZERS:
         from_transformers.load_tokenizer(class_name.removesuffix("Fast"), folder)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import from_transformers, hub
+from ..checkpoints import hub
 from ..checkpoints.config import read_json
+from ..checkpoints.foreign import from_transformers
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
-from ..files import reading
+from ..folders import reading
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.glm_image import GlmImageTransformer2DModel
 from ..models.pixart import PixArtTransformer2DModel

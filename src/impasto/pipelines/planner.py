@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoints.stored import FLOATS
 from ..errors import CheckpointError, InputError, ResourceError
 from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
-from ..nn.cpu import multiplies_bfloat16
+from ..nn.machine import multiplies_bfloat16
 from ..nn.module import parse_size
 from ..transforms.quantize import KEPT, Method, quantize
 from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES

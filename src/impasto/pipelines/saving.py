@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints.layout import superseded
 from ..checkpoints.weights import disk_errors
-from ..files import saving
+from ..folders import saving
 from ..nn.module import Model
 from ..schedulers.base import Scheduler
 from .inspection import INDEX_NAME

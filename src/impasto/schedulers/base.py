@@ -17,7 +17,7 @@ from ..checkpoints import hub
 from ..checkpoints.config import Config, Configurable, naming, records_config, write_json
 from ..checks import shown, whole_number
 from ..errors import ConfigurationError, InputError
-from ..files import reading
+from ..folders import reading
 from ..nn.outputs import keyed
 from .noise_schedule import BETA_SCHEDULES, rescale_zero_terminal_snr
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.autoencoder_kl import AutoencoderKL
-from ..nn.cpu import fast_dtype
+from ..nn.machine import fast_dtype
 from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
 
 

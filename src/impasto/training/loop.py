@@ -1,4 +1,4 @@
-"""The loop of a training: float32 masters of models that compute in what is fast; Muon and AdamW; averages; resuming."""
+"""The loop of a training: float32 masters of models that compute in what is fast, Muon and AdamW, averages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import whole_number
 from ..errors import CheckpointError
-from ..nn.cpu import fast_dtype
+from ..nn.machine import fast_dtype
 from .ema import EMA
 from .muon import Muon
 from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log

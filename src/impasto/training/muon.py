@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.cpu import multiplies_bfloat16
+from ..nn.machine import multiplies_bfloat16
 
 #: The odd quintic a x + b x³ + c x⁵ whose iteration brings singular values near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checks import shown, whole_number
-from ..errors import CheckpointError, OutputError
-from ..files import write_file
+from ..errors import CheckpointError
+from ..files import append_line, make_folder, write_file
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -22,7 +21,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    _make_folder(path.parent)
+    make_folder(path.parent)
     write_file(path, lambda temporary: torch.save(state, temporary))
 
 
@@ -121,16 +120,8 @@ def append_log(path: Path, **values: float) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    _make_folder(path.parent)
-    line = json.dumps({name: round(float(value), 6) for name, value in values.items()}) + "\n"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise OutputError(f"the log {path} cannot be written: {error.strerror or error}") from error
+    make_folder(path.parent)
+    append_line(path, json.dumps({name: round(float(value), 6) for name, value in values.items()}))
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -149,10 +140,3 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # not a line of ours, or damaged
         return float("inf")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror}; choose another place") from error

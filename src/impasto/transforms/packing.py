@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError, InputError, ResourceError
-from ..nn.cpu import has_bfloat16_epilogues
+from ..nn.machine import has_bfloat16_epilogues
 from ..nn.onednn import KEPT, KeptWeight, check_kept_weights
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, MissingDependencyError, ResourceError
-from ..nn.cpu import multiplies_int8_exactly
+from ..nn.machine import multiplies_int8_exactly
 
 #: Weights that share one factor in NF4.
 NF4_BLOCK = 64

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import (
+from ...errors import (
     CheckpointError,
     CheckpointNotFoundError,
     MissingDependencyError,
     ResourceError,
     WeightsMismatchError,
 )
-from . import foreign_configs
-from .config import read_json
-from .foreign_configs import known_values, read_model_config, read_values
-from .foreign_errors import held_back_stderr, translated
-from .stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
+from ..config import read_json
+from ..stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
+from . import configs
+from .configs import known_values, read_model_config, read_values
+from .errors import held_back_stderr, translated
 from .tokenizer_files import read_tokenizer_files
 
 logger = logging.getLogger("impasto")
@@ -44,7 +44,7 @@ class _Kind(NamedTuple):
 
     config_class: str
     model_types: Sequence[str]
-    table: foreign_configs.Table
+    table: configs.Table
     #: Which values of the config count the layers whose tensors have such names.
     layers: Mapping[str, str]
     #: Names of tensors that the model leaves out.
@@ -59,7 +59,7 @@ _KINDS = {
     "T5EncoderModel": _Kind(
         "T5Config",
         ("t5", "mt5"),
-        foreign_configs.T5,
+        configs.T5,
         {"num_layers": r"encoder\.block\.(\d+)\."},
         ignored=("decoder.", "lm_head."),
         tied={"encoder.embed_tokens.weight": "shared.weight"},
@@ -67,7 +67,7 @@ _KINDS = {
     "GlmImageForConditionalGeneration": _Kind(
         "GlmImageConfig",
         ("glm_image",),
-        foreign_configs.GLM_IMAGE,
+        configs.GLM_IMAGE,
         {
             "text_config.num_hidden_layers": r"model\.language_model\.layers\.(\d+)\.",
             "vision_config.depth": r"model\.visual\.blocks\.(\d+)\.",
@@ -169,7 +169,7 @@ def _generation(name: str, folder: Path) -> Any:
     path = folder / "generation_config.json"
     if name == "T5EncoderModel" or not path.is_file():
         return None
-    values = read_values(path, foreign_configs.GENERATION)
+    values = read_values(path, configs.GENERATION)
     with translated("generation settings", path):
         return class_of_transformers("GenerationConfig")(**values)
 
@@ -333,8 +333,8 @@ def _image_settings(folder: Path) -> dict[str, Any]:
         if path.is_file():
             content = read_json(path)
             nested = content.get("image_processor", content) if file == "processor_config.json" else content
-            if isinstance(nested, Mapping) and nested.keys() & foreign_configs.IMAGES.keys():
-                found = known_values(f"{path}: ", nested, foreign_configs.IMAGES)
+            if isinstance(nested, Mapping) and nested.keys() & configs.IMAGES.keys():
+                found = known_values(f"{path}: ", nested, configs.IMAGES)
                 return {key: value for key, value in found.items() if value is not None}
     raise CheckpointNotFoundError(
         f"{folder} does not say how images are prepared: expected processor_config.json with an image_processor, or "

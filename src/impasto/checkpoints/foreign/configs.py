@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..checks import printable, shown
-from ..errors import CheckpointError, ConfigurationError
-from .config import read_json
-from .values import Bounds, Count, Epsilon, Patch, Share, Tokens, check
+from ...checks import printable, shown
+from ...errors import CheckpointError, ConfigurationError
+from ..config import read_json
+from ..values import Bounds, Count, Epsilon, Patch, Share, Tokens, check
 
 #: Key -> the type of its value, or the table of an object.
 Table = Mapping[str, Any]

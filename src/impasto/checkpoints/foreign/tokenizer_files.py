@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..checks import finite, flag, printable, shown, whole_number
-from ..errors import CheckpointError, ConfigurationError
+from ...checks import finite, flag, printable, shown, whole_number
+from ...errors import CheckpointError, ConfigurationError
+from ..config import read_json
+from ..values import Bounds, check
 from .charsmap import fault_of_charsmap
-from .config import read_json
-from .foreign_configs import Table, TokenId, known_values
-from .values import Bounds, check
+from .configs import Table, TokenId, known_values
 
 MOST_TOKENS = 2**22
 MOST_BYTES = 200_000_000

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..checks import shown
-from ..errors import CheckpointError, ImpastoError, MissingDependencyError
+from ...checks import shown
+from ...errors import CheckpointError, ImpastoError, MissingDependencyError
 
 
 @contextmanager

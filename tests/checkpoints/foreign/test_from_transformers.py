@@ -21,13 +21,13 @@ import torch
 from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel, T5Tokenizer
 
 import impasto
-from impasto.checkpoints.charsmap import MOST_GROWTH, fault_of_charsmap
-from impasto.checkpoints.foreign_errors import held_back_stderr, translated
-from impasto.checkpoints.from_transformers import load_model, load_processor, load_tokenizer
+from impasto.checkpoints.foreign.charsmap import MOST_GROWTH, fault_of_charsmap
+from impasto.checkpoints.foreign.errors import held_back_stderr, translated
+from impasto.checkpoints.foreign.from_transformers import load_model, load_processor, load_tokenizer
 from impasto.errors import CheckpointError, ConfigurationError, MissingDependencyError, ResourceError
 
-from ..tiny import WORDS, tiny_text_encoder, write_tokenizer
-from ..tiny_glm import prior_parts
+from ...tiny import WORDS, tiny_text_encoder, write_tokenizer
+from ...tiny_glm import prior_parts
 
 TEXTS = ["a red cube on top of a blue sphere", "", "zebra <extra_id_3> </s> é ﬁ 漢字", "  x  y\n\tz", "<pad> <more>"]
 WO = "encoder.block.0.layer.1.DenseReluDense.wo.weight"

@@ -1,0 +1,319 @@
+"""Replace the files of a folder all together or not at all, whenever the process or the machine stops.
+
+A folder cannot be replaced by a rename, so its new files are written into ``FOLDER/.impasto-save``. Then a *journal* in
+there, which appears by a rename, commits the save: it lists the files to move into place and those that they
+supersede. Whoever saves to or reads from the folder next finishes what a committed journal says, and discards what was
+never committed.
+
+    with saving(folder) as staging:     # write into ``staging``; the folder is unchanged until the block ends
+        ...
+    with reading(folder) as folder:     # nobody changes the folder while this block reads it
+        ...
+
+Locks are on the folders themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from .checks import shown
+from .errors import CheckpointError, OutputError
+from .files import lock, patience, plain_path, sync, sync_folder
+
+STAGING = ".impasto-save"
+JOURNAL = "journal.json"
+#: What reading a folder as it stands is left to, where finishing a save in it is not allowed.
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_JOURNAL_BYTES = 10_000_000
+
+Superseded = Callable[[Sequence[str], Sequence[str]], Iterable[str]]
+
+
+def _nothing_superseded(present: Sequence[str], written: Sequence[str]) -> Iterable[str]:
+    return ()
+
+
+@contextmanager
+def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_superseded) -> Iterator[Path]:
+    """Yield an empty folder whose files replace those of ``folder``, all of them together, when the block ends.
+
+    If the block raises, or the process is killed in it, ``folder`` stays as it was. Its other files are kept.
+
+    Args:
+        folder: made if it does not exist.
+        superseded: given the names that are there and those that were written, each relative to ``folder``, returns
+            the names of old files that belong to what is replaced and are to be removed.
+
+    Raises:
+        OutputError: the disk is full, the folder cannot be written, or another process keeps saving to it.
+    """
+    folder = plain_path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            staging = _begin(folder, held)
+            try:
+                yield staging
+                _commit(folder, staging, _finish_staged(folder, staging), superseded)
+            except BaseException:
+                if not _has_journal(folder):
+                    shutil.rmtree(staging, ignore_errors=True)
+                raise
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}; choose another place") from error
+
+
+@contextmanager
+def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder in which every save is finished, and keep others from changing it until the block ends.
+
+    It is ``folder`` itself. Only where a killed process has committed a save, and this one may not write there, it is
+    a temporary folder of links to the files as they would be.
+
+    Raises:
+        CheckpointError: a journal is damaged, or another process does not stop writing.
+    """
+    folder = Path(folder)
+    with ExitStack() as held:
+        try:
+            lock = held.enter_context(ExitStack())
+            while True:
+                for place in _places(folder):
+                    if _has_journal(place):
+                        _roll_forward(place)
+                lock.enter_context(_locked([folder], exclusive=False))
+                if not any(_has_journal(place) for place in _places(folder)):
+                    break
+                lock.close()  # another process was killed meanwhile
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            if error.errno not in _NOT_WRITABLE:
+                raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
+            folder = _as_committed(folder, held)
+        yield folder
+
+
+def _begin(folder: Path, held: ExitStack) -> Path:
+    """Finish what a killed process has committed, discard what it has not, and hold the right to save."""
+    staging = folder / STAGING
+    deadline = patience()
+    for place in _places(folder):
+        if place != folder and _has_journal(place):
+            _roll_forward(place)
+    while True:
+        with _locked([folder], exclusive=True):
+            with contextlib.suppress(FileExistsError):
+                staging.mkdir()
+            descriptor = os.open(staging, os.O_RDONLY)
+            try:
+                lock(descriptor, staging, deadline=None)
+            except BlockingIOError:  # another process is saving
+                os.close(descriptor)
+            else:
+                held.callback(os.close, descriptor)
+                if _has_journal(folder):
+                    _apply(folder)
+                    staging.mkdir()
+                    held.callback(os.close, _locked_anew(staging))
+                else:
+                    _empty(staging)
+                return staging
+        if time.monotonic() > deadline:
+            raise OutputError(f"another process keeps saving to {folder}; wait for it, or choose another folder")
+        time.sleep(0.05)
+
+
+def _locked_anew(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY)
+    lock(descriptor, folder, deadline=None)
+    return descriptor
+
+
+def _finish_staged(folder: Path, staging: Path) -> list[str]:
+    """Force every staged file to the disk, with the umask's permissions. Their names."""
+    probe = staging / f"{JOURNAL}.tmp"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    written = []
+    for root, _, names in os.walk(staging):
+        for name in names:
+            path = Path(root, name)
+            if path == probe:
+                continue
+            path.chmod(mode)  # safetensors makes files that nobody else may read
+            sync(path)
+            written.append(path.relative_to(staging).as_posix())
+        sync_folder(Path(root))
+    for place in {(folder / name).parent for name in written} - {folder}:
+        if place.is_symlink() or (place.exists() and place.stat().st_dev != folder.stat().st_dev):
+            raise OSError(errno.EXDEV, f"{place} is a link or lies on another disk; save what it holds there by itself")
+    return sorted(written)
+
+
+def _commit(folder: Path, staging: Path, written: list[str], superseded: Superseded) -> None:
+    touched = _folders_of(folder, written)
+    for place in touched:
+        place.mkdir(parents=True, exist_ok=True)
+    with _locked(touched, exclusive=True):
+        present = [
+            path.relative_to(folder).as_posix()
+            for place in touched
+            for path in sorted(place.iterdir())
+            if path.name != STAGING and not path.is_dir()
+        ]
+        remove = sorted(set(superseded(present, written)) - set(written))
+        probe = staging / f"{JOURNAL}.tmp"
+        probe.write_text(json.dumps({"files": written, "remove": remove}), encoding="utf-8")
+        sync(probe)
+        os.replace(probe, staging / JOURNAL)
+        sync_folder(staging)
+        _apply(folder)
+
+
+def _roll_forward(folder: Path) -> None:
+    """Finish a save that a killed process has committed."""
+    files, remove = _read_journal(folder)
+    with _locked(_folders_of(folder, files, remove), exclusive=True):
+        if _has_journal(folder):  # not finished by another process meanwhile
+            _apply(folder)
+
+
+def _apply(folder: Path) -> None:
+    """Do what the journal says, however much of it has been done already, and remove it. The lock is held."""
+    files, remove = _read_journal(folder)
+    staging = folder / STAGING
+    for name in files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # moved already
+            os.replace(staging / name, target)
+    for name in remove:
+        (folder / name).unlink(missing_ok=True)
+    for place in _folders_of(folder, files, remove):
+        with contextlib.suppress(FileNotFoundError):
+            sync_folder(place)
+    (staging / JOURNAL).unlink()
+    sync_folder(staging)
+    shutil.rmtree(staging)
+
+
+def _folders_of(folder: Path, *names: Sequence[str]) -> list[Path]:
+    """The folder and those within it that hold these files, in the order in which everyone locks them."""
+    return sorted({(folder / name).parent for some in names for name in some} | {folder})
+
+
+def _as_committed(folder: Path, held: ExitStack) -> Path:
+    """A temporary folder of links to the files of ``folder`` as its journals say that they should be."""
+    found: dict[str, Path] = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != STAGING]
+        found |= {Path(root, name).relative_to(folder).as_posix(): Path(root, name) for name in names}
+    for place in _places(folder):
+        if not _has_journal(place):
+            continue
+        files, remove = _read_journal(place)
+        changes = {name: place / STAGING / name for name in files if (place / STAGING / name).is_file()}
+        for name, source in (*changes.items(), *((name, None) for name in remove)):
+            with contextlib.suppress(ValueError):  # not in this folder
+                key = (place / name).relative_to(folder).as_posix()
+                found.pop(key, None)
+                if source is not None:
+                    found[key] = source
+    view = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))) / folder.resolve().name
+    view.mkdir()
+    for name, source in found.items():
+        (view / name).parent.mkdir(parents=True, exist_ok=True)
+        (view / name).symlink_to(source.absolute())
+    return view
+
+
+# --- journals -------------------------------------------------------------------------------------------------------
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where a save of files of this folder may be pending: in it, in the folder around it, and in those within."""
+    within = []
+    with contextlib.suppress(OSError):
+        within = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    return [folder.absolute().parent, folder, *(place for place in within if place.name != STAGING)]
+
+
+def _has_journal(folder: Path) -> bool:
+    """Whether a committed save is pending. Only a regular file counts: hub caches hold links."""
+    try:
+        return stat.S_ISREG(os.lstat(folder / STAGING / JOURNAL).st_mode)
+    except OSError:
+        return False
+
+
+def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that a journal moves into place, and those that it removes, as names within the folder.
+
+    Raises:
+        CheckpointError: it is damaged, or names something outside the folder.
+    """
+    path = folder / STAGING / JOURNAL
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_JOURNAL_BYTES))
+        files, remove = content["files"], content["remove"]
+        if set(content) != {"files", "remove"} or not all(isinstance(names, list) for names in (files, remove)):
+            raise ValueError("not two lists of names")
+        for name in (*files, *remove):
+            _check_name(folder, name)
+    except FileNotFoundError:
+        return [], []
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({shown(str(error))}): a save was interrupted there; delete {folder / STAGING}"
+        ) from error
+    return files, remove
+
+
+def _check_name(folder: Path, name: object) -> None:
+    steps = name.split("/") if isinstance(name, str) else [""]
+    if any(step in ("", ".", "..", STAGING) or "\\" in step or "\0" in step or ":" in step for step in steps):
+        raise ValueError(f"{shown(name)} is no name of a file within the folder")
+    for i in range(1, len(steps)):
+        if folder.joinpath(*steps[:i]).is_symlink():
+            raise ValueError(f"{shown(name)} leads through a link")
+
+
+# --- locks ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folders: Iterable[Path], *, exclusive: bool) -> Iterator[None]:
+    """Hold the locks of folders: one process may change them, or any number may read them."""
+    deadline = patience()
+    with ExitStack() as held:
+        for folder in folders:
+            try:
+                descriptor = os.open(folder, os.O_RDONLY)
+            except OSError:  # not there, or not readable: whoever uses it next says so
+                continue
+            held.callback(os.close, descriptor)
+            lock(descriptor, folder, deadline, exclusive=exclusive)
+        yield
+
+
+def _empty(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
