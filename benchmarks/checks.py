@@ -23,7 +23,7 @@ import torch
 import impasto
 import measure
 import memory
-from impasto import files
+from impasto import folders
 from impasto.checkpoints import config, stored, values, weights
 from impasto.checkpoints.foreign import configs, from_transformers, tokenizer_files
 from impasto.nn import module
@@ -36,10 +36,10 @@ CHECKS: dict[Any, tuple[str, ...]] = {
     stored: ("find_weight_files", "describe"),
     weights: ("check_fit",),
     configs: ("read_model_config", "read_values"),
-    from_transformers: ("check_model", "_check_tensors", "_expected", "check_vocabulary"),
+    from_transformers: ("check_model", "_check_tensors", "_expected_tensors", "check_vocabulary"),
     tokenizer_files: ("read_tokenizer_files",),
     roles: ("check_role", "component_entries"),
-    files: ("_places", "_has_journal", "_locked"),
+    folders: ("_places", "_has_journal", "_locked"),
 }
 
 

@@ -116,8 +116,7 @@ def load_model(
         source: Any = folder  # the names and dtypes are those of the method, which reads the files itself
         options |= {"variant": variant, "use_safetensors": files[0].suffix == ".safetensors"}
     else:
-        with translated(name, folder), torch.device("meta"):
-            expected = dict(class_of_transformers(name)(config).state_dict())
+        expected = _expected_tensors(name, folder, config)
         _check_tensors(folder, name, kind, expected, stored)
         source, options["state_dict"] = None, _state(kind, files, expected)
     with translated(name, folder):
@@ -191,6 +190,12 @@ def _value_at(values: Mapping[str, Any], key: str) -> Any:
     first, _, rest = key.partition(".")
     found = values.get(first)
     return _value_at(found, rest) if rest and isinstance(found, Mapping) else found
+
+
+def _expected_tensors(name: str, folder: Path, config: Any) -> dict[str, Tensor]:
+    """The tensors of a model of this config, on the meta device."""
+    with translated(name, folder), torch.device("meta"):
+        return dict(class_of_transformers(name)(config).state_dict())
 
 
 def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, Tensor], stored: Stored) -> None:
