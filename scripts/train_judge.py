@@ -36,7 +36,16 @@ from impasto.scenes.world import (
     sample_arrangement,
     sample_scene,
 )
-from impasto.training.state import append_log, load_state, restore, restore_optimizers, save_state, trim_log
+from impasto.training.state import (
+    append_log,
+    load_state,
+    restore,
+    restore_optimizers,
+    save_state,
+    section,
+    steps_done,
+    trim_log,
+)
 
 SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31
@@ -212,9 +221,10 @@ def train(out: Path, steps: int) -> None:
     start, best = 0, -1.0
     if (out / "state.pt").exists():
         state = load_state(out / "state.pt")
-        restore(out / "state.pt", state["model"], judge.state_dict())
-        restore_optimizers(out / "state.pt", [optimizer], [state["optimizer"]])
-        start, best = state["step"], state["best"]
+        path = out / "state.pt"
+        restore(path, section(path, state, "model"), judge.state_dict())
+        restore_optimizers(path, [optimizer], [section(path, state, "optimizer")])
+        start, best = steps_done(path, state), section(path, state, "best", float)
         torch.manual_seed(SEED + start)
     trim_log(out / "log.jsonl", start)
     if start >= steps:

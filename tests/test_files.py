@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import shutil
 import stat
 import threading
 import time
@@ -151,7 +152,9 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "folder" / "y").stat().st_mode) == 0o640
 
 
-def test_a_file_left_by_a_killed_process_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_left_by_a_killed_process_is_removed_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: os._exit(0))
         child = os.fork()
@@ -159,9 +162,12 @@ def test_a_file_left_by_a_killed_process_is_used_again(tmp_path: Path, monkeypat
             write_file(tmp_path / "x", "a long text of the process that was killed")
         os.waitpid(child, 0)
     (left,) = tmp_path.iterdir()
-    assert files.is_abandoned(left)
-    write_file(tmp_path / "x", "short")
-    assert tree(tmp_path) == {"x": "short"}
+    with left.open("rb") as used:  # by a process that lives
+        files.lock(used.fileno(), left, None)
+        write_file(tmp_path / "y", "another")
+        assert left.exists()
+    write_file(tmp_path / "y", "another")
+    assert tree(tmp_path) == {"y": "another"}
 
 
 def test_writers_of_one_file_wait_for_each_other(tmp_path: Path) -> None:
@@ -205,7 +211,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("n" * 300, "File name too long"), ("no/such/folder/x", "No such file"), ("nul\0", "no name")]
+    ("name", "why"),
+    [("n" * 300, "File name too long"), ("no/such/folder/x", "No such file"), ("nul\0", "not a valid file name")],
 )
 def test_names_that_cannot_be(tmp_path: Path, name: str, why: str) -> None:
     with pytest.raises(OutputError, match=why):
@@ -213,6 +220,21 @@ def test_names_that_cannot_be(tmp_path: Path, name: str, why: str) -> None:
     if "such" not in name:
         with pytest.raises(OutputError, match=why), saving(tmp_path / name):
             pass
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_only_files_are_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(OutputError, match="it is not a regular file"):
+        write_file(path, "text")
+    assert not path.is_file()
+
+
+def test_half_a_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "write", lambda descriptor, data: len(data) - 1)
+    with pytest.raises(OutputError, match="No space left"):
+        files.append_line(tmp_path / "log", "text")
 
 
 # --- folders ---
@@ -441,7 +463,6 @@ JOURNALS: dict[str, Any] = {
     "not JSON": "{",
     "a list": [],
     "no files": {"remove": []},
-    "more than that": {"files": [], "remove": [], "run": []},
     "files are no list": {"files": "a", "remove": []},
     "a number as a name": {"files": [1], "remove": []},
     "out of the folder": {"files": ["../outside"], "remove": []},
@@ -450,12 +471,24 @@ JOURNALS: dict[str, Any] = {
     "removal outside": {"files": [], "remove": ["../outside"]},
     "an empty name": {"files": [""], "remove": []},
     "a null byte": {"files": ["a\0b"], "remove": []},
+    "half a character": {"files": ["\ud800"], "remove": []},
     "a drive": {"files": ["C:x"], "remove": []},
     "a backslash": {"files": ["..\\outside"], "remove": []},
     "the journal itself": {"files": [f"{STAGING}/x"], "remove": []},
     "through a link": {"files": ["link/outside"], "remove": []},
+    "a folder in place of a file": {"files": ["deep"], "remove": []},
+    "removal of a folder": {"files": [], "remove": ["deep"]},
     "deep nesting": "[" * 100_000,
+    "unpacked from an archive": {"files": [], "remove": ["a"], "inode": 1},
+    "without its inode": {"files": [], "remove": ["a"], "inode": None},
 }
+
+
+def journal_of(folder: Path, journal: Any) -> None:
+    (folder / STAGING).mkdir()
+    if isinstance(journal, dict):
+        journal = {"inode": (folder / STAGING).stat().st_ino, **journal}
+    (folder / STAGING / JOURNAL).write_text(journal if isinstance(journal, str) else json.dumps(journal))
 
 
 @pytest.mark.parametrize("name", list(JOURNALS))
@@ -463,16 +496,56 @@ def test_journals_of_strangers(folder: Path, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     outside.write_text("safe")
     (folder / "link").symlink_to(tmp_path)
-    (folder / STAGING).mkdir()
+    journal_of(folder, JOURNALS[name])
     (folder / STAGING / "outside").write_text("theirs")
-    journal = JOURNALS[name]
-    (folder / STAGING / JOURNAL).write_text(journal if isinstance(journal, str) else json.dumps(journal))
-    with pytest.raises(CheckpointError, match=rf"{JOURNAL} is damaged.*delete .*{STAGING}"), reading(folder):
+    with pytest.raises(CheckpointError, match=rf"{JOURNAL} cannot be trusted.*Remove .*{STAGING}"), reading(folder):
         pass
-    with pytest.raises(CheckpointError, match=rf"{JOURNAL} is damaged"):
+    with pytest.raises(CheckpointError, match=rf"{JOURNAL} cannot be trusted"):
         save(folder, {"a": "new"})
     assert outside.read_text() == "safe"
     assert (folder / "a").read_text() == "old"
+
+
+def test_a_copy_of_an_interrupted_folder_is_not_taken_for_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(folder, monkeypatch)
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="it was not made in this place"), reading(tmp_path / "copy"):
+        pass
+    with reading(folder):
+        assert tree(folder) == NEW
+
+
+def test_a_journal_in_the_folder_around_counts_only_if_it_is_for_this_one(folder: Path) -> None:
+    (folder / "thesis").write_text("mine")
+    journal_of(folder, {"files": [], "remove": ["thesis"]})
+    with reading(folder / "deep"):
+        assert (folder / "thesis").read_text() == "mine"
+
+
+def test_a_journal_of_another_user_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder around, such as /tmp, it is as if it were not there; in the folder itself it is refused."""
+    journal_of(folder, {"files": [], "remove": ["deep/b"]})
+    monkeypatch.setattr(folders, "_is_trusted", lambda folder: False)
+    with reading(folder / "deep") as found:
+        assert (found / "b").read_text() == "old"
+    with pytest.raises(CheckpointError, match="cannot be trusted"), reading(folder):
+        pass
+
+
+def test_whom_a_save_is_trusted_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / STAGING).mkdir()
+    assert folders._is_trusted(folder)
+    owner = folder.stat().st_uid
+    if os.geteuid() == 0:
+        os.chown(folder / STAGING, 65534, -1)
+        assert not folders._is_trusted(folder)
+        os.chown(folder, 65534, -1)
+        assert folders._is_trusted(folder)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+        assert folders._is_trusted(folder)
 
 
 def test_a_journal_that_is_a_link_is_none(folder: Path, tmp_path: Path) -> None:

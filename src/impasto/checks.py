@@ -77,6 +77,16 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+#: How allocators say, in a RuntimeError, that they have no memory.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking: a MemoryError, or a RuntimeError of torch that says so."""
+    said = isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY)
+    return isinstance(error, MemoryError) or said
+
+
 def printable(text: str) -> str:
     r"""The text with control characters and lone surrogates escaped (``\x1b``), so that a terminal only shows them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

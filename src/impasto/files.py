@@ -8,6 +8,7 @@ write to one place at once are not kept apart.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -25,6 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+HAS_LOCKS = fcntl is not None
 #: How long to wait for another process that writes to or reads from the same place.
 WAIT_SECONDS = 600.0
 
@@ -44,16 +46,19 @@ def write_file(
     path = plain_path(path)
     temporary = path.with_name(f".impasto-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a rename would replace even a device
+            raise OSError(None, "it is not a regular file")
         descriptor = _open_alone(temporary)
         try:
             if callable(content):
                 content(temporary)
             else:
-                data = memoryview(content.encode("utf-8") if isinstance(content, str) else content)
-                while data:
-                    data = data[os.write(descriptor, data) :]
+                _write_all(descriptor, content.encode("utf-8") if isinstance(content, str) else content)
             if durable:
                 os.fsync(descriptor)
+            if not HAS_LOCKS:  # Windows renames no open file
+                os.close(descriptor)
+                descriptor = -1
             os.replace(temporary, path)
             if durable:
                 sync_folder(path.parent)
@@ -61,26 +66,35 @@ def write_file(
             temporary.unlink(missing_ok=True)
             raise
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+        if durable:
+            remove_abandoned(path.parent)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
 
 
 def plain_path(path: str | os.PathLike[str]) -> Path:
     if "\0" in os.fspath(path):
-        raise OutputError(f"{shown(os.fspath(path))} is no name of a file; choose another")
+        raise OutputError(f"{shown(os.fspath(path))} is not a valid file name; choose another")
     return Path(path)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    data = memoryview(content)
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _open_alone(path: Path) -> int:
     """An empty file of which no other process or thread holds the lock."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-    deadline = patience()
+    end = deadline()
     while True:
         descriptor = os.open(path, flags, 0o666)
         try:
-            lock(descriptor, path, deadline)
-            if is_still(descriptor, path):  # not renamed or removed by the process before
+            lock(descriptor, path, end)
+            if is_same_file(descriptor, path):  # not renamed or removed by the process before
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except BaseException:
@@ -89,19 +103,17 @@ def _open_alone(path: Path) -> int:
         os.close(descriptor)
 
 
-def is_abandoned(temporary: Path) -> bool:
-    """Whether a temporary file of ``write_file`` was left by a process that is gone."""
-    try:
-        descriptor = os.open(temporary, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        lock(descriptor, temporary, deadline=None)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+def remove_abandoned(folder: Path, pattern: str = ".impasto-*.tmp") -> None:
+    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
+    for temporary in folder.glob(pattern) if HAS_LOCKS else ():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                lock(descriptor, temporary, None)
+                if is_same_file(descriptor, temporary):
+                    temporary.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
@@ -114,7 +126,9 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(descriptor, f"{line}\n".encode())
+            data = f"{line}\n".encode()
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -136,13 +150,14 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 # --- what files and folders share -----------------------------------------------------------------------------------
 
 
-def patience() -> float:
+def deadline() -> float:
     """Until when to wait for another process, by the monotonic clock."""
     return time.monotonic() + WAIT_SECONDS
 
 
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file to the disk."""
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -159,11 +174,11 @@ def sync_folder(folder: Path) -> None:
                 raise
 
 
-def lock(descriptor: int, path: Path, deadline: float | None, *, exclusive: bool = True) -> None:
-    """Lock an open file or folder until it is closed; with a deadline, wait for it.
+def lock(descriptor: int, path: Path, end: float | None, *, exclusive: bool = True) -> None:
+    """Lock an open file or folder until it is closed; wait for it until ``end``, if that is given.
 
     Raises:
-        BlockingIOError: another process or thread holds it, and did so until the deadline.
+        BlockingIOError: another process or thread holds it, and did so until then.
     """
     if fcntl is None:
         return
@@ -172,14 +187,15 @@ def lock(descriptor: int, path: Path, deadline: float | None, *, exclusive: bool
             fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if deadline is None or time.monotonic() > deadline:
+            if end is None or time.monotonic() > end:
                 raise BlockingIOError(errno.EAGAIN, f"another process holds {path}") from None
             time.sleep(0.02)
         except OSError:  # a disk without locks, as some networks have
             return
 
 
-def is_still(descriptor: int, path: Path) -> bool:
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that now has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -29,11 +29,11 @@ from pathlib import Path
 
 from .checks import shown
 from .errors import CheckpointError, OutputError
-from .files import lock, patience, plain_path, sync, sync_folder
+from .files import HAS_LOCKS, deadline, is_same_file, lock, plain_path, sync, sync_folder
 
 STAGING = ".impasto-save"
 JOURNAL = "journal.json"
-#: What reading a folder as it stands is left to, where finishing a save in it is not allowed.
+#: Errors of a folder that may be read but not written.
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _JOURNAL_BYTES = 10_000_000
 
@@ -57,6 +57,7 @@ def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_sup
 
     Raises:
         OutputError: the disk is full, the folder cannot be written, or another process keeps saving to it.
+        CheckpointError: an earlier save left a journal that cannot be trusted.
     """
     folder = plain_path(folder)
     try:
@@ -67,7 +68,7 @@ def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_sup
                 yield staging
                 _commit(folder, staging, _finish_staged(folder, staging), superseded)
             except BaseException:
-                if not _has_journal(folder):
+                if not _has_journal(folder):  # else it is committed, and the next one finishes it
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
     except OSError as error:
@@ -88,21 +89,21 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     folder = Path(folder)
     with ExitStack() as held:
+        shared = held.enter_context(ExitStack())
         try:
-            lock = held.enter_context(ExitStack())
             while True:
-                for place in _places(folder):
-                    if _has_journal(place):
-                        _roll_forward(place)
-                lock.enter_context(_locked([folder], exclusive=False))
-                if not any(_has_journal(place) for place in _places(folder)):
+                for place in _pending(folder):
+                    _roll_forward(place)
+                shared.enter_context(_locked([folder], exclusive=False))
+                if not _pending(folder):
                     break
-                lock.close()  # another process was killed meanwhile
+                shared.close()  # another process was killed meanwhile
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
             if error.errno not in _NOT_WRITABLE:
                 raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
+            held.enter_context(_locked([folder], exclusive=False))
             folder = _as_committed(folder, held)
         yield folder
 
@@ -110,37 +111,36 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def _begin(folder: Path, held: ExitStack) -> Path:
     """Finish what a killed process has committed, discard what it has not, and hold the right to save."""
     staging = folder / STAGING
-    deadline = patience()
-    for place in _places(folder):
-        if place != folder and _has_journal(place):
-            _roll_forward(place)
+    end = deadline()
     while True:
+        for place in _pending(folder):
+            _roll_forward(place)
         with _locked([folder], exclusive=True):
-            with contextlib.suppress(FileExistsError):
-                staging.mkdir()
-            descriptor = os.open(staging, os.O_RDONLY)
-            try:
-                lock(descriptor, staging, deadline=None)
-            except BlockingIOError:  # another process is saving
-                os.close(descriptor)
-            else:
-                held.callback(os.close, descriptor)
-                if _has_journal(folder):
-                    _apply(folder)
+            if not _pending(folder):
+                with contextlib.suppress(FileExistsError):
                     staging.mkdir()
-                    held.callback(os.close, _locked_anew(staging))
-                else:
+                if _hold(staging, held):
                     _empty(staging)
-                return staging
-        if time.monotonic() > deadline:
+                    return staging
+        if time.monotonic() > end:
             raise OutputError(f"another process keeps saving to {folder}; wait for it, or choose another folder")
         time.sleep(0.05)
 
 
-def _locked_anew(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY)
-    lock(descriptor, folder, deadline=None)
-    return descriptor
+def _hold(staging: Path, held: ExitStack) -> bool:
+    """Lock the folder of a save until the end of the save; False if another process holds it."""
+    if not HAS_LOCKS:
+        return True
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        lock(descriptor, staging, None)
+        if is_same_file(descriptor, staging):
+            held.callback(os.close, descriptor)
+            return True
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return False
 
 
 def _finish_staged(folder: Path, staging: Path) -> list[str]:
@@ -158,6 +158,9 @@ def _finish_staged(folder: Path, staging: Path) -> list[str]:
             sync(path)
             written.append(path.relative_to(staging).as_posix())
         sync_folder(Path(root))
+    for name in written:
+        if (folder / name).is_dir():
+            raise OSError(errno.EISDIR, f"{folder / name} is a folder, and a file of this name is to be saved")
     for place in {(folder / name).parent for name in written} - {folder}:
         if place.is_symlink() or (place.exists() and place.stat().st_dev != folder.stat().st_dev):
             raise OSError(errno.EXDEV, f"{place} is a link or lies on another disk; save what it holds there by itself")
@@ -177,7 +180,8 @@ def _commit(folder: Path, staging: Path, written: list[str], superseded: Superse
         ]
         remove = sorted(set(superseded(present, written)) - set(written))
         probe = staging / f"{JOURNAL}.tmp"
-        probe.write_text(json.dumps({"files": written, "remove": remove}), encoding="utf-8")
+        journal = {"inode": staging.stat().st_ino, "files": written, "remove": remove}
+        probe.write_text(json.dumps(journal), encoding="utf-8")
         sync(probe)
         os.replace(probe, staging / JOURNAL)
         sync_folder(staging)
@@ -222,17 +226,15 @@ def _as_committed(folder: Path, held: ExitStack) -> Path:
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != STAGING]
         found |= {Path(root, name).relative_to(folder).as_posix(): Path(root, name) for name in names}
-    for place in _places(folder):
-        if not _has_journal(place):
-            continue
+    for place in _pending(folder):
         files, remove = _read_journal(place)
-        changes = {name: place / STAGING / name for name in files if (place / STAGING / name).is_file()}
-        for name, source in (*changes.items(), *((name, None) for name in remove)):
+        staged = {name: place / STAGING / name for name in files if (place / STAGING / name).is_file()}
+        for name in (*staged, *remove):
             with contextlib.suppress(ValueError):  # not in this folder
                 key = (place / name).relative_to(folder).as_posix()
                 found.pop(key, None)
-                if source is not None:
-                    found[key] = source
+                if name in staged:
+                    found[key] = staged[name]
     view = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))) / folder.resolve().name
     view.mkdir()
     for name, source in found.items():
@@ -244,12 +246,27 @@ def _as_committed(folder: Path, held: ExitStack) -> Path:
 # --- journals -------------------------------------------------------------------------------------------------------
 
 
-def _places(folder: Path) -> list[Path]:
-    """Where a save of files of this folder may be pending: in it, in the folder around it, and in those within."""
-    within = []
-    with contextlib.suppress(OSError):
+def _pending(folder: Path) -> list[Path]:
+    """The folders with a committed save that concerns ``folder``: itself, the one around it, and those within.
+
+    The folder around it may be anyone's, such as ``/tmp``: only a save of this user or of its owner counts there, and
+    only one that has files for ``folder``.
+    """
+    around = folder.absolute().parent
+    found = [around] if _has_journal(around) and _is_trusted(around) and _has_files_for(around, folder) else []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         within = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-    return [folder.absolute().parent, folder, *(place for place in within if place.name != STAGING)]
+        found += [place for place in (folder, *sorted(within)) if place.name != STAGING and _has_journal(place)]
+    return found
+
+
+def _has_files_for(around: Path, folder: Path) -> bool:
+    return any(name.split("/")[0] == folder.absolute().name for names in _read_journal(around) for name in names)
+
+
+def _is_trusted(folder: Path) -> bool:
+    """Whether a save in a folder was begun by this user or by the folder's owner."""
+    return os.name != "posix" or os.stat(folder / STAGING).st_uid in (os.geteuid(), os.stat(folder).st_uid)
 
 
 def _has_journal(folder: Path) -> bool:
@@ -264,33 +281,39 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
     """The files that a journal moves into place, and those that it removes, as names within the folder.
 
     Raises:
-        CheckpointError: it is damaged, or names something outside the folder.
+        CheckpointError: it is damaged, names something outside the folder, or was made elsewhere: whoever packs an
+            archive cannot know which inode its folder will get.
     """
-    path = folder / STAGING / JOURNAL
+    staging = folder / STAGING
     try:
-        with path.open("rb") as file:
+        with (staging / JOURNAL).open("rb") as file:
             content = json.loads(file.read(_JOURNAL_BYTES))
         files, remove = content["files"], content["remove"]
-        if set(content) != {"files", "remove"} or not all(isinstance(names, list) for names in (files, remove)):
+        if not isinstance(files, list) or not isinstance(remove, list):
             raise ValueError("not two lists of names")
+        if content["inode"] != staging.stat().st_ino or not _is_trusted(folder):
+            raise ValueError("it was not made in this place")
         for name in (*files, *remove):
             _check_name(folder, name)
     except FileNotFoundError:
         return [], []
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({shown(str(error))}): a save was interrupted there; delete {folder / STAGING}"
+            f"{staging / JOURNAL} cannot be trusted ({shown(str(error))}). Remove {staging}, and check or save again "
+            f"what {folder} holds"
         ) from error
     return files, remove
 
 
 def _check_name(folder: Path, name: object) -> None:
     steps = name.split("/") if isinstance(name, str) else [""]
+    os.fsencode("/".join(steps))  # a ValueError, if no system could have such a name
     if any(step in ("", ".", "..", STAGING) or "\\" in step or "\0" in step or ":" in step for step in steps):
-        raise ValueError(f"{shown(name)} is no name of a file within the folder")
-    for i in range(1, len(steps)):
-        if folder.joinpath(*steps[:i]).is_symlink():
-            raise ValueError(f"{shown(name)} leads through a link")
+        raise ValueError(f"{shown(name)} is not the name of a file inside the folder")
+    if any(folder.joinpath(*steps[:i]).is_symlink() for i in range(1, len(steps))):
+        raise ValueError(f"{shown(name)} leads through a link")
+    if folder.joinpath(*steps).is_dir():
+        raise ValueError(f"{shown(name)} is a folder")
 
 
 # --- locks ----------------------------------------------------------------------------------------------------------
@@ -299,7 +322,7 @@ def _check_name(folder: Path, name: object) -> None:
 @contextmanager
 def _locked(folders: Iterable[Path], *, exclusive: bool) -> Iterator[None]:
     """Hold the locks of folders: one process may change them, or any number may read them."""
-    deadline = patience()
+    end = deadline()
     with ExitStack() as held:
         for folder in folders:
             try:
@@ -307,7 +330,7 @@ def _locked(folders: Iterable[Path], *, exclusive: bool) -> Iterator[None]:
             except OSError:  # not there, or not readable: whoever uses it next says so
                 continue
             held.callback(os.close, descriptor)
-            lock(descriptor, folder, deadline, exclusive=exclusive)
+            lock(descriptor, folder, end, exclusive=exclusive)
         yield
 
 

@@ -96,6 +96,7 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code inside": (lambda path: torch.save({"models": Runs(path.parent / "ran")}, path), "state.pt"),
     "a list": (lambda path: torch.save([1, 2], path), "list"),
     "a directory": (lambda path: (path.unlink(), path.mkdir()), "state.pt"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "state.pt is not a file"),
     "no models": (edited(lambda s: s.pop("models")), "'models'"),
     "models are a number": (edited(lambda s: s.update(models=3)), "'models'"),
     "no averages": (edited(lambda s: s.pop("ema")), "'ema'"),
@@ -106,6 +107,9 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor too few": (edited(lambda s: models(s).pop("norm.bias")), "norm.bias"),
     "a tensor too many": (edited(lambda s: models(s).update(extra=torch.ones(1))), "extra"),
     "another shape": (edited(lambda s: models(s).update({"norm.bias": torch.ones(9)})), "norm.bias"),
+    "a sparse tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4).to_sparse()})), "norm.bias"),
+    "a complex tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) + 1j})), "norm.bias"),
+    "a tensor of bools": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) > 0})), "norm.bias"),
     "a number as a tensor": (edited(lambda s: models(s).update({"norm.bias": 1.0})), "norm.bias"),
     "an average of another shape": (edited(lambda s: s["ema"].update({"norm.bias": torch.ones(9)})), "norm.bias"),
     "no optimizers": (edited(lambda s: s.pop("optimizers")), "optimizers"),
@@ -162,9 +166,10 @@ def test_trimming(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     trim_log(log, 3)
     assert not log.exists()
-    log.write_bytes(b'{"step": 1}\nnoise\n[]\n{"step": "x"}\n{"step": 3}\n{"step": 4}\n{"step": 2}')
+    huge = b'{"step": 1' + b"0" * 400 + b"}\n"
+    log.write_bytes(b'{"step": 1}\nmy notes\n[]\n{"step": "x"}\n{"step": 3}\n{"step": 4}\n' + huge + b'{"step": 2}')
     trim_log(log, 3)
-    assert log.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert log.read_bytes() == b'{"step": 1}\nmy notes\n[]\n{"step": 3}\n'
 
 
 # --- prompt cache ---

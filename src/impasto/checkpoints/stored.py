@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checks import printable, shown
+from ..checks import is_out_of_memory, printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, InputError, WeightsMismatchError
 from .config import MOST_BYTES, parse_json, read_json
 
@@ -196,6 +196,8 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if isinstance(error, PermissionError):
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
         raise CheckpointError(f"{path} is damaged or has a damaged header ({error}). {_AGAIN}") from error
 
 
@@ -259,29 +261,45 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error}). {_AGAIN}") from error
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
+def load_pickle(path: Path, advice: str) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, texts, and lists and dicts of them. Runs no code.
+
+    Args:
+        advice: what to do if it cannot be loaded, for the message.
+
+    Raises:
+        CheckpointError: the file is damaged, cannot be read, or holds anything else.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing; what is compressed may be a bomb
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise pickle.UnpicklingError("compressed")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a pickle of tensors can raise is not a list: KeyError, UnicodeDecodeError, ...
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what a damaged pickle can raise is not a list: KeyError, UnicodeDecodeError, ...
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
         raise CheckpointError(
             f"{path} was not loaded: it is damaged, or a pickle that holds more than tensors, which could run "
-            f"code on this machine. Ask for a safetensors file instead. ({type(error).__name__})"
+            f"code on this machine. {advice}. ({type(error).__name__})"
         ) from error
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    content = load_pickle(path, "Ask for a safetensors file instead")
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} does not hold a state dict of tensors; ask for a safetensors file instead")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path} does not hold a state dict of tensors: {listing([name])} is none")
-        if not _is_dense(tensor):
+        if not is_dense(tensor):
             raise CheckpointError(f"{path}: {listing([name])} is not a plain, dense tensor; ask for a safetensors file")
     return content
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether all values are there, once each: not sparse, quantized, meta, nested, or one value repeated."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
@@ -302,6 +320,6 @@ def non_finite_parameter(module: nn.Module) -> str | None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; by its extremes, which takes no second copy of it."""
-    if not _is_dense(tensor) or tensor.numel() == 0 or _name(tensor.dtype) not in FLOATS:
+    if not is_dense(tensor) or tensor.numel() == 0 or _name(tensor.dtype) not in FLOATS:
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -282,10 +282,7 @@ def evaluate(
         report = judge(generate_batch, n, seed, batch_size)
     if output is not None:
         settings = {"model": model, "n": n, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-        try:
-            write_json(output, {"settings": {**settings, "version": _version()}, **report.to_dict()})
-        except OSError as error:
-            raise OutputError(f"{output} cannot be written: {error.strerror}; choose another place") from error
+        write_json(output, {"settings": {**settings, "version": _version()}, **report.to_dict()})
     say(report.table())
 
 

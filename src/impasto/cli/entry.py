@@ -13,14 +13,12 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ..checks import printable
+from ..checks import is_out_of_memory, printable
 from ..errors import ImpastoError, OutputError
 
 #: The class of usage errors. Newer typers carry a copy of click, and this is that copy's.
 UsageError: Any = typer.BadParameter.__base__
 LONGEST_LINE = 1000  # characters
-#: How allocators say, in a RuntimeError, that they have no memory.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -55,7 +53,7 @@ class Commands(TyperGroup):
         except SystemExit:  # of rich, where nobody reads the help that it prints
             status = _report(_lost_output(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))))
         except BaseException as error:
-            if debug and not isinstance(error, KeyboardInterrupt):
+            if debug and not isinstance(error, KeyboardInterrupt | UsageError):
                 raise
             status = _report(error)
         try:
@@ -105,8 +103,7 @@ def _explain(error: BaseException) -> str:
         return f"{error.format_message()[:400]} (see {path} --help)"
     if isinstance(error, ImpastoError):
         return str(error)
-    # torch's own class, whose import would cost seconds, is a RuntimeError.
-    if isinstance(error, MemoryError) or any(mark in str(error) for mark in _NO_MEMORY):
+    if is_out_of_memory(error):
         return "there is too little memory; use a smaller --batch-size, --dtype bfloat16, or a smaller image"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

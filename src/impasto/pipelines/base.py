@@ -161,10 +161,10 @@ class Pipeline:
             token=token,
         )
         plan = None
-        with source.opened() as source:
-            index = source.read_index(cls.__name__)
+        with source.opened() as opened:
+            index = opened.read_index(cls.__name__)
             wanted = [name for name in names if name not in components]
-            folder = source.fetch(index, wanted, cls.__name__)
+            folder = opened.fetch(index, wanted, cls.__name__)
             if memory_budget is not None:
                 found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
                 named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
@@ -182,7 +182,8 @@ class Pipeline:
             }
             loading.check_vocabularies(loaded)
             pipe = cls(**{**dict.fromkeys(names), **loaded, **components})
-            pipe._source = folder
+            # Not the temporary view of a folder that may only be read.
+            pipe._source = folder if opened is source else Path(source.model, source.subfolder or "")
         if plan is not None:
             planner.apply_plan(plan, pipe)
         if device_map is not None:

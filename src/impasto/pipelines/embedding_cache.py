@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoints.config import read_json
 from ..errors import CheckpointError, OutputError
-from ..files import is_abandoned, make_folder, write_file
+from ..files import make_folder, remove_abandoned, write_file
 from .moving import unwrapped
 from .text import EncodedTexts
 
@@ -52,6 +52,7 @@ class EmbeddingCache:
         self.folder, self.max_bytes = folder, max_bytes
         self._source = source
         make_folder(folder)
+        remove_abandoned(folder, "*.tmp")
 
     def encode(
         self,
@@ -154,6 +155,9 @@ class EmbeddingCache:
         embeds = embeds.detach().cpu().contiguous().clone()
         if not bool(embeds.isfinite().all()):  # a fault of the encoder, which must not outlive it
             return
+        with contextlib.suppress(OSError):
+            if not path.is_file():  # a pipe, say, in the place of an entry
+                path.unlink()
         try:
             write_file(path, save({"embeds": embeds}, {"checksum": _checksum(path.stem, embeds)}), durable=False)
         except OutputError as error:  # the prompt is encoded all the same
@@ -165,22 +169,16 @@ class EmbeddingCache:
             return
         entries = []
         for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp")):
-            try:
+            with contextlib.suppress(OSError):  # removed by another process
                 status = path.stat()
-                if path.suffix == ".tmp" and is_abandoned(path):
-                    path.unlink(missing_ok=True)
-                    continue
-            except OSError:  # removed by another process
-                continue
-            entries.append((status.st_mtime_ns, status.st_size, path))
+                entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.max_bytes:
                 break
-            if path.suffix != ".tmp":  # which another process is writing
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-                    total -= size
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                total -= size
 
     def _read_index(self) -> dict[str, Any]:
         path = self.folder / INDEX_NAME

@@ -135,15 +135,16 @@ def resolve_pipeline(model: str) -> tuple[Path, str]:
         HubError: it has to be downloaded and cannot be.
     """
     folder = hub.resolve(model, allow_patterns=[INDEX_NAME, "*/*.json"])
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        raise CheckpointNotFoundError(
-            f"{model} has no {INDEX_NAME}: it is no whole pipeline. Give one that is; a transformer alone is combined "
-            f"with the other components of a pipeline in Python: from_pretrained(PIPELINE, transformer=...)"
-        )
-    name = read_json(path).get("_class_name")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise CheckpointError(f"{path} does not say which pipeline it is (_class_name); download or save it again")
+    with reading(folder) as root:
+        path = root / INDEX_NAME
+        if not path.is_file():
+            raise CheckpointNotFoundError(
+                f"{model} has no {INDEX_NAME}: it is no whole pipeline. Give one that is; in Python, a transformer "
+                f"alone is combined with the other components of one: from_pretrained(PIPELINE, transformer=...)"
+            )
+        name = read_json(path).get("_class_name")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise CheckpointError(f"{path} does not say which pipeline it is (_class_name); download or save it again")
     return folder, name
 
 
@@ -167,8 +168,9 @@ def picture_size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tupl
 
 def read_part_configs(folder: Path, *names: str) -> list[dict[str, Any]]:
     """The ``config.json`` of components, unchecked; empty if there is none."""
-    paths = [folder / name / "config.json" for name in names]
-    return [read_json(path) if path.is_file() else {} for path in paths]
+    with reading(folder) as root:
+        paths = [root / name / "config.json" for name in names]
+        return [read_json(path) if path.is_file() else {} for path in paths]
 
 
 def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspection:

@@ -76,11 +76,10 @@ class Source:
     @contextmanager
     def opened(self) -> Iterator[Source]:
         """This source, unchanged until the block ends; what a killed save left in a folder is finished first."""
-        place = os.fspath(self.model)
-        if not place or not Path(place).is_dir():
+        if not isinstance(self.model, str | os.PathLike) or not os.path.isdir(self.model):
             yield self
             return
-        with reading(Path(place, self.subfolder or "")) as folder:
+        with reading(hub.inside(Path(self.model), self.subfolder)) as folder:
             yield replace(self, model=folder, subfolder=None)
 
     def _resolve(self, patterns: list[str]) -> Path:
@@ -92,7 +91,7 @@ class Source:
             local_files_only=self.local_files_only,
             token=self.token,
         )
-        return root / self.subfolder if self.subfolder else root
+        return hub.inside(root, self.subfolder)
 
     def read_index(self, pipeline: str) -> dict[str, list[str | None]]:
         """Part name -> library and class name.

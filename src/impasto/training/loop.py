@@ -16,7 +16,17 @@ from ..errors import CheckpointError
 from ..nn.machine import fast_dtype
 from .ema import EMA
 from .muon import Muon
-from .state import append_log, load_state, restore, restore_optimizers, save_state, section, steps_done, trim_log
+from .state import (
+    append_log,
+    check_tensors,
+    load_state,
+    restore,
+    restore_optimizers,
+    save_state,
+    section,
+    steps_done,
+    trim_log,
+)
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,10 @@ def train(
         if "optimizers" in state or thrown_away is None:  # a finished checkpoint has none
             restore_optimizers(state_path, optimizers, state.get("optimizers"))
         averages = section(state_path, state, "ema")
-        restore(state_path, {k: v for k, v in averages.items() if k != "updates"}, ema.shadow, optional=thrown_away)
-        ema.updates = whole_number(f"'updates' of {state_path}", averages.get("updates"), 0, error=CheckpointError)
+        whole_number(f"'updates' of {state_path}", averages.get("updates"), 0, error=CheckpointError)
+        tensors = {name: value for name, value in averages.items() if name != "updates"}
+        check_tensors(state_path, tensors, ema.shadow, optional=thrown_away)
+        ema.load_state_dict(averages)
         if beside is not None:
             beside.load_state_dict(section(state_path, state, "beside"))
         masters.publish()

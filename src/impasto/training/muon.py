@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.machine import multiplies_bfloat16
+from ..nn.machine import fast_dtype
 
 #: The odd quintic a x + b x³ + c x⁵ whose iteration brings singular values near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -50,8 +50,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(matrix: Tensor) -> Tensor:
     """About U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
-    native = matrix.is_cuda or multiplies_bfloat16()
-    x = matrix.to(torch.bfloat16 if native else torch.float32)
+    x = matrix.to(fast_dtype(matrix.device))
     x = x / x.norm().clamp(min=1e-7)  # singular values of at most 1
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x  # the smaller Gram matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.stored import is_dense, load_pickle
 from ..checks import shown, whole_number
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 from ..files import append_line, make_folder, write_file
 
 
@@ -31,12 +33,11 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged, or holds anything but tensors, numbers, texts and dicts or lists of them.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the reader stumble in any way: IndexError, KeyError, ...
-        raise CheckpointError(f"{path} is not a training state; delete it to start anew ({_reason(error)})") from error
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise CheckpointError(f"{path} is not a file; remove it to start again")
+    state = load_pickle(path, "Delete it to start again")
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a training state but a {type(state).__name__}; delete it to start anew")
+        raise CheckpointError(f"{path} is not a training state but a {type(state).__name__}; delete it to start again")
     return state
 
 
@@ -55,18 +56,20 @@ def section(path: Path, state: Mapping[str, Any], name: str, kind: type[Any] = d
     if not isinstance(state.get(name), kind):
         raise CheckpointError(
             f"{path} is the state of another training: it has no {name!r} of the kind that this one saves. "
-            f"Continue it with the script that wrote it, or delete it to start anew"
+            f"Continue it with the script that wrote it, or delete it to start again"
         )
     return state[name]
 
 
 def steps_done(path: Path, state: Mapping[str, Any]) -> int:
-    """How many steps a state has behind it."""
+    """How many steps of training a state has done."""
     return whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
 
 
-def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None) -> None:
-    """Copy stored tensors into those of the same names, all or none.
+def check_tensors(
+    path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None
+) -> None:
+    """That stored tensors are those of a model.
 
     Args:
         optional: how the names begin that the state may lack.
@@ -81,11 +84,18 @@ def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], o
         elif not isinstance(tensor, Tensor) or tensor.shape != into[name].shape:
             found = list(tensor.shape) if isinstance(tensor, Tensor) else shown(tensor)
             faults.append(f"has {name} as {found}, and this model as {list(into[name].shape)}")
+        elif not is_dense(tensor) or tensor.is_floating_point() != into[name].is_floating_point():
+            faults.append(f"has {name} as {tensor.layout} of {tensor.dtype}, and this model as {into[name].dtype}")
     if faults:
         raise CheckpointError(
             f"{path} is the state of another model: it {faults[0]}. "
-            f"Train the model that it belongs to, or delete it to start anew"
+            f"Train the model that it belongs to, or delete it to start again"
         )
+
+
+def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None) -> None:
+    """Copy stored tensors into those of the same names, all or none. Arguments and errors as for ``check_tensors``."""
+    check_tensors(path, stored, into, optional)
     with torch.no_grad():
         for name, tensor in stored.items():
             into[name].copy_(tensor)
@@ -105,9 +115,9 @@ def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stor
                 if shapes - {tuple(parameters[index].shape)}:
                     raise ValueError(f"shapes {sorted(shapes)} for a parameter {list(parameters[index].shape)}")
             optimizer.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} holds the optimizers of another training ({_reason(error)}); delete it to start anew"
+            f"{path} holds the optimizers of another training ({_reason(error)}); delete it to start again"
         ) from error
 
 
@@ -130,6 +140,8 @@ def trim_log(path: Path, step: int) -> None:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise OutputError(f"the log {path} cannot be read: {error.strerror}; choose another place") from error
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if kept != lines:
         write_file(path, b"".join(kept), durable=False)
@@ -138,5 +150,5 @@ def trim_log(path: Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # not a line of ours, or damaged
-        return float("inf")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf if line.startswith(b'{"step"') else -math.inf  # damaged; or not one of ours

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-
-from ...checks import shown
+from ...checks import is_out_of_memory, shown
 from ...errors import CheckpointError, ImpastoError, MissingDependencyError
 
 
 @contextmanager
-def translated(what: str, path: Path) -> Iterator[None]:
+def translated(what: str, path: Path, *, quantized: bool = False) -> Iterator[None]:
     """Whatever the libraries raise is an error of ours. They advise what does not help here, so little is quoted."""
     try:
         yield
     except (ImpastoError, MemoryError):
         raise
     except ImportError as error:
+        if not quantized:
+            raise CheckpointError(f"{path} cannot be loaded as {what}. Download or save it again.") from error
         raise MissingDependencyError(
-            f"{path} needs {error.name or 'a library'}, which is not installed: pip install 'impasto[quantize]'"
+            f"{path} is quantized, and the library that reads it is not installed: pip install 'impasto[quantize]'"
         ) from error
     except BaseException as error:
         # A panic of a Rust library derives from BaseException alone, and its class is not importable.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"{path} cannot be loaded as {what}: {_fault(error)}. Download or save it again."
@@ -48,16 +48,22 @@ def _fault(error: BaseException) -> str:
     return type(error).__name__ if not first or advice or len(first) > 200 else shown(first, 200).strip("'\"")
 
 
+#: A process has one standard error.
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
 def held_back_stderr() -> Iterator[None]:
     """Keep back what is printed to standard error, by Rust too, and print it only if nothing is raised."""
-    try:
-        sys.stderr.flush()
-        real = os.dup(2)
-    except (OSError, ValueError, AttributeError):  # closed
-        yield
-        return
-    with tempfile.TemporaryFile() as held, contextlib.closing(os.fdopen(real, "wb", buffering=0)) as stderr:
+    with ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
+        try:
+            sys.stderr.flush()
+            stderr = stack.enter_context(os.fdopen(os.dup(2), "wb", buffering=0))
+        except (OSError, ValueError, AttributeError):  # closed
+            yield
+            return
+        held = stack.enter_context(tempfile.TemporaryFile())
         os.dup2(held.fileno(), 2)
         try:
             yield

@@ -119,7 +119,7 @@ def load_model(
         expected = _expected_tensors(name, folder, config)
         _check_tensors(folder, name, kind, expected, stored)
         source, options["state_dict"] = None, _state(kind, files, expected)
-    with translated(name, folder):
+    with translated(name, folder, quantized="quantization_config" in values):
         loaded, report = class_of_transformers(name).from_pretrained(
             source,
             config=config,
