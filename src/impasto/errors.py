@@ -4,7 +4,7 @@
     ├── ConfigurationError (ValueError)        a constructor argument or config value that cannot be used
     ├── InputError (ValueError)                an argument of a call: prompt, size, mask, guidance, ...
     ├── CheckpointError (ValueError)           a folder or file that is not a readable checkpoint
-    │   ├── CheckpointNotFoundError (FileNotFoundError)   a model, a part or a file is missing
+    │   ├── CheckpointNotFoundError (FileNotFoundError)   a model, a component or a file is missing
     │   └── WeightsMismatchError               tensors that do not fit the model: missing, extra, misshapen
     ├── HubError (ConnectionError)             a model has to be downloaded and cannot be
     ├── MissingDependencyError (ImportError)   an optional library; the message has the install command
@@ -34,7 +34,7 @@ class CheckpointError(ImpastoError, ValueError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A model, one of its parts or one of its files is missing."""
+    """A model, one of its components or one of its files is missing."""
 
 
 class WeightsMismatchError(CheckpointError):

@@ -6,7 +6,6 @@ import ast
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 import impasto
 from impasto.pipelines.glm_image_prior import _read
 
-from . import loading, sandbox
+from . import sandbox
 from .loading import accepted, copy_components, edit_nested, outcome_of
 from .sandbox import edit_json, refused
 
@@ -462,10 +461,12 @@ def test_nothing_is_executed_or_asked() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             assert called not in ("exec", "eval", "input", "compile"), f"{path}:{node.lineno}"  # type: ignore[attr-defined]
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            assert name not in ("sys.stdin", "os.system", "os.popen", "os.execv"), f"{path}:{node.lineno}"  # type: ignore[attr-defined]
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {"subprocess", "runpy", "code", "pdb"} & set(imported), f"{path}:{node.lineno}"  # type: ignore[attr-defined]
 
 
 def test_the_check_of_our_code_sees_imports() -> None:
     tree = ast.parse("def f():\n    import transformers.x\nfrom tokenizers import y\nimport_module('transformers')")
-    assert imports_of_transformers(tree) == [2, 3, 4] or sorted(imports_of_transformers(tree)) == [2, 3, 4]
-    assert sys.modules["impasto"] is impasto
-    assert loading.load.__module__ == "tests.hostile.loading"
+    assert sorted(imports_of_transformers(tree)) == [2, 3, 4]

@@ -7,6 +7,7 @@ after each of them in turn, and then at random instants; another fork loads what
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import os
 import random
@@ -31,6 +32,7 @@ from impasto.pipelines.image import save_picture
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.state import append_log, load_state, save_state, trim_log
 
+from .. import tiny_glm
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
 from .sandbox import run
 
@@ -78,13 +80,13 @@ class Counter:
 
 def filled(module: Any, value: int) -> Any:
     with torch.no_grad():
-        for tensor in module.state_dict().values():
-            tensor.fill_(value)
+        for parameter in module.parameters():
+            parameter.fill_(value)
     return module
 
 
 def value_of(module: Any) -> set[float]:
-    return {float(x) for tensor in module.state_dict().values() for x in (tensor.min(), tensor.max())}
+    return {float(x) for parameter in module.parameters() for x in (parameter.min(), parameter.max())}
 
 
 def save_model(folder: Path, version: int, size: str = "10GB") -> None:
@@ -181,6 +183,45 @@ def find_cache(folder: Path) -> set[float]:
     return {1.0}
 
 
+def save_glm_image(folder: Path, version: int) -> None:
+    components = {name: filled(part, version) for name, part in glm_models().items()}
+    processor = glm_texts()["processor"]
+    processor.image_processor.max_pixels = 65536 * version
+    scheduler = impasto.FlowMatchEulerDiscreteScheduler(**{**tiny_glm.SCHEDULER, "max_shift": float(version)})
+    tokenizer = glm_texts()["tokenizer"]
+    pipe = impasto.GlmImagePipeline(**components, processor=processor, scheduler=scheduler, tokenizer=tokenizer)
+    pipe.save_pretrained(folder, max_shard_size="20KB" if version == 2 else "10GB")
+
+
+def find_glm_image(folder: Path) -> set[float]:
+    pipe = impasto.GlmImagePipeline.from_pretrained(folder)
+    found = {pipe.scheduler.config.max_shift, pipe.processor.image_processor.max_pixels / 65536}
+    return found | {value for name in glm_models() for value in value_of(getattr(pipe, name))}
+
+
+@functools.cache
+def glm_texts() -> dict[str, Any]:
+    return {**tiny_glm.text_parts(), **tiny_glm.prior_parts()}
+
+
+def glm_models() -> dict[str, Any]:
+    return {
+        "text_encoder": glm_texts()["text_encoder"],
+        "vision_language_encoder": glm_texts()["vision_language_encoder"],
+        "transformer": impasto.GlmImageTransformer2DModel(**tiny_glm.TRANSFORMER, sample_size=8),
+        "vae": impasto.AutoencoderKL(**tiny_glm.VAE),
+    }
+
+
+def look_by_commands(folder: Path) -> set[float]:
+    """What the commands read ahead of loading, before anything else has looked: the size of the images."""
+    from impasto.pipelines.inspection import read_part_configs, resolve_pipeline
+
+    found, _ = resolve_pipeline(str(folder))
+    (transformer,) = read_part_configs(found, "transformer")
+    return {round(transformer["dropout"] * 10, 6)} | find_pipeline(folder)
+
+
 class Kind(NamedTuple):
     save: Callable[[Path, int], None]
     find: Callable[[Path], set[float]]
@@ -205,6 +246,8 @@ KINDS = {
     "model, shards to shards": Kind(other_shards, find_model),
     "pipeline": Kind(save_pipeline, find_pipeline),
     "components of a pipeline": Kind(save_pipeline, find_components_alone),
+    "pipeline, by a command": Kind(save_pipeline, look_by_commands),
+    "GLM-Image": Kind(save_glm_image, find_glm_image),
     "scheduler": Kind(save_scheduler, find_scheduler),
     "training state": Kind(save_training, find_training),
     "training log": Kind(save_log, find_log),

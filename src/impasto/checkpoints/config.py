@@ -64,7 +64,7 @@ class Config(Mapping[str, Any]):
 
 
 def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
-    """Decorate an ``__init__`` so that its arguments are what their types say (``values.py``), and are recorded.
+    """Decorate an ``__init__`` so that its arguments are checked against their types (``values.py``), and are recorded.
 
     ``self.config`` holds all of them, defaults included.
     """
@@ -123,7 +123,7 @@ class Configurable:
         """What ``from_config`` would pass to the constructor, defaults included, each checked on its own.
 
         Raises:
-            ConfigurationError: a value is not what the constructor's signature says, or an override is no argument.
+            ConfigurationError: a value does not fit the constructor's signature, or an override is not an argument.
         """
         init = inspect.unwrap(cls.__init__)
         bound = inspect.signature(init).bind(None, **cls._arguments(config, overrides))
@@ -159,7 +159,7 @@ class Configurable:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file that a config comes from in what is said of its values."""
+    """Name the file that a config comes from in errors about its values."""
     try:
         yield
     except ConfigurationError as error:
@@ -171,7 +171,7 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
 
     Raises:
         CheckpointNotFoundError: there is no such file.
-        CheckpointError: it is no file of JSON, or holds something else than an object.
+        CheckpointError: it is not JSON, or not a JSON object.
     """
     try:
         status = path.stat()

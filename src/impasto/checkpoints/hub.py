@@ -58,7 +58,7 @@ def inside(root: Path, subfolder: str | None) -> Path:
     """A folder in a checkpoint.
 
     Raises:
-        InputError: its name is none.
+        InputError: ``subfolder`` is not the name of a folder.
     """
     if subfolder is None:
         return root

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
+#: Which classes the components of a pipeline have.
+INDEX_NAME = "model_index.json"
 #: Weights of one component: one file, or shards with an index; ``variant`` is such as fp16.
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
     r"(-\d+-of-\d+)?(\.(?P<variant>(?!safetensors|bin)\w+))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
     r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
 )
-#: What tokenizers and processors are stored in: a save writes some of them, and an older one would mix with these.
-VOCABULARIES = frozenset(
+#: The files of tokenizers and processors: a save writes some of them, and those of an older one would mix with these.
+READER_FILES = frozenset(
     {
         "added_tokens.json",
         "chat_template.jinja",
@@ -45,7 +47,7 @@ def _owner(name: str) -> tuple[str, ...] | None:
     """What a file belongs to: the weights of one variant in a folder, or the vocabulary in it; None: to neither."""
     path = PurePosixPath(name)
     folder = path.parent.as_posix()
-    if path.name in VOCABULARIES:
+    if path.name in READER_FILES:
         return folder, "vocabulary"
     match = WEIGHTS.fullmatch(path.name)
     if match is None:

@@ -113,7 +113,7 @@ def _shards_of(index: Path, suffix: str) -> list[Path]:
     for key, name in weight_map.items():
         require_plain_name(name, index)
         if not name.endswith(suffix):
-            raise CheckpointError(f"{index} lists {shown(name)}, which is no {suffix} file; download it again")
+            raise CheckpointError(f"{index} lists {shown(name)}, which is not a {suffix} file; download it again")
         listed.setdefault(name, []).append(key)
     names = sorted(listed)
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -145,7 +145,7 @@ def require_plain_name(name: Any, index: Path) -> None:
     if isinstance(name, str) and (name in (".", "..") or re.search(r"[/\\]", name)):
         raise CheckpointError(f"{index} points outside its folder: {shown(name)}; do not trust this checkpoint")
     if not isinstance(name, str) or not name.isprintable() or not 1 <= len(os.fsencode(name)) <= 255:
-        raise CheckpointError(f"{index} lists {shown(name)}, which is no name of a file; download it again")
+        raise CheckpointError(f"{index} lists {shown(name)}, which is not a file name; download it again")
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
@@ -181,7 +181,7 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a safetensors file, from its header alone.
 
     Raises:
-        CheckpointError: the header is damaged, or the file has not the size that it says.
+        CheckpointError: the header is damaged, or the file is not as long as its header says.
     """
     try:
         with path.open("rb") as file:
@@ -206,7 +206,7 @@ def _read_header(path: Path, header: Any, data_bytes: int) -> Iterator[tuple[str
         raise ValueError("no JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ is no object of texts")
+        raise ValueError("__metadata__ is not an object of texts")
     spans = []
     for name, entry in header.items():
         shape, span, dtype = ((entry if isinstance(entry, dict) else {}).get(key) for key in _ENTRY)
@@ -293,7 +293,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not hold a state dict of tensors; ask for a safetensors file instead")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path} does not hold a state dict of tensors: {listing([name])} is none")
+            raise CheckpointError(f"{path} does not hold a state dict of tensors: {listing([name])} is not a tensor")
         if not is_dense(tensor):
             raise CheckpointError(f"{path}: {listing([name])} is not a plain, dense tensor; ask for a safetensors file")
     return content

@@ -1,7 +1,7 @@
 """What a config value may be. The type of a constructor's argument says it: ``num_layers: Count = 28``.
 
 Plain ``int``, ``float``, ``bool``, ``str``, ``Sequence``, ``Literal`` and ``None`` mean themselves; ``Annotated`` adds
-bounds. Numbers are finite, and booleans and texts are no numbers. An argument's default is always allowed, so that
+bounds. Numbers are finite, and booleans and texts are not numbers. An argument's default is always allowed, so that
 ``-inf`` can be one.
 """
 

@@ -311,7 +311,7 @@ def _resolve(model: str) -> tuple[Path, str]:
     """The folder of a pipeline that can be run, and the name of its class."""
     folder, name = resolve_pipeline(model)
     if name not in PIPELINES:
-        raise CheckpointError(f"{model} is a {shown(name)}, and none of those that are known: {', '.join(PIPELINES)}")
+        raise CheckpointError(f"{model} is a {shown(name)}; known pipelines are {', '.join(PIPELINES)}")
     return folder, name
 
 
@@ -389,7 +389,7 @@ def _solver_name(scheduler: Any) -> str:
 
 
 def _generate(pipe: Any, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:
-    """An image of each prompt. Each has a generator of its own on the CPU, so that neither batch nor device count."""
+    """An image of each prompt. Each has a generator of its own on the CPU, so it depends on neither batch nor device."""
     import torch
 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]

@@ -69,8 +69,8 @@ class EmbeddingCache:
         Args:
             texts: as they are encoded, cleaned.
             length: tokens of a text, M.
-            text_encoder: None where there is none; then only what is in the folder can be had.
-            dtype: in which the encoder computes, which is not always that of its weights at home.
+            text_encoder: None if the pipeline has none: then only cached prompts can be used.
+            dtype: in which the encoder computes, which is not always that of its weights on the host.
 
         Returns:
             embeds [B, M, C] and mask [B, M].
@@ -187,7 +187,7 @@ class EmbeddingCache:
         try:
             return read_json(path)
         except CheckpointError as error:
-            logger.warning("%s is damaged (%s) and is written anew", path, error)
+            logger.warning("%s is damaged (%s) and is rewritten", path, error)
             return {}
 
     def _write_index(self, content: dict[str, Any]) -> None:

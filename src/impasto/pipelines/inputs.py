@@ -258,7 +258,7 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
     for name, value in changed.items():
         who = f"callback_on_step_end returned {shown(name)}, which"
         if name not in old:
-            raise InputError(f"{who} is no tensor of this pipeline; there are: {', '.join(old)}")
+            raise InputError(f"{who} is not a tensor of this pipeline; there are: {', '.join(old)}")
         if old[name] is None:
             raise InputError(f"{who} this call does not have; leave it out")
         shape: list[int | str] = [*old[name].shape]

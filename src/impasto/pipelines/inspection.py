@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
-from ..checkpoints.layout import WEIGHTS
+from ..checkpoints.layout import INDEX_NAME, WEIGHTS
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
 from ..folders import reading
-from .roles import LANGUAGE_MODELS, PROCESSORS, TOKENIZERS, accepted_classes, check_role, component_entries
+from .roles import LANGUAGE_MODELS, READERS, accepted_classes, check_role, component_entries
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
-INDEX_NAME = "model_index.json"
 #: Parts of names of tensors that stay float32 where float16 is asked for, because they would overflow.
 FLOAT32_IN_FLOAT16 = {"T5EncoderModel": (".wo.",)}
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -39,7 +38,7 @@ _BLOCK = re.compile(r"([^.]+\.)*?(transformer_blocks|blocks|block|layers)\.\d+\.
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a pipeline on disk."""
+    """One component of a pipeline on disk."""
 
     name: str
     class_name: str | None
@@ -131,7 +130,7 @@ def resolve_pipeline(model: str) -> tuple[Path, str]:
     """The local folder of a pipeline and the name of its class. Of a hub repository, only JSON files are fetched.
 
     Raises:
-        CheckpointNotFoundError: there is no such model, or it is no whole pipeline.
+        CheckpointNotFoundError: there is no such model, or it is not a whole pipeline.
         HubError: it has to be downloaded and cannot be.
     """
     folder = hub.resolve(model, allow_patterns=[INDEX_NAME, "*/*.json"])
@@ -139,7 +138,7 @@ def resolve_pipeline(model: str) -> tuple[Path, str]:
         path = root / INDEX_NAME
         if not path.is_file():
             raise CheckpointNotFoundError(
-                f"{model} has no {INDEX_NAME}: it is no whole pipeline. Give one that is; in Python, a transformer "
+                f"{model} has no {INDEX_NAME}: it is not a whole pipeline. Give one that is; in Python, a transformer "
                 f"alone is combined with the other components of one: from_pretrained(PIPELINE, transformer=...)"
             )
         name = read_json(path).get("_class_name")
@@ -192,11 +191,14 @@ def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspe
             f"{name} is neither a folder nor on this machine, and what it holds is read from its files; "
             f"download it with `hf download {name}`"
         ) from error
+    from ..checkpoints.foreign import from_transformers
+
     with reading(folder) as root:
         _, class_name = resolve_pipeline(str(root))
         found = inspect_parts(root, class_name, read_json(root / INDEX_NAME), name=name)
         for part in found.parts:
-            _check_reader(root / part.name, part.class_name or "")
+            if part.class_name in READERS:  # small enough to be loaded
+                from_transformers.load_reader(part.class_name, root / part.name)
             if deep:
                 _check_values(part.weights)
     return found
@@ -225,7 +227,8 @@ def inspect_parts(
                 raise CheckpointNotFoundError(
                     f"{folder} lacks the component {part} that its {INDEX_NAME} lists; download it"
                 )
-            parts.append(_inspect_part(folder / part, part_class, variant))
+            with reading(folder / part) as place:
+                parts.append(_inspect_part(place, part_class, variant))
     return Inspection(name or str(folder), folder, class_name, tuple(parts))
 
 
@@ -259,16 +262,6 @@ def _variant_there(folder: Path) -> str | None:
     found = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
     copies = [(match["kind"] == "bin", match["variant"] or match["index_variant"] or "") for match in found]
     return min(copies, default=(False, ""))[1] or None
-
-
-def _check_reader(folder: Path, class_name: str) -> None:
-    """Load what is small: tokenizers and processors."""
-    from ..checkpoints.foreign import from_transformers
-
-    if class_name in TOKENIZERS:
-        from_transformers.load_tokenizer(class_name.removesuffix("Fast"), folder)
-    elif class_name in PROCESSORS:
-        from_transformers.load_processor(folder)
 
 
 def _check_values(files: Iterable[Path]) -> None:

@@ -15,6 +15,7 @@ import torch
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
 from ..checkpoints.foreign import from_transformers
+from ..checkpoints.layout import INDEX_NAME
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
@@ -28,11 +29,9 @@ from ..schedulers.ddpm import DDPMScheduler
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
 from ..schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from ..schedulers.lcm import LCMScheduler
-from .roles import LANGUAGE_MODELS, PROCESSORS, TOKENIZERS, check_role, component_entries
+from .roles import LANGUAGE_MODELS, READERS, accepted_classes, check_role, component_entries
 
 logger = logging.getLogger("impasto")
-
-INDEX_NAME = "model_index.json"
 
 #: Class names in ``model_index.json`` -> our classes. Early PixArt repositories have the name of a base class.
 OURS: dict[str, type[Model] | type[Scheduler]] = {
@@ -56,7 +55,7 @@ def dtype_of_each(names: Sequence[str], dtype: DTypes) -> dict[str, torch.dtype 
         return dict.fromkeys(names, parse_dtype(dtype))
     unknown = [name for name in dtype if name not in (*names, "default")]
     if unknown:
-        raise InputError(f"dtype names {shown(unknown[0])}, which is no component; use default, {', '.join(names)}")
+        raise InputError(f"dtype names {shown(unknown[0])}, which is not a component; use default, {', '.join(names)}")
     return {name: parse_dtype(dtype.get(name, dtype.get("default"))) for name in names}
 
 
@@ -94,16 +93,16 @@ class Source:
         return hub.inside(root, self.subfolder)
 
     def read_index(self, pipeline: str) -> dict[str, list[str | None]]:
-        """Part name -> library and class name.
+        """Component name -> library and class name.
 
         Raises:
             CheckpointNotFoundError: there is no ``model_index.json``; the message says how to use what there is.
         """
         path = self._resolve([INDEX_NAME]) / INDEX_NAME
         if not path.is_file():
-            transformer = "GlmImageTransformer2DModel" if pipeline.startswith("Glm") else "PixArtTransformer2DModel"
+            transformer = accepted_classes(pipeline, "transformer")[0]
             raise CheckpointNotFoundError(
-                f"{self.model} has no {INDEX_NAME}: it is no whole pipeline. If it holds a transformer alone, "
+                f"{self.model} has no {INDEX_NAME}: it is not a whole pipeline. If it holds a transformer alone, "
                 f"load that, and the other components from a whole pipeline: "
                 f"{pipeline}.from_pretrained(WHOLE_PIPELINE, "
                 f"transformer={transformer}.from_pretrained({os.fspath(self.model)!r}, "
@@ -177,10 +176,8 @@ def load_part(
     name = str(library_and_class[1])
     if name in LANGUAGE_MODELS:
         return from_transformers.load_model(name, folder, dtype, variant, use_safetensors)
-    if name in TOKENIZERS:
-        return from_transformers.load_tokenizer(name.removesuffix("Fast"), folder)
-    if name in PROCESSORS:
-        return from_transformers.load_processor(folder)
+    if name in READERS:
+        return from_transformers.load_reader(name, folder)
     found = OURS[name]
     if issubclass(found, Scheduler):
         stored = found.load_config(folder).get("_class_name", name)

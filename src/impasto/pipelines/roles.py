@@ -29,7 +29,9 @@ _ROLES = {
 #: Early PixArt repositories have the name of a base class.
 _PIXART = {**_ROLES, "transformer": ("PixArtTransformer2DModel", "Transformer2DModel")}
 _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
-_OF_TRANSFORMERS = (*LANGUAGE_MODELS, *TOKENIZERS, *PROCESSORS)
+#: What turns prompts and images into numbers.
+READERS = (*TOKENIZERS, *PROCESSORS)
+_OF_TRANSFORMERS = (*LANGUAGE_MODELS, *READERS)
 
 
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:
@@ -59,14 +61,14 @@ def component_entries(path: Any, index: Mapping[str, Any]) -> dict[str, list[str
     """Component -> library and class, of the content of ``model_index.json``; null for both: meant to be absent.
 
     Raises:
-        CheckpointError: a name that is no plain name, or an entry of another form.
+        CheckpointError: a name that is not a plain name, or an entry of another form.
     """
     found = {}
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):  # options of other pipelines are no components
+        if name.startswith("_") or not isinstance(value, list):  # options of other pipelines are not components
             continue
         if not name.isidentifier():
-            raise CheckpointError(f"{path}: {shown(name)} is no name of a component; do not trust this checkpoint")
+            raise CheckpointError(f"{path}: {shown(name)} is not a component name; do not trust this checkpoint")
         if len(value) != 2 or not all(isinstance(entry, str | None) for entry in value):
             raise CheckpointError(
                 f"{path}: {name} should be [library, class], and is {shown(value)}; download it again"

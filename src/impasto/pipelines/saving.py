@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.layout import superseded
+from ..checkpoints.layout import INDEX_NAME, superseded
 from ..checkpoints.weights import disk_errors
 from ..folders import saving
 from ..nn.module import Model
 from ..schedulers.base import Scheduler
-from .inspection import INDEX_NAME
 
 #: The version of diffusers whose format is written.
 FORMAT_VERSION = "0.42.1"

@@ -164,7 +164,7 @@ def normalize_caption(text: str) -> str:
 
 
 class EncodedTexts(NamedTuple):
-    embeds: Tensor  # [B, max_sequence_length, C], zeros behind the end token
+    embeds: Tensor  # [B, max_sequence_length, C], zeros after the end token
     mask: Tensor  # [B, max_sequence_length] int64, 1 where there is a token
 
 

@@ -31,9 +31,9 @@ def fault_of_charsmap(table: bytes) -> str | None:
     try:
         texts.decode("utf-8")
     except UnicodeDecodeError:
-        return "its replacements are no UTF-8"
+        return "its replacements are not UTF-8"
     if len(targets) and targets.max() >= len(texts):
-        return "its trie points behind its replacements"
+        return "its trie points past the end of its replacements"
     values = np.frombuffer(texts, np.uint8)
     if ((values[targets] & 0xC0) == 0x80).any():
         return "its trie points into the middle of a character"

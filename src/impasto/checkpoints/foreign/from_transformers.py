@@ -243,8 +243,13 @@ def _state(kind: _Kind, files: Sequence[Path], expected: Mapping[str, Tensor]) -
 # --- tokenizers and the processor ---
 
 
+def load_reader(name: str, folder: Path) -> Any:
+    """A tokenizer or processor, by the name of its class in ``model_index.json``."""
+    return load_processor(folder) if name == "GlmImageProcessor" else load_tokenizer(name.removesuffix("Fast"), folder)
+
+
 def load_tokenizer(name: str, folder: Path) -> Any:
-    """A tokenizer: T5's, ByT5's, or with the name of no model that of ``tokenizer.json``.
+    """T5's or ByT5's tokenizer; ``PreTrainedTokenizerFast`` is whatever ``tokenizer.json`` describes.
 
     Raises:
         CheckpointError: files are missing or damaged.

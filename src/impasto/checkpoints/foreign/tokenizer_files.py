@@ -238,7 +238,7 @@ def _check_charsmap(where: str, value: Any) -> None:
     try:
         fault = fault_of_charsmap(base64.b64decode(value, validate=True))
     except (TypeError, ValueError):  # a text that is not base64 among them
-        fault = "it is no base64"
+        fault = "it is not base64"
     if fault:
         raise CheckpointError(f"{where} is damaged: {fault}; download or save it again")
 
@@ -257,7 +257,7 @@ def _sentencepiece(path: Path) -> bytes:
     except DecodeError as error:
         raise CheckpointError(f"{path} is damaged or no sentencepiece model; download or save it again") from error
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM:
-        raise CheckpointError(f"{path} is no Unigram model, as T5's tokenizers are; download or save it again")
+        raise CheckpointError(f"{path} is not a Unigram model, as T5's tokenizers are; download or save it again")
     _check_pieces(f"{path}: pieces", ((piece.piece, piece.score) for piece in model.pieces))
     if fault := fault_of_charsmap(model.normalizer_spec.precompiled_charsmap):
         raise CheckpointError(f"{path} has a damaged table of replacements: {fault}; download or save it again")
