@@ -548,6 +548,93 @@ def test_whom_a_save_is_trusted_of(folder: Path, monkeypatch: pytest.MonkeyPatch
         assert folders._is_trusted(folder)
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "file", "dangling link"])
+def test_a_folder_of_saves_that_is_none(folder: Path, tmp_path: Path, kind: str) -> None:
+    """What a link leads to is neither emptied nor written to, nor is a pipe waited for."""
+    precious = tmp_path / "precious"
+    save(precious, {"thesis": "mine"})
+    staging = folder / STAGING
+    if kind == "pipe":
+        os.mkfifo(staging)
+    elif kind == "file":
+        staging.write_text("text")
+    else:
+        staging.symlink_to(precious if kind == "link" else tmp_path / "nowhere")
+    with reading(folder):
+        assert (folder / "a").read_text() == "old"
+    save_new(folder)
+    assert tree(folder) == NEW
+    assert tree(precious) == {"thesis": "mine"}
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_save_takes_nothing_from_behind_a_link(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "secret", {"key": "mine"})
+    for name, link in (("sub/key", "sub"), ("key", "key")):
+        journal_of(folder, {"files": [name], "remove": []})
+        target = tmp_path / "secret" if link == "sub" else tmp_path / "secret" / "key"
+        (folder / STAGING / link).symlink_to(target)
+        with pytest.raises(CheckpointError, match="link"), reading(folder):
+            pass
+        assert (tmp_path / "secret" / "key").read_text() == "mine"
+        shutil.rmtree(folder / STAGING)
+
+
+def test_too_many_names(folder: Path) -> None:
+    journal_of(folder, {"files": [f"x{i}" for i in range(20_000)], "remove": []})
+    with pytest.raises(CheckpointError, match="more than 10000 names"), reading(folder):
+        pass
+
+
+def test_a_folder_within_is_found_behind_links(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(folder, monkeypatch)
+    (tmp_path / "link").symlink_to(folder / "deep")
+    with reading(tmp_path / "link") as found:
+        assert tree(found) == {"b": "new", "d": "new"}
+
+
+@pytest.mark.parametrize("place", ["deep", "./deep/../deep/", "../folder/deep"])
+def test_a_folder_within_by_a_relative_name_where_it_may_only_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    interrupted(folder, monkeypatch)
+    monkeypatch.chdir(folder)
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", forbidden)
+    with reading(place) as view:
+        assert tree(view) == {"b": "new", "d": "new"}
+
+
+def test_a_folder_within_that_may_not_be_written_is_noticed_before_the_save_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "deep")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_new(folder)
+    assert tree(folder) == OLD
+
+
+def test_a_file_in_the_place_of_a_folder_is_noticed_before_the_save_counts(folder: Path) -> None:
+    (folder / "d").mkdir()
+    with pytest.raises(OutputError, match="d is a folder"):
+        save(folder, {"a": "new", "d": "new"})
+    assert tree(folder) == OLD
+
+
+def test_another_name_of_a_file_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (opened.append(Path(source)), real(source, target)))
+    write_file(tmp_path / "x", "old")
+    (tmp_path / "other").write_text("mine")
+    os.link(tmp_path / "other", opened[0])
+    write_file(tmp_path / "x", "new")
+    assert ((tmp_path / "other").read_text(), (tmp_path / "x").read_text()) == ("mine", "new")
+
+
 def test_a_journal_that_is_a_link_is_none(folder: Path, tmp_path: Path) -> None:
     """As in the cache of a hub, whose files are links."""
     (tmp_path / "blob").write_text(json.dumps({"files": [], "remove": ["a"]}))

@@ -18,7 +18,7 @@ def whole_number(
 ) -> int:
     """``value`` as an int from ``least`` to ``most``; ``error`` otherwise."""
     try:
-        found = None if isinstance(value, bool) else operator.index(value)
+        found = None if _is_bool(value) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers, or on the meta device
         found = None
     if found is None or found < least or (most is not None and found > most):
@@ -38,7 +38,7 @@ def finite(
 ) -> float:
     """``value`` as a finite float from ``least`` to ``most`` (and greater than ``above``); ``error`` otherwise."""
     try:
-        found = math.nan if isinstance(value, bool | str | bytes) else float(value)
+        found = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         found = math.nan
     if not math.isfinite(found) or not least <= found <= most or (above is not None and found <= above):
@@ -51,9 +51,15 @@ def finite(
 
 def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bool:
     """``value`` as a bool: True or False, and nothing that merely counts as one."""
-    if not isinstance(value, bool):
+    if not _is_bool(value):
         raise error(f"{name} must be True or False, not {shown(value)}")
-    return value
+    return bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether it is a bool of Python or of NumPy, which this file does not import."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
 def text(name: str, value: Any, most: int, *, error: type[ImpastoError] = InputError) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import shown
-from .errors import OutputError
+from .errors import ImpastoError, InputError, OutputError
 
 fcntl: Any
 try:
@@ -47,7 +47,7 @@ def write_file(
     temporary = path.with_name(f".impasto-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
     try:
         if path.exists() and not path.is_file():  # a rename would replace even a device
-            raise OSError(None, "it is not a regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         descriptor = _open_alone(temporary)
         try:
             if callable(content):
@@ -74,10 +74,14 @@ def write_file(
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
 
 
-def plain_path(path: str | os.PathLike[str]) -> Path:
-    if "\0" in os.fspath(path):
-        raise OutputError(f"{shown(os.fspath(path))} is not a valid file name; choose another")
-    return Path(path)
+def plain_path(path: str | os.PathLike[str], error: type[ImpastoError] = OutputError) -> Path:
+    """The path of a file or folder, checked only for its form: InputError if it is none, ``error`` for a bad name."""
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(name, str):
+        raise InputError(f"a file or folder is named by a text or a pathlib.Path, not {shown(path)}")
+    if "\0" in name:
+        raise error(f"{shown(name)} is not a valid file name; choose another")
+    return Path(name)
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
@@ -94,7 +98,9 @@ def _open_alone(path: Path) -> int:
         descriptor = os.open(path, flags, 0o666)
         try:
             lock(descriptor, path, end)
-            if is_same_file(descriptor, path):  # not renamed or removed by the process before
+            if os.fstat(descriptor).st_nlink > 1:  # another name of a file that is not ours to empty
+                path.unlink()
+            elif is_same_file(descriptor, path):  # not renamed or removed by the process before
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except BaseException:
@@ -189,7 +195,7 @@ def lock(descriptor: int, path: Path, end: float | None, *, exclusive: bool = Tr
         except BlockingIOError:
             if end is None or time.monotonic() > end:
                 raise BlockingIOError(errno.EAGAIN, f"another process holds {path}") from None
-            time.sleep(0.02)
+            time.sleep(0.005)
         except OSError:  # a disk without locks, as some networks have
             return
 

@@ -36,6 +36,7 @@ JOURNAL = "journal.json"
 #: Errors of a folder that may be read but not written.
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _JOURNAL_BYTES = 10_000_000
+_MOST_NAMES = 10_000
 
 Superseded = Callable[[Sequence[str], Sequence[str]], Iterable[str]]
 
@@ -59,7 +60,7 @@ def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_sup
         OutputError: the disk is full, the folder cannot be written, or another process keeps saving to it.
         CheckpointError: an earlier save left a journal that cannot be trusted.
     """
-    folder = plain_path(folder)
+    folder = _real(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -87,7 +88,7 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CheckpointError: a journal is damaged, or another process does not stop writing.
     """
-    folder = Path(folder)
+    folder = _real(folder)
     with ExitStack() as held:
         shared = held.enter_context(ExitStack())
         try:
@@ -116,9 +117,8 @@ def _begin(folder: Path, held: ExitStack) -> Path:
         for place in _pending(folder):
             _roll_forward(place)
         with _locked([folder], exclusive=True):
-            if not _pending(folder):
-                with contextlib.suppress(FileExistsError):
-                    staging.mkdir()
+            if not _has_journal(folder):
+                _make_real_folder(staging)
                 if _hold(staging, held):
                     _empty(staging)
                     return staging
@@ -127,11 +127,23 @@ def _begin(folder: Path, held: ExitStack) -> Path:
         time.sleep(0.05)
 
 
+def _make_real_folder(staging: Path) -> None:
+    """Make a folder, in the place of a link or pipe where a stranger put one: what a link leads to is not ours."""
+    if os.path.lexists(staging) and not _is_real_folder(staging):
+        staging.unlink()
+    with contextlib.suppress(FileExistsError):
+        staging.mkdir()
+
+
+def _is_real_folder(path: Path) -> bool:
+    return stat.S_ISDIR(os.lstat(path).st_mode)
+
+
 def _hold(staging: Path, held: ExitStack) -> bool:
     """Lock the folder of a save until the end of the save; False if another process holds it."""
     if not HAS_LOCKS:
         return True
-    descriptor = os.open(staging, os.O_RDONLY)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         lock(descriptor, staging, None)
         if is_same_file(descriptor, staging):
@@ -162,6 +174,8 @@ def _finish_staged(folder: Path, staging: Path) -> list[str]:
         if (folder / name).is_dir():
             raise OSError(errno.EISDIR, f"{folder / name} is a folder, and a file of this name is to be saved")
     for place in {(folder / name).parent for name in written} - {folder}:
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{place} is not writable")
         if place.is_symlink() or (place.exists() and place.stat().st_dev != folder.stat().st_dev):
             raise OSError(errno.EXDEV, f"{place} is a link or lies on another disk; save what it holds there by itself")
     return sorted(written)
@@ -190,10 +204,11 @@ def _commit(folder: Path, staging: Path, written: list[str], superseded: Superse
 
 def _roll_forward(folder: Path) -> None:
     """Finish a save that a killed process has committed."""
-    files, remove = _read_journal(folder)
-    with _locked(_folders_of(folder, files, remove), exclusive=True):
-        if _has_journal(folder):  # not finished by another process meanwhile
-            _apply(folder)
+    with _locked([folder], exclusive=True):  # which a process that saves holds for as long as its journal lasts
+        files, remove = _read_journal(folder)
+        with _locked(_folders_of(folder, files, remove)[1:], exclusive=True):
+            if _has_journal(folder):  # not finished by another process meanwhile
+                _apply(folder)
 
 
 def _apply(folder: Path) -> None:
@@ -235,24 +250,29 @@ def _as_committed(folder: Path, held: ExitStack) -> Path:
                 found.pop(key, None)
                 if name in staged:
                     found[key] = staged[name]
-    view = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))) / folder.resolve().name
+    view = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))) / folder.name
     view.mkdir()
     for name, source in found.items():
         (view / name).parent.mkdir(parents=True, exist_ok=True)
-        (view / name).symlink_to(source.absolute())
+        (view / name).symlink_to(source)
     return view
+
+
+def _real(folder: str | os.PathLike[str]) -> Path:
+    """The folder itself, whatever links lead to it: what belongs to it is judged by where it lies."""
+    return Path(os.path.realpath(plain_path(folder)))
 
 
 # --- journals -------------------------------------------------------------------------------------------------------
 
 
 def _pending(folder: Path) -> list[Path]:
-    """The folders with a committed save that concerns ``folder``: itself, the one around it, and those within.
+    """The folders with a committed save that concerns ``folder``, a real path: itself, the one around it, those within.
 
     The folder around it may be anyone's, such as ``/tmp``: only a save of this user or of its owner counts there, and
     only one that has files for ``folder``.
     """
-    around = folder.absolute().parent
+    around = folder.parent
     found = [around] if _has_journal(around) and _is_trusted(around) and _has_files_for(around, folder) else []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         within = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
@@ -261,18 +281,22 @@ def _pending(folder: Path) -> list[Path]:
 
 
 def _has_files_for(around: Path, folder: Path) -> bool:
-    return any(name.split("/")[0] == folder.absolute().name for names in _read_journal(around) for name in names)
+    return any(name.split("/")[0] == folder.name for names in _read_journal(around) for name in names)
 
 
 def _is_trusted(folder: Path) -> bool:
     """Whether a save in a folder was begun by this user or by the folder's owner."""
-    return os.name != "posix" or os.stat(folder / STAGING).st_uid in (os.geteuid(), os.stat(folder).st_uid)
+    try:
+        return os.name != "posix" or os.stat(folder / STAGING).st_uid in (os.geteuid(), os.stat(folder).st_uid)
+    except FileNotFoundError:  # finished by another process
+        return True
 
 
 def _has_journal(folder: Path) -> bool:
-    """Whether a committed save is pending. Only a regular file counts: hub caches hold links."""
+    """Whether a committed save is pending. Only a regular file in a real folder counts: hub caches hold links."""
     try:
-        return stat.S_ISREG(os.lstat(folder / STAGING / JOURNAL).st_mode)
+        journal = os.lstat(folder / STAGING / JOURNAL)
+        return _is_real_folder(folder / STAGING) and stat.S_ISREG(journal.st_mode)
     except OSError:
         return False
 
@@ -286,13 +310,15 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
     """
     staging = folder / STAGING
     try:
-        with (staging / JOURNAL).open("rb") as file:
-            content = json.loads(file.read(_JOURNAL_BYTES))
+        data, inode = _bytes_and_inode(staging)
+        content = json.loads(data)
         files, remove = content["files"], content["remove"]
         if not isinstance(files, list) or not isinstance(remove, list):
             raise ValueError("not two lists of names")
-        if content["inode"] != staging.stat().st_ino or not _is_trusted(folder):
+        if content["inode"] != inode or not _is_trusted(folder):
             raise ValueError("it was not made in this place")
+        if len(files) + len(remove) > _MOST_NAMES:
+            raise ValueError(f"more than {_MOST_NAMES} names")
         for name in (*files, *remove):
             _check_name(folder, name)
     except FileNotFoundError:
@@ -305,15 +331,30 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
     return files, remove
 
 
+def _bytes_and_inode(staging: Path) -> tuple[bytes, int]:
+    """A journal, and the inode of the folder that it is in, even if another takes the place of that meanwhile."""
+    if not HAS_LOCKS:
+        return (staging / JOURNAL).read_bytes()[:_JOURNAL_BYTES], staging.stat().st_ino
+    with contextlib.ExitStack() as held:
+        place = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        held.callback(os.close, place)
+        journal = os.open(JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+        with os.fdopen(journal, "rb") as file:
+            return file.read(_JOURNAL_BYTES), os.fstat(place).st_ino
+
+
 def _check_name(folder: Path, name: object) -> None:
     steps = name.split("/") if isinstance(name, str) else [""]
     os.fsencode("/".join(steps))  # a ValueError, if no system could have such a name
-    if any(step in ("", ".", "..", STAGING) or "\\" in step or "\0" in step or ":" in step for step in steps):
-        raise ValueError(f"{shown(name)} is not the name of a file inside the folder")
-    if any(folder.joinpath(*steps[:i]).is_symlink() for i in range(1, len(steps))):
-        raise ValueError(f"{shown(name)} leads through a link")
-    if folder.joinpath(*steps).is_dir():
-        raise ValueError(f"{shown(name)} is a folder")
+    if len(steps) > 4 or any(not step or step[0] == "." or set(step) & set("\\\0:") for step in steps):
+        raise ValueError(f"{shown(name)} is not the name of a file that a save writes")
+    for place in (folder, folder / STAGING):
+        if any(place.joinpath(*steps[:i]).is_symlink() for i in range(1, len(steps))):
+            raise ValueError(f"{shown(name)} leads through a link")
+        if place.joinpath(*steps).is_dir():
+            raise ValueError(f"{shown(name)} is a folder")
+    if (folder / STAGING).joinpath(*steps).is_symlink():
+        raise ValueError(f"{shown(name)} is a link")
 
 
 # --- locks ----------------------------------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ def test_saving_again_leaves_no_file_of_the_last_save(sharded: Path) -> None:
     assert sorted(path.name for path in sharded.iterdir()) == ["config.json", NAME]
 
 
+@pytest.mark.parametrize("variant", ["fp16", "fp16-ema", "a-1", "b_2"])
+def test_saving_a_variant_again_replaces_it_alone(folder: Path, variant: str) -> None:
+    for size, value in (("10GB", 1.0), ("30KB", 2.0), ("60KB", 3.0), ("10GB", 4.0)):
+        model = load(folder)
+        with torch.no_grad():
+            model.proj_out.bias.fill_(value)
+        model.save_pretrained(folder, variant=variant, max_shard_size=size)
+        assert bool((load(folder, variant=variant).proj_out.bias == value).all())
+        assert not bool((load(folder).proj_out.bias == value).any())
+
+
 def test_parts_of_larger_tensors_and_twins_are_saved_as_their_own(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {"rows": whole[:2], "more": whole[2:], "columns": whole[:, 1:3], "whole": whole, "twin": whole}

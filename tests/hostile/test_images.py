@@ -6,6 +6,7 @@ import io
 import os
 import socket
 import struct
+import types
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from impasto.pipelines import limits
+from impasto.pipelines import image_inputs, limits
 from impasto.pipelines.glm_image_prior import reference_picture
-from impasto.pipelines.image import GenerationSettings, ImageProcessor, read_settings
+from impasto.pipelines.image import GenerationSettings, ImageProcessor, read_settings, save_picture
 from impasto.pipelines.image_inputs import open_image, to_rgb
 
 from .sandbox import refused, run
@@ -152,6 +153,16 @@ LINES = {
     "commas": "a," * (limits.CHARACTERS // 2),
     "5,000 digits": "Steps: " + "9" * 5000,
     "a far line": "Steps: 1, Negative prompt from line: many",
+    "half an escape": 'Steps: 3, X: "\\u12"',
+    "an open quote": 'Steps: 3, X: "\\"',
+    "guidance of NaN": "Steps: 3, CFG scale: nan",
+    "guidance of infinity": "Steps: 3, CFG scale: 1e999",
+    "negative steps": "Steps: -3",
+    "4,000 digits": "Steps: " + "9" * 4000,
+    "a seed of 4,000 digits": "Steps: 3, Seed: " + "9" * 4000,
+    "a size of 4,000 digits": "Steps: 3, Size: " + "9" * 4000 + "x8",
+    "no size": "Steps: 3, Size: 0x-8",
+    "a line before the first": "Steps: 3, Negative prompt from line: -1",
 }
 
 
@@ -162,6 +173,36 @@ def parsed(name: str) -> str:
 @pytest.mark.parametrize("name", LINES)
 def test_hostile_settings(name: str) -> None:
     refused(run(parsed, name), "InputError", "settings")
+
+
+@pytest.mark.parametrize("function", [opened, settings_of])
+@pytest.mark.parametrize("path", [3, None, b"a.png", ["a.png"]], ids=str)
+def test_what_is_no_path(path: Any, function: Callable[[str], Any]) -> None:
+    refused(run(function, path), "InputError", "a file or folder", str(path))
+
+
+def saved(case: str) -> None:
+    image, path = {"path": (RAMP, 3), "image": (None, "/tmp/a.png"), "long": (RAMP, "/tmp/" + "x" * 300 + ".png")}[case]
+    save_picture(image, path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "named"),
+    [("path", "InputError", "3"), ("image", "InputError", "NoneType"), ("long", "OutputError", "xxx")],
+)
+def test_what_cannot_be_saved(case: str, error: str, named: str) -> None:
+    refused(run(saved, case), error, named)
+
+
+def swapped(path: str) -> None:
+    """A file that another process replaces after it was looked at."""
+    regular = os.stat(__file__)
+    image_inputs.os = types.SimpleNamespace(**{**vars(os), "stat": lambda _: regular})  # type: ignore[attr-defined]
+    open_image(path)
+
+
+def test_a_pipe_in_the_place_of_a_file_that_was_looked_at(folder: Path) -> None:
+    refused(run(swapped, str(folder / "fifo.png")), "InputError", "fifo.png", "a pipe")
 
 
 # --- what is passed to the pipelines ---
@@ -200,6 +241,12 @@ BAD: dict[str, Any] = {
     "two channels": lambda: torch.ones(2, 8, 8),
     "one dimension": lambda: np.ones(8),
     "five dimensions": lambda: torch.ones(1, 1, 3, 8, 8),
+    "terabytes of one value": lambda: np.broadcast_to(np.float32(0), (1 << 20, 1024, 1024, 3)),
+    "terabytes of one tensor": lambda: torch.zeros(1, 1, 1, 1).expand(1 << 20, 3, 1024, 1024),
+    "one huge side": lambda: np.broadcast_to(np.uint16(0), (1 << 40, 8, 3)),
+    "a billion channels": lambda: torch.zeros(1, 1, 1).expand(1 << 40, 8, 8),
+    "float8": lambda: torch.zeros(3, 8, 8).to(torch.float8_e4m3fn),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3, 8, 8), 1.0, 0, torch.quint8),
     "dates": lambda: np.full((8, 8, 3), np.datetime64("2026-01-01")),
 }
 

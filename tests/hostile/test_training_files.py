@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -116,6 +116,12 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an optimizer too few": (edited(lambda s: s["optimizers"].pop()), "optimizers"),
     "an optimizer of another kind": (edited(lambda s: s["optimizers"].reverse()), "optimizers"),
     "moments of another shape": (edited(lambda s: moments(s)[0].update(exp_avg=torch.ones(7))), "optimizers"),
+    "a moment too few": (edited(lambda s: moments(s)[0].pop("exp_avg")), "optimizers"),
+    "a moment that is a text": (edited(lambda s: moments(s)[0].update(exp_avg="x")), "optimizers"),
+    "a moment without values": (
+        edited(lambda s: moments(s)[0].update(exp_avg=torch.ones(4).to_sparse())),
+        "optimizers",
+    ),
     "moments of no parameter": (edited(lambda s: moments(s).update({99: {"exp_avg": torch.ones(4)}})), "optimizers"),
 }
 
@@ -199,6 +205,15 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], keep_che
     save_file({"embeds": change(embeds).contiguous()}, path, metadata if keep_checksum else None)
 
 
+def forge(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Another entry that is whole: its checksum is right."""
+    from impasto.pipelines import embedding_cache
+
+    rewrite(path, change)
+    embeds = load_file(path)["embeds"]
+    save_file({"embeds": embeds}, path, {"checksum": embedding_cache._checksum(path.stem, embeds)})
+
+
 def flip(tensor: torch.Tensor) -> torch.Tensor:
     tensor[0, 0] += 0.01
     return tensor
@@ -212,6 +227,9 @@ ENTRIES: dict[str, Callable[[Path], object]] = {
     "fewer tokens": lambda path: rewrite(path, lambda x: x[:-1]),
     "not a number": lambda path: rewrite(path, lambda x: x * float("nan")),
     "integers": lambda path: rewrite(path, lambda x: x.long()),
+    "another width, with its checksum": lambda path: forge(path, lambda x: x[:, :-1]),
+    "float8, with its checksum": lambda path: forge(path, lambda x: x.to(torch.float8_e4m3fn)),
+    "integers, with their checksum": lambda path: forge(path, lambda x: x.long()),
     "one dimension": lambda path: rewrite(path, lambda x: x.flatten()),
     "no tensor": lambda path: save_file({"other": torch.ones(1)}, path),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
+from impasto.nn.devices import require_device
 from impasto.pipelines import placement as placement_module
 from impasto.pipelines.moving import Stay, Visit, block_lists, is_settled, methods_of
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
-from impasto.pipelines.placement import OneAtATime, PerPart, Resident, require_device, spread
+from impasto.pipelines.placement import OneAtATime, PerPart, Resident, spread
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_transformer, tiny_vae, write_pipeline
 

@@ -293,7 +293,7 @@ def test_wrong_dpm_options_are_refused(options: dict[str, Any], message: str) ->
 def test_ddim_wants_eta_between_0_and_1(eta: float) -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(2)
-    with pytest.raises(InputError, match="eta must be between 0"):
+    with pytest.raises(InputError, match="eta must be a finite number of 0 or more and of 1 or less"):
         scheduler.step(torch.zeros(1, 4), scheduler.timesteps[0], torch.zeros(1, 4), eta=eta)
 
 

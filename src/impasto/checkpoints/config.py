@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from ..files import make_folder, write_file
+from ..folders import saving
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -147,14 +148,22 @@ class Configurable:
         return read_json(Path(folder) / cls.config_name)
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
-        """Write the config file into ``folder``, readable by diffusers."""
+        """Write the config file into ``folder``, readable by diffusers.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with saving(folder) as staging:
+            write_json(staging / self.config_name, {"_class_name": type(self).__name__, **self._stored_config()})
+
+    def _stored_config(self) -> dict[str, Any]:
+        """What the config file says."""
         arguments = inspect.signature(type(self).__init__).parameters
-        values = {
+        return {
             name: value
             for name, value in self.config.items()
             if name not in self.ignored_config_keys or value != arguments[name].default
         }
-        write_json(Path(folder) / self.config_name, {"_class_name": type(self).__name__, **values})
 
 
 @contextmanager

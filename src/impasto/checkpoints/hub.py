@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checks import printable, shown, text
 from ..errors import CheckpointNotFoundError, HubError, InputError
+from ..files import plain_path
 
 #: Models that come with the package, by id.
 BUILTIN = {"builtin:scenes": "scenes/checkpoint"}
@@ -51,7 +52,8 @@ def resolve(
             f"the folder {printable(name[:200]) or repr(name)} does not exist. Give an existing folder, a hub id such "
             f"as PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, or {', '.join(BUILTIN)}."
         )
-    return _download(name, allow_patterns, revision, cache_dir, local_files_only, token)
+    cache = None if cache_dir is None else plain_path(cache_dir, InputError)
+    return _download(name, allow_patterns, revision, cache, local_files_only, token)
 
 
 def inside(root: Path, subfolder: str | None) -> Path:
@@ -71,7 +73,7 @@ def _download(
     repo_id: str,
     allow_patterns: Sequence[str] | None,
     revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
+    cache_dir: Path | None,
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
@@ -87,7 +89,7 @@ def _download(
             repo_id,
             allow_patterns=list(allow_patterns) if allow_patterns is not None else None,
             revision=revision,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
         )

@@ -8,11 +8,13 @@ from pathlib import PurePosixPath
 
 #: Which classes the components of a pipeline have.
 INDEX_NAME = "model_index.json"
+#: Such as fp16: a part of the names of weight files.
+VARIANT = r"\w[\w-]{0,63}"
 #: Weights of one component: one file, or shards with an index; ``variant`` is such as fp16.
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
-    r"(-\d+-of-\d+)?(\.(?P<variant>(?!safetensors|bin)\w+))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
-    r"(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+    rf"(-\d+-of-\d+)?(\.(?P<variant>(?!safetensors|bin){VARIANT}?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+    rf"(?P<index>\.index(\.(?P<index_variant>{VARIANT}))?\.json)?"
 )
 #: The files of tokenizers and processors: a save writes some of them, and those of an older one would mix with these.
 READER_FILES = frozenset(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..checks import is_out_of_memory, printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, InputError, WeightsMismatchError
 from .config import MOST_BYTES, parse_json, read_json
+from .layout import VARIANT
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 #: What the values of a model may be stored as.
@@ -66,7 +67,7 @@ def with_variant(filename: str, variant: str | None) -> str:
     """``model.safetensors`` -> ``model.fp16.safetensors``; an index gets it before ``.index``, as on the hub."""
     if variant is None:
         return filename
-    if not isinstance(variant, str) or not re.fullmatch(r"\w[\w-]{0,63}", variant):
+    if not isinstance(variant, str) or not re.fullmatch(VARIANT, variant):
         raise InputError(f"variant must be a short word in the names of files, such as 'fp16', not {shown(variant)}")
     stem, dot, suffix = filename.partition(".safetensors" if ".safetensors" in filename else ".bin")
     return f"{stem}.{variant}{dot}{suffix}" if not suffix else f"{stem}{dot}.index.{variant}.json"

@@ -62,8 +62,15 @@ def check_arguments(owner: str, arguments: Mapping[str, Any], init: Any) -> dict
         default = defaults.get(name)
         is_default = type(value) is type(default) and value == default
         found = value if is_default else check(f"{owner}: {name}", value, hints.get(name, Any))
-        checked[name] = list(found) if isinstance(found, tuple) else found
+        checked[name] = _as_written(value, found)
     return checked
+
+
+def _as_written(value: Any, found: Any) -> Any:
+    """What was found, with an int where an int stands for a float, so that a config is saved as it was."""
+    if isinstance(found, list | tuple):
+        return [_as_written(*pair) for pair in zip(value, found, strict=True)]
+    return value if type(value) is int else found
 
 
 @functools.cache
@@ -80,7 +87,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
     if kind in (typing.Union, types.UnionType):
         return _check_union(name, value, typing.get_args(hint))
     if kind is Literal:
-        if value not in typing.get_args(hint):
+        if not any(isinstance(value, type(option)) and value == option for option in typing.get_args(hint)):
             allowed = ", ".join(map(repr, typing.get_args(hint)))
             raise ConfigurationError(f"{name} must be one of {allowed}, not {shown(value)}")
         return value
@@ -91,8 +98,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
         return whole_number(name, value, int(least), int(most), error=ConfigurationError)
     if kind is float:
         least, most, above = bounds or _FLOAT
-        number = finite(name, value, least, most, above=above, error=ConfigurationError)
-        return value if type(value) is int else number
+        return finite(name, value, least, most, above=above, error=ConfigurationError)
     if kind is str:
         if not isinstance(value, str):
             raise ConfigurationError(f"{name} must be a text, not {shown(value)}")

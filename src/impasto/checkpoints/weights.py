@@ -6,6 +6,7 @@ file to its place in its final dtype, so that no second copy of the weights ever
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,11 +115,13 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What safetensors raises when a disk is full or forbidden, as the OSError that it is."""
+    """What Rust libraries raise when a disk is full or forbidden, as the OSError that it is."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(None, str(error)) from error
+    except Exception as error:
+        if isinstance(error, SafetensorError) or (type(error) is Exception and "(os error " in str(error)):
+            raise OSError(errno.EIO, str(error)) from error
+        raise
 
 
 def save_weights(

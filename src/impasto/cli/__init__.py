@@ -389,7 +389,7 @@ def _solver_name(scheduler: Any) -> str:
 
 
 def _generate(pipe: Any, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:
-    """An image of each prompt. Each has a generator of its own on the CPU, so it depends on neither batch nor device."""
+    """An image of each prompt, each with a generator of its own on the CPU: it depends on neither batch nor device."""
     import torch
 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]

@@ -18,6 +18,7 @@ from ..checkpoints.stored import Stored, describe, find_weight_files
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
 from ..folders import reading, saving
+from .devices import check_device
 
 
 class Model(Configurable, nn.Module):
@@ -86,7 +87,9 @@ class Model(Configurable, nn.Module):
         Raises:
             CheckpointError: the folder or a file is missing or damaged, or weights and config do not fit.
             ConfigurationError: the config holds values that cannot be used.
+            ResourceError: ``device`` is not there.
         """
+        target = check_device(device)
         root = hub.resolve(
             pretrained_model_name_or_path,
             allow_patterns=[f"{subfolder}/*" if subfolder else "*"],
@@ -102,7 +105,7 @@ class Model(Configurable, nn.Module):
                 model,
                 stored,
                 dtype=chosen,
-                device=device,
+                device=target,
                 rename=cls._rename_key,
                 keep_in_float32=cls.keep_in_float32,
             )

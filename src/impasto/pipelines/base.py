@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..checkpoints.stored import non_finite_parameter
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, ConfigurationError, InputError
+from ..files import plain_path
+from ..nn.devices import as_device, check_device, require_device
 from ..nn.module import parse_dtype, parse_size
 from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
@@ -31,10 +33,7 @@ from .placement import (
     PerPart,
     Placement,
     Resident,
-    as_device,
-    check_device,
     check_dtype,
-    require_device,
     spread,
 )
 from .placement import offload_device as _offload_device
@@ -171,7 +170,7 @@ class Pipeline:
                 named |= few
                 budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
                 if budget.device is not None:
-                    check_device(torch.device(budget.device))
+                    check_device(budget.device)
                 plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
                 planner.check_libraries(plan)
                 dtypes |= planner.load_dtypes(plan)
@@ -212,7 +211,7 @@ class Pipeline:
             raise InputError("safe_serialization=False would write pickles; only safetensors are written")
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         parts = {name: unwrapped(part) for name, part in self.components.items()}
-        saving.save_components(parts, Path(save_directory), type(self).__name__, variant, shard_bytes)
+        saving.save_components(parts, plain_path(save_directory), type(self).__name__, variant, shard_bytes)
 
     @classmethod
     def from_pipe(
@@ -538,7 +537,7 @@ class Pipeline:
             OutputError: the folder cannot be made.
         """
         limit = None if max_bytes is None else parse_size(max_bytes)
-        self.prompt_cache = EmbeddingCache(Path(folder), limit, self._source)
+        self.prompt_cache = EmbeddingCache(plain_path(folder), limit, self._source)
 
     def disable_prompt_cache(self) -> None:
         """Encode every prompt anew. What is in the folder stays there."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoints.config import read_json
+from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
 from .moving import unwrapped
@@ -85,12 +86,16 @@ class EmbeddingCache:
             return encode(texts)
         rows: dict[str, Tensor] = {}  # [tokens, C], without padding
         missing = []
+        width = None if text_encoder is None else unwrapped(text_encoder).config.d_model
         for text in dict.fromkeys(texts):
-            found = self._read(self._path(encoder, text, length), length)
+            found = self._read(self._path(encoder, text, length), length, width)
             if found is None:
                 missing.append(text)
             else:
                 rows[text] = found
+        if len({row.shape[1] for row in rows.values()}) > 1:
+            logger.warning("entries of %s have different widths; their prompts are encoded again", self.folder)
+            missing = [*dict.fromkeys(texts)]
         if missing:
             encoded = encode(missing)
             for text, embeds, mask in zip(missing, *encoded, strict=True):
@@ -131,15 +136,17 @@ class EmbeddingCache:
         key = json.dumps([encoder, text, length], ensure_ascii=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def _read(self, path: Path, length: int) -> Tensor | None:
+    def _read(self, path: Path, length: int, width: int | None) -> Tensor | None:
         if not path.is_file():
             return None
         try:
+            header = tensor_headers(path)["embeds"]
+            fits = len(header.shape) == 2 and 0 < header.shape[0] <= length and width in (None, header.shape[1])
+            if not fits or header.dtype not in FLOATS:
+                raise CheckpointError(f"a tensor of {header.dtype} {list(header.shape)}")
             with safe_open(path, framework="pt") as file:
                 embeds: Tensor = file.get_tensor("embeds").clone()  # no file that is removed must stay mapped
                 stored = file.metadata() or {}
-            if embeds.ndim != 2 or not 0 < len(embeds) <= length or not embeds.is_floating_point():
-                raise CheckpointError(f"a tensor of shape {list(embeds.shape)}")
             if stored.get("checksum") != _checksum(path.stem, embeds):
                 raise CheckpointError("its checksum is another one")
             if not bool(embeds.isfinite().all()):

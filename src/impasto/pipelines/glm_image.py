@@ -20,6 +20,7 @@ from torch import Tensor
 from ..checks import shown, whole_number
 from ..errors import InputError
 from ..models.glm_image import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
+from ..nn.devices import as_device, check_device
 from ..nn.module import parse_dtype
 from ..nn.noise import draw_noise
 from . import inputs, limits
@@ -29,7 +30,7 @@ from .glm_image_prior import PriorTokens, generate_prior, reference_picture, tok
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
 from .moving import unwrapped
-from .placement import OneAtATime, as_device, check_device, check_dtype
+from .placement import OneAtATime, check_dtype
 from .text import EncodedTexts
 
 
@@ -202,6 +203,7 @@ class GlmImagePipeline(Pipeline):
         images = images_of_prompts(image, count)
         default = self.default_sample_size * self.vae_scale_factor
         texts, height, width = plan_size(prompts, height, width, images, default)
+        height, width = int(height), int(width)  # NumPy's numbers are checked as whole ones, and stay what they were
         per_prompt, batch = inputs.count_images(count, num_images_per_prompt)
         generators = inputs.check_generator(generator, batch)
         rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -310,7 +312,8 @@ class GlmImagePipeline(Pipeline):
         """
         processor = self._require("processor")
         prompts = inputs.list_of_texts("prompt", prompt)
-        check_sides(whole_number("height", height), whole_number("width", width))
+        height, width = whole_number("height", height), whole_number("width", width)
+        check_sides(height, width)
         num_images_per_prompt, batch = inputs.count_images(len(prompts), num_images_per_prompt)
         images = images_of_prompts(image, len(prompts))
         images = None if images is None else [[reference_picture(one) for one in row] for row in images]

@@ -7,8 +7,10 @@ of 32 x 32 pixels; the transformer's are of 16 x 16, so each stands for four of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from ..checkpoints.foreign.errors import translated
+from ..checks import shown
 from ..errors import InputError
 from .image_inputs import as_batch, normalize, to_rgb
 from .prior_decoder import PriorDecoder, Sampling
@@ -72,6 +76,10 @@ def reference_picture(image: Any) -> Image.Image:
         raise InputError(
             f"an image of {image.width} x {image.height} pixels is too small to refer to: 32 x 32 at least"
         )
+    if max(size) > 4 * min(size):
+        raise InputError(
+            f"an image of {image.width} x {image.height} pixels is too long to refer to: at most 4 times the other side"
+        )
     rgb = to_rgb(image)
     return rgb if rgb.size == size else rgb.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
@@ -103,6 +111,12 @@ def generate_prior(
         packed: whether memory may be taken for copies of the weights that are read faster.
         check: sees the first scores of some images, before anything is sampled.
     """
+    for i, prompt in enumerate(prompts):
+        if processor.image_token in prompt:
+            raise InputError(
+                f"prompt[{i}] must not contain {processor.image_token}, which stands for an image, and is "
+                f"{shown(prompt)}; give images as image"
+            )
     read = [
         _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
     ]
@@ -138,7 +152,19 @@ def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images
     frame = [config.image_start_token_id, config.image_token_id, config.image_end_token_id]
     text = "".join(processor.tokenizer.convert_ids_to_tokens(frame)) * len(images) + prompt
     options = {"text": [text], "target_h": size[0], "target_w": size[1], "return_tensors": "pt"}
-    given = processor(images=list(images) or None, **options).to(model.device)
+    with _used(processor.tokenizer.name_or_path, "GlmImageProcessor"):
+        given = processor(images=list(images) or None, **options).to(model.device)
+    with _used(config.name_or_path, "GlmImageForConditionalGeneration"):
+        return _with_images(model, given, images)
+
+
+def _used(path: str, name: str) -> AbstractContextManager[None]:
+    """What transformers raises of a component, where its files pass every check, is an error of ours."""
+    return translated(name, Path(path or name), done="used")
+
+
+def _with_images(model: Any, given: Mapping[str, Tensor], images: Sequence[Image.Image]) -> _Read:
+    """What the processor made of a prompt, with the tokens of the images that it refers to."""
     tokens, all_grids = given["input_ids"], given["image_grid_thw"]
     grids = all_grids[: len(images)]
     # The picture itself, and behind it the small one, which is drawn first.

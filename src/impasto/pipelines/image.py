@@ -19,11 +19,11 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
-from ..checks import shown, whole_number
+from ..checks import finite, shown, whole_number
 from ..errors import InputError, OutputError
-from ..files import write_file
+from ..files import plain_path, write_file
 from . import limits
-from .image_inputs import as_batch, load_image, normalize, to_rgb
+from .image_inputs import as_batch, check_arrays, load_image, normalize, to_rgb
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
@@ -114,6 +114,7 @@ class ImageProcessor(Configurable):
             ]
             return normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
 
+        check_arrays(images)
         batches = [as_batch(x) for x in images]
         if len({batch.shape[1:] for batch in batches}) > 1:
             shapes = ", ".join(str(list(batch.shape)) for batch in batches)
@@ -252,22 +253,22 @@ class GenerationSettings:
         *lines, last = text.rstrip("\n").split("\n")
         if len(last) > limits.CHARACTERS:
             raise InputError(f"the text holds no settings: its last line has {len(last):,} characters")
-        entries = {name.strip(): _unquoted(value) for name, value in _ENTRY.findall(last)}
         try:
-            steps = int(entries.pop("Steps"))
+            entries = {name.strip(): _unquoted(value) for name, value in _ENTRY.findall(last)}
+            steps = whole_number("Steps", int(entries.pop("Steps")), 0, limits.STEPS)
             guidance_scale = entries.pop("CFG scale", None)
             seed = entries.pop("Seed", None)
             width, _, height = entries.pop("Size", "").partition("x")
-            start = int(entries.pop(_NEGATIVE_FROM, _first_marker(lines)))
+            start = whole_number(_NEGATIVE_FROM, int(entries.pop(_NEGATIVE_FROM, _first_marker(lines))), 0, len(lines))
             return cls(
                 prompt="\n".join(lines[: start - 1] if start else lines),
                 negative_prompt="\n".join(lines[start - 1 :])[len(_NEGATIVE) :] if start else "",
                 steps=steps,
                 sampler=entries.pop("Sampler", None),
-                guidance_scale=None if guidance_scale is None else float(guidance_scale),
-                seed=None if seed is None else int(seed),
-                height=int(height) if height else None,
-                width=int(width) if width else None,
+                guidance_scale=None if guidance_scale is None else finite("CFG scale", float(guidance_scale)),
+                seed=None if seed is None else whole_number("Seed", int(seed), -(2**63), 2**64 - 1),
+                height=whole_number("Size", int(height), most=limits.PIXELS) if height else None,
+                width=whole_number("Size", int(width), most=limits.PIXELS) if width else None,
                 model=entries.pop("Model", None),
                 extra=entries,
             )
@@ -302,13 +303,13 @@ _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 
 def check_picture_path(path: str | os.PathLike[str]) -> None:
     """Raise OutputError if a picture could not be written to ``path``: worth knowing before hours of work."""
-    path = Path(path)
+    path = plain_path(path)
     if path.suffix.lower() not in _FORMATS:
         kinds = ", ".join(_FORMATS)
         raise OutputError(f"the extension of {path} is not one of a picture; give it one of: {kinds}")
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes names of any length
         raise OutputError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"the folder {path.parent} does not exist; create it or choose another")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {path.parent} is not writable; allow it or choose another")
@@ -326,6 +327,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], settings: Gen
     """
     check_picture_path(path)
     path = Path(path)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"save_picture takes a PIL image, not a {type(image).__name__}")
     try:
         content = _encode_picture(image, _FORMATS[path.suffix.lower()], settings)
     except (ValueError, OSError) as error:
@@ -370,5 +373,5 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
         else:
             text = comment.removeprefix(_ASCII).decode("utf-8", "replace")
     if not isinstance(text, str):
-        raise InputError(f"{shown(os.fspath(path), 200)} holds no generation settings")
+        raise InputError(f"{shown(str(path), 200)} holds no generation settings")
     return GenerationSettings.from_text(text)

@@ -6,8 +6,11 @@ A file is looked at before it is opened and measured before it is decoded, and o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import stat
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,8 +18,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  (known to Pillow when imported)
 from torch import Tensor
 
+from ..checkpoints.stored import FLOATS
 from ..checks import shown
 from ..errors import ImpastoError, InputError
+from ..files import plain_path
 from . import limits
 
 logger = logging.getLogger("impasto")
@@ -32,6 +37,9 @@ _KINDS = {
 }
 #: How far floats may lie outside of their range: a trace of rounding, not another range.
 _ROUNDING = 0.01
+#: Of all images of a call: eight of the largest, in grey.
+_MOST_VALUES = 8 * limits.PIXELS
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -45,6 +53,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def load_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     """The first image of a file, decoded, in the mode that the file has; ``info`` holds its texts."""
+    path = plain_path(path, InputError)
     try:
         with _regular_file(path) as file, Image.open(file, formats=FORMATS) as image:
             _check_pixels(image.size)
@@ -54,17 +63,26 @@ def load_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         problem = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else _reason(error)
-        raise InputError(f"{shown(os.fspath(path), 200)} cannot be read as an image: {problem}") from error
+        raise InputError(f"{shown(str(path), 200)} cannot be read as an image: {problem}") from error
 
 
-def _regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+def _regular_file(path: Path) -> BinaryIO:
     """Open what is a file on a disk and of a sensible size: reading anything else may block or never end."""
-    found = os.stat(path)
+    _check_file(os.stat(path))  # opening a device may itself have effects
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_file(os.fstat(descriptor))  # it may be another one by now
+    except InputError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _check_file(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'not a file')}; give a file")
     if found.st_size > limits.FILE_BYTES:
         raise InputError(f"it has {found.st_size:,} bytes, and at most {limits.FILE_BYTES:,} are read")
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
@@ -120,27 +138,44 @@ def as_batch(image: Any) -> Tensor:
     Raises:
         InputError: another shape, too many pixels, or values that are not real numbers in memory.
     """
-    if not 2 <= image.ndim <= 4:
-        raise InputError(f"an image has 2 to 4 dimensions, not the shape {list(image.shape)}")
+    check_arrays([image])
     if isinstance(image, Tensor):
-        if image.is_meta or image.layout != torch.strided or image.is_complex() or image.dtype == torch.bool:
-            kind = "meta" if image.is_meta else f"{image.layout}, {image.dtype}"
-            raise InputError(f"an image must be a dense tensor of floats or integers, not {kind}")
         image = image if image.is_floating_point() or image.dtype == torch.uint8 else image.long()
         image = image[None] if image.ndim == 2 else image
         batch: Tensor = image[None] if image.ndim == 3 else image
     else:
-        if image.dtype.kind not in "uif":
-            raise InputError(f"an image must be an array of floats or integers, not {image.dtype}")
         plain = {"u": np.int64, "i": np.int64, "f": np.float64 if image.itemsize > 4 else np.float32}
         array = image if image.dtype == np.uint8 else image.astype(plain[image.dtype.kind])
         array = array[..., None] if array.ndim == 2 else array
         array = array[None] if array.ndim == 3 else array
         batch = torch.from_numpy(np.array(array.transpose(0, 3, 1, 2)))
-    if batch.numel() == 0:
-        raise InputError(f"an image of shape {list(image.shape)} is empty")
-    _check_pixels((batch.shape[3], batch.shape[2]))
     return batch
+
+
+def check_arrays(images: Sequence[Any]) -> None:
+    """Whether arrays and tensors are images, before any of them is copied: one that repeats values can claim any size.
+
+    Raises:
+        InputError: as ``as_batch``.
+    """
+    for image in images:
+        if isinstance(image, Tensor):
+            name = str(image.dtype).removeprefix("torch.")
+            if image.is_meta or image.is_nested or image.layout != torch.strided or name not in (*FLOATS, *_INTEGERS):
+                kind = "meta" if image.is_meta else f"{image.layout}, {image.dtype}"
+                raise InputError(f"an image must be a dense tensor of floats or integers, not {kind}")
+        elif image.dtype.kind not in "uif":
+            raise InputError(f"an image must be an array of floats or integers, not {image.dtype}")
+        shape = list(image.shape)
+        if not 2 <= len(shape) <= 4:
+            raise InputError(f"an image has 2 to 4 dimensions, not the shape {shape}")
+        if 0 in shape:
+            raise InputError(f"an image of shape {shape} is empty")
+        height, width = shape[-2:] if isinstance(image, Tensor) or len(shape) == 2 else shape[-3:-1]
+        _check_pixels((width, height))
+    values = sum(math.prod(image.shape) for image in images)
+    if values > _MOST_VALUES:
+        raise InputError(f"images of {values:,} values are too large; at most {_MOST_VALUES:,} are taken at once")
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ from torch import Tensor
 from ..checks import finite, shown, whole_number
 from ..errors import InputError
 from ..models.pixart import PixArtContext, PixArtTransformer2DModel
+from ..nn.devices import as_device
 from ..nn.noise import draw_noise
 from . import inputs, limits
 from .base import ImagePipelineOutput, Pipeline, unwrapped
 from .compiling import TEXT_MULTIPLE
 from .families import ALPHA, SIGMA, Family, mixtures
 from .image import ImageProcessor
-from .placement import as_device
 from .resolution import resize_and_crop
 from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 

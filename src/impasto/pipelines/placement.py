@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..checks import shown
 from ..errors import InputError, ResourceError
+from ..nn.devices import as_device
 from ..nn.module import parse_size
 from .moving import Stay, Visit, device_of, is_settled
 
@@ -166,51 +166,7 @@ def spread(
     return {name: found[name] for name in sizes}
 
 
-def as_device(device: torch.device | str | int) -> torch.device:
-    """The device of this name or number, on this machine or not.
-
-    Raises:
-        InputError: no name of a device.
-        ResourceError: no device has this number.
-    """
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as problem:
-        error = ResourceError if isinstance(device, int) else InputError
-        raise error(f"there is no device {shown(device)}; this machine has {', '.join(_devices())}") from problem
-
-
-def require_device(device: torch.device | str | int) -> torch.device:
-    """The device, if this machine has it.
-
-    Raises:
-        InputError: no name of a device.
-        ResourceError: it is not there.
-    """
-    chosen = as_device(device)
-    if chosen.type not in ("cpu", "meta") and f"{chosen.type}:{chosen.index or 0}" not in _devices():
-        raise ResourceError(f"the device {chosen} is not available; this machine has {', '.join(_devices())}")
-    return chosen
-
-
-def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return ["cpu"]
-    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-
-
 # --- devices and dtypes ---
-
-
-def check_device(device: torch.device) -> None:
-    """Refuse an accelerator that is not there, before anything is moved.
-
-    Raises:
-        ResourceError: the message lists what is there.
-    """
-    if device.type in ("cuda", "mps", "xpu"):  # others come with libraries of their own
-        require_device(device)
 
 
 def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.layout import INDEX_NAME, superseded
+from ..checkpoints.stored import with_variant
 from ..checkpoints.weights import disk_errors
 from ..folders import saving
 from ..nn.module import Model
@@ -32,8 +33,10 @@ def save_components(
     """Write every component into its folder, and the index: all of them replace those of an earlier save together.
 
     Raises:
+        InputError: a variant that cannot be in the name of a file.
         OutputError: the folder cannot be written. It is then as it was.
     """
+    with_variant(".safetensors", variant)  # refused before anything is written
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION}
     with saving(root, superseded) as staging, disk_errors():
         for name, component in components.items():

@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
@@ -14,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import hub
-from ..checkpoints.config import Config, Configurable, naming, records_config, write_json
-from ..checks import shown, whole_number
+from ..checkpoints.config import Config, Configurable, naming, records_config
+from ..checks import finite, shown, whole_number
 from ..errors import ConfigurationError, InputError
 from ..folders import reading
+from ..nn.devices import check_device
 from ..nn.outputs import keyed
 from .noise_schedule import BETA_SCHEDULES, rescale_zero_terminal_snr
+from .predictions import require_tensors
 
 P = ParamSpec("P")
 S = TypeVar("S", bound="Scheduler")
@@ -126,9 +127,8 @@ class Scheduler(Configurable):
         """Write ``scheduler_config.json`` into the folder, readable by diffusers."""
         self.save_config(save_directory)
 
-    def save_config(self, folder: str | os.PathLike[str]) -> None:
-        values = {name: value for name, value in self.config.items() if name != DEFAULTED}
-        write_json(Path(folder) / self.config_name, {"_class_name": type(self).__name__, **values})
+    def _stored_config(self) -> dict[str, Any]:
+        return {name: value for name, value in self.config.items() if name != DEFAULTED}
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
@@ -189,6 +189,9 @@ class Scheduler(Configurable):
     def _count_steps(self, num_inference_steps: int) -> int:
         return whole_number("num_inference_steps", num_inference_steps, 1, len(self))
 
+    def _check_device(self, device: torch.device | str | None) -> torch.device | None:
+        return None if device is None else check_device(device)
+
     def _one_of(self, **given: object) -> None:
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
@@ -202,15 +205,15 @@ class Scheduler(Configurable):
         A loop over ``timesteps`` yields views of it: their offsets tell them apart, even equal ones, without
         waiting for the device.
         """
+        _check_timestep(timestep)
         if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise InputError(f"step takes one timestep for the whole batch, not shape {tuple(timestep.shape)}")
             table = self._timesteps
             if timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr():
                 place = int(timestep.storage_offset()) - int(table.storage_offset())
                 if 0 <= place < len(self._timestep_values):
                     return self._timestep_values[place], place
             timestep = timestep.item()
+            finite("timestep", timestep)
         values = self._timestep_values
         return timestep, values.index(timestep) if timestep in values else None
 
@@ -218,7 +221,7 @@ class Scheduler(Configurable):
         """alphas_cumprod at a timestep, a scalar in float32: its rounding is part of published results."""
         if timestep != int(timestep) or not 0 <= timestep < len(self._alpha_bars):
             raise InputError(
-                f"timestep must be a whole number from 0 to {len(self._alpha_bars) - 1}, not {timestep!r}; "
+                f"timestep must be a whole number from 0 to {len(self._alpha_bars) - 1}, not {shown(timestep)}; "
                 f"iterate over scheduler.timesteps"
             )
         return self._alpha_bars[int(timestep)]
@@ -251,6 +254,7 @@ class Scheduler(Configurable):
 
     def _alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, [B, 1, ...] in float32: 1 - alpha² vanishes in less."""
+        require_tensors(samples=like, timesteps=timesteps)
         if timesteps.is_floating_point():
             raise InputError(f"timesteps must be whole numbers (torch.long), not {timesteps.dtype}")
         if timesteps.device.type == "cpu" and not bool(((timesteps >= 0) & (timesteps < len(self))).all()):
@@ -278,7 +282,7 @@ class CountingScheduler(Scheduler):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin with this step, whatever the first timestep is (image to image)."""
-        self._begin_index = begin_index
+        self._begin_index = whole_number("begin_index", begin_index, 0)
 
     def _restart(self) -> None:
         self._step_index = self._begin_index = None
@@ -287,6 +291,7 @@ class CountingScheduler(Scheduler):
         """The index of the step being taken."""
         steps = len(self._timestep_values)
         self._require_timesteps()
+        _check_timestep(timestep)
         if self._step_index is None:
             self._step_index = self._begin_index if self._begin_index is not None else self._first_step(timestep)
         if not 0 <= self._step_index < steps:
@@ -299,5 +304,15 @@ class CountingScheduler(Scheduler):
             distances = [abs(value - other) for other in self._timestep_values]
             place = distances.index(min(distances))
             if not distances[place] < 1:
-                raise InputError(f"timestep {value} is not in the schedule: {self._timestep_values}")
+                raise InputError(f"timestep {shown(value)} is not in the schedule: {self._timestep_values}")
         return place
+
+
+def _check_timestep(timestep: int | float | Tensor) -> None:
+    """Refuse what is no timestep, as far as that is known without waiting for a device."""
+    if not isinstance(timestep, Tensor):
+        finite("timestep", timestep)
+    elif timestep.numel() != 1:
+        raise InputError(f"step takes one timestep for the whole batch, not shape {tuple(timestep.shape)}")
+    elif timestep.is_meta or timestep.layout != torch.strided:
+        raise InputError(f"timestep must be a number, or a tensor that holds one, not {shown(timestep)}")

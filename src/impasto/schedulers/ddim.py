@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..checkpoints.values import Offset, Scale, Share, Steps
+from ..checks import finite
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
@@ -78,6 +79,7 @@ class DDIMScheduler(Scheduler):
         Raises:
             InputError: fewer than 1 or more than num_train_timesteps.
         """
+        device = self._check_device(device)
         steps = self._count_steps(num_inference_steps)
         config = self.config
         timesteps = spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset)
@@ -112,8 +114,7 @@ class DDIMScheduler(Scheduler):
         """
         steps = self._require_timesteps()
         require_same_shape(model_output, sample)
-        if not 0 <= eta <= 1:
-            raise InputError(f"eta must be between 0 (deterministic) and 1 (DDPM), not {eta!r}")
+        eta = finite("eta", eta, 0, 1)
         if eta > 0 and variance_noise is not None and generator is not None:
             raise InputError("give either generator or variance_noise, not both: each decides the noise")
         t, _ = self._locate(timestep)

@@ -10,12 +10,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..checkpoints.values import Offset, Scale, Share, Steps
+from ..checks import shown
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from .base import Scheduler, records_arguments
 from .noise_schedule import custom_timesteps, spaced_timesteps
-from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape
+from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape, require_tensors
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -90,6 +91,7 @@ class DDPMScheduler(Scheduler):
         Raises:
             InputError: both or neither; a number of steps out of range; timesteps that do not descend.
         """
+        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps)
         config = self.config
         if timesteps is not None:
@@ -112,7 +114,7 @@ class DDPMScheduler(Scheduler):
         if self.num_inference_steps is None:
             return int(value) - 1
         if place is None:
-            raise InputError(f"timestep {value} is not in the schedule: {self._timestep_values}")
+            raise InputError(f"timestep {shown(value)} is not in the schedule: {self._timestep_values}")
         return int(self._timestep_values[place + 1]) if place + 1 < len(self._timestep_values) else -1
 
     def step(
@@ -135,9 +137,10 @@ class DDPMScheduler(Scheduler):
         Raises:
             InputError: a timestep that is not in the schedule, shapes that do not fit.
         """
-        channels = sample.shape[1]
+        require_tensors(model_output=model_output, sample=sample)
         learned = None
-        if self.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * channels:
+        doubled = min(sample.ndim, model_output.ndim) > 1 and model_output.shape[1] == 2 * sample.shape[1]
+        if self.variance_type in ("learned", "learned_range") and doubled:
             model_output, learned = model_output.chunk(2, dim=1)
         require_same_shape(model_output, sample)
         t, _ = self._locate(timestep)

@@ -39,6 +39,7 @@ from .predictions import (
     predicted_noise,
     predicted_original,
     require_same_shape,
+    require_tensors,
 )
 
 #: Names that configs of related schedulers use -> what this one does instead.
@@ -188,6 +189,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
                 descend or are out of range; timesteps where the config spaces noise levels; mu without
                 use_dynamic_shifting.
         """
+        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if mu is not None:
             if not self.config.use_dynamic_shifting:
@@ -283,7 +285,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             InputError: no schedule yet, all steps taken, shapes that do not fit.
         """
         index = self._this_step(timestep)
-        if self.config.variance_type in ("learned", "learned_range"):
+        require_tensors(model_output=model_output, sample=sample)
+        if self.config.variance_type in ("learned", "learned_range") and min(sample.ndim, model_output.ndim) > 1:
             model_output = model_output[:, : sample.shape[1]]
         require_same_shape(model_output, sample)
         dtype, working = common_dtypes(sample, model_output)

@@ -109,6 +109,7 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         Raises:
             InputError: nothing to choose by, lists of different lengths or of other numbers, or mu missing.
         """
+        device = self._check_device(device)
         if self.config.use_dynamic_shifting and mu is None:
             raise InputError("this scheduler shifts by the size of a picture (use_dynamic_shifting): give mu")
         total = self.config.num_train_timesteps

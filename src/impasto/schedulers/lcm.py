@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..checkpoints.values import Count, Offset, Scale, Share, Steps
+from ..checks import finite, whole_number
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
@@ -99,16 +100,13 @@ class LCMScheduler(CountingScheduler):
         Raises:
             InputError: both or neither; more steps than the distillation schedule has; timesteps that do not descend.
         """
+        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps)
         original = original_inference_steps
         if original is None:
             original = self.config.original_inference_steps
-        if not 1 <= original <= len(self):
-            raise InputError(
-                f"original_inference_steps must be from 1 to num_train_timesteps={len(self)}, not {original}"
-            )
-        if not 0 < strength <= 1:
-            raise InputError(f"strength must be above 0 and at most 1, not {strength!r}")
+        original = whole_number("original_inference_steps", original, most=len(self))
+        strength = finite("strength", strength, most=1, above=0)
         distilled = np.arange(1, int(original * strength) + 1) * (len(self) // original) - 1  # ascending
         if timesteps is not None:
             schedule = custom_timesteps(timesteps, len(self), whole=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import shown
 from ..errors import InputError
 
 
@@ -51,7 +52,18 @@ def common_dtypes(sample: Tensor, prediction: Tensor) -> tuple[torch.dtype, torc
     return result, torch.promote_types(result, torch.float32)
 
 
+def require_tensors(**given: object) -> None:
+    """Refuse what is not a tensor [B, ...]."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} must be a tensor [B, ...], not {shown(value)}")
+
+
 def require_same_shape(prediction: Tensor, sample: Tensor) -> None:
+    require_tensors(model_output=prediction, sample=sample)
+    for name, tensor in (("model_output", prediction), ("sample", sample)):
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise InputError(f"{name} must be a dense tensor of floating-point numbers, not {tensor.dtype}")
     if prediction.shape != sample.shape:
         raise InputError(
             f"model_output has shape {tuple(prediction.shape)} and sample {tuple(sample.shape)}; they must be equal. "

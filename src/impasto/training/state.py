@@ -41,12 +41,6 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, unless it advises to load without protection."""
-    first = str(error).partition("\n")[0]
-    return type(error).__name__ if "weights_only" in first else f"{type(error).__name__}: {shown(first, 200)}"
-
-
 def section(path: Path, state: Mapping[str, Any], name: str, kind: type[Any] = dict) -> Any:
     """An entry of a state.
 
@@ -101,8 +95,12 @@ def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], o
             into[name].copy_(tensor)
 
 
+#: What the optimizers here remember of each parameter.
+_MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
 def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stored: Any) -> None:
-    """Load the states of optimizers, each checked against the shapes of its parameters.
+    """Load the moments of optimizers; rates, decays and the like are those of this training.
 
     Raises:
         CheckpointError: they are of other parameters or other optimizers.
@@ -111,13 +109,18 @@ def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stor
         for optimizer, state in zip(optimizers, stored, strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for index, moments in state["state"].items():
-                shapes = {tuple(x.shape) for x in moments.values() if isinstance(x, Tensor) and x.ndim}
-                if shapes - {tuple(parameters[index].shape)}:
-                    raise ValueError(f"shapes {sorted(shapes)} for a parameter {list(parameters[index].shape)}")
-            optimizer.load_state_dict(state)
+                if set(moments) != _MOMENTS[type(optimizer).__name__]:
+                    raise ValueError(f"{shown(sorted(moments))} of a {type(optimizer).__name__}")
+                for name, moment in moments.items():
+                    shape = () if name == "step" else tuple(parameters[index].shape)
+                    if not is_dense(moment) or tuple(moment.shape) != shape or not moment.is_floating_point():
+                        raise ValueError(f"{name} of shape {tuple(moment.shape)} for a parameter {list(shape)}")
+            own = optimizer.state_dict()
+            optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} holds the optimizers of another training ({_reason(error)}); delete it to start again"
+            f"{path} holds the optimizers of another training ({type(error).__name__}: {shown(str(error), 200)}); "
+            f"delete it to start again"
         ) from error
 
 

@@ -329,12 +329,14 @@ def test_warnings_are_printed_where_nothing_is_raised(capfd: pytest.CaptureFixtu
         (KeyboardInterrupt("x"), KeyboardInterrupt, "x"),
         (SystemExit("x"), SystemExit, "x"),
         (ConfigurationError("x"), ConfigurationError, "x"),
-        (ModuleNotFoundError("no", name="bitsandbytes"), MissingDependencyError, "folder needs bitsandbytes"),
+        (ModuleNotFoundError("no", name="x"), CheckpointError, "folder cannot be loaded as T5. Download"),
+        (ModuleNotFoundError("no", name="bitsandbytes"), MissingDependencyError, "folder is quantized"),
     ],
     ids=lambda case: type(case).__name__ if isinstance(case, BaseException) else "",
 )
 def test_what_the_libraries_raise(error: BaseException, expected: type[BaseException], message: str) -> None:
-    with pytest.raises(expected) as caught, translated("T5", Path("folder")):
+    quantized = expected is MissingDependencyError
+    with pytest.raises(expected) as caught, translated("T5", Path("folder"), quantized=quantized):
         raise error
     assert type(caught.value) is expected
     assert message in str(caught.value)

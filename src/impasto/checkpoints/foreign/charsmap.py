@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Bytes that one character may become: the longest of Unicode's compatibility forms takes 33.
-MOST_GROWTH = 256
+MOST_GROWTH = 64
 
 _Units = NDArray[np.int64]
 

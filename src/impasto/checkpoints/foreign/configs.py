@@ -26,7 +26,9 @@ Activation = Literal["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 Colours = Annotated[Sequence[Annotated[float, Bounds(-10, 10)]], Bounds(3, 3)]
 Spreads = Annotated[Sequence[Annotated[float, Bounds(1e-3, 10)]], Bounds(3, 3)]
-Pixels = Annotated[int, Bounds(1, 2**28)]
+Pixels = Annotated[int, Bounds(1, 2**24)]
+#: Patches to a token, along a side or in time.
+Merge = Annotated[int, Bounds(1, 8)]
 
 T5: Table = {
     "vocab_size": Tokens,
@@ -89,7 +91,7 @@ GLM_IMAGE: Table = {
         "in_channels": Count,
         "image_size": Count,
         "patch_size": Patch,
-        "spatial_merge_size": Patch,
+        "spatial_merge_size": Merge,
         "intermediate_size": Width,
         "initializer_range": Share,
         "layer_norm_eps": Epsilon,
@@ -129,8 +131,8 @@ IMAGES: Table = {
     "image_mean": Colours | None,
     "image_std": Spreads | None,
     "patch_size": Patch,
-    "temporal_patch_size": Patch,
-    "merge_size": Patch,
+    "temporal_patch_size": Merge,
+    "merge_size": Merge,
     "min_pixels": Pixels | None,
     "max_pixels": Pixels | None,
     "size": {"shortest_edge": Pixels, "longest_edge": Pixels},
@@ -154,6 +156,7 @@ _TORCHAO: Table = {
             "_type": Literal[
                 "Int8WeightOnlyConfig",
                 "Int4WeightOnlyConfig",
+                "IntxWeightOnlyConfig",
                 "Float8WeightOnlyConfig",
                 "Int8DynamicActivationInt8WeightConfig",
                 "Float8DynamicActivationFloat8WeightConfig",
@@ -182,6 +185,8 @@ _TORCHAO_TYPES = (
     "Float8PackingFormat",
     "Int4ChooseQParamsAlgorithm",
     "Int8PackingFormat",
+    "IntxPackingFormat",
+    "IntxChooseQParamsAlgorithm",
 )
 _QUANTIZATIONS: Mapping[str, Table] = {"bitsandbytes": _BITSANDBYTES, "torchao": _TORCHAO}
 
@@ -210,6 +215,28 @@ def known_values(where: str, content: Mapping[str, Any], table: Table) -> dict[s
     return found
 
 
+def read_image_settings(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """How a processor prepares images. ``where`` comes in front of a key's name in messages.
+
+    Raises:
+        ConfigurationError: a value is of another type or out of its range, or the smallest size is above the largest.
+    """
+    values = known_values(where, content, IMAGES)
+    found = {key: value for key, value in values.items() if value not in (None, {})}
+    size = found.get("size", {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+    edges = []
+    for key, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        if name not in found and key not in size:
+            raise ConfigurationError(f"{where}size must have a shortest_edge and a longest_edge, not {shown(size)}")
+        edges.append(found.get(name, size.get(key)))
+    if edges[0] > edges[1]:
+        raise ConfigurationError(
+            f"{where}the smallest size (min_pixels, or size.shortest_edge) must not be above the largest (max_pixels, "
+            f"or size.longest_edge), and they are {edges[0]} and {edges[1]}"
+        )
+    return found
+
+
 def read_model_config(path: Path, table: Table, model_types: Sequence[str]) -> dict[str, Any]:
     """The arguments of a model's config in transformers: known values, the dtype and how it was quantized.
 
@@ -225,6 +252,8 @@ def read_model_config(path: Path, table: Table, model_types: Sequence[str]) -> d
             f"not {shown(model_type)}"
         )
     values = known_values(f"{path}: ", content, table)
+    if values.get("text_config", {}).get("pad_token_id", 0) is None:  # for transformers none is one that is not there
+        del values["text_config"]["pad_token_id"]
     dtype = check(f"{path}: dtype", content.get("dtype", content.get("torch_dtype")), Dtype | None)
     _check_relations(path, values)
     quantization = _quantization(path, content)

@@ -16,15 +16,18 @@ from ...errors import CheckpointError, ImpastoError, MissingDependencyError
 
 
 @contextmanager
-def translated(what: str, path: Path, *, quantized: bool = False) -> Iterator[None]:
-    """Whatever the libraries raise is an error of ours. They advise what does not help here, so little is quoted."""
+def translated(what: str, path: Path, *, quantized: bool = False, done: str = "loaded") -> Iterator[None]:
+    """Whatever the libraries raise is an error of ours. They advise what does not help here, so little is quoted.
+
+    ``path`` cannot be ``done`` as ``what``, it says.
+    """
     try:
         yield
     except (ImpastoError, MemoryError):
         raise
     except ImportError as error:
         if not quantized:
-            raise CheckpointError(f"{path} cannot be loaded as {what}. Download or save it again.") from error
+            raise CheckpointError(f"{path} cannot be {done} as {what}. Download or save it again.") from error
         raise MissingDependencyError(
             f"{path} is quantized, and the library that reads it is not installed: pip install 'impasto[quantize]'"
         ) from error
@@ -35,7 +38,7 @@ def translated(what: str, path: Path, *, quantized: bool = False) -> Iterator[No
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{path} cannot be loaded as {what}: {_fault(error)}. Download or save it again."
+            f"{path} cannot be {done} as {what}: {_fault(error)}. Download or save it again."
         ) from error
 
 

@@ -28,8 +28,9 @@ from ...errors import (
 from ..config import read_json
 from ..stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
 from . import configs
-from .configs import known_values, read_model_config, read_values
+from .configs import read_image_settings, read_model_config, read_values
 from .errors import held_back_stderr, translated
+from .quantized import check_bitsandbytes
 from .tokenizer_files import read_tokenizer_files
 
 logger = logging.getLogger("impasto")
@@ -132,6 +133,10 @@ def load_model(
     missing = [*report["missing_keys"], *(report["unexpected_keys"] if kind.strict else ())]
     if missing:
         raise _mismatch(folder, name, f"missing or left over are {listing(map(str, missing))}")
+    for key, layer in loaded.named_modules():
+        packed = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if packed is not None and tuple(packed.shape) != (layer.out_features, layer.in_features):
+            raise _mismatch(folder, name, f"misshapen are {listing([f'{key}.weight'])}")
     loaded.config.name_or_path = str(folder)
     return cast(nn.Module, loaded.eval())
 
@@ -150,6 +155,8 @@ def check_model(
     files = _weight_files(folder, variant, use_safetensors)
     stored = {name: tensor for name, tensor in describe(files).items() if not name.startswith(kind.ignored)}
     _check_layers(path, values, kind, stored)
+    if values.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
+        check_bitsandbytes(files, stored)
     return values, files, stored
 
 
@@ -329,6 +336,11 @@ def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -
             getattr(getattr(tokenizer, "image_processor", None), "patch_size", None),
             getattr(getattr(model.config, "vision_config", None), "patch_size", None),
         ),
+        (
+            "merge_size",
+            getattr(getattr(tokenizer, "image_processor", None), "merge_size", None),
+            getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", None),
+        ),
     ):
         if ours != theirs:
             raise CheckpointError(
@@ -344,8 +356,7 @@ def _image_settings(folder: Path) -> dict[str, Any]:
             content = read_json(path)
             nested = content.get("image_processor", content) if file == "processor_config.json" else content
             if isinstance(nested, Mapping) and nested.keys() & configs.IMAGES.keys():
-                found = known_values(f"{path}: ", nested, configs.IMAGES)
-                return {key: value for key, value in found.items() if value is not None}
+                return read_image_settings(f"{path}: ", nested)
     raise CheckpointNotFoundError(
         f"{folder} does not say how images are prepared: expected processor_config.json with an image_processor, or "
         f"preprocessor_config.json. {_AGAIN}"

@@ -21,7 +21,12 @@ from .charsmap import fault_of_charsmap
 from .configs import Table, TokenId, known_values
 
 MOST_TOKENS = 2**22
-MOST_BYTES = 200_000_000
+MOST_BYTES = 64_000_000
+#: Entries of lists and objects: each takes 100 bytes or so once it is read.
+MOST_ENTRIES = 2**22
+MOST_SENTENCEPIECE_BYTES = 8_000_000
+#: How many times as long all rules together may make a text.
+MOST_GROWTH = 128
 _LONGEST = 1000  # characters of a token or a regular expression
 
 _SETTINGS: Table = {
@@ -81,6 +86,8 @@ def _settings(path: Path) -> dict[str, Any]:
     content = read_json(path)
     where = f"{path}: "
     found = {**known_values(where, content, _SETTINGS), **_special_tokens(where, content)}
+    if found.get("model_max_length") is not None:
+        found["model_max_length"] = int(found["model_max_length"])
     if (stored := content.get("added_tokens_decoder")) is not None:
         entries = _object(f"{where}added_tokens_decoder", stored).items()
         found["added_tokens_decoder"] = {
@@ -133,6 +140,10 @@ def _token(where: str, value: Any) -> str | dict[str, Any]:
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:
+    data = _bytes(path, MOST_BYTES)
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_ENTRIES:
+        raise CheckpointError(f"{path} has more entries than the {MOST_ENTRIES} of the largest tokenizers")
+    del data
     content = read_json(path, most_bytes=MOST_BYTES)
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or len(added) > MOST_TOKENS:
@@ -143,10 +154,14 @@ def _tokenizer(path: Path) -> dict[str, Any]:
         token = _token(where, _object(where, entry))
         assert isinstance(token, dict)
         tokens.append({"id": check(f"{where}.id", entry.get("id"), TokenId), **token})
-    rules = {}
-    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        rules[name] = content.get(name)
-        _check_rules(f"{path}: {name}", rules[name])
+    rules = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+    for names in (("normalizer", "pre_tokenizer"), ("post_processor",), ("decoder",)):  # one after the other
+        growth = math.prod(_check_rules(f"{path}: {name}", rules[name]) for name in names)
+        if growth > MOST_GROWTH:
+            raise CheckpointError(
+                f"{path}: the rules of {' and '.join(names)} may make a text more than {MOST_GROWTH} times as long; "
+                f"download or save it again"
+            )
     # Truncation and padding are those of a call, not what the last one was before the file was saved.
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, **rules} | {
         "model": _model(f"{path}: model", content.get("model"))
@@ -208,9 +223,11 @@ def _check_numbers(where: str, vocabulary: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{where} must hold 1 to {MOST_TOKENS} tokens, and holds {len(vocabulary)}")
 
 
-def _check_rules(where: str, rules: Any, depth: int = 0) -> None:
-    """How a text is normalised, split, framed and joined: small, and no rule makes a text much longer."""
+def _check_rules(where: str, rules: Any, depth: int = 0) -> int:
+    """How a text is normalised, split, framed and joined: small rules. How many times as long they may make it."""
+    growth = 1
     if isinstance(rules, Mapping) and depth < 12:
+        growth = _growth(rules)
         for key, value in rules.items():
             name = f"{where}.{printable(key[:40])}"
             if key == "precompiled_charsmap":
@@ -222,16 +239,61 @@ def _check_rules(where: str, rules: Any, depth: int = 0) -> None:
                 raise CheckpointError(f"{name} must be at most 8 rules, and are {len(value)}")
             if key in ("content", "prepend") and isinstance(value, str) and len(value) > 4:
                 raise CheckpointError(f"{name} must be at most 4 characters, not {shown(value)}")
-            _check_rules(name, value, depth + 1)
+            if key == "Regex" and isinstance(value, str) and _repeats_a_group(value):
+                raise CheckpointError(f"{name} repeats a group without end, which could take forever: {shown(value)}")
+            growth = min(growth * _check_rules(name, value, depth + 1), MOST_GROWTH + 1)
     elif isinstance(rules, list) and depth < 12 and len(rules) <= _LONGEST:
         for i, rule in enumerate(rules):
-            _check_rules(f"{where}[{i}]", rule, depth + 1)
+            growth = min(growth * _check_rules(f"{where}[{i}]", rule, depth + 1), MOST_GROWTH + 1)
     elif isinstance(rules, str):
         _text(where, rules)
     elif isinstance(rules, int | float):
         finite(where, int(rules) if isinstance(rules, bool) else rules, -(2**24), 2**24, error=CheckpointError)
     elif rules is not None:
         raise CheckpointError(f"{where} must be a small rule, not {shown(rules)}")
+    return growth
+
+
+def _growth(rule: Mapping[str, Any]) -> int:
+    """How many times as long a rule may make a text, without those inside it."""
+    grown = {"precompiled_charsmap": 16, "handle_chinese_chars": 3, "trim_offsets": 2, "replacement": 2}
+    growth = math.prod(factor for key, factor in grown.items() if key in rule)
+    if rule.get("type") == "ByteLevel":
+        growth = 2
+    for key in ("content", "prepend"):
+        if isinstance(text := rule.get(key), str):
+            pattern = rule.get("pattern")
+            replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
+            # An expression may match nothing, between any two characters.
+            growth *= max(1, math.ceil(len(text) / len(replaced))) if replaced else len(text) + 1
+    frames = [len(rule[key]) for key in ("single", "pair") if isinstance(rule.get(key), list | str)]
+    return growth * max([1, *frames])
+
+
+def _repeats_a_group(pattern: str) -> bool:
+    """Whether a group is repeated often: one that can match in several ways would be tried in all of them.
+
+    What could hide that counts as it: comments, free spacing, calls of groups, and control characters such as ``\\c[``.
+    """
+    if re.search(r"\(\?([^:=!<>)]*x|[#~])", pattern):
+        return True
+    depth, i = 0, 0  # of [classes], which may be nested
+    while i < len(pattern):
+        if pattern[i] == "\\":
+            if pattern[i + 1 : i + 2] in tuple("gcCM"):
+                return True
+            i += 1
+        elif pattern[i] == "[":
+            depth += 1
+        elif pattern[i] == "]" and depth:
+            depth -= 1
+        elif pattern[i] == ")" and not depth:
+            quantifiers = re.match(r"(?:[*+?]|\{[^}]*\})*", pattern[i + 1 :])
+            assert quantifiers is not None
+            if re.search(r"[*+]|,\}|\d\d", quantifiers[0]):
+                return True
+        i += 1
+    return False
 
 
 def _check_charsmap(where: str, value: Any) -> None:
@@ -250,7 +312,7 @@ def _sentencepiece(path: Path) -> bytes:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
-    data = _bytes(path)
+    data = _bytes(path, MOST_SENTENCEPIECE_BYTES)
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(data)
@@ -264,10 +326,10 @@ def _sentencepiece(path: Path) -> bytes:
     return data
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int) -> bytes:
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and a tokenizer at most {MOST_BYTES}")
+        if path.stat().st_size > most:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and a tokenizer at most {most}")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
