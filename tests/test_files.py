@@ -419,6 +419,7 @@ def test_readers_see_no_half_of_a_save(folder: Path) -> None:
                 first = (folder / "a").read_text()
                 time.sleep(0.001)
                 found.append({first, (folder / "deep" / "b").read_text()})
+            time.sleep(0.02)  # for the savers, who wait until nobody reads
 
     savers = [threading.Thread(target=save_often, args=(text,)) for text in ("one", "two")]
     readers = [threading.Thread(target=read_often) for _ in range(2)]

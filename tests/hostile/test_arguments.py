@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import impasto
 from impasto import DDPMScheduler, InputError, PixArtSigmaPipeline
 from impasto.pipelines import limits
 
@@ -315,6 +318,101 @@ def test_a_callback_is_refused_where_it_returned(monkeypatch: pytest.MonkeyPatch
         PIXART(**PIXART_CALL | {"callback_on_step_end": lambda *_: {"latents": _[3]["latents"] * math.nan}})
 
 
+# --- paths, devices and steps ---
+
+NOT_PATHS = {"number": 3, "None": None, "bytes": b"folder", "list": ["folder"]}
+SAVES: dict[str, Callable[[Any], Any]] = {
+    "pipeline": lambda path: PIXART.save_pretrained(path),
+    "model": lambda path: PIXART.vae.save_pretrained(path),
+    "scheduler": lambda path: PIXART.scheduler.save_pretrained(path),
+    "config": lambda path: PIXART.vae.save_config(path),
+    "prompt cache": lambda path: PIXART.enable_prompt_cache(path),
+    "cache of the hub": lambda path: impasto.AutoencoderKL.from_pretrained("a/b", cache_dir=path or 5),
+}
+
+
+def save(what: str, case: str) -> None:
+    SAVES[what](NOT_PATHS[case])
+
+
+@pytest.mark.parametrize("what", SAVES)
+@pytest.mark.parametrize("case", NOT_PATHS)
+def test_what_is_no_path(what: str, case: str) -> None:
+    refused(run(save, what, case), "InputError", "a file or folder")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", 3, 10**30, None, 1.5, [], ""], ids=str)
+def test_devices_of_models(pixart_folder: Path, device: Any) -> None:
+    refused(run(load_onto, pixart_folder, device), "ImpastoError", str(device)[:20], "this machine has")
+
+
+def load_onto(folder: Path, device: Any) -> None:
+    impasto.AutoencoderKL.from_pretrained(folder, subfolder="vae", device=device)
+
+
+SOLVERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "LCMScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+
+
+def set_device(solver: str, device: Any) -> None:
+    scheduler = getattr(impasto, solver)()
+    before = scheduler.timesteps
+    try:
+        scheduler.set_timesteps(2, device=device)
+    finally:
+        assert scheduler.timesteps is before
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("device", ["foo", "cuda:99", 1.5])
+def test_devices_of_schedules(solver: str, device: Any) -> None:
+    refused(run(set_device, solver, device), "ImpastoError", str(device), "this machine has")
+
+
+NOISE = torch.zeros(1, 4, 8, 8)
+STEPS: dict[str, tuple[dict[str, Any], str]] = {
+    "timestep of letters": ({"timestep": "t"}, "timestep"),
+    "no timestep": ({"timestep": None}, "timestep"),
+    "timestep of NaN": ({"timestep": math.nan}, "timestep"),
+    "timestep of 5,000 digits": ({"timestep": HUGE}, "timestep"),
+    "timestep of 300 digits": ({"timestep": 10**300}, "timestep"),
+    "timestep True": ({"timestep": np.True_}, "timestep"),
+    "tensor of NaN": ({"timestep": torch.tensor(math.nan)}, "timestep"),
+    "tensor on meta": ({"timestep": torch.tensor(1.0, device="meta")}, "timestep"),
+    "complex tensor": ({"timestep": torch.tensor(1j)}, "timestep"),
+    "no sample": ({"sample": None}, "sample"),
+    "sample of NumPy": ({"sample": NOISE.numpy()}, "sample"),
+    "sample of integers": ({"sample": NOISE.long()}, "sample"),
+    "sparse sample": ({"sample": NOISE.to_sparse()}, "sample"),
+    "no prediction": ({"model_output": None}, "model_output"),
+    "prediction of a list": ({"model_output": [0.0]}, "model_output"),
+    "prediction of complex numbers": ({"model_output": NOISE.to(torch.complex64)}, "model_output"),
+}
+
+
+def take_step(solver: str, case: str) -> None:
+    scheduler = getattr(impasto, solver)()
+    scheduler.set_timesteps(2)
+    scheduler.step(**{"model_output": NOISE, "timestep": scheduler.timesteps[0], "sample": NOISE} | STEPS[case][0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("case", STEPS)
+def test_steps(solver: str, case: str) -> None:
+    refused(run(take_step, solver, case), "InputError", STEPS[case][1])
+
+
+def test_flags_of_numpy_are_flags() -> None:
+    config = impasto.DDIMScheduler(thresholding=np.False_, clip_sample=np.True_).config
+    assert (config.thresholding, config.clip_sample) == (False, True)
+    assert type(config.clip_sample) is bool
+
+
 # --- weights that are broken, found where they do harm ---
 
 
@@ -344,6 +442,21 @@ BROKEN = {
 def test_broken_weights_are_named(name: str, part: str, value: float) -> None:
     tensor = BROKEN[name, part]
     refused(run(with_broken_weight, name, part, tensor, value), "CheckpointError", part, tensor)
+
+
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+
+
+def with_broken_weight_offloaded(offload: str, part: str, tensor: str) -> None:
+    getattr(PIXART, offload)()
+    with_broken_weight("pixart", part, tensor, math.nan)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+def test_broken_weights_are_named_wherever_they_wait(offload: str, part: str) -> None:
+    tensor = BROKEN["pixart", part]
+    refused(run(with_broken_weight_offloaded, offload, part, tensor), "CheckpointError", part, tensor)
 
 
 def overflowing() -> float:

@@ -241,6 +241,23 @@ def test_faults(case: str) -> None:
     one_line(run(faulty, case), 1, FAULTS[case][1])
 
 
+def evaluate_onto_full_disk(folder: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    os.replace = full
+    command("evaluate", "--n", "1", "--steps", "1", "--output", "report.json", folder=folder)
+
+
+def test_a_full_disk_under_a_report(tmp_path: Path) -> None:
+    outcome = run(evaluate_onto_full_disk, str(tmp_path), seconds=60)
+    last = outcome.stderr.splitlines()[-1]
+    assert (outcome.kind, outcome.value) == ("exited", 1), outcome
+    assert last.startswith("error: report.json cannot be written: No space left on device"), outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_shows_the_traceback() -> None:
     outcome = run(faulty, "a missing key", "--debug")
     assert outcome.kind == "raised"

@@ -42,12 +42,12 @@ def build_judge(values: dict[str, Any]) -> str:
     return type(Judge(**values)).__name__
 
 
-def load_subfolder(folder: Path, subfolder: Any) -> str:
-    return type(impasto.AutoencoderKL.from_pretrained(folder, subfolder=subfolder)).__name__
+def load_subfolder(cls: str, folder: Path, subfolder: Any) -> str:
+    return type(getattr(impasto, cls).from_pretrained(folder, subfolder=subfolder)).__name__
 
 
-def load_model(model: Any) -> str:
-    return type(impasto.AutoencoderKL.from_pretrained(model)).__name__
+def load_model(cls: str, model: Any) -> str:
+    return type(getattr(impasto, cls).from_pretrained(model)).__name__
 
 
 def set_timesteps(cls: str, config: dict[str, Any], arguments: dict[str, Any]) -> str:
@@ -271,17 +271,34 @@ def test_the_list_of_defaults_of_a_scheduler_may_be_anything(tmp_path: Path, val
     assert run(load, "DDIMScheduler", tmp_path).value == "DDIMScheduler"
 
 
-@pytest.mark.parametrize("subfolder", ["x" * 300, "\0", 5, "vae\udc80", "config.json"], ids=ascii)
-def test_subfolders(pixart_folder: Path, subfolder: Any) -> None:
-    refused(run(load_subfolder, pixart_folder, subfolder), "ImpastoError")
+LOADERS = ("AutoencoderKL", "PixArtSigmaPipeline", "GlmImagePipeline")
 
 
+@pytest.mark.parametrize("cls", LOADERS)
+@pytest.mark.parametrize(
+    ("subfolder", "error", "named"),
+    [
+        ("x" * 300, "InputError", "subfolder"),
+        ("\0", "InputError", "subfolder"),
+        (5, "InputError", "subfolder"),
+        ("vae\udc80", "InputError", "subfolder"),
+        ("model_index.json", "InputError", "is a file"),
+        ("nowhere", "CheckpointNotFoundError", "nowhere"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_subfolders(pixart_folder: Path, cls: str, subfolder: Any, error: str, named: str) -> None:
+    refused(run(load_subfolder, cls, pixart_folder, subfolder), error, named)
+
+
+@pytest.mark.parametrize("cls", LOADERS)
 @pytest.mark.parametrize(
     "model", [5, None, b"model", "x" * 5000, "a/" + "b" * 5000, "a\0b", "a/\x1b[2J", "", "a/\udc80"], ids=ascii
 )
-def test_names_of_models(model: Any) -> None:
-    outcome = run(load_model, model)
-    refused(outcome, "ImpastoError")
+def test_names_of_models(cls: str, model: Any) -> None:
+    outcome = run(load_model, cls, model)
+    error = "CheckpointNotFoundError" if isinstance(model, str) else "InputError"
+    refused(outcome, error, ascii(model)[:8].strip("'\\") if model and isinstance(model, str) else repr(model))
     assert outcome.message.isprintable()
     assert len(outcome.message) < 600
 

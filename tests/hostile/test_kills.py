@@ -186,7 +186,7 @@ def find_cache(folder: Path) -> set[float]:
 def save_glm_image(folder: Path, version: int) -> None:
     components = {name: filled(part, version) for name, part in glm_models().items()}
     processor = glm_texts()["processor"]
-    processor.image_processor.max_pixels = 65536 * version
+    processor.image_processor.image_mean = [version / 10] * 3
     scheduler = impasto.FlowMatchEulerDiscreteScheduler(**{**tiny_glm.SCHEDULER, "max_shift": float(version)})
     tokenizer = glm_texts()["tokenizer"]
     pipe = impasto.GlmImagePipeline(**components, processor=processor, scheduler=scheduler, tokenizer=tokenizer)
@@ -195,7 +195,7 @@ def save_glm_image(folder: Path, version: int) -> None:
 
 def find_glm_image(folder: Path) -> set[float]:
     pipe = impasto.GlmImagePipeline.from_pretrained(folder)
-    found = {pipe.scheduler.config.max_shift, pipe.processor.image_processor.max_pixels / 65536}
+    found = {pipe.scheduler.config.max_shift, round(pipe.processor.image_processor.image_mean[0] * 10, 6)}
     return found | {value for name in glm_models() for value in value_of(getattr(pipe, name))}
 
 
@@ -348,6 +348,33 @@ def kill_at_random(name: str, place: str, times: int, seed: int) -> list[tuple[f
         found.append((delay, versions_after(kind, folder)))
         assert in_fork(lambda: kind.save(folder, 1)) == 0
     return found
+
+
+def save_a_scheduler_after_a_kill(place: str) -> tuple[int, set[float]]:
+    """A pipeline's save is committed and killed; then a scheduler of its own is saved into the pipeline's folder."""
+    folder = Path(place) / "folder"
+    prepare(KINDS["pipeline"], folder)
+
+    carry_out = folders._apply
+
+    def apply(place: Path) -> None:
+        if place.name == folder.name:  # and not one of a component, in the folder of the save
+            os.kill(os.getpid(), signal.SIGKILL)
+        carry_out(place)
+
+    def killed() -> None:
+        folders._apply = apply
+        save_pipeline(folder, 2)
+
+    assert in_fork(killed) == -signal.SIGKILL
+    impasto.DPMSolverMultistepScheduler(num_train_timesteps=777).save_pretrained(folder / "scheduler")
+    pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    return pipe.scheduler.config.num_train_timesteps, value_of(pipe.transformer)
+
+
+def test_a_component_that_is_saved_after_a_kill_is_not_lost(tmp_path: Path) -> None:
+    outcome = run(save_a_scheduler_after_a_kill, str(tmp_path))
+    assert outcome.value == (777, {2.0}), outcome
 
 
 def count(name: str, tmp_path: Path) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..tiny import tiny_text_encoder, write_tokenizer
 from .loading import accepted, copy_components, edit_nested, outcome_of
-from .sandbox import Outcome, edit_json, refused
+from .sandbox import Outcome, copy_of, edit_json, refused, run
 
 NAN, INF = float("nan"), float("inf")
 #: What the libraries say and what helps nobody here.
@@ -87,6 +87,7 @@ GLM_VALUES = [
     ("text_config.num_key_value_heads", 3, "ConfigurationError"),
     ("vision_config.num_heads", 3, "ConfigurationError"),
     *(("vision_config.patch_size", value, "ConfigurationError") for value in (0, [16, 16], 10**6)),
+    ("vision_config.spatial_merge_size", 64, "ConfigurationError"),
     *(("vision_config.image_size", value, "ConfigurationError") for value in (10**9, "64")),
     *(("vq_config.num_embeddings", value, "ConfigurationError") for value in (10**12, NAN)),
     ("vq_config.num_embeddings", 10**6, "WeightsMismatchError"),
@@ -139,6 +140,26 @@ def test_a_config_that_is_no_json_object(
     folder = copy_components(pixart_folder if component == "text_encoder" else glm_folder, tmp_path, component)
     (folder / component / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     refused_plainly(outcome_of(folder, component), "CheckpointError", component, "config.json")
+
+
+LEGAL = [
+    ("text_encoder", "initializer_factor", 1),
+    ("text_encoder", "layer_norm_epsilon", 1),
+    ("vision_language_encoder", "text_config.initializer_range", 0),
+    ("vision_language_encoder", "text_config.rms_norm_eps", 1),
+    ("vision_language_encoder", "vision_config.initializer_range", 0),
+    ("vision_language_encoder", "vision_config.layer_norm_eps", 1),
+    ("vision_language_encoder", "vq_config.initializer_range", 1),
+]
+
+
+@pytest.mark.parametrize(("component", "key", "value"), LEGAL, ids=[f"{k}={v!r}" for _, k, v in LEGAL])
+def test_values_that_json_may_write(
+    pixart_folder: Path, glm_folder: Path, tmp_path: Path, component: str, key: str, value: Any
+) -> None:
+    folder = copy_components(pixart_folder if component == "text_encoder" else glm_folder, tmp_path, component)
+    edit_nested(folder / component / "config.json", key, value)
+    accepted(outcome_of(folder, component))
 
 
 # --- weights ---
@@ -303,6 +324,100 @@ def test_shards_that_are_damaged(pixart_folder: Path, tmp_path: Path, damage: Ca
     refused_plainly(outcome_of(folder, "text_encoder"), "CheckpointError", "text_encoder", ".safetensors")
 
 
+# --- weights that bitsandbytes packed ---
+
+
+def packed_folders(folder: Path) -> None:
+    """The text encoder of a pipeline packed in three ways. In a process of its own: the library starts threads."""
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    plain = folder / "plain"
+    tiny_text_encoder(d_model=64).save_pretrained(plain)
+    ways: dict[str, dict[str, Any]] = {
+        "4": {"load_in_4bit": True},
+        "nested": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"},
+        "8": {"load_in_8bit": True},
+    }
+    for name, options in ways.items():
+        settings = BitsAndBytesConfig(**options)
+        model: Any = T5EncoderModel.from_pretrained(plain, dtype=torch.float32, quantization_config=settings)
+        model.save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("packed")
+    packed_folders(folder)
+    return folder
+
+
+def load_packed(folder: str) -> None:
+    from impasto.checkpoints.foreign.from_transformers import load_model
+
+    load_model("T5EncoderModel", Path(folder), None, None, None)
+
+
+NF4, FP4 = f"{QUERY}.quant_state.bitsandbytes__nf4", f"{QUERY}.quant_state.bitsandbytes__fp4"
+
+
+def state_with(name: str, **changes: Any) -> Callable[[Tensors], Tensors]:
+    def changed(tensors: Tensors) -> Tensors:
+        content = {**json.loads(bytes(tensors[name].tolist())), **changes}
+        data = json.dumps({key: value for key, value in content.items() if value is not ...}).encode()
+        return {**tensors, name: torch.tensor(list(data), dtype=torch.uint8)}
+
+    return changed
+
+
+def cut_short(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: tensors[name].flatten()[:-1].clone()}
+
+
+SCALES = QUERY.replace("weight", "SCB")
+PACKED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
+    **{f"blocks of {n}": ("4", state_with(FP4, blocksize=n), FP4) for n in (1, -1, 2**40, "64", 64.0, None, ...)},
+    "larger blocks": ("4", state_with(FP4, blocksize=128), f"{QUERY}.absmax"),
+    **{f"a shape of {n}": ("4", state_with(FP4, shape=n), FP4) for n in (None, [2048], [-32, -64], [32.0, 64], "a")},
+    "a larger shape": ("4", state_with(FP4, shape=[64, 64]), QUERY),
+    "a type of no name": ("4", state_with(FP4, quant_type="nf4"), FP4),
+    "a dtype of no name": ("4", state_with(FP4, dtype="load"), FP4),
+    "scales in the state": ("4", state_with(FP4, absmax=[1.0]), FP4),
+    "no JSON": ("4", with_(FP4, lambda tensor: tensor + 1, FP4), FP4),
+    "a long state": ("4", with_(FP4, lambda tensor: tensor.repeat(1000), FP4), FP4),
+    "a state of floats": ("4", with_(FP4, Tensor.float, FP4), FP4),
+    "no state": ("4", without(FP4), QUERY),
+    "no scales": ("4", without(f"{QUERY}.absmax"), f"{QUERY}.absmax"),
+    "fewer scales": ("4", cut_short(f"{QUERY}.absmax"), f"{QUERY}.absmax"),
+    "fewer codes": ("4", cut_short(f"{QUERY}.quant_map"), f"{QUERY}.quant_map"),
+    "fewer values": ("4", cut_short(QUERY), QUERY),
+    "scales of another dtype": ("4", with_(f"{QUERY}.absmax", Tensor.byte, f"{QUERY}.absmax"), f"{QUERY}.absmax"),
+    "scales of scales": ("4", with_(f"{QUERY}.nested_absmax", Tensor.clone, f"{QUERY}.absmax"), "nested_absmax"),
+    **{f"nested blocks of {n}": ("nested", state_with(NF4, nested_blocksize=n), NF4) for n in (1, -1, 2**40, None)},
+    "a nested offset": ("nested", state_with(NF4, nested_offset=NAN), NF4),
+    "no nested scales": ("nested", without(f"{QUERY}.nested_absmax"), "nested_absmax"),
+    "fewer nested scales": ("nested", cut_short(f"{QUERY}.nested_absmax"), "nested_absmax"),
+    "fewer nested codes": ("nested", cut_short(f"{QUERY}.nested_quant_map"), "nested_quant_map"),
+    "fewer scales of 8 bits": ("8", cut_short(SCALES), SCALES),
+    "no scales of 8 bits": ("8", without(SCALES), SCALES),
+}
+
+
+@pytest.mark.parametrize(("way", "change", "named"), PACKED.values(), ids=PACKED)
+def test_packed_weights_that_do_not_fit(
+    packed: Path, tmp_path: Path, way: str, change: Callable[[Tensors], Tensors], named: str
+) -> None:
+    folder = copy_of(packed / way, tmp_path / "text_encoder")
+    rewrite(folder / "model.safetensors", change)
+    refused_plainly(run(load_packed, str(folder)), "CheckpointError", "model.safetensors", named)
+
+
+def test_packed_weights_of_another_shape(packed: Path, tmp_path: Path) -> None:
+    folder = copy_of(packed / "4", tmp_path / "text_encoder")
+    rewrite(folder / "model.safetensors", state_with(FP4, shape=[64, 32]))
+    refused_plainly(run(load_packed, str(folder)), "WeightsMismatchError", "text_encoder", QUERY)
+
+
 # --- tokenizers ---
 
 T5_TOKENIZER = {
@@ -347,6 +462,35 @@ T5_TOKENIZER = {
         {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False},
         "tokenizer",
     ),
+    "rules that grow together": (
+        "normalizer",
+        {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "zzzz"}] * 4,
+        },
+        "normalizer",
+    ),
+    "a template that grows": (
+        "post_processor",
+        {
+            "type": "Sequence",
+            "processors": [
+                {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 12,
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            ]
+            * 2,
+        },
+        "post_processor",
+    ),
+    "tables that grow": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": ""}] * 2},
+        "normalizer",
+    ),
     "pieces of no length": ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "pre_tokenizer.length"),
     "deep rules": ("decoder", json.loads('{"a":' * 40 + "1" + "}" * 40), "decoder"),
     "rules of infinity": ("post_processor", {"type": "TemplateProcessing", "x": INF}, "post_processor.x"),
@@ -356,6 +500,59 @@ T5_TOKENIZER = {
     "an added token of no text": ("added_tokens.0.content", 5, "added_tokens[0]"),
     "a flag of text": ("added_tokens.0.special", "yes", "added_tokens[0].special"),
 }
+
+
+EXPRESSIONS = {
+    "a repeated group": (r"([a-z ]+)+$#", True),
+    "repeated twice or more": (r"(?:a+){2,}", True),
+    "repeated often": (r"(a?){50}", True),
+    "repeated by both": (r"(a+)?+", True),
+    "with free spacing": (r"(?x)(a+) +", True),
+    "with a comment": (r"(?#[)(a+)+", True),
+    "with a control character": (r"\c[(a+)+", True),
+    "a group that calls itself": (r"(?<n>a|b\g<n>)", True),
+    "behind a class": (r"[[:alpha:])](a+)*", True),
+    "GPT-4's": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+",
+        False,
+    ),
+    "an optional group": (r"[\p{Lu}\p{M}]+(?i:'s|'t)?| ?[^(\s|[.,!?])]+", False),
+    "parentheses": (r"\(a\)+|[()]+", False),
+}
+
+
+@pytest.mark.parametrize(("expression", "bad"), EXPRESSIONS.values(), ids=EXPRESSIONS)
+@pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer"])
+def test_an_expression_that_could_take_forever(
+    pixart_folder: Path, tmp_path: Path, place: str, expression: str, bad: bool
+) -> None:
+    folder = copy_components(pixart_folder, tmp_path, "tokenizer")
+    rule: dict[str, Any] = {"type": "Split", "behavior": "Isolated", "invert": False}
+    if place == "normalizer":
+        rule = {"type": "Replace", "content": "a"}
+    edit_nested(folder / "tokenizer" / "tokenizer.json", place, {**rule, "pattern": {"Regex": expression}})
+    outcome = outcome_of(folder, "tokenizer")
+    if bad:
+        refused_plainly(outcome, "CheckpointError", "tokenizer.json", f"{place}.pattern.Regex")
+    else:
+        accepted(outcome)
+
+
+@pytest.mark.parametrize("filler", ["{},", "[],", "0,", '"",', '{"a":0},', "1.5,"])
+def test_a_tokenizer_json_that_would_fill_the_memory(pixart_folder: Path, tmp_path: Path, filler: str) -> None:
+    folder = copy_components(pixart_folder, tmp_path, "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text('{"x": [' + filler * (60_000_000 // len(filler)) + "0]}")
+    refused_plainly(outcome_of(folder, "tokenizer"), "CheckpointError", "tokenizer.json", "entries")
+    path.write_bytes(b"{" + b" " * 64_000_000 + b"}")
+    refused_plainly(outcome_of(folder, "tokenizer"), "CheckpointError", "tokenizer.json", "bytes")
+
+
+def test_a_spiece_model_that_would_fill_the_memory(pixart_folder: Path, tmp_path: Path) -> None:
+    folder = copy_components(pixart_folder, tmp_path)
+    path = write_tokenizer(folder / "tokenizer") / "spiece.model"
+    path.write_bytes(b"\n\x00" * 5_000_000)
+    refused_plainly(outcome_of(folder, "tokenizer"), "CheckpointError", "spiece.model", "bytes")
 
 
 @pytest.mark.parametrize(("keys", "value", "named"), T5_TOKENIZER.values(), ids=T5_TOKENIZER)
@@ -499,8 +696,12 @@ def test_a_processors_tokenizer_json_that_is_damaged(
 
 IMAGES = [
     *(("patch_size", value) for value in (0, -1, NAN, "16", None, 10**9)),
-    *(("merge_size", value) for value in (0, "1")),
-    ("temporal_patch_size", 10**9),
+    *(("merge_size", value) for value in (0, "1", 64)),
+    *(("temporal_patch_size", value) for value in (10**9, 64)),
+    *(("min_pixels", value) for value in (2**28, 2**24, 0)),
+    *(("max_pixels", value) for value in (2**28, 1, NAN)),
+    *(("size", value) for value in ({"shortest_edge": 9, "longest_edge": 8}, {"longest_edge": 2**24 + 1})),
+    *(("size", value) for value in ({"shortest_edge": 9}, {"longest_edge": 9})),
     *(("image_mean", value) for value in ("a", [1], [NAN, 0, 0], 3)),
     *(("image_std", value) for value in ([0, 0, 0], [1, 1, 1, 1], [-1, 1, 1])),
     *(("rescale_factor", value) for value in (0, NAN, "a", 1e300)),
@@ -535,6 +736,7 @@ def test_a_processor_without_a_token(glm_folder: Path, tmp_path: Path, token: st
 MISFITS = {
     "more ids": ("processor/tokenizer_config.json", "extra_special_tokens", ["<more>"], "vocab_size"),
     "another image token": ("vision_language_encoder/config.json", "image_token_id", 35, "image_token_id"),
+    "another merge size": ("processor/processor_config.json", "image_processor.merge_size", 2, "merge_size"),
     "another patch size": ("processor/processor_config.json", "image_processor.patch_size", 14, "patch_size"),
 }
 
@@ -547,6 +749,48 @@ def test_a_processor_that_does_not_fit_the_prior(
     edit_nested(folder / file, keys, value)
     outcome = outcome_of(folder, "processor", "vision_language_encoder")
     refused_plainly(outcome, "CheckpointError", "processor", "vision_language_encoder", named)
+
+
+def ask(folder: str, change: str, prompt: str, with_image: bool) -> list[int]:
+    """Call a pipeline whose sizes are NumPy's, with a component changed after it was loaded."""
+    import numpy as np
+    from PIL import Image
+
+    from impasto import GlmImagePipeline
+
+    pipe = GlmImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if change == "merge_size":
+        pipe.processor.image_processor.merge_size = 3
+    if change == "panic":
+
+        def panics(*args: Any, **options: Any) -> Any:
+            raise type("PanicException", (BaseException,), {})("called unwrap")
+
+        pipe.processor._get_target_shape = panics
+    image = Image.new("RGB", (64, 64)) if with_image else None
+    size: Any = {"height": np.int64(64), "width": np.int32(64)}
+    return list(pipe(prompt, image, **size, num_inference_steps=1, output_type="np").images.shape)
+
+
+@pytest.mark.parametrize("with_image", [True, False], ids=["image", "text"])
+def test_sizes_of_numpy(glm_folder: Path, with_image: bool) -> None:
+    outcome = run(ask, str(glm_folder), "", "a cube", with_image)
+    accepted(outcome)
+    assert outcome.value == [1, 64, 64, 3]
+
+
+@pytest.mark.parametrize("token", ["<image>", "<end>"])
+@pytest.mark.parametrize("with_image", [True, False], ids=["image", "text"])
+def test_a_prompt_with_the_token_of_an_image(glm_folder: Path, token: str, with_image: bool) -> None:
+    refused(run(ask, str(glm_folder), "", f"a {token} cube", with_image), "InputError", "prompt", token)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("merge_size", "vision_language_encoder"), ("panic", "processor")], ids=["merge", "panic"]
+)
+def test_a_component_that_fails_at_the_call(glm_folder: Path, change: str, named: str) -> None:
+    refused(run(ask, str(glm_folder), change, "a cube", True), "CheckpointError", f"{named} cannot be used as")
 
 
 def test_the_good_ones_load(pixart_folder: Path, glm_folder: Path) -> None:

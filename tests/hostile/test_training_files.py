@@ -275,6 +275,26 @@ def test_damaged_entries_are_made_again(entry: Path, tmp_path: Path, name: str) 
         assert cached_in_fork(folder) == (True, 0)
 
 
+def encoded_together(folder: str) -> bool:
+    """Two prompts whose entries differ in width, for a pipeline that does not know the width."""
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.enable_prompt_cache(folder)
+    cache: Any = pipe.prompt_cache
+    with torch.no_grad():
+        expected = pipe.encode_prompt(["a cat", "a dog"], do_classifier_free_guidance=False).prompt_embeds
+        forge(min(Path(folder).glob("*.safetensors")), lambda x: x[:, :-1])
+        read = cache._read
+        cache._read = lambda path, length, width: read(path, length, None)
+        found = pipe.encode_prompt(["a cat", "a dog"], do_classifier_free_guidance=False).prompt_embeds
+    return torch.allclose(found, expected, atol=1e-5)
+
+
+def test_entries_of_different_widths_are_made_again(tmp_path: Path) -> None:
+    outcome = run(encoded_together, str(tmp_path))
+    assert outcome.value is True, outcome
+    assert "different widths" in outcome.stderr
+
+
 def cached_by_another_user(folder: str) -> tuple[bool, int]:
     tiny_pipeline(PixArtSigmaPipeline)  # whose tokenizer is made once, and needs a folder
     if os.geteuid() == 0:

@@ -154,7 +154,10 @@ class Configurable:
             OutputError: the folder cannot be written.
         """
         with saving(folder) as staging:
-            write_json(staging / self.config_name, {"_class_name": type(self).__name__, **self._stored_config()})
+            self._write_config(staging)
+
+    def _write_config(self, folder: Path) -> None:
+        write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self._stored_config()})
 
     def _stored_config(self) -> dict[str, Any]:
         """What the config file says."""

@@ -66,6 +66,8 @@ def inside(root: Path, subfolder: str | None) -> Path:
         return root
     if "\0" in text("subfolder", subfolder, 255):
         raise InputError(f"subfolder must be the name of a folder, not {shown(subfolder)}")
+    if os.path.isfile(root / subfolder):
+        raise InputError(f"{printable(str(root / subfolder))} is a file; give the folder that holds it as subfolder")
     return root / subfolder
 
 

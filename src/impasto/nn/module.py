@@ -163,7 +163,7 @@ class Model(Configurable, nn.Module):
         size = parse_size(max_shard_size)
         with saving(save_directory, superseded) as staging:
             weights.write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
-            self.save_config(staging)
+            self._write_config(staging)
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:

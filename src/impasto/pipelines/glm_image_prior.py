@@ -111,12 +111,14 @@ def generate_prior(
         packed: whether memory may be taken for copies of the weights that are read faster.
         check: sees the first scores of some images, before anything is sampled.
     """
-    for i, prompt in enumerate(prompts):
-        if processor.image_token in prompt:
-            raise InputError(
-                f"prompt[{i}] must not contain {processor.image_token}, which stands for an image, and is "
-                f"{shown(prompt)}; give images as image"
-            )
+    reserved = [model.config.image_token_id, model.config.image_end_token_id]
+    for mark in processor.tokenizer.convert_ids_to_tokens(reserved):
+        for i, prompt in enumerate(prompts):
+            if mark in prompt:
+                raise InputError(
+                    f"prompt[{i}] must not contain {shown(mark)}, which stands for an image, and is {shown(prompt)}; "
+                    f"give images as image"
+                )
     read = [
         _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
     ]

@@ -22,6 +22,7 @@ from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmIma
 
 import impasto
 from impasto.checkpoints.foreign.charsmap import MOST_GROWTH, fault_of_charsmap
+from impasto.checkpoints.foreign.configs import GLM_IMAGE, read_model_config
 from impasto.checkpoints.foreign.errors import held_back_stderr, translated
 from impasto.checkpoints.foreign.from_transformers import load_model, load_processor, load_tokenizer
 from impasto.errors import CheckpointError, ConfigurationError, MissingDependencyError, ResourceError
@@ -119,6 +120,13 @@ def test_a_prior_is_what_transformers_loads(tmp_path: Path, caplog: pytest.LogCa
     assert "no place for 1 tensors: model.more" in caplog.text
 
 
+def test_a_prior_without_a_token_of_padding(tmp_path: Path) -> None:
+    """transformers refuses null there."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "glm_image", "text_config": {"pad_token_id": None}}))
+    assert read_model_config(path, GLM_IMAGE, ["glm_image"]) == {"text_config": {}, "dtype": None}
+
+
 def test_weights_that_torchao_quantized(t5: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
@@ -136,6 +144,41 @@ def test_weights_that_torchao_quantized(t5: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 3}))
     with pytest.raises(CheckpointError, match="num_layers is 3"):
         load_t5(tmp_path / "int8")
+
+
+def test_weights_that_torchao_quantized_for_a_cpu(t5: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    tiny_text_encoder(d_model=64).save_pretrained(tmp_path / "plain")
+    settings = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    small: Any = T5EncoderModel.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16, quantization_config=settings)
+    small.save_pretrained(tmp_path / "int4")
+    ids = torch.tensor([[3, 4, 5, 1]])
+    torch.testing.assert_close(load_t5(tmp_path / "int4")(ids)[0], small(ids)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load_in_4bit": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "nf4"},
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        {"load_in_8bit": True},
+    ],
+    ids=["fp4", "nested nf4", "fp4 in bfloat16", "int8"],
+)
+def test_weights_that_bitsandbytes_packed(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny_text_encoder(d_model=64).save_pretrained(tmp_path / "plain")
+    settings = BitsAndBytesConfig(**options)
+    small: Any = T5EncoderModel.from_pretrained(tmp_path / "plain", dtype=torch.float32, quantization_config=settings)
+    small.save_pretrained(tmp_path / "packed")
+    ids = torch.tensor([[3, 4, 5, 1]])
+    torch.testing.assert_close(load_t5(tmp_path / "packed")(ids)[0], small(ids)[0])
 
 
 # --- tokenizers ---
