@@ -378,7 +378,7 @@ def test_components_have_plain_names(pixart_folder: Path, tmp_path: Path, name: 
     folder = copy_components(pixart_folder, tmp_path, "scheduler")
     edit_json(folder / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
     outcome = outcome_of(folder, "scheduler")
-    refused(outcome, "CheckpointError", "model_index.json", "name of a component")
+    refused(outcome, "CheckpointError", "model_index.json", "component name")
     assert "\x1b" not in outcome.message
 
 
