@@ -2,8 +2,8 @@
 
 A folder cannot be replaced by a rename, so its new files are written into ``FOLDER/.impasto-save``. Then a *journal* in
 there, which appears by a rename, commits the save: it lists the files to move into place and those that they
-supersede. Whoever saves to or reads from the folder next finishes what a committed journal says, and discards what was
-never committed.
+supersede. The next process that saves to or reads from the folder finishes what a committed journal says, and discards
+what was never committed.
 
     with saving(folder) as staging:     # write into ``staging``; the folder is unchanged until the block ends
         ...
@@ -305,8 +305,8 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
     """The files that a journal moves into place, and those that it removes, as names within the folder.
 
     Raises:
-        CheckpointError: it is damaged, names something outside the folder, or was made elsewhere: whoever packs an
-            archive cannot know which inode its folder will get.
+        CheckpointError: it is damaged, names something outside the folder, or was made elsewhere: an archive cannot
+            know which inode its folder will get.
     """
     staging = folder / STAGING
     try:
@@ -368,7 +368,7 @@ def _locked(folders: Iterable[Path], *, exclusive: bool) -> Iterator[None]:
         for folder in folders:
             try:
                 descriptor = os.open(folder, os.O_RDONLY)
-            except OSError:  # not there, or not readable: whoever uses it next says so
+            except OSError:  # not there, or not readable: using it will say so
                 continue
             held.callback(os.close, descriptor)
             lock(descriptor, folder, end, exclusive=exclusive)
