@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from impasto.errors import ImpastoError
+from impasto.folders import JOURNAL, STAGING
 
 MEMORY = 1 << 30
 SECONDS = 10
@@ -50,6 +51,14 @@ class Target(NamedTuple):
     folder: Path
     files: tuple[str, ...]
     load: Loader
+
+    def copy(self, folder: Path) -> None:
+        """An undamaged copy. A journal counts only in the folder where it was made, so a copy gets one of its own."""
+        shutil.copytree(self.folder, folder)
+        journal = folder / STAGING / JOURNAL
+        if journal.exists():
+            content = {"inode": journal.parent.stat().st_ino, "files": ["config.json"], "remove": ["x"]}
+            journal.write_text(json.dumps(content))
 
 
 # --- what is loaded ---
@@ -105,9 +114,9 @@ def build_targets(root: Path) -> dict[str, Target]:
     pending = root / "pending"
     save_weights(transformer.state_dict(), pending)
     transformer.save_config(pending)
-    (pending / ".impasto-save").mkdir()
-    shutil.copyfile(pending / "config.json", pending / ".impasto-save" / "config.json")
-    (pending / ".impasto-save" / "journal.json").write_text(json.dumps({"files": ["config.json"], "remove": ["x"]}))
+    (pending / STAGING).mkdir()
+    shutil.copyfile(pending / "config.json", pending / STAGING / "config.json")
+    (pending / STAGING / JOURNAL).touch()
 
     def load_images(folder: Path) -> None:
         from impasto.pipelines import image_inputs
@@ -175,7 +184,7 @@ def build_targets(root: Path) -> dict[str, Target]:
         "inspection": Target(pixart, everything, lambda folder: inspect_model(folder)),
         "inspection of GLM-Image": Target(glm, tuple(glm_files), lambda folder: inspect_model(folder)),
         "pickled weights": Target(pickled, ("diffusion_pytorch_model.bin",), load_transformer),
-        "journals": Target(pending, (".impasto-save/journal.json",), load_transformer),
+        "journals": Target(pending, (f"{STAGING}/{JOURNAL}",), load_transformer),
         "images": Target(images, ("a.png", "a.jpg", "a.webp"), load_images),
         "training states": Target(state, ("state.pt",), load_state),
         "prompt cache": Target(
@@ -324,7 +333,7 @@ def run_one(targets: dict[str, Target], seed: int, number: int, folder: Path) ->
     (name,) = rng.choices(list(SHARES), list(SHARES.values()))
     target = targets[name]
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(target.folder, folder)
+    target.copy(folder)
     for file in rng.sample(target.files, min(len(target.files), rng.choice((1, 1, 1, 2)))):
         mutate(rng, folder / file)
     signal.alarm(SECONDS)
@@ -388,7 +397,7 @@ def main() -> int:
     root = Path(tempfile.mkdtemp(prefix="impasto-fuzz-"))
     targets = build_targets(root / "good")
     for name, target in targets.items():  # what is not damaged loads, which also imports everything before the forks
-        shutil.copytree(target.folder, root / "try")
+        target.copy(root / "try")
         target.load(root / "try")
         shutil.rmtree(root / "try")
         assert name in SHARES
