@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -149,9 +150,14 @@ def serve() -> None:
 
     for name in impasto.__all__:
         getattr(impasto, name)
+    gc.collect()
+    gc.freeze()
     while (request := _receive(requests)) is not None:
         try:
-            importlib.import_module(request[0])
+            if request[0] not in sys.modules:
+                importlib.import_module(request[0])
+                gc.collect()
+                gc.freeze()  # a collection in a fork would touch, and so copy, every page
             answer: Any = _fork(*request)
         except BaseException:
             answer = traceback.format_exc()

@@ -391,7 +391,7 @@ def check(found: list[tuple[Any, str]]) -> None:
 @pytest.mark.parametrize("name", list(KINDS))
 def test_killed_at_some_calls(name: str, tmp_path: Path) -> None:
     steps = list(range(1, count(name, tmp_path) + 1))
-    some = sorted(random.Random(name).sample(steps, min(len(steps), 8)))
+    some = sorted(random.Random(name).sample(steps, min(len(steps), 6)))
     outcome = run(kill_at_each, name, str(tmp_path / "sweep"), some, seconds=120)
     assert outcome.kind == "returned", (outcome.message, outcome.trace, outcome.stderr)
     check(outcome.value)
