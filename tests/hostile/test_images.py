@@ -396,3 +396,17 @@ def test_colour_profiles_do_no_harm(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     RAMP.save(tmp_path / "a.png", icc_profile=profile)
     assert open_image(tmp_path / "a.png").tobytes() == RAMP.tobytes()
+
+
+def read_damaged_exif(path: str, exif: bytes) -> Any:
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    return read_settings(path)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+@pytest.mark.parametrize(
+    "exif", [b"M\x8fM\x00*\x00\x00\x00", b"MM\x00*\xff\xff\xff\xff", b"", b"II*\x00\x08\x00\x00\x00\xff\xff"]
+)
+def test_damaged_exif(tmp_path: Path, kind: str, exif: bytes) -> None:
+    outcome = run(read_damaged_exif, str(tmp_path / f"x.{kind}"), b"Exif\0\0" + exif)
+    refused(outcome, "InputError", "holds no generation settings")

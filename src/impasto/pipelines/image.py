@@ -358,6 +358,14 @@ def _encode_picture(image: Image.Image, kind: str, settings: GenerationSettings 
     return buffer.getvalue()
 
 
+def _user_comment(image: Image.Image) -> Any:
+    """What EXIF holds as the user's comment; None if it is damaged."""
+    try:
+        return image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others
+        return None
+
+
 def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     """Read the settings back from a picture that :func:`save_picture` or a tool of the same habit wrote.
 
@@ -366,7 +374,7 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     """
     image = load_image(path)
     text = image.info.get("parameters")
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    comment = _user_comment(image)
     if text is None and isinstance(comment, bytes):
         if comment.startswith(_UNICODE):
             text = comment[len(_UNICODE) :].decode("utf-16-be", "replace")
