@@ -97,7 +97,7 @@ class Inspection:
 
         Args:
             pixels: of an image; by default as many as the training images have.
-            pictures: how many images are generated at once.
+            pictures: the number of images generated at once.
         """
         parts = self.by_name
         if "transformer" not in parts:
