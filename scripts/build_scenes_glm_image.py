@@ -1,4 +1,4 @@
-"""Make a small GLM-Image that draws and edits the small world, from nothing: every part, in the released layout.
+"""Make a small GLM-Image that generates and edits images of the small world: every component, in the released layout.
 
     python scripts/build_scenes_glm_image.py --out runs/scenes_glm_image [--stage STAGE]
 
@@ -56,16 +56,17 @@ from impasto.training.flow_matching import (
     initialize,
     train_flow_matching,
 )
-from impasto.training.prior import PriorRecipe, Sequences, join, train_prior
+from impasto.training.loop import Recipe
+from impasto.training.prior import Sequences, join, train_prior
 from impasto.training.state import load_state, save_state
-from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Pictures, tokenise, train_visual_codebook
+from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenise, train_visual_codebook
 
 SEED = 2027
 STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")
-SIDE = 128  # pixels of a picture
-CHUNKS, GEOMETRIES, COLOURINGS, WORDINGS = 250, 32, 4, 4  # each colouring is drawn twice: as it is, and edited
+SIDE = 128  # pixels of a image
+CHUNKS, GEOMETRIES, COLOURINGS, WORDINGS = 250, 32, 4, 4  # each colouring is rendered twice: as it is, and edited
 AUTOENCODER_CHUNKS = 48
-SAID_CHUNKS = 1250  # of which the prior learns; the pictures of most are not kept
+SAID_CHUNKS = 1250  # of which the prior learns; the images of most are not kept
 
 AUTOENCODER = {
     "in_channels": 3,
@@ -82,20 +83,20 @@ AUTOENCODER = {
 }
 
 
-# --- pictures ---
+# --- images ---
 
 
 def render(out: Path, count: int) -> None:
-    """Chunks of pictures and of what an edit makes of them, with captions and instructions."""
-    folder = out / "pictures"
+    """Chunks of images and of what an edit makes of them, with captions and instructions."""
+    folder = out / "images"
     chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
 
 
-def draw_chunk(chunk: int) -> dict[str, Any]:
-    """Pictures [2 N, 3, H, W]: N as they are, and the same edited. No combination that is held out is among them."""
+def render_images(chunk: int) -> dict[str, Any]:
+    """Images [2 N, 3, H, W]: N as they are, and the same edited. No combination that is held out is among them."""
     rng = np.random.default_rng([SEED, chunk])
     count = GEOMETRIES * COLOURINGS
-    pictures = torch.empty(2 * count, 3, SIDE, SIDE, dtype=torch.uint8)
+    images = torch.empty(2 * count, 3, SIDE, SIDE, dtype=torch.uint8)
     ids = torch.empty(2 * count, SIDE, SIDE, dtype=torch.uint8)
     sources: list[Scene] = []
     targets: list[Scene] = []
@@ -108,8 +109,8 @@ def draw_chunk(chunk: int) -> dict[str, Any]:
             while is_held_out(edit.source) or is_held_out(edit.target):
                 edit = sample_edit(recolour(arrangement, rng), rng)
             for row, scene in ((len(sources), edit.source), (count + len(sources), edit.target)):
-                picture = shade(buffer, [solid.color for solid in scene.solids], scene.background)
-                pictures[row] = picture.mul_(255).round_().to(torch.uint8)
+                image = shade(buffer, [solid.color for solid in scene.solids], scene.background)
+                images[row] = image.mul_(255).round_().to(torch.uint8)
                 ids[row] = buffer.ids[::SUPERSAMPLING, ::SUPERSAMPLING]
             sources.append(edit.source)
             targets.append(edit.target)
@@ -117,7 +118,7 @@ def draw_chunk(chunk: int) -> dict[str, Any]:
     scenes = [*sources, *targets]
     captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
     return {
-        "pictures": pictures.numpy(),
+        "images": images.numpy(),
         "captions": json.dumps(captions),
         "instructions": json.dumps(instructions),
         "labels": label_cells(ids, scenes).numpy(),
@@ -125,12 +126,12 @@ def draw_chunk(chunk: int) -> dict[str, Any]:
 
 
 def render_chunk(folder: Path, chunk: int) -> None:
-    chunks.save(chunks.path_of(folder, chunk), **draw_chunk(chunk))
+    chunks.save(chunks.path_of(folder, chunk), **render_images(chunk))
 
 
-def load_pictures(out: Path, chunk: int) -> Tensor:
+def load_images(out: Path, chunk: int) -> Tensor:
     """A chunk, uint8 [2 N, 3, H, W]."""
-    return torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["pictures"])
+    return torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["images"])
 
 
 # --- the visual codebook and the prior ---
@@ -140,13 +141,13 @@ VISION = {
     "hidden_size": 256,
     "num_heads": 8,
     "intermediate_size": 512,
-    "image_size": SIDE // 2,  # the processor halves pictures
+    "image_size": SIDE // 2,  # the processor halves images
     "patch_size": 16,
     "attention_bias": True,
 }
 CODES = 512
 QUANTISER = {"embed_dim": 8, "num_embeddings": CODES, "latent_channels": VISION["hidden_size"]}
-#: Behind the codes: what frames a picture, and sizes. Their order is that of their numbers.
+#: After the codes: what frames a image, and sizes. Their order is that of their numbers.
 SPECIALS = ("<start>", "<end>", "<image>", "<sop>", "<eop>", "<pad>", "<unk>")
 LANGUAGE = {
     "hidden_size": 256,
@@ -179,25 +180,23 @@ def build_prior(words: int) -> GlmImageForConditionalGeneration:
     return GlmImageForConditionalGeneration(config)
 
 
-def halved(pictures: Tensor) -> Tensor:
+def halved(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] -> [N, 3, H / 2, W / 2], as the processor does it."""
-    return F.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True)
+    return F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
 
 
 class Halves:
-    """All pictures in memory as the vision tower sees them, and what they show."""
+    """All images in memory as the vision tower sees them, and what they show."""
 
     def __init__(self, out: Path, numbers: Sequence[int]):
-        rendered = [np.load(chunks.path_of(out / "pictures", chunk)) for chunk in numbers]
-        halves = [halved(torch.from_numpy(part["pictures"])) for part in rendered]
-        self.pictures = torch.cat(halves)  # [N, 3, H / 2, W / 2]
+        rendered = [np.load(chunks.path_of(out / "images", chunk)) for chunk in numbers]
+        halves = [halved(torch.from_numpy(part["images"])) for part in rendered]
+        self.images = torch.cat(halves)  # [N, 3, H / 2, W / 2]
         self.labels = torch.from_numpy(np.concatenate([part["labels"] for part in rendered]))  # [N, 3, H / 8, W / 8]
 
-    def batches(self, size: int, seed: int) -> Iterator[Pictures]:
-        rng = np.random.default_rng([SEED, seed])
-        while True:
-            rows = torch.from_numpy(rng.integers(len(self.pictures), size=size))
-            yield Pictures(self.pictures[rows].float() / 127.5 - 1, self.labels[rows])
+    def batch(self, size: int, step: int) -> Images:
+        rows = torch.from_numpy(np.random.default_rng([SEED, step]).integers(len(self.images), size=size))
+        return Images(self.images[rows].float() / 127.5 - 1, self.labels[rows])
 
 
 def train_codebook(out: Path, steps: int) -> None:
@@ -213,9 +212,8 @@ def train_codebook(out: Path, steps: int) -> None:
                 f"{' and '.join(trained)} learned the codes as they are: move them away, or give another --out"
             )
         shutil.rmtree(out / "tokens", ignore_errors=True)
-    pictures = Halves(out, chunks.known(out / "pictures")[1:])
-    recipe = codebook_recipe(steps)
-    train_visual_codebook(model, reader, pictures.batches(128, chunks.steps_done(folder)), recipe, folder)
+    images = Halves(out, chunks.known(out / "images")[1:])
+    train_visual_codebook(model, reader, functools.partial(images.batch, 128), codebook_recipe(steps), folder)
     parts = {"visual": model.visual, "vqmodel": model.vqmodel}
     save_state(folder / "model.pt", {name: part.state_dict() for name, part in parts.items()})
 
@@ -226,27 +224,27 @@ def load_codebook(out: Path, prior: GlmImageForConditionalGeneration) -> None:
 
 
 def say(out: Path, count: int) -> None:
-    """The tokens of pictures beside their captions and instructions: what the prior learns from.
+    """The tokens of images with their captions and instructions: what the prior learns from.
 
-    It takes many more pictures than are kept (docs/scenes/glm_image.md says why): the others are drawn, told and
-    forgotten.
+    It takes many more images than are kept (docs/scenes/glm_image.md says why): the others are rendered, turned into
+    tokens and dropped.
     """
     chunks.make_missing(out / "tokens", range(count), functools.partial(say_chunk, out))
 
 
 @torch.no_grad()
 def say_chunk(out: Path, chunk: int) -> None:
-    kept = chunks.path_of(out / "pictures", chunk)
-    drawn = np.load(kept) if kept.exists() else draw_chunk(chunk)
+    kept = chunks.path_of(out / "images", chunk)
+    rendered = np.load(kept) if kept.exists() else render_images(chunk)
     prior = build_prior(words=1024)
     load_codebook(out, prior)
-    tokens = tokenise(prior.model, halved(torch.from_numpy(drawn["pictures"])).float() / 127.5 - 1)
-    texts = {name: drawn[name] for name in ("captions", "instructions")}
+    tokens = tokenise(prior.model, halved(torch.from_numpy(rendered["images"])).float() / 127.5 - 1)
+    texts = {name: rendered[name] for name in ("captions", "instructions")}
     chunks.save(chunks.path_of(out / "tokens", chunk), tokens=tokens.to(torch.int16).numpy(), **texts)
 
 
 def make_processor(out: Path) -> GlmImageProcessor:
-    """A byte-level vocabulary of the captions behind the codes, and the pictures' preparation."""
+    """A byte-level vocabulary of the captions after the codes, and the images' preparation."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -288,24 +286,24 @@ def texts_of(out: Path, count: int) -> Iterator[str]:
 
 
 class Sayings:
-    """Prompts of all pictures and edits in memory, and the tokens that they are to be answered with.
+    """Prompts of all images and edits in memory, and the tokens that they are to be answered with.
 
-    A prompt for a picture is answered with a small one of 16 x 16 tokens first, as it is with the released model. Here
-    the picture itself is but 4 x 4, so the small one is left empty: the same code everywhere. Most of the training has
+    A prompt for a image is answered with a small one of 16 x 16 tokens first, as it is with the released model. Here
+    the image itself is but 4 x 4, so the small one is left empty: the same code everywhere. Most of the training has
     only the last few of them.
     """
 
     GRID = SIDE // 32
     SMALL = 16
-    EMPTY = 0  # the code of the small picture
+    EMPTY = 0  # the code of the small image
     LAST = 4  # of its tokens, in a shortened answer
     EMPTY_WEIGHT = 0.02
 
     def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int]):
         self.tokenizer = tokenizer
         size = f"<sop>{self.GRID} {self.GRID}<eop>"
-        self.drawn: list[list[str]] = []  # of each picture, in several wordings
-        self.edited: list[str] = []
+        self.captions: list[list[str]] = []  # of each image, in several wordings
+        self.instructions: list[str] = []
         codes, pairs = [], []
         for chunk in numbers:
             stored = np.load(chunks.path_of(out / "tokens", chunk))
@@ -314,47 +312,43 @@ class Sayings:
             count = len(codes[-1]) // 2
             pairs += [(first + i, first + count + i) for i in range(count)]
             for texts in json.loads(str(stored["captions"])):
-                self.drawn.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
-            self.edited += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
+                self.captions.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
+            self.instructions += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
         self.codes = torch.cat(codes)  # [N, GRID * GRID]
         self.pairs = torch.tensor(pairs)  # [edits, 2]: what is edited, and what it becomes
 
-    def batches(self, size: int, edits: float, whole: float, seed: int) -> Iterator[Sequences]:
+    def batch(self, size: int, edits: float, whole: float, step: int) -> Sequences:
         """``edits`` and ``whole``: the shares of batches of edits, and of answers that are not shortened."""
-        rng = np.random.default_rng([SEED, seed])
+        rng = np.random.default_rng([SEED, step])
         grid, small = (self.GRID, self.GRID), (self.SMALL, self.SMALL)
-        every = target_offsets([small, grid])
         padding: int = self.tokenizer.pad_token_id
-        while True:
-            kind = rng.random()
-            if kind < edits:
-                rows = rng.integers(len(self.pairs), size=size)
-                prompts = [self.asked(int(row)) for row in rows]
-                tokens, positions = zip(*prompts, strict=True)
-                targets = self.codes[self.pairs[rows, 1]]
-                yield join(tokens, positions, targets, target_offsets([grid]), padding, "edited")
-                continue
-            full = kind < edits + whole
-            empty, count = (self.SMALL**2, size // 4) if full else (self.LAST, size)
-            rows = rng.integers(len(self.drawn), size=count)
-            wordings = rng.integers(WORDINGS, size=count)
-            texts = [self.drawn[row][wording] for row, wording in zip(rows, wordings, strict=True)]
-            tokens = [torch.tensor(ids) for ids in self.tokenizer(texts).input_ids]
-            positions = [torch.arange(len(ids)).expand(3, -1) for ids in tokens]
-            targets = torch.cat([torch.full((count, empty), self.EMPTY), self.codes[rows]], dim=1)
-            weights = torch.cat([torch.full((empty,), self.EMPTY_WEIGHT), torch.ones(self.GRID**2)])
-            name = "drawn_in_full" if full else "drawn"
-            batch = join(tokens, positions, targets, every[:, -targets.shape[1] :], padding, name)
-            yield batch._replace(weights=weights)
+        kind = rng.random()
+        if kind < edits:
+            rows = rng.integers(len(self.pairs), size=size)
+            tokens, positions = zip(*(self.asked(int(row)) for row in rows), strict=True)
+            targets = self.codes[self.pairs[rows, 1]]
+            return join(tokens, positions, targets, target_offsets([grid]), padding, "edited")
+        full = kind < edits + whole
+        empty, count = (self.SMALL**2, size // 4) if full else (self.LAST, size)
+        rows = rng.integers(len(self.captions), size=count)
+        wordings = rng.integers(WORDINGS, size=count)
+        texts = [self.captions[row][wording] for row, wording in zip(rows, wordings, strict=True)]
+        prompts = [torch.tensor(ids) for ids in self.tokenizer(texts).input_ids]
+        places = [torch.arange(len(ids)).expand(3, -1) for ids in prompts]
+        targets = torch.cat([torch.full((count, empty), self.EMPTY), self.codes[rows]], dim=1)
+        offsets = target_offsets([small, grid])[:, -targets.shape[1] :]
+        weights = torch.cat([torch.full((empty,), self.EMPTY_WEIGHT), torch.ones(self.GRID**2)])
+        name = "generated_in_full" if full else "generated"
+        return join(prompts, places, targets, offsets, padding, name)._replace(weights=weights)
 
     def asked(self, edit: int) -> tuple[Tensor, Tensor]:
-        """An edit's prompt, the picture's own tokens in front, and the positions of its tokens, [3, S]."""
-        text = torch.tensor(self.tokenizer(self.edited[edit]).input_ids)
+        """An edit's prompt, the image's own tokens in front, and the positions of its tokens, [3, S]."""
+        text = torch.tensor(self.tokenizer(self.instructions[edit]).input_ids)
         frame = torch.tensor([CODES, CODES + 1])  # <start>, <end>
         tokens = torch.cat([frame[:1], self.codes[self.pairs[edit, 0]], frame[1:], text])
-        picture = 1 + target_offsets([(self.GRID, self.GRID)])
+        image = 1 + target_offsets([(self.GRID, self.GRID)])
         after = 1 + self.GRID + torch.arange(1 + len(text))
-        return tokens, torch.cat([torch.zeros(3, 1, dtype=torch.long), picture, after.expand(3, -1)], dim=1)
+        return tokens, torch.cat([torch.zeros(3, 1, dtype=torch.long), image, after.expand(3, -1)], dim=1)
 
 
 def train_language_model(out: Path, steps: int) -> None:
@@ -367,9 +361,8 @@ def train_language_model(out: Path, steps: int) -> None:
     unseen = Sayings(out, processor.tokenizer, known[:2])
     model = build_prior(len(processor.tokenizer))
     folder = out / "prior"
-    batches = sayings.batches(64, 0.4, 0.15, chunks.steps_done(folder))
-    checks = [next(unseen.batches(256, edits, 0.0, 0)) for edits in (0.0, 1.0)]
-    train_prior(model, batches, prior_recipe(steps), folder, checks)
+    checks = [unseen.batch(256, edits, 0.0, 0) for edits in (0.0, 1.0)]
+    train_prior(model, functools.partial(sayings.batch, 64, 0.4, 0.15), prior_recipe(steps), folder, checks)
     save_state(folder / "model.pt", model.state_dict())
 
 
@@ -377,7 +370,7 @@ def train_language_model(out: Path, steps: int) -> None:
 
 
 def train_vae(out: Path, start: Path, steps: int) -> None:
-    """8 times smaller. Its inner stages begin as the bundled model's, which is of 64 pixels and 4 times smaller."""
+    """8 times smaller. Its inner stages start as the bundled model's, which is for 64 pixels and 4 times smaller."""
     torch.manual_seed(SEED)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     folder = out / "autoencoder"
@@ -388,10 +381,10 @@ def train_vae(out: Path, start: Path, steps: int) -> None:
             name = f"encoder.down_blocks.{int(stage[1]) + 1}.{name[stage.end() :]}"
         if name in own and own[name].shape == value.shape:
             own[name].copy_(value)
-    pictures = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
-    validation = pictures[0][::8].float() / 127.5 - 1
-    batches = chunks.random_pictures(pictures[1:], 16, seed=SEED + chunks.steps_done(folder))
-    train_autoencoder(model, batches, AutoencoderRecipe(steps=steps), folder, validation)
+    images = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
+    validation = images[0][::8].float() / 127.5 - 1
+    batch = functools.partial(chunks.image_batch, images[1:], 16, SEED)
+    train_autoencoder(model, batch, AutoencoderRecipe(steps=steps), folder, validation)
     model.save_pretrained(folder / "model")
 
 
@@ -435,8 +428,7 @@ def encode(out: Path) -> None:
     """The latents' mean and deviation into the autoencoder's config; then the latents of every chunk."""
     if not (out / "vae" / "config.json").exists():
         model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
-        sample = torch.cat([load_pictures(out, chunk)[::8].float() / 127.5 - 1 for chunk in range(8)])
-        latents = model.encode(sample).latent_dist.mode()
+        latents = chunks.encode_images(model, torch.cat([load_images(out, chunk)[::8] for chunk in range(8)]))
         statistics = {
             "latents_mean": latents.mean((0, 2, 3)).tolist(),
             "latents_std": latents.std((0, 2, 3)).tolist(),
@@ -444,22 +436,20 @@ def encode(out: Path) -> None:
         measured = AutoencoderKL(**AUTOENCODER, **statistics)
         measured.load_state_dict(model.state_dict())
         measured.save_pretrained(out / "vae")
-    chunks.make_missing(out / "latents", chunks.known(out / "pictures"), functools.partial(encode_chunk, out))
+    chunks.make_missing(out / "latents", chunks.known(out / "images"), functools.partial(encode_chunk, out))
 
 
 @torch.no_grad()
 def encode_chunk(out: Path, chunk: int) -> None:
-    model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
-    pictures = load_pictures(out, chunk).float() / 127.5 - 1
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+    model = chunks.fast_autoencoder(out / "vae")
+    latents = chunks.encode_images(model, load_images(out, chunk))
     mean, std = (torch.tensor(model.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-    standardised = ((latents.float() - mean) / std).half().contiguous()
+    standardised = ((latents - mean) / std).half().contiguous()
     chunks.save(chunks.path_of(out / "latents", chunk), latents=standardised.numpy())
 
 
 class Latents:
-    """The latents and tokens of all pictures in memory."""
+    """The latents and tokens of all images in memory."""
 
     def __init__(self, out: Path, numbers: Sequence[int]):
         latents, codes = (
@@ -475,21 +465,18 @@ class Latents:
         # A token of the prior is four of the transformer's.
         self.tokens = grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
 
-    def batches(self, size: int, edits: float, text: Tensor, seed: int) -> Iterator[Batch]:
+    def batch(self, size: int, edits: float, text: Tensor, step: int) -> Batch:
         """``text``: the glyphs [1, M, channels] of no text. A batch of edits is half as large, and costs as much."""
-        rng = np.random.default_rng([SEED, seed])
-        while True:
-            if rng.random() >= edits:
-                rows = torch.from_numpy(rng.integers(len(self.latents), size=size))
-                yield Batch(self.latents[rows].float(), self.tokens[rows], text.expand(size, -1, -1))
-                continue
-            before = self.sources[rng.integers(len(self.sources), size=size // 2)]
-            after = before + self.half
-            if rng.random() < 0.5:  # the other way round is an edit, too
-                before, after = after, before
-            reference = Reference(self.latents[before].float(), self.tokens[before])
-            text_of_half = text.expand(size // 2, -1, -1)
-            yield Batch(self.latents[after].float(), self.tokens[after], text_of_half, reference)
+        rng = np.random.default_rng([SEED, step])
+        if rng.random() >= edits:
+            rows = torch.from_numpy(rng.integers(len(self.latents), size=size))
+            return Batch(self.latents[rows].float(), self.tokens[rows], text.expand(size, -1, -1))
+        before = self.sources[rng.integers(len(self.sources), size=size // 2)]
+        after = before + self.half
+        if rng.random() < 0.5:  # the other way round is an edit, too
+            before, after = after, before
+        reference = Reference(self.latents[before].float(), self.tokens[before])
+        return Batch(self.latents[after].float(), self.tokens[after], text.expand(size // 2, -1, -1), reference)
 
 
 def train_transformer(out: Path, steps: int) -> None:
@@ -500,8 +487,7 @@ def train_transformer(out: Path, steps: int) -> None:
     model = GlmImageTransformer2DModel(**TRANSFORMER)
     initialize(model)
     folder = out / "transformer"
-    recipe = transformer_recipe(steps)
-    train_flow_matching(model, latents.batches(64, 0.3, text, chunks.steps_done(folder)), recipe, folder)
+    train_flow_matching(model, functools.partial(latents.batch, 64, 0.3, text), transformer_recipe(steps), folder)
     model.save_pretrained(folder / "model")
 
 
@@ -512,8 +498,8 @@ def codebook_recipe(steps: int) -> CodebookRecipe:
     return CodebookRecipe(steps=steps, save_every=250)
 
 
-def prior_recipe(steps: int) -> PriorRecipe:
-    return PriorRecipe(steps=steps, save_every=250)
+def prior_recipe(steps: int) -> Recipe:
+    return Recipe(steps=steps, save_every=250)
 
 
 def transformer_recipe(steps: int) -> FlowMatchingRecipe:
@@ -539,7 +525,7 @@ def record(out: Path, records: Path) -> None:
     }
     configuration = {
         "seed": SEED,
-        "chunks": len(chunks.known(out / "pictures")),
+        "chunks": len(chunks.known(out / "images")),
         "said_chunks": len(chunks.known(out / "tokens")),
         "geometries": GEOMETRIES,
         "colourings": COLOURINGS,
@@ -579,27 +565,27 @@ def export(out: Path, target: Path) -> None:
 
 
 def judge(target: Path, records: Path, count: int) -> None:
-    """What the bundled judge finds right in pictures and in edits; numbers, and sheets of pictures."""
+    """What the bundled judge finds right in images and in edits; numbers, and sheets of images."""
     pipe = GlmImagePipeline.from_pretrained(target)
     pipe.set_progress_bar_config(disable=True)
     records.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 20, "guidance_scale": 2.0}
-    drawn: list[Image.Image] = []
+    generated: list[Image.Image] = []
     sources: list[Image.Image] = []
     edited: list[Image.Image] = []
 
     def call(made: list[Image.Image], texts: list[str], **more: Any) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(len(made) + i) for i in range(len(texts))]
-        pictures = pipe(texts, generator=generators, **options, **more).images
-        made += pictures
-        return pictures
+        images = pipe(texts, generator=generators, **options, **more).images
+        made += images
+        return images
 
-    def edit(texts: list[str], pictures: list[Tensor]) -> list[Image.Image]:
-        given = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in pictures]
+    def edit(texts: list[str], images: list[Tensor]) -> list[Image.Image]:
+        given = [Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()) for x in images]
         sources.extend(given)
-        return call(edited, texts, image=[[picture] for picture in given])
+        return call(edited, texts, image=[[image] for image in given])
 
-    of_prompts = evaluate(functools.partial(call, drawn), count)
+    of_prompts = evaluate(functools.partial(call, generated), count)
     of_edits, edits = evaluate_edits(edit, count), held_out_edits(count)
     objects = [
         colour and shape
@@ -616,13 +602,13 @@ def judge(target: Path, records: Path, count: int) -> None:
         "edits after which every solid has its colour and shape, and there is no other": [sum(kept), count],
     }
     print(of_prompts.table(), of_edits.table(), json.dumps(summary, indent=1), sep="\n\n")
-    told = {"summary": summary, "text_to_image": of_prompts.to_dict(), "image_to_image": of_edits.to_dict()}
-    (records / "judged.json").write_text(json.dumps(told, indent=1) + "\n")
-    pairs = [picture for pair in zip(sources, edited, strict=True) for picture in pair]
-    for name, pictures in (("drawn", drawn[:32]), ("edited", pairs[:32])):
+    judged = {"summary": summary, "text_to_image": of_prompts.to_dict(), "image_to_image": of_edits.to_dict()}
+    (records / "judged.json").write_text(json.dumps(judged, indent=1) + "\n")
+    pairs = [image for pair in zip(sources, edited, strict=True) for image in pair]
+    for name, images in (("generated", generated[:32]), ("edited", pairs[:32])):
         sheet = Image.new("RGB", (8 * SIDE, 4 * SIDE))
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, (i % 8 * SIDE, i // 8 * SIDE))
+        for i, image in enumerate(images):
+            sheet.paste(image, (i % 8 * SIDE, i // 8 * SIDE))
         sheet.save(records / f"{name}.png")
 
 
@@ -636,11 +622,11 @@ def main() -> None:
     parser.add_argument("--codebook-steps", type=int, default=1700)
     parser.add_argument("--prior-steps", type=int, default=9000)
     parser.add_argument("--transformer-steps", type=int, default=9000)
-    parser.add_argument("--judged", type=int, default=200, help="pictures, and as many edits")
+    parser.add_argument("--judged", type=int, default=200, help="images, and as many edits")
     root = Path(__file__).resolve().parents[1]
     parser.add_argument("--target", type=Path, help="where the finished checkpoint goes; OUT/checkpoint if not given")
     records = root / "docs" / "scenes" / "glm_image"
-    parser.add_argument("--records", type=Path, default=records, help="where logs and pictures of the run go")
+    parser.add_argument("--records", type=Path, default=records, help="where logs and images of the run go")
     options = parser.parse_args()
     target = options.target or options.out / "checkpoint"
     if options.stage in (None, "render"):

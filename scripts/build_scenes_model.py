@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +35,16 @@ from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.state import append_log, load_state, save_state
+from impasto.training.loop import Recipe, Run
+from impasto.training.state import load_state
 from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
-from impasto.training.text_to_image import Batch, TextToImageRecipe, initialize, train_text_to_image
+from impasto.training.text_to_image import Batch, LabelHead, TextToImageRecipe, initialize, train_text_to_image
 
 SEED = 2026
 STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")
-CHUNKS = 400  # of 256 pictures
+CHUNKS = 400  # of 256 images
 GEOMETRIES, COLOURINGS, WORDINGS = 32, 8, 4
-AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation pictures are square
+AUTOENCODER_CHUNKS, VALIDATION_CHUNK = 128, 8  # the validation images are square
 FRAMES = [(128, 128)] * 4 + [(96, 160), (160, 96), (112, 144), (144, 112)]
 
 AUTOENCODER = {
@@ -90,44 +90,45 @@ SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "p
 #: The records of a run: where they are published, and where the run writes them.
 RECORDS = {
     "autoencoder.jsonl": "autoencoder/log.jsonl",
-    "warm_start.jsonl": "transformer/warm_start.jsonl",
+    "warm_start.jsonl": "warm_start/log.jsonl",
     "transformer.jsonl": "transformer/log.jsonl",
-    "judged.jsonl": "transformer/judged.jsonl",
 }
 MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
-WARM_START_STEPS = 400
+WARM_START = Recipe(
+    steps=400, optimizer="adamw", warmup_steps=50, decay_share=0.5, ema_decay=0.0, log_every=40, save_every=200
+)
 
 
 def render(out: Path, count: int) -> None:
-    """Chunks of pictures with several wordings of each caption; one frame size a chunk."""
-    folder = out / "pictures"
+    """Chunks of images with several wordings of each caption; one frame size a chunk."""
+    folder = out / "images"
     chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
 
 
 def render_chunk(folder: Path, chunk: int) -> None:
     height, width = FRAMES[chunk % len(FRAMES)]
-    pictures, scenes, _, ids = scene_batch(SEED + chunk, GEOMETRIES, COLOURINGS, height, width)
+    images, scenes, _, ids = scene_batch(SEED + chunk, GEOMETRIES, COLOURINGS, height, width)
     rng = np.random.default_rng([SEED, chunk])
     captions = [[caption(scene, rng) for _ in range(WORDINGS)] for scene in scenes]
     labels = label_cells(ids, scenes).numpy()
     path = chunks.path_of(folder, chunk)
-    chunks.save(path, pictures=pictures.numpy(), captions=json.dumps(captions), labels=labels)
+    chunks.save(path, images=images.numpy(), captions=json.dumps(captions), labels=labels)
 
 
-def load_pictures(out: Path, chunk: int) -> Tensor:
+def load_images(out: Path, chunk: int) -> Tensor:
     """A chunk at half its rendered size, uint8 [N, 3, H, W]."""
-    pictures = torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["pictures"])
-    return F.avg_pool2d(pictures.float(), 2).round().to(torch.uint8)
+    images = torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["images"])
+    return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
 
 
 def train_vae(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     folder = out / "autoencoder"
-    validation = load_pictures(out, VALIDATION_CHUNK)[::COLOURINGS].float() / 127.5 - 1
-    train = [load_pictures(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
-    batches = chunks.random_pictures(train, 16, seed=SEED + chunks.steps_done(folder))
-    train_autoencoder(model, batches, AutoencoderRecipe(steps=steps), folder, validation)
+    validation = load_images(out, VALIDATION_CHUNK)[::COLOURINGS].float() / 127.5 - 1
+    train = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
+    batch = functools.partial(chunks.image_batch, train, 16, SEED)
+    train_autoencoder(model, batch, AutoencoderRecipe(steps=steps), folder, validation)
     model.save_pretrained(folder / "model")
 
 
@@ -136,20 +137,16 @@ def encode(out: Path) -> None:
     """Standardise the latents' channels inside the autoencoder, and store the latents of every chunk."""
     model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
     if not (out / "vae" / "config.json").exists():
-        sample = torch.cat([load_pictures(out, chunk)[::2].float() / 127.5 - 1 for chunk in range(4)])
-        latents = model.encode(sample).latent_dist.mode()
+        latents = chunks.encode_images(model, torch.cat([load_images(out, chunk)[::2] for chunk in range(4)]))
         standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         model.save_pretrained(out / "vae")
-    chunks.make_missing(out / "latents", chunks.known(out / "pictures"), functools.partial(encode_chunk, out))
+    chunks.make_missing(out / "latents", chunks.known(out / "images"), functools.partial(encode_chunk, out))
 
 
 @torch.no_grad()
 def encode_chunk(out: Path, chunk: int) -> None:
-    model = AutoencoderKL.from_pretrained(out / "vae").to(memory_format=torch.channels_last)
-    pictures = load_pictures(out, chunk).float() / 127.5 - 1
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        latents = model.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-    scaled = (latents.float() * AUTOENCODER["scaling_factor"]).half().contiguous()
+    latents = chunks.encode_images(chunks.fast_autoencoder(out / "vae"), load_images(out, chunk))
+    scaled = (latents * AUTOENCODER["scaling_factor"]).half().contiguous()
     chunks.save(chunks.path_of(out / "latents", chunk), latents=scaled.numpy())
 
 
@@ -184,7 +181,7 @@ def train_tokenizer(out: Path) -> None:
     if (folder / "spiece.model").exists():  # another one would give the words other numbers
         return
     folder.mkdir(parents=True, exist_ok=True)
-    captions = [text for chunk in chunks.known(out / "pictures")[:40] for text in captions_of(out, chunk)]
+    captions = [text for chunk in chunks.known(out / "images")[:40] for text in captions_of(out, chunk)]
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -217,33 +214,33 @@ def train_tokenizer(out: Path) -> None:
 
 
 def captions_of(out: Path, chunk: int) -> list[str]:
-    """All wordings in a chunk, picture by picture."""
-    stored = np.load(chunks.path_of(out / "pictures", chunk))
+    """All wordings in a chunk, image by image."""
+    stored = np.load(chunks.path_of(out / "images", chunk))
     return [text for texts in json.loads(str(stored["captions"])) for text in texts]
 
 
 class Samples:
-    """All pictures in memory, by frame size: latents, labels, and the tokens of their captions."""
+    """All images in memory, by frame size: latents, labels, and the tokens of their captions."""
 
     def __init__(self, out: Path, tokenizer: T5Tokenizer):
         of_size: dict[torch.Size, list[Batch]] = {}
         for chunk in chunks.known(out / "latents"):
             latents = torch.from_numpy(np.load(chunks.path_of(out / "latents", chunk))["latents"])
-            labels = torch.from_numpy(np.load(chunks.path_of(out / "pictures", chunk))["labels"])
+            labels = torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["labels"])
             tokens = tokenise(tokenizer, captions_of(out, chunk))
             of_size.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
         self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in of_size.values()]
 
-    def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        rng = np.random.default_rng([SEED, seed])
+    def batch(self, size: int, step: int) -> Batch:
+        rng = np.random.default_rng([SEED, step])
         share = np.array([len(frame.latents) for frame in self.frames], dtype=float)
-        while True:
-            frame = self.frames[rng.choice(len(self.frames), p=share / share.sum())]
-            rows = torch.from_numpy(rng.integers(len(frame.latents), size=size))
-            wordings = rows * WORDINGS + torch.from_numpy(rng.integers(WORDINGS, size=size))
-            ids, mask = frame.input_ids[wordings], frame.attention_mask[wordings]
-            assert frame.labels is not None
-            yield Batch(frame.latents[rows].float(), ids, mask, frame.labels[rows])
+        frame = self.frames[rng.choice(len(self.frames), p=share / share.sum())]
+        rows = torch.from_numpy(rng.integers(len(frame.latents), size=size))
+        wordings = rows * WORDINGS + torch.from_numpy(rng.integers(WORDINGS, size=size))
+        assert frame.labels is not None
+        return Batch(
+            frame.latents[rows].float(), frame.input_ids[wordings], frame.attention_mask[wordings], frame.labels[rows]
+        )
 
 
 def tokenise(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -251,28 +248,26 @@ def tokenise(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     return encoded.input_ids, encoded.attention_mask
 
 
-def labelled_text(tokenizer: T5Tokenizer, batch: int, seed: int) -> Iterator[LabelledText]:
-    """Captions of scenes that nobody has to draw, with what they say of each solid."""
-    rng = np.random.default_rng([SEED, seed])
-    while True:
-        texts, labels = [], torch.zeros(batch, 3, 5, dtype=torch.long)  # 0: not told
-        while len(texts) < batch:
-            scene = sample_scene(rng, 128, 128)
-            if is_held_out(scene):
-                continue
-            text = caption(scene, rng)
-            row = labels[len(texts)]
-            with_size = statement(scene, with_size=True) in text
-            for slot, solid in enumerate(scene.solids):
-                row[slot, 0] = 1 + list(COLOURS).index(solid.color)
-                row[slot, 1] = 1 + SHAPES.index(solid.shape)
-                row[slot, 2] = 1 + SIZES.index(solid.size) if with_size else 0
-                row[slot, 3] = 1 + RELATIONS.index(scene.relations[slot]) if slot < len(scene.relations) else 0
-            if f"on a {scene.background} background" in text:
-                row[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
-            texts.append(text)
-        ids, mask = tokenise(tokenizer, texts)
-        yield LabelledText(ids, mask, labels)
+def labelled_text(tokenizer: T5Tokenizer, size: int, step: int) -> LabelledText:
+    """Captions of scenes that need not be rendered, with what they say of each solid."""
+    rng = np.random.default_rng([SEED, 1, step])
+    texts, labels = [], torch.zeros(size, 3, 5, dtype=torch.long)  # 0: not said
+    while len(texts) < size:
+        scene = sample_scene(rng, 128, 128)
+        if is_held_out(scene):
+            continue
+        text = caption(scene, rng)
+        row = labels[len(texts)]
+        with_size = statement(scene, with_size=True) in text
+        for slot, solid in enumerate(scene.solids):
+            row[slot, 0] = 1 + list(COLOURS).index(solid.color)
+            row[slot, 1] = 1 + SHAPES.index(solid.shape)
+            row[slot, 2] = 1 + SIZES.index(solid.size) if with_size else 0
+            row[slot, 3] = 1 + RELATIONS.index(scene.relations[slot]) if slot < len(scene.relations) else 0
+        if f"on a {scene.background} background" in text:
+            row[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
+        texts.append(text)
+    return LabelledText(*tokenise(tokenizer, texts), labels)
 
 
 def text_to_image_recipe(steps: int) -> TextToImageRecipe:
@@ -290,8 +285,9 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     if not (folder / "state.pt").exists():
         classes = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(SIZES), 1 + len(RELATIONS), 1 + len(BACKGROUNDS))
         reader = SlotReader(TEXT_ENCODER["d_model"], 3, classes)
-        right = warm_start(text_encoder, labelled_text(tokenizer, 64, seed=1), reader, WARM_START_STEPS)
-        append_log(folder / "warm_start.jsonl", steps=WARM_START_STEPS, right=right)
+        warm_start(
+            text_encoder, functools.partial(labelled_text, tokenizer, 64), reader, WARM_START, out / "warm_start"
+        )
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
     vae = AutoencoderKL.from_pretrained(out / "vae")
     pipeline = PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
@@ -299,47 +295,42 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     prompts = held_out_prompts(48, seed=1)  # not those of the final table
     samples = Samples(out, tokenizer)
 
-    def draw(step: int) -> None:
+    def check(step: int) -> dict[str, float]:
         texts = [prompt.text for prompt in prompts]
         generators = [torch.Generator().manual_seed(i) for i in range(len(texts))]
-        pictures = pipeline(texts, generator=generators, guidance_scale=4.5, num_inference_steps=20).images
-        counts = judge_pictures(prompts, pictures).counts()
-        append_log(folder / "judged.jsonl", step=step, **{name: hit / max(1, n) for name, (hit, n) in counts.items()})
+        images = pipeline(texts, generator=generators, guidance_scale=4.5, num_inference_steps=20).images
         sheet = Image.new("RGB", (8 * 64, 6 * 64))
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, (i % 8 * 64, i // 8 * 64))
-        sheet.save(folder / f"pictures_{step:06d}.png")
+        for i, image in enumerate(images):
+            sheet.paste(image, (i % 8 * 64, i // 8 * 64))
+        sheet.save(folder / f"images_{step:06d}.png")
+        counts = judge_pictures(prompts, images).counts()
+        return {name: hit / max(1, n) for name, (hit, n) in counts.items()}
 
     ids, mask = tokenizer([""], return_tensors="pt").values()
-    batches = samples.batches(recipe.batch_size, seed=chunks.steps_done(folder))
-    train_text_to_image(
-        transformer, text_encoder, batches, (ids[0], mask[0]), scheduler.betas, recipe, folder, on_save=draw
-    )
+    batch = functools.partial(samples.batch, recipe.batch_size)
+    train_text_to_image(transformer, text_encoder, batch, (ids[0], mask[0]), scheduler.betas, recipe, folder, check)
 
 
 def restore(out: Path, target: Path, records: Path) -> None:
-    """Go on from an exported checkpoint where the run's own folder is gone. Renders and latents are made anew."""
-    vae = AutoencoderKL.from_pretrained(target / "vae")
-    log = (records / "autoencoder.jsonl").read_text()
-    steps = int(json.loads(log.splitlines()[-1])["step"])
-    save_state(out / "autoencoder" / "state.pt", {"model": vae.state_dict(), "step": steps})
-    (out / "autoencoder" / "log.jsonl").write_text(log)
-    vae.save_pretrained(out / "autoencoder" / "model")
+    """Continue from an exported checkpoint if the run's own folder is gone. Renders and latents are made again."""
+    configuration = json.loads((records / "configuration.json").read_text())
+    steps, autoencoder_steps = configuration["step"], configuration["autoencoder_recipe"]["steps"]
+    pipeline = PixArtSigmaPipeline.from_pretrained(target)
+    pipeline.vae.save_pretrained(out / "autoencoder" / "model")
     shutil.copytree(target / "vae", out / "vae", dirs_exist_ok=True)
     shutil.copytree(target / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    pipeline = PixArtSigmaPipeline.from_pretrained(target)
-    models = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
-    named = {name: parameter.detach() for name, parameter in models.named_parameters()}
-    step = json.loads((records / "configuration.json").read_text())["step"]
-    state = {"models": named, "ema": {"updates": step, **named}, "step": step}
-    (out / "transformer").mkdir(parents=True, exist_ok=True)
     for name, path in RECORDS.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records / name, out / path)
-    save_state(out / "transformer" / "state.pt", state)
+    recipe = text_to_image_recipe(steps)
+    models = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
+    models["label_head"] = LabelHead(pipeline.transformer, recipe.label_block, recipe.label_classes)
+    Run(models, recipe).save(out / "transformer" / "state.pt", steps)
+    Run(pipeline.vae, AutoencoderRecipe(autoencoder_steps)).save(out / "autoencoder" / "state.pt", autoencoder_steps)
 
 
 def export(out: Path, target: Path, records: Path) -> None:
-    """The averaged models in float16 and the ordinary folder format, and the run's records beside them."""
+    """The averaged models in float16 and the ordinary folder format, and the run's records."""
     state = load_state(out / "transformer" / "state.pt")
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))

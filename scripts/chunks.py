@@ -1,10 +1,10 @@
-"""What the scripts share: numbered chunks of arrays in a folder, made by all cores, and each written whole."""
+"""What the scripts share: numbered chunks of arrays in a folder, made by all cores, each written completely."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from impasto.files import write_file
+from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.nn.machine import fast_dtype
 
 
 def path_of(folder: Path, chunk: int) -> Path:
@@ -20,12 +22,12 @@ def path_of(folder: Path, chunk: int) -> Path:
 
 
 def known(folder: Path) -> list[int]:
-    """The numbers of the chunks that there are."""
+    """The numbers of the chunks that exist."""
     return sorted(int(path.stem) for path in folder.glob("[0-9]???.npz"))
 
 
 def make_missing(folder: Path, chunks: Iterable[int], make: Callable[[int], None]) -> None:
-    """Make those that there are not: one process a core, with one thread each."""
+    """Make those that do not exist: one process per core, with one thread each."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(chunks) - set(known(folder)))
     if not missing:
@@ -44,12 +46,23 @@ def save(path: Path, **arrays: Any) -> None:
     write_file(path, write)
 
 
-def random_pictures(pictures: Sequence[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
-    """Of chunks of pictures, uint8 [N, 3, H, W] -> float [batch, 3, H, W] in [-1, 1]."""
-    rng = np.random.default_rng(seed)
-    while True:
-        chunk = pictures[rng.integers(len(pictures))]
-        yield chunk[torch.from_numpy(rng.integers(len(chunk), size=batch))].float() / 127.5 - 1
+def image_batch(images: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:
+    """Some of a chunk of images, uint8 [N, 3, H, W] -> float [size, 3, H, W] in [-1, 1]."""
+    rng = np.random.default_rng([seed, step])
+    chunk = images[rng.integers(len(images))]
+    return chunk[torch.from_numpy(rng.integers(len(chunk), size=size))].float() / 127.5 - 1
+
+
+def fast_autoencoder(folder: Path) -> AutoencoderKL:
+    """A stored autoencoder in the dtype that this machine computes fastest in."""
+    model = AutoencoderKL.from_pretrained(folder, dtype=fast_dtype(torch.device("cpu")))
+    return model.to(memory_format=torch.channels_last)
+
+
+def encode_images(model: AutoencoderKL, images: Tensor) -> Tensor:
+    """The posterior's modes, float32, of images, uint8 [N, 3, H, W]."""
+    given = (images.float() / 127.5 - 1).to(model.dtype, memory_format=torch.channels_last)
+    return model.encode(given).latent_dist.mode().float()
 
 
 def steps_done(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Draw the curves of the bundled model's training run.
+"""Plot the curves of the bundled model's training run.
 
     python scripts/plot_scenes_training.py [--records docs/scenes/training] [--out docs/scenes/training/curves.png]
 
@@ -26,10 +26,10 @@ BANDS = {"t0_250": "t < 250", "t250_500": "250 to 500", "t500_750": "500 to 750"
 ATTRIBUTES = ("background", "count", "colours", "shapes", "sizes", "relations", "whole")
 
 
-def read(path: Path) -> Rows:
-    """The rows of a log in order. A step that an interrupted run did twice counts as it was done the second time."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+def read(path: Path, name: str) -> Rows:
+    """The rows of a log that have this value."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if name in row]
 
 
 def curve(axes: Axes, rows: Rows, name: str, **style: object) -> None:
@@ -53,7 +53,7 @@ def name_ends(axes: Axes, rows: Rows, names: dict[str, str], gap: float) -> None
 
 def draw_autoencoder(axes: Axes, rows: Rows) -> None:
     axes.set_title("Autoencoder")
-    axes.set_ylabel("PSNR of validation pictures (dB)")
+    axes.set_ylabel("PSNR of validation images (dB)")
     curve(axes, rows, "psnr", color="C0", marker="o", markersize=3)
     last = rows[-1]
     axes.annotate(
@@ -85,16 +85,16 @@ def draw_judged(axes: Axes, rows: Rows) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the logs")
-    parser.add_argument("--out", type=Path, help="the picture; default: curves.png in the folder of the logs")
+    parser.add_argument("--out", type=Path, help="the image; default: curves.png in the folder of the logs")
     options = parser.parse_args()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for axes in (left, middle, right):
         axes.set_xlabel("steps")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    draw_autoencoder(left, read(options.records / "autoencoder.jsonl"))
-    draw_loss(middle, read(options.records / "transformer.jsonl"))
-    draw_judged(right, read(options.records / "judged.jsonl"))
+    draw_autoencoder(left, read(options.records / "autoencoder.jsonl", "psnr"))
+    draw_loss(middle, read(options.records / "transformer.jsonl", "t0_250"))
+    draw_judged(right, read(options.records / "transformer.jsonl", "whole"))
     out = options.out or options.records / "curves.png"
     figure.savefig(out, dpi=110)
     print(f"wrote {out}")

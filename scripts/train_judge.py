@@ -1,4 +1,4 @@
-"""Train the judge that reads pictures of the small world back into scenes, and tell how often it is right.
+"""Train the judge that reads images of the small world back into scenes, and report how often it is right.
 
     python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
 
@@ -10,10 +10,10 @@ Arrangements are traced once and coloured anew every time they are used.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import chunks
+from impasto.nn.machine import fast_dtype
 from impasto.scenes.judge import CELL, SLOTS, WEIGHTS, Judge, JudgeOutput
 from impasto.scenes.reading import ARRANGEMENTS, Reading, canonical, canonical_order, compare
-from impasto.scenes.renderer import render as draw
+from impasto.scenes.renderer import render as render_scene
 from impasto.scenes.renderer import trace
 from impasto.scenes.world import (
     BACKGROUNDS,
@@ -36,16 +37,10 @@ from impasto.scenes.world import (
     sample_arrangement,
     sample_scene,
 )
-from impasto.training.state import (
-    append_log,
-    load_state,
-    restore,
-    restore_optimizers,
-    save_state,
-    section,
-    steps_done,
-    trim_log,
-)
+from impasto.training.loop import Loss, Recipe
+from impasto.training.loop import train as train_loop
+from impasto.training.randomness import Randomness
+from impasto.training.state import load_state, save_state
 
 SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31
@@ -58,13 +53,26 @@ STEPS = 4500
 SETTLED_STEPS = 500  # the last ones, with batch normalisation as it is in use
 SETTLING_BATCHES = 100
 BATCH = 32
-LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100
-WEIGHT_DECAY = 0.02
-CELL_WEIGHT = 1.0  # of the loss of finding the solids, beside those of the answers
-VALIDATE_EVERY = 200
+CELL_WEIGHT = 1.0  # of the loss of finding the solids, relative to those of the answers
 VALIDATION_SCENES = 384
 REPORT_SCENES = 2000
+
+
+def judge_recipe(steps: int) -> Recipe:
+    return Recipe(
+        steps,
+        seed=SEED,
+        optimizer="adamw",
+        schedule="cosine",
+        warmup_steps=100,
+        floor=0.01,
+        betas=(0.9, 0.999),
+        weight_decay=0.02,
+        clip=5.0,
+        ema_decay=0.0,
+        log_every=200,
+        save_every=200,
+    )
 
 
 def render(out: Path, count: int) -> None:
@@ -104,52 +112,52 @@ def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     return buffers, labels, (cells * 255).round().to(torch.uint8)
 
 
-def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colours."""
+def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor, random: Randomness) -> Tensor:
+    """Images [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colours."""
     grounds = torch.tensor(list(BACKGROUNDS.values()))[backgrounds][:, None]  # [B, 1, 3]
     palette = torch.cat([grounds, torch.tensor(list(COLOURS.values()))[colours]], 1)  # [B, 1 + SLOTS, 3]
-    palette = (palette + 0.025 * torch.randn_like(palette)).clamp(0, 1)
+    palette = (palette + 0.025 * random.normal(palette.shape)).clamp(0, 1)
     layers = buffers.float()
-    pictures = (palette.mT / DIFFUSE_UNIT) @ layers[:, :4].flatten(2)  # [B, 3, H * W]
+    images = (palette.mT / DIFFUSE_UNIT) @ layers[:, :4].flatten(2)  # [B, 3, H * W]
     gloss = layers[:, 4:].flatten(2) / 255
-    return torch.lerp(pictures, torch.ones(()), gloss).clamp_(0, 1).unflatten(2, layers.shape[2:])
+    return torch.lerp(images, torch.ones(()), gloss).clamp_(0, 1).unflatten(2, layers.shape[2:])
 
 
-def degrade(pictures: Tensor) -> Tensor:
-    """What generated pictures may suffer from, each in some of the pictures and to a varied degree."""
-    batch, _, height, width = pictures.shape
+def degrade(images: Tensor, random: Randomness, everything: bool = False) -> Tensor:
+    """What generated images may suffer from, each in some of the images, or in all, and to a varied degree."""
+    batch, _, height, width = images.shape
 
-    def few(part: float) -> Tensor:
-        return torch.randperm(batch)[: max(1, round(part * batch))]
+    def few(share: float) -> Tensor:
+        return torch.nonzero((random.uniform([batch]) < share) | everything).flatten()
 
-    def amounts(chosen: Tensor, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(chosen), 1, 1, 1)
+    def amounts(low: float, high: float) -> Tensor:
+        return low + (high - low) * random.uniform([batch, 1, 1, 1])
 
     # Light and colour: nearly the identity matrix, which also turns hues a little, and contrast about the middle.
-    matrix = torch.eye(3) + 0.03 * torch.randn(batch, 3, 3)
-    matrix = matrix * (1 + 0.15 * (2 * torch.rand(batch, 1, 1) - 1))
-    shift = 0.06 * (2 * torch.rand(batch, 1, 1) - 1) + 0.5 * (1 - matrix.sum(2, keepdim=True))
-    pictures = torch.baddbmm(shift, matrix, pictures.flatten(2)).view_as(pictures)
+    matrix = torch.eye(3) + 0.03 * random.normal([batch, 3, 3])
+    matrix = matrix * (1 + 0.15 * (2 * random.uniform([batch, 1, 1]) - 1))
+    shift = 0.06 * (2 * random.uniform([batch, 1, 1]) - 1) + 0.5 * (1 - matrix.sum(2, keepdim=True))
+    images = torch.baddbmm(shift, matrix, images.flatten(2)).view_as(images)
     # Blur in two strengths; a negative share of the blur sharpens.
     for chosen, low, high in ((few(0.35), -0.5, 1.0), (few(0.2), 0.3, 1.0)):
-        some = pictures[chosen]
+        some = images[chosen]
         blurred = F.avg_pool2d(some, 3, 1, padding=1, count_include_pad=False)
-        pictures[chosen] = torch.lerp(some, blurred, amounts(chosen, low, high))
+        images[chosen] = torch.lerp(some, blurred, amounts(low, high)[chosen])
     # Stains and grain.
     chosen = few(0.3)
-    stains = F.interpolate(torch.randn(len(chosen), 3, height // 8, width // 8), (height, width), mode="bilinear")
-    pictures[chosen] += amounts(chosen, 0.0, 0.045) * stains
+    stains = F.interpolate(random.normal([batch, 3, height // 8, width // 8]), (height, width), mode="bilinear")
+    images[chosen] += (amounts(0.0, 0.045) * stains)[chosen]
     chosen = few(0.3)
-    pictures[chosen] += amounts(chosen, 0.0, 0.05) * torch.randn(len(chosen), 3, height, width)
+    images[chosen] += (amounts(0.0, 0.05) * random.normal([batch, 3, height, width]))[chosen]
     # JPEG: coefficients of 8 x 8 blocks, rounded to steps that grow with the frequency.
     chosen = few(0.15)
     k = torch.arange(8.0)
     basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) * torch.where(k > 0, 0.5, 8**-0.5)[:, None]
-    blocks = pictures[chosen].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, h, w, 8, 8]
-    steps = (1 + k[:, None] + k[None]) * 0.02 * torch.rand(len(chosen), 1, 1, 1, 1, 1) + 1e-4
+    blocks = images[chosen].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [b, 3, h, w, 8, 8]
+    steps = (1 + k[:, None] + k[None]) * 0.02 * random.uniform([batch, 1, 1, 1, 1, 1])[chosen] + 1e-4
     waves = ((basis @ blocks @ basis.T) / steps).round() * steps
-    pictures[chosen] = (basis.T @ waves @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
-    return pictures.clamp_(0, 1)
+    images[chosen] = (basis.T @ waves @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
+    return images.clamp_(0, 1)
 
 
 def losses(
@@ -173,10 +181,10 @@ def unseen(name: str, count: int, folder: Path) -> tuple[list[Tensor], list[Scen
     scenes = [sample_scene(rng) for _ in range(count)]
     path = folder / f"{name}.pt"
     if path.exists():
-        return load_state(path)["pictures"], scenes
-    pictures = [draw(scene).mul(255).round().to(torch.uint8) for scene in scenes]
-    save_state(path, {"pictures": pictures})
-    return pictures, scenes
+        return load_state(path)["images"], scenes
+    images = [render_scene(scene).mul(255).round().to(torch.uint8) for scene in scenes]
+    save_state(path, {"images": images})
+    return images, scenes
 
 
 def accuracy(readings: list[Reading], scenes: list[Scene]) -> dict[str, tuple[int, int]]:
@@ -193,80 +201,60 @@ def accuracy(readings: list[Reading], scenes: list[Scene]) -> dict[str, tuple[in
     return {name: (sum(values), len(values)) for name, values in flags.items()}
 
 
-def sample(geometry: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A batch from one chunk in new colours, degraded: pictures, labels, colours, backgrounds and cells."""
-    buffers, labels, cells = geometry[int(torch.randint(len(geometry), ()))]
-    chosen = torch.randperm(len(buffers))[:BATCH]
-    colours = torch.randint(len(COLOURS), (BATCH, SLOTS))
-    backgrounds = torch.randint(len(BACKGROUNDS), (BATCH,))
-    pictures = degrade(colour(buffers[chosen], colours, backgrounds))
-    return pictures, labels[chosen], colours, backgrounds, cells[chosen]
+def sample(geometry: list[tuple[Tensor, Tensor, Tensor]], random: Randomness) -> tuple[Tensor, ...]:
+    """A batch from one chunk in new colours, degraded: images, labels, colours, backgrounds and cells."""
+    buffers, labels, cells = geometry[random.shared.integers(len(geometry))]
+    chosen = random.integers(len(buffers), [BATCH])
+    colours = random.integers(len(COLOURS), [BATCH, SLOTS])
+    backgrounds = random.integers(len(BACKGROUNDS), [BATCH])
+    images = degrade(colour(buffers[chosen], colours, backgrounds, random), random)
+    return images, labels[chosen], colours, backgrounds, cells[chosen]
+
+
+def answer(judge: Judge, images: Tensor) -> JudgeOutput:
+    """The output of a judge in training, in float32. Between its fast layers it takes means in float32 itself."""
+    dtype = fast_dtype(torch.device("cpu"))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return JudgeOutput(*(value.float() for value in judge(images)))
 
 
 @torch.no_grad()
 def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Measure the statistics of batch normalisation anew, evenly over all frame sizes."""
+    """Measure the statistics of batch normalization anew, evenly over all frame sizes."""
     norms = [module for module in judge.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
-    for _ in range(SETTLING_BATCHES):
-        judge(sample(geometry)[0])
+    for number in range(SETTLING_BATCHES):
+        answer(judge, sample(geometry, Randomness(SEED + 1, number))[0])
 
 
 def train(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     judge = Judge().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    start, best = 0, -1.0
-    if (out / "state.pt").exists():
-        state = load_state(out / "state.pt")
-        path = out / "state.pt"
-        restore(path, section(path, state, "model"), judge.state_dict())
-        restore_optimizers(path, [optimizer], [section(path, state, "optimizer")])
-        start, best = steps_done(path, state), section(path, state, "best", float)
-        torch.manual_seed(SEED + start)
-    trim_log(out / "log.jsonl", start)
-    if start >= steps:
-        return
-    folder = out / "geometry"
-    geometry = [load(chunks.path_of(folder, chunk)) for chunk in chunks.known(folder)]
-    pictures, scenes = unseen("validation", VALIDATION_SCENES, out)
-    clock, sums = time.monotonic(), dict[str, float]()
-    for step in range(start, steps):
-        progress = max(0.0, (step - WARMUP_STEPS) / (steps - WARMUP_STEPS))
-        rate = min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
+    geometry = [load(chunks.path_of(out / "geometry", chunk)) for chunk in chunks.known(out / "geometry")]
+    images, scenes = unseen("validation", VALIDATION_SCENES, out)
+
+    def loss(step: int, random: Randomness) -> Loss:
         # A batch has one frame size, whose statistics are not those of the mixture that the judge will use.
         if step == steps - SETTLED_STEPS:
             settle(judge, geometry)
         if step >= steps - SETTLED_STEPS:
             judge.eval()
-        batch, labels, colours, backgrounds, cells = sample(geometry)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = judge(batch)
-        output = JudgeOutput(*(value.float() for value in output))
-        parts = losses(output, labels, colours, backgrounds, cells)
-        sum(parts.values()).backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sums = {name: sums.get(name, 0.0) + value.item() for name, value in parts.items()}
-        if (step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps:
-            done = (step - start) % VALIDATE_EVERY + 1
-            judge.eval()
-            right = accuracy(judge.read(pictures), scenes)
-            judge.train()
-            percent = {f"val {name}": 100 * value / count for name, (value, count) in right.items()}
-            means = {f"loss {name}": value / done for name, value in sums.items()}
-            append_log(out / "log.jsonl", step=step + 1, **means, **percent, seconds=time.monotonic() - clock)
-            sums = {}
-            if percent["val whole"] >= best:
-                best = percent["val whole"]
-                save_state(out / "best.pt", judge.state_dict())
-            state = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "best": best}
-            save_state(out / "state.pt", state)
+        batch, *answers = sample(geometry, random)
+        parts = losses(answer(judge, batch), *answers)
+        return Loss(torch.stack(list(parts.values())).sum(), {f"loss {name}": value for name, value in parts.items()})
+
+    def check(step: int) -> dict[str, float]:
+        right = accuracy(judge.read(images), scenes)
+        percent = {f"val {name}": 100 * value / count for name, (value, count) in right.items()}
+        log = out / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if percent["val whole"] >= max((row.get("val whole", -1.0) for row in rows), default=-1.0):
+            save_state(out / "best.pt", judge.state_dict())
+        return percent
+
+    train_loop(judge, loss, judge_recipe(steps), out, check)
 
 
 def report(out: Path, docs: Path) -> None:
@@ -275,10 +263,9 @@ def report(out: Path, docs: Path) -> None:
     judge.load_state_dict(load_state(out / "best.pt"))
     judge.half().save_pretrained(WEIGHTS)
     judge = Judge.from_pretrained(WEIGHTS)
-    pictures, scenes = unseen("report", REPORT_SCENES, out)
-    torch.manual_seed(SEED)
-    worse = [degrade(picture[None].float() / 255)[0] for picture in pictures]
-    readings = judge.read(pictures)
+    images, scenes = unseen("report", REPORT_SCENES, out)
+    worse = [degrade(image[None] / 255, Randomness(SEED, 0, i), everything=True)[0] for i, image in enumerate(images)]
+    readings = judge.read(images)
     held = [i for i, scene in enumerate(scenes) if is_held_out(scene)]
     tables = {
         "unseen renders": accuracy(readings, scenes),
@@ -288,11 +275,12 @@ def report(out: Path, docs: Path) -> None:
         "each degraded by light and colour shifts, blur, stains, grain and JPEG": accuracy(judge.read(worse), scenes),
     }
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    recipe = {
+    constants = {
         name.lower(): value for name, value in globals().items() if name.isupper() and isinstance(value, int | float)
     }
+    recipe = dataclasses.asdict(judge_recipe(int(log[-1]["step"])))
     content = {
-        "recipe": {**recipe, "parameters": judge.num_parameters()},
+        "recipe": {**constants, **recipe, "parameters": judge.num_parameters()},
         "renders": len(scenes),
         "accuracy": {
             title: {name: f"{100 * right / count:.2f} % ({right} of {count})" for name, (right, count) in table.items()}

@@ -17,6 +17,7 @@ from torch import nn
 
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.loop import Loss, Recipe, train
+from impasto.training.randomness import Randomness
 from impasto.training.state import append_log, load_state, save_state, trim_log
 
 from ..tiny import tiny_pipeline
@@ -44,8 +45,8 @@ def train_small(folder: str, width: int = 4, layers: int = 2, steps: int = 4) ->
     torch.manual_seed(0)
     model = Small(width, layers)
 
-    def loss(step: int, generator: torch.Generator) -> Loss:
-        x = torch.randn(2, width, generator=generator).to(model.norm.weight.dtype)
+    def loss(step: int, random: Randomness) -> Loss:
+        x = random.normal([2, width]).to(model.norm.weight.dtype)
         return Loss(model(x).float().square().mean() + (model.norm.weight - 2).square().mean(), {})
 
     train(model, loss, Recipe(**{**vars(RECIPE), "steps": steps}), Path(folder))
@@ -103,7 +104,9 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no step": (edited(lambda s: s.pop("step")), "'step'"),
     "a step of text": (edited(lambda s: s.update(step="two")), "'step'"),
     "a negative step": (edited(lambda s: s.update(step=-1)), "'step'"),
-    "updates of text": (edited(lambda s: s["ema"].update(updates="many")), "'updates'"),
+    "averages are a text": (edited(lambda s: s.update(ema="many")), "'ema'"),
+    "an average too few": (edited(lambda s: s["ema"].pop("norm.bias")), "norm.bias"),
+    "a state of an earlier version": (edited(lambda s: s.update(model=s.pop("models"))), "'models'"),
     "a tensor too few": (edited(lambda s: models(s).pop("norm.bias")), "norm.bias"),
     "a tensor too many": (edited(lambda s: models(s).update(extra=torch.ones(1))), "extra"),
     "another shape": (edited(lambda s: models(s).update({"norm.bias": torch.ones(9)})), "norm.bias"),

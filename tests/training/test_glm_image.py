@@ -1,9 +1,8 @@
-"""Training of the parts of a tiny GLM-Image: the visual codebook, the prior, the transformer."""
+"""Training of the components of a tiny GLM-Image: the visual codebook, the prior, the transformer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from PIL import Image
 from impasto.models.glm_image import GlmImageTransformer2DModel
 from impasto.pipelines.glm_image_prior import target_offsets
 from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
-from impasto.training.prior import PriorRecipe, Sequences, join, scores, train_prior
+from impasto.training.loop import Recipe
+from impasto.training.prior import Sequences, join, scores, train_prior
 from impasto.training.visual_codebook import (
     CodebookRecipe,
     CodeReader,
+    Images,
     OnlineCodebook,
-    Pictures,
     see,
     tokenise,
     train_visual_codebook,
@@ -57,10 +57,10 @@ def test_codes_follow_tokens_and_rare_ones_begin_anew() -> None:
     centres = torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=-1)
     tokens = centres[torch.randint(6, (600,), generator=generator)]
     tokens = torch.nn.functional.normalize(tokens + 0.01 * torch.randn(600, 4, generator=generator), dim=-1)
-    book = OnlineCodebook(6, 4, 0.9)
+    book, random = OnlineCodebook(6, 4, 0.9), np.random.default_rng(0)
     for _ in range(50):
-        book.update(tokens, generator)
-    # Every centre has a code, which needs that those which no token was near began anew.
+        book.update(tokens, random)
+    # Every centre has a code, which needs that those which no token was near started again.
     assert (centres @ book.codes.T).amax(1).min() > 0.99
     assert len(book.nearest(tokens).unique()) == 6
     other = OnlineCodebook(6, 4, 0.9)
@@ -68,30 +68,27 @@ def test_codes_follow_tokens_and_rare_ones_begin_anew() -> None:
     assert torch.equal(other.codes, book.codes)
     book.start(tokens, 3)
     assert float(book.counts.sum()) == 200
-    assert book.ready
     torch.testing.assert_close(book.codes.norm(dim=-1), torch.ones(6))
 
 
-def coloured(seed: int) -> Iterator[Pictures]:
-    """Pictures of one of four colours, which labels tell."""
-    generator = torch.Generator().manual_seed(seed)
+def coloured(step: int) -> Images:
+    """Images of one of four colours, which are their labels."""
     colours = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0]])
-    while True:
-        kind = torch.randint(4, (8,), generator=generator)
-        pixels = colours[kind][:, :, None, None].expand(-1, -1, 64, 64)
-        yield Pictures(pixels, kind.view(-1, 1, 1, 1).expand(-1, 1, 16, 16))
+    kind = torch.randint(4, (8,), generator=torch.Generator().manual_seed(step))
+    pixels = colours[kind][:, :, None, None].expand(-1, -1, 64, 64)
+    return Images(pixels, kind.view(-1, 1, 1, 1).expand(-1, 1, 16, 16))
 
 
-def test_a_codebook_learns_to_tell_pictures_apart_and_resumes(tmp_path: Path) -> None:
+def test_a_codebook_learns_to_tell_images_apart_and_resumes(tmp_path: Path) -> None:
     model = prior_parts()["vision_language_encoder"].model
     torch.manual_seed(0)
     reader = CodeReader(8, (4,), side=4)
     recipe = CodebookRecipe(steps=150, continuous_steps=50, save_every=75, learning_rate=5e-3, **FAST)
-    train_visual_codebook(model, reader, coloured(0), recipe, tmp_path)
+    train_visual_codebook(model, reader, coloured, recipe, tmp_path)
     log = rows(tmp_path)
     assert log[-1]["labels"] < 0.2 * log[0]["labels"]
     assert log[0]["codes_in_use"] == 0 < log[-1]["codes_in_use"]
-    batch = next(coloured(1))
+    batch = coloured(1000)
     tokens = tokenise(model, batch.pixels)  # [8, 16]
     kinds = batch.labels[:, 0, 0, 0]
     for kind in kinds.unique():
@@ -100,7 +97,7 @@ def test_a_codebook_learns_to_tell_pictures_apart_and_resumes(tmp_path: Path) ->
     codes = model.vqmodel.quantize.embedding.weight.clone()
 
     again = prior_parts()["vision_language_encoder"].model
-    train_visual_codebook(again, CodeReader(8, (4,), side=4), coloured(0), recipe, tmp_path)  # nothing is left to do
+    train_visual_codebook(again, CodeReader(8, (4,), side=4), coloured, recipe, tmp_path)  # nothing is left to do
     assert torch.equal(again.vqmodel.quantize.embedding.weight, codes)
     assert torch.equal(tokenise(again, batch.pixels), tokens)
 
@@ -114,7 +111,7 @@ def test_prompts_of_different_lengths_are_scored_as_transformers_does() -> None:
     positions = [torch.arange(len(prompt)).expand(3, -1) for prompt in prompts]
     targets = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
     offsets = target_offsets([(1, 2), (2, 2)])
-    batch = join(prompts, positions, targets, offsets, padding=38, kind="drawn")
+    batch = join(prompts, positions, targets, offsets, padding=38, kind="generated")
     assert batch.tokens.tolist()[1] == [44, 45, 7, 8, 9, 10, 11, 12, *[38] * 8]  # of few lengths
     assert batch.positions[:, 1, 2].tolist() == [2, 2, 2]
     assert batch.positions[:, 1, 7].tolist() == [2 + 2, 2 + 2 + 1, 2 + 2 + 1]
@@ -126,37 +123,36 @@ def test_prompts_of_different_lengths_are_scored_as_transformers_does() -> None:
         torch.testing.assert_close(said[row], alone, rtol=1e-4, atol=1e-5)
 
 
+def words(step: int) -> Sequences:
+    """Prompts of one word each, which decides the tokens."""
+    chosen = torch.randint(40, 44, (8,), generator=torch.Generator().manual_seed(step))
+    prompts = [torch.tensor([int(word), 39]) for word in chosen]
+    targets = (chosen - 40)[:, None] * 4 + torch.arange(4)
+    return join(prompts, [torch.arange(2).expand(3, -1)] * 8, targets, target_offsets([(2, 2)]), 38, "generated")
+
+
 def test_a_prior_learns_what_to_say_and_keeps_its_positions(tmp_path: Path) -> None:
     model = prior_parts()["vision_language_encoder"]
     frequencies = model.model.language_model.rotary_emb.inv_freq.clone()
 
-    def batches(seed: int) -> Iterator[Sequences]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            words = torch.randint(40, 44, (8,), generator=generator)
-            prompts = [torch.tensor([int(word), 39]) for word in words]
-            positions = [torch.arange(2).expand(3, -1)] * 8
-            targets = (words - 40)[:, None] * 4 + torch.arange(4)
-            yield join(prompts, positions, targets, target_offsets([(2, 2)]), 38, "drawn")
-
-    recipe = PriorRecipe(steps=60, learning_rate=1e-2, save_every=30, compile_blocks=False, **FAST)
-    known, other = next(batches(1)), next(batches(2))
+    recipe = Recipe(steps=60, learning_rate=1e-2, save_every=30, compile_blocks=False, **FAST)
+    known, other = words(1000), words(2000)
     mistaken = other._replace(targets=(other.targets + 1) % 16)
     vision, way = (part._attn_implementation for part in (model.config.vision_config, model.config.text_config))
-    train_prior(model, batches(0), recipe, tmp_path, [known, mistaken, other._replace(kind="edited")])
+    train_prior(model, words, recipe, tmp_path, [known, mistaken, other._replace(kind="edited")])
     assert model.config.vision_config._attn_implementation == vision
     assert model.config.text_config._attn_implementation == way
-    seen = [row for row in rows(tmp_path) if "drawn" in row]
-    assert seen[-1]["drawn"] == 1.0
-    checks = [row for row in rows(tmp_path) if "unseen_drawn" in row]
+    seen = [row for row in rows(tmp_path) if "generated" in row]
+    assert seen[-1]["generated"] == 1.0
+    checks = [row for row in rows(tmp_path) if "unseen_generated" in row]
     assert [row["step"] for row in checks] == [30, 60]
     assert checks[-1]["unseen_edited"] > 0.9  # averaged weights
-    assert 0.45 < checks[-1]["unseen_drawn"] < 0.55  # those of one batch, and none of the other
+    assert 0.45 < checks[-1]["unseen_generated"] < 0.55  # those of one batch, and none of the other
     assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
-    batch = next(batches(1))
+    batch = words(1000)
     assert torch.equal(scores(model, batch).argmax(-1), batch.targets)
     again = prior_parts()["vision_language_encoder"]
-    train_prior(again, batches(0), recipe, tmp_path)
+    train_prior(again, words, recipe, tmp_path)
     assert torch.equal(scores(again, batch), scores(model, batch))
 
 
@@ -164,18 +160,17 @@ def test_compiled_layers_learn_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     """Traced and run without a compiler: for two lengths, and with a check of the averages in between."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
-    def batches() -> Iterator[Sequences]:
-        for step in range(8):
-            prompt = torch.arange(40, 44).repeat(1 + 4 * (step % 2))  # 8 or 20 tokens with what is said
-            positions = torch.arange(len(prompt)).expand(3, -1)
-            yield join([prompt], [positions], torch.tensor([[1, 2, 3, 4]]), target_offsets([(2, 2)]), 38, "drawn")
+    def batch(step: int) -> Sequences:
+        prompt = torch.arange(40, 44).repeat(1 + 4 * (step % 2))  # 8 or 20 tokens with the targets
+        positions = torch.arange(len(prompt)).expand(3, -1)
+        return join([prompt], [positions], torch.tensor([[1, 2, 3, 4]]), target_offsets([(2, 2)]), 38, "generated")
 
     losses = []
     for compile_blocks in (False, True):
         folder = tmp_path / str(compile_blocks)
         model = prior_parts()["vision_language_encoder"]
-        recipe = PriorRecipe(steps=6, save_every=3, log_every=1, warmup_steps=1, compile_blocks=compile_blocks)
-        train_prior(model, batches(), recipe, folder, [next(batches())])
+        recipe = Recipe(steps=6, save_every=3, log_every=1, warmup_steps=1, compile_blocks=compile_blocks)
+        train_prior(model, batch, recipe, folder, [batch(0)])
         losses.append([row["loss"] for row in rows(folder) if "loss" in row])
         assert len(model(input_ids=torch.tensor([[40, 41]])).logits[0]) == 2  # called as before
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -193,21 +188,16 @@ def transformer() -> GlmImageTransformer2DModel:
     return model
 
 
-def flat(seed: int, edits: bool) -> Iterator[Batch]:
-    """Latents whose sign the token tells; of edits, that of the reference, while the tokens say nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    turn = 0
-    while True:
-        kind = torch.randint(2, (8,), generator=generator)
-        latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 4, 4)
-        tokens = kind[:, None].expand(-1, 4)
-        text = torch.zeros(8, 1, 16)
-        reference = Reference(latents, tokens) if edits and turn % 2 else None
-        yield Batch(latents, tokens if reference is None else torch.full_like(tokens, 2), text, reference)
-        turn += 1
+def flat(edits: bool, step: int) -> Batch:
+    """Latents whose sign the token gives; of edits, that of the reference, while the tokens say nothing."""
+    kind = torch.randint(2, (8,), generator=torch.Generator().manual_seed(step))
+    latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 4, 4)
+    tokens = kind[:, None].expand(-1, 4)
+    reference = Reference(latents, tokens) if edits and step % 2 else None
+    return Batch(latents, tokens if reference is None else torch.full_like(tokens, 2), torch.zeros(8, 1, 16), reference)
 
 
-def test_it_begins_as_nothing(transformer: GlmImageTransformer2DModel) -> None:
+def test_it_starts_with_an_output_of_zero(transformer: GlmImageTransformer2DModel) -> None:
     size = torch.tensor([[32.0, 32.0]])
     out = transformer(
         torch.randn(2, 4, 4, 4),
@@ -227,13 +217,13 @@ def test_a_transformer_learns_from_tokens_and_references(
 ) -> None:
     options: dict[str, Any] = {**FAST, "log_every": 10, "compile_blocks": False, "learning_rate": 1e-2}
     recipe = FlowMatchingRecipe(steps=80, save_every=40, **options)
-    train_flow_matching(transformer, flat(0, edits), recipe, tmp_path)
+    train_flow_matching(transformer, partial(flat, edits), recipe, tmp_path)
     log = rows(tmp_path)
-    kinds = ["drawn", "edited"] if edits else ["drawn"]
+    kinds = ["generated", "edited"] if edits else ["generated"]
     for kind in kinds:  # where there is the most noise, only tokens and references tell the sign
         assert log[-1][f"{kind}_3"] < 0.6 * log[0][f"{kind}_3"], kind
     assert edits or "edited_3" not in log[-1]
     again = GlmImageTransformer2DModel(**TRANSFORMER)
-    train_flow_matching(again, flat(0, edits), recipe, tmp_path)
+    train_flow_matching(again, partial(flat, edits), recipe, tmp_path)
     for name, value in transformer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name

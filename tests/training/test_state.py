@@ -101,4 +101,4 @@ def test_the_log_grows_by_a_line_of_numbers(tmp_path: Path) -> None:
     append_log(path, step=1, loss=0.12345678)
     append_log(path, step=2, loss=torch.tensor(0.5))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"step": 1.0, "loss": 0.123457}, {"step": 2.0, "loss": 0.5}]
+    assert rows == [{"step": 1.0, "loss": 0.12345678}, {"step": 2.0, "loss": 0.5}]  # not rounded

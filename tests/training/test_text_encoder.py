@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from pathlib import Path
 
 import torch
 
+from impasto.training.loop import Recipe
 from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
 
 from ..tiny import tiny_text_encoder
@@ -13,26 +15,29 @@ from ..tiny import tiny_text_encoder
 FIRST, SECOND = (10, 11, 12), (20, 21)  # the ids that answer for the first and for the second slot
 
 
-def captions(batch: int = 32, seed: int = 0) -> Iterator[LabelledText]:
-    """Two telling tokens with fillers between, some padding, and a second question that is always answered 0."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        ids = torch.randint(30, 40, (batch, 6), generator=generator)
-        labels = torch.zeros(batch, 2, 2, dtype=torch.long)
-        labels[:, 0, 0] = torch.randint(len(FIRST), (batch,), generator=generator)
-        labels[:, 1, 0] = torch.randint(len(SECOND), (batch,), generator=generator)
-        ids[:, 1] = torch.tensor(FIRST)[labels[:, 0, 0]]
-        ids[:, 3] = torch.tensor(SECOND)[labels[:, 1, 0]]
-        mask = torch.ones_like(ids)
-        mask[: batch // 2, 5:] = 0
-        yield LabelledText(ids * mask, mask, labels)
+def captions(step: int, batch: int = 32) -> LabelledText:
+    """Two tokens with answers, fillers between, some padding, and a second question that is always answered 0."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(30, 40, (batch, 6), generator=generator)
+    labels = torch.zeros(batch, 2, 2, dtype=torch.long)
+    labels[:, 0, 0] = torch.randint(len(FIRST), (batch,), generator=generator)
+    labels[:, 1, 0] = torch.randint(len(SECOND), (batch,), generator=generator)
+    ids[:, 1] = torch.tensor(FIRST)[labels[:, 0, 0]]
+    ids[:, 3] = torch.tensor(SECOND)[labels[:, 1, 0]]
+    mask = torch.ones_like(ids)
+    mask[: batch // 2, 5:] = 0
+    return LabelledText(ids * mask, mask, labels)
 
 
-def test_learns_which_token_answers_for_which_slot() -> None:
+def test_learns_which_token_answers_for_which_slot(tmp_path: Path) -> None:
     encoder = tiny_text_encoder(num_layers=1)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
-    right = warm_start(encoder, captions(), SlotReader(32, 2, (3, 2)), steps=80, learning_rate=1e-2)
-    assert right > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
+    recipe = Recipe(
+        steps=80, learning_rate=1e-2, optimizer="adamw", warmup_steps=10, decay_share=0.5, ema_decay=0.0, log_every=8
+    )
+    warm_start(encoder, captions, SlotReader(32, 2, (3, 2)), recipe, tmp_path)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["right"] > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
     assert not encoder.training
     assert any(not torch.equal(p, before[name]) for name, p in encoder.named_parameters())
 
@@ -52,7 +57,7 @@ def test_the_reader_does_not_see_padding() -> None:
     assert not torch.allclose(clean, other)
 
 
-def test_slots_read_different_tokens_and_pictures_stay_apart() -> None:
+def test_slots_read_different_tokens_and_samples_stay_apart() -> None:
     reader = SlotReader(16, 2, (4,))
     hidden, mask = torch.randn(3, 6, 16), torch.ones(3, 6, dtype=torch.long)
     (together,) = reader(hidden, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart import PixArtTransformer2DModel
-from impasto.training.loop import Masters, make_optimizers
+from impasto.training.randomness import Randomness
 from impasto.training.state import load_state
 from impasto.training.text_to_image import (
     Batch,
@@ -35,20 +35,18 @@ def recipe(steps: int, **overrides: Any) -> TextToImageRecipe:
     return TextToImageRecipe(steps=steps, **{**small, **overrides})
 
 
-class Batches(Iterator[Batch]):
-    """Flat latents whose sign is told by the caption; counts how many were asked for."""
+def flat(step: int, size: int = 8) -> Batch:
+    """Flat latents whose sign the caption gives."""
+    kind = torch.randint(2, (size,), generator=torch.Generator().manual_seed(step))
+    latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+    ids = torch.stack([kind + 5, torch.full_like(kind, 1), torch.zeros_like(kind)], 1)
+    return Batch(latents, ids, torch.tensor([1, 1, 0]).expand(size, 3))
 
-    def __init__(self, size: int = 8) -> None:
-        self.size = size
-        self.taken = 0
 
-    def __next__(self) -> Batch:
-        self.taken += 1
-        generator = torch.Generator().manual_seed(self.taken)
-        kind = torch.randint(2, (self.size,), generator=generator)
-        latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
-        ids = torch.stack([kind + 5, torch.full_like(kind, 1), torch.zeros_like(kind)], 1)
-        return Batch(latents, ids, torch.tensor([1, 1, 0]).expand(self.size, 3))
+def labelled(step: int) -> Batch:
+    batch = flat(step)
+    kind = (batch.latents[:, :1] > 0).long()  # [B, 1, H, W]
+    return batch._replace(labels=torch.cat([kind, 2 * kind], 1))
 
 
 def models(seed: int = 0) -> tuple[PixArtTransformer2DModel, nn.Module]:
@@ -59,12 +57,12 @@ def models(seed: int = 0) -> tuple[PixArtTransformer2DModel, nn.Module]:
 
 def train(
     parts: tuple[PixArtTransformer2DModel, nn.Module],
-    batches: Batches,
     recipe: TextToImageRecipe,
     folder: Path,
-    on_save: Callable[[int], None] | None = None,
+    check: Callable[[int], Mapping[str, float]] | None = None,
+    batch: Callable[[int], Batch] = flat,
 ) -> None:
-    train_text_to_image(*parts, batches, EMPTY, BETAS, recipe, folder, on_save)
+    train_text_to_image(*parts, batch, EMPTY, BETAS, recipe, folder, check)
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -82,7 +80,7 @@ def named(parts: tuple[PixArtTransformer2DModel, nn.Module]) -> dict[str, Tensor
 def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
     parts = models()
     before = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
-    train(parts, Batches(), recipe(100, learning_rate=3e-3, log_every=5), tmp_path)
+    train(parts, recipe(100, learning_rate=3e-3, log_every=5), tmp_path)
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [float(step) for step in range(5, 101, 5)]
     assert log[-1]["loss"] < 0.35 * log[0]["loss"]
@@ -95,9 +93,9 @@ def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
 
 def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
     parts = models()
-    train(parts, Batches(), recipe(5), tmp_path)
+    train(parts, recipe(5), tmp_path)
     state = load_state(tmp_path / "state.pt")
-    assert state["step"] == state["ema"]["updates"] == 5
+    assert state["step"] == 5
     for name, parameter in named(parts).items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, state["ema"][name]), name
@@ -105,80 +103,39 @@ def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
     assert not any(model.training for model in parts)
 
 
-def test_an_interrupted_run_continues(tmp_path: Path) -> None:
-    def stop(step: int) -> None:
-        raise KeyboardInterrupt
-
-    plan = recipe(6, save_every=3)
-    with pytest.raises(KeyboardInterrupt):
-        train(models(), Batches(), plan, tmp_path, stop)
-    halfway = load_state(tmp_path / "state.pt")
-    assert halfway["step"] == 3
-
-    calls: list[int] = []
-    batches = Batches()
-    train(models(seed=1), batches, plan, tmp_path, calls.append)
-    assert batches.taken == 3
-    assert calls == [6]
-    state = load_state(tmp_path / "state.pt")
-    assert state["step"] == state["ema"]["updates"] == 6
-    assert float(state["optimizers"][1]["state"][0]["step"]) == 6
-    log = rows(tmp_path)
-    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
-    assert [row["rate"] for row in log] == pytest.approx([plan.rate(step) for step in range(6)], abs=1e-6)
-    # Three steps of at most about the learning rate away from where the first run stopped, not from new weights.
-    for name, tensor in state["models"].items():
-        assert float((tensor - halfway["models"][name]).abs().max()) < 10 * plan.learning_rate, name
-
-
 def test_a_finished_run_only_gives_its_averages_back(tmp_path: Path) -> None:
-    first, second, batches = models(), models(seed=1), Batches()
-    train(first, Batches(), recipe(2), tmp_path)
-    train(second, batches, recipe(2), tmp_path)
-    assert batches.taken == 0
+    def refuse(step: int) -> Batch:
+        raise AssertionError("there is no step left")
+
+    first, second = models(), models(seed=1)
+    train(first, recipe(2), tmp_path)
+    train(second, recipe(2), tmp_path, batch=refuse)
     for (name, a), b in zip(named(first).items(), named(second).values(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_models_hold_their_averages_while_a_save_is_reported(tmp_path: Path) -> None:
+def test_models_hold_their_averages_while_they_are_checked(tmp_path: Path) -> None:
     parts = models()
-    seen: list[int] = []
+    kept: dict[int, dict[str, Tensor]] = {}
 
-    def check(step: int) -> None:
-        state = load_state(tmp_path / "state.pt")
-        for name, parameter in named(parts).items():
-            assert torch.equal(parameter, state["ema"][name].to(parameter.dtype)), name
+    def check(step: int) -> dict[str, float]:
+        kept[step] = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
         assert not any(model.training for model in parts)
         assert not torch.is_grad_enabled()
-        seen.append(step)
+        return {"checked": step / 2}
 
-    train(parts, Batches(), recipe(5, save_every=2), tmp_path, check)
-    assert seen == [2, 4, 5]
-
-
-def test_masters_add_up_changes_that_bfloat16_would_lose() -> None:
-    model = nn.Linear(2, 1, bias=False)
-    nn.init.ones_(model.weight)
-    masters = Masters(model)
-    assert model.weight.dtype == torch.bfloat16
-    for _ in range(100):
-        model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
-        masters.take_gradients()
-        assert model.weight.grad is None
-        master = masters.named["weight"]
-        assert master.grad is not None
-        master -= 1e-4 * master.grad
-        masters.publish()
-    torch.testing.assert_close(masters.named["weight"], torch.full((1, 2), 0.99), rtol=0, atol=1e-5)
-    assert torch.equal(model.weight, masters.named["weight"].bfloat16())
-    masters.take_gradients()  # a parameter that took no part has no gradient
-    assert float(masters.named["weight"].grad.abs().max()) == 0  # type: ignore[union-attr]
+    train(parts, recipe(5, save_every=2), tmp_path, check)
+    assert list(kept) == [2, 4, 5]
+    assert [row.get("checked") for row in rows(tmp_path)] == [None, 1, None, 2, 2.5]
+    for name, average in load_state(tmp_path / "state.pt")["ema"].items():
+        assert average.dtype == kept[5][name].dtype == torch.float32
+        assert torch.equal(average, kept[5][name]), name
 
 
 def test_drop_captions_gives_the_empty_caption_its_own_mask() -> None:
     batch = Batch(torch.randn(2, 4, 8, 8), torch.tensor([[7, 8, 9, 1], [5, 6, 1, 0]]), torch.ones(2, 4).long())
     ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
-    dropped = drop_captions(batch, EMPTY, 1.0, torch.Generator())
+    dropped = drop_captions(batch, EMPTY, 1.0, Randomness(0, 0))
     assert dropped.input_ids.tolist() == [[1, 0, 0, 0]] * 2
     assert dropped.attention_mask.tolist() == [[1, 0, 0, 0]] * 2
     assert torch.equal(dropped.latents, batch.latents)
@@ -189,12 +146,12 @@ def test_drop_captions_gives_the_empty_caption_its_own_mask() -> None:
 def test_drop_captions_drops_about_its_share_and_nothing_of_the_others() -> None:
     n = 4000
     batch = Batch(torch.zeros(n, 1, 1, 1), torch.full((n, 3), 7), torch.ones(n, 3).long())
-    result = drop_captions(batch, EMPTY, 0.1, torch.Generator().manual_seed(0))
+    result = drop_captions(batch, EMPTY, 0.1, Randomness(0, 0))
     gone = result.input_ids[:, 0] == 1
     assert 0.08 < float(gone.float().mean()) < 0.12
     assert bool((result.input_ids[~gone] == 7).all())
     assert torch.equal(result.attention_mask[:, 1], (~gone).long())
-    untouched = drop_captions(batch, EMPTY, 0.0, torch.Generator())
+    untouched = drop_captions(batch, EMPTY, 0.0, Randomness(0, 0))
     assert torch.equal(untouched.input_ids, batch.input_ids)
 
 
@@ -216,24 +173,11 @@ def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> No
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("step", "share"), [(0, 0.01), (49, 0.5), (99, 1.0), (699, 1.0), (850, 0.5), (999, 0.02), (5000, 0.02)]
-)
-def test_the_rate_rises_stays_and_falls(step: int, share: float) -> None:
-    plan = TextToImageRecipe(steps=1000, learning_rate=2.0, warmup_steps=100, decay_share=0.3)
-    assert plan.rate(step) == pytest.approx(2.0 * share)
-
-
 def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trace(tmp_path: Path) -> None:
-    class Labelled(Batches):
-        def __next__(self) -> Batch:
-            batch = super().__next__()
-            kind = (batch.latents[:, :1] > 0).long()  # [B, 1, H, W]
-            return batch._replace(labels=torch.cat([kind, 2 * kind], 1))
-
     parts = models()
     names = set(parts[0].state_dict())
-    train(parts, Labelled(), recipe(60, learning_rate=3e-3, label_block=0, label_classes=(2, 3)), tmp_path)
+    plan = recipe(60, learning_rate=3e-3, label_block=0, label_classes=(2, 3))
+    train(parts, plan, tmp_path, batch=labelled)
     log = rows(tmp_path)
     assert log[0]["labels"] == pytest.approx(torch.tensor([2.0, 3.0]).log().sum().item(), rel=0.3)
     assert log[-1]["labels"] < 0.3 * log[0]["labels"]
@@ -254,26 +198,13 @@ def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
     torch.testing.assert_close(head(labels), expected.view(1))
 
 
-def test_muon_takes_the_matrices_between_hidden_states_alone() -> None:
-    masters = Masters(nn.ModuleDict(dict(zip(("transformer", "text_encoder"), models(), strict=True))))
-    muon, adamw = make_optimizers(masters.named, recipe(1))
-    by_id = {id(p): name for name, p in masters.named.items()}
-    names = {by_id[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert {n for n in names if "text_encoder" in n and "relative" not in n}
-    assert "transformer.transformer_blocks.0.attn1.to_q.weight" in names
-    assert not [n for n in names if "table" in n or "bias" in n or "embed" in n or "proj_out" in n or "shared" in n]
-    others = {by_id[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert names | others == set(masters.named)
-    assert not names & others
-
-
 def test_an_unknown_prediction_type_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prediction_type"):
-        train(models(), Batches(), recipe(1, prediction_type="flow"), tmp_path)
+        train(models(), recipe(1, prediction_type="flow"), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_both_predictions_learn(kind: str, tmp_path: Path) -> None:
-    train(models(), Batches(), recipe(30, learning_rate=3e-3, prediction_type=kind), tmp_path)
+    train(models(), recipe(30, learning_rate=3e-3, prediction_type=kind), tmp_path)
     log = rows(tmp_path)
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]

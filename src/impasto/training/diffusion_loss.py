@@ -15,7 +15,7 @@ from ..errors import InputError
 
 
 class Losses(NamedTuple):
-    """Per-picture losses, each [B]."""
+    """Per-image losses, each [B]."""
 
     mse: Tensor
     variational_bound: Tensor  # bits a dimension

@@ -1,11 +1,11 @@
 """Training of GLM-Image's transformer: the velocity from latents to noise (rectified flow, 2209.03003).
 
-Shapes: B pictures, C channels, H x W latent pixels, N image tokens.
+Shapes: B images, C channels, H x W latent pixels, N image tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from ..models.glm_image import GlmImageTransformer2DModel
 from .loop import Loss, Recipe, train
+from .randomness import Randomness
 
 
 class Reference(NamedTuple):
-    """What each picture of a batch was made from."""
+    """What each image of a batch was made from."""
 
     latents: Tensor  # [B, C, H, W], standardised
     prior_token_ids: Tensor  # [B, N]
 
 
 class Batch(NamedTuple):
-    latents: Tensor  # [B, C, H, W], standardised: what the transformer draws
+    latents: Tensor  # [B, C, H, W], standardised: what the transformer generates
     prior_token_ids: Tensor  # [B, N]
     text: Tensor  # [B, M, channels], the glyphs
     reference: Reference | None = None
@@ -33,17 +34,16 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowMatchingRecipe(Recipe):
-    """How to train. Levels of noise are drawn as logit-normal numbers are (2403.03206, section 3.1)."""
+    """How to train. Noise levels are logit-normal (2403.03206, section 3.1)."""
 
-    pixels: int = 8  # of the picture, along a side of one of the latents
+    pixels: int = 8  # of the image, along a side of one of the latents
     timesteps: int = 1000
-    drop: float = 0.1  # share of the pictures whose prior says nothing, for guidance
+    drop: float = 0.1  # share of the images whose prior tokens are left out, for guidance
     spread: float = 1.2  # of the logits of the levels
-    compile_blocks: bool = True
 
 
 def initialize(transformer: GlmImageTransformer2DModel) -> None:
-    """As DiT begins (2212.09748, section 3.2): every block as the identity, and the output as zero."""
+    """Initialize as DiT (2212.09748, section 3.2): every block is the identity, and the output zero."""
     for name, parameter in transformer.named_parameters():
         if parameter.ndim == 2:
             nn.init.xavier_uniform_(parameter)
@@ -56,43 +56,41 @@ def initialize(transformer: GlmImageTransformer2DModel) -> None:
 
 
 def train_flow_matching(
-    transformer: GlmImageTransformer2DModel, batches: Iterator[Batch], recipe: FlowMatchingRecipe, folder: Path
+    transformer: GlmImageTransformer2DModel, batch: Callable[[int], Batch], recipe: FlowMatchingRecipe, folder: Path
 ) -> None:
-    """Train in place, resuming from ``folder/state.pt`` where there is one.
+    """Train in place, resuming from ``folder/state.pt`` if it exists.
 
     Args:
-        batches: endless.
+        batch: that of a step.
     """
 
-    def loss(step: int, generator: torch.Generator) -> Loss:
-        batch = next(batches)
-        x0, count = batch.latents, len(batch.latents)
+    def loss(step: int, random: Randomness) -> Loss:
+        x0, prior_token_ids, text, reference = batch(step)
+        count = len(x0)
         # Stratified levels: the same spread in every batch.
-        share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        share = random.stratified(count)
         sigma = (recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid()[:, None, None, None]
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = random.normal(x0.shape)
         xt = (1 - sigma) * x0 + sigma * noise
-        drop = torch.rand(count, generator=generator) < recipe.drop
+        drop = random.uniform([count]) < recipe.drop
         height, width = x0.shape[-2:]
         size = torch.tensor([[height * recipe.pixels, width * recipe.pixels]], dtype=torch.float32)
-        text = batch.text.to(transformer.dtype)
-        context = transformer.encode_context(text, None, batch.prior_token_ids, drop, height, width)
+        text = text.to(transformer.dtype)
+        context = transformer.encode_context(text, None, prior_token_ids, drop, height, width)
         timestep = sigma.flatten() * recipe.timesteps - 1
         modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
         references = None
-        if batch.reference is not None:
-            ids = batch.reference.prior_token_ids
-            own = transformer.encode_context(text[:, :0], None, ids, None, height, width)
+        if reference is not None:
+            own = transformer.encode_context(text[:, :0], None, reference.prior_token_ids, None, height, width)
             still = transformer.modulate(torch.zeros(1), size, torch.zeros_like(size))
-            references = transformer.encode_references(batch.reference.latents.to(transformer.dtype), own, still)
+            references = transformer.encode_references(reference.latents.to(transformer.dtype), own, still)
             # The half without guidance does not see them.
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)
             references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
         errors = (velocity - (noise - x0)).square().flatten(1).mean(1)  # [B]
-        kind = "drawn" if batch.reference is None else "edited"
+        kind = "generated" if reference is None else "edited"
         parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # less noise first
         return Loss(errors.mean(), parts)
 
-    blocks = list(transformer.transformer_blocks) if recipe.compile_blocks else []
-    train(transformer, loss, recipe, folder, blocks=blocks)
+    train(transformer, loss, recipe, folder, blocks=list(transformer.transformer_blocks))

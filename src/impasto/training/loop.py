@@ -1,12 +1,18 @@
-"""The loop of a training: float32 masters of models that compute in what is fast, Muon and AdamW, averages."""
+"""The loop of every training: float32 masters of models that compute in what is fast, optimizers, averages, saves.
+
+A run's state is the number of its steps and tensors: data and random numbers are functions of the step. A run that was
+killed continues as if nothing had happened, bit for bit on the same machine with the same number of threads.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +22,48 @@ from ..errors import CheckpointError
 from ..nn.machine import fast_dtype
 from .ema import EMA
 from .muon import Muon
-from .state import (
-    append_log,
-    check_tensors,
-    load_state,
-    restore,
-    restore_optimizers,
-    save_state,
-    section,
-    steps_done,
-    trim_log,
-)
+from .randomness import Randomness, seed_torch
+from .state import append_log, load_state, restore, restore_optimizers, save_state, section, trim_log
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast."""
+    """How long, how fast and by which optimizer.
+
+    Attributes:
+        optimizer: ``muon`` for the matrices inside of blocks and AdamW for all else, or ``adamw`` for everything.
+        schedule: of the learning rate, after a linear rise: ``trapezoid``, a plateau and a linear fall over the last
+            ``decay_share`` of the steps, or ``cosine``, half a cosine.
+        floor: what the rate falls to, as a share of the highest.
+        ema_decay: of the averages of the parameters, with which the models end; 0 for none.
+        compile_blocks: where the objective names blocks.
+    """
 
     steps: int
+    seed: int = 0
+    optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 2e-3
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
     warmup_steps: int = 200
-    decay_share: float = 0.3  # of the steps, at the end: the rate falls linearly
+    decay_share: float = 0.3
+    floor: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip: float = 1.0
     ema_decay: float = 0.999
+    compile_blocks: bool = True
     log_every: int = 50
     save_every: int = 1000
 
     def rate(self, step: int) -> float:
-        """The learning rate: a linear rise, a plateau, a linear fall."""
+        """The learning rate of a step."""
         rise = (step + 1) / self.warmup_steps
-        fall = (self.steps - step) / (self.decay_share * self.steps)
-        return self.learning_rate * min(1.0, rise, max(0.02, fall))
+        if self.schedule == "cosine":
+            progress = max(0.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+            fall = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        else:
+            fall = max(self.floor, (self.steps - step) / (self.decay_share * self.steps))
+        return self.learning_rate * min(1.0, rise, fall)
 
 
 class Loss(NamedTuple):
@@ -55,55 +71,59 @@ class Loss(NamedTuple):
     parts: Mapping[str, Tensor]  # single numbers, for the log: the mean over the steps that have them
 
 
-class Stateful(Protocol):
-    """What changes in a training beside the parameters."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
 class Masters:
-    """Parameters in float32, which the optimizer changes, of a model that computes in ``dtype``."""
+    """Parameters in float32, which the optimizer changes, of a model that computes in ``dtype``.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16):
-        self.named = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        for master in self.named.values():
-            master.grad = torch.zeros_like(master)
-        model.to(dtype)
-        self.working = dict(model.named_parameters())
+    Layers with buffers, such as batch normalization, compute in float32 themselves. Where the model computes in
+    float32, its parameters are the masters: there is no copy.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        self.working = dict(model.float().named_parameters())
+        self.named = {name: parameter.detach() for name, parameter in self.working.items()}
+        for module in model.modules():
+            if not list(module.buffers(recurse=False)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
 
     def take_gradients(self) -> None:
+        """Move them from the model to the masters; a parameter that took no part has a gradient of zero."""
         for name, parameter in self.working.items():
-            master = self.named[name]
-            assert master.grad is not None
-            if parameter.grad is None:
-                master.grad.zero_()
-            else:
-                master.grad.copy_(parameter.grad)
+            master, gradient = self.named[name], parameter.grad
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
             parameter.grad = None
 
     @torch.no_grad()
-    def publish(self, values: dict[str, Tensor] | None = None) -> None:
-        """Give the model the masters' values, or others."""
-        torch._foreach_copy_(list(self.working.values()), list((values or self.named).values()))
+    def publish(self) -> None:
+        """Give the model the masters' values."""
+        cast = [(p, self.named[name]) for name, p in self.working.items() if p.dtype != torch.float32]
+        if cast:
+            torch._foreach_copy_([p for p, _ in cast], [master for _, master in cast])
+
+    @contextlib.contextmanager
+    def replaced_by(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Meanwhile the model holds other values in float32: these tensors themselves, which are not copied."""
+        kept = {name: parameter.data for name, parameter in self.working.items()}
+        try:
+            for name, parameter in self.working.items():
+                parameter.data = values[name]
+            yield
+        finally:
+            for name, parameter in self.working.items():
+                parameter.data = kept[name]
 
 
 def make_optimizers(named: Mapping[str, Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside of blocks, AdamW for all else."""
-    matrices = {name for name, p in named.items() if _is_hidden_matrix(name, p)}
+    """Muon, if the recipe has it, for the matrices inside of blocks; AdamW for all else, without decay of vectors."""
+    matrices = {name for name, p in named.items() if recipe.optimizer == "muon" and _is_hidden_matrix(name, p)}
     rest = [p for name, p in named.items() if name not in matrices]
-    return [
-        Muon([p for name, p in named.items() if name in matrices], weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            betas=(0.9, 0.99),
-            fused=True,
-        ),
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    adamw = torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
+    hidden = [p for name, p in named.items() if name in matrices]
+    return [Muon(hidden, weight_decay=recipe.weight_decay), adamw] if hidden else [adamw]
 
 
 #: What the lists of blocks are called: ours, T5's, those of transformers' vision and language models.
@@ -111,92 +131,109 @@ _BLOCKS = (".transformer_blocks.", ".block.", ".blocks.", ".layers.")
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether it maps hidden states to hidden states; tables and the ways in and out do not."""
+    """Whether it maps hidden states to hidden states; tables and input and output layers do not."""
     inside = any(blocks in f".{name}" for blocks in _BLOCKS)
     return inside and parameter.ndim == 2 and name.endswith(".weight") and "relative_attention_bias" not in name
 
 
+class Run:
+    """What a training changes. The models compute in ``fast_dtype`` from here on."""
+
+    def __init__(self, models: nn.Module, recipe: Recipe):
+        self.models, self.device = models, next(models.parameters()).device
+        self.masters = Masters(models, fast_dtype(self.device))
+        self.optimizers = make_optimizers(self.masters.named, recipe)
+        self.ema = EMA(self.masters.named, recipe.ema_decay)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        kept = self.models.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.models.named_buffers() if name in kept}
+        return {**self.masters.named, **buffers}
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state after so many steps."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_state(path, {"models": self._tensors(), "ema": self.ema.shadow, "optimizers": optimizers, "step": step})
+
+    def load(self, path: Path) -> int:
+        """Read a state, and return how many steps it has done.
+
+        Raises:
+            CheckpointError: it is damaged, or of another training.
+        """
+        state = load_state(path)
+        step = whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
+        restore(path, section(path, state, "models"), self._tensors())
+        restore(path, section(path, state, "ema"), self.ema.shadow)
+        restore_optimizers(path, self.optimizers, state.get("optimizers"))
+        self.masters.publish()
+        return step
+
+
 def train(
     models: nn.Module,
-    loss: Callable[[int, torch.Generator], Loss],
+    loss: Callable[[int, Randomness], Loss],
     recipe: Recipe,
     folder: Path,
-    on_save: Callable[[int], None] | None = None,
+    check: Callable[[int], Mapping[str, float]] | None = None,
     blocks: Sequence[nn.Module] = (),
-    thrown_away: str | None = None,
-    beside: Stateful | None = None,
 ) -> None:
-    """Train in place, resuming from ``folder/state.pt`` where there is one. The models end as their averages.
+    """Train in place, resuming from ``folder/state.pt`` if it exists. The models end as their averages, in float32.
 
     Args:
-        models: computes in ``fast_dtype`` meanwhile, and in float32 afterwards.
-        loss: told the step and a generator of random numbers.
-        on_save: called with the step after each save, while the models hold their averages (in ``fast_dtype``).
-        blocks: those that are compiled.
-        thrown_away: how names of parameters begin that a finished checkpoint may lack.
-        beside: saved and loaded with them.
-    """
-    masters = Masters(models, fast_dtype(next(models.parameters()).device))
-    optimizers = make_optimizers(masters.named, recipe)
-    ema = EMA(masters.named, recipe.ema_decay)
-    state_path, start = folder / "state.pt", 0
-    if state_path.exists():
-        state = load_state(state_path)
-        start = steps_done(state_path, state)
-        restore(state_path, section(state_path, state, "models"), masters.named, optional=thrown_away)
-        if "optimizers" in state or thrown_away is None:  # a finished checkpoint has none
-            restore_optimizers(state_path, optimizers, state.get("optimizers"))
-        averages = section(state_path, state, "ema")
-        whole_number(f"'updates' of {state_path}", averages.get("updates"), 0, error=CheckpointError)
-        tensors = {name: value for name, value in averages.items() if name != "updates"}
-        check_tensors(state_path, tensors, ema.shadow, optional=thrown_away)
-        ema.load_state_dict(averages)
-        if beside is not None:
-            beside.load_state_dict(section(state_path, state, "beside"))
-        masters.publish()
-    trim_log(folder / "log.jsonl", start)
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
-    generator = torch.Generator().manual_seed(start)
-    models.train()
-    clock = time.monotonic()
-    running: dict[str, list[Tensor]] = {}
-    for step in range(start, recipe.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-        total, parts = loss(step, generator)
-        total.backward()
-        masters.take_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(masters.named.values(), recipe.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        masters.publish()
-        ema.update()
+        models: computes in ``fast_dtype`` meanwhile.
+        loss: a function of the step and its random numbers, and of nothing that the last step left but ``models``.
+        check: called before each save with the number of steps done, while the models hold their averages; what it
+            returns is logged.
+        blocks: those that may be compiled.
 
-        for name, value in {"loss": total, "norm": norm, **parts}.items():
-            running.setdefault(name, []).append(value.detach())
-        if (step + 1) % recipe.log_every == 0:
-            values = {name: float(torch.stack(several).mean()) for name, several in running.items()}
-            seconds = time.monotonic() - clock
-            append_log(folder / "log.jsonl", step=step + 1, seconds=seconds, rate=recipe.rate(step), **values)
-            running.clear()
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            saved: dict[str, Any] = {"models": masters.named, "ema": ema.state_dict(), "step": step + 1}
-            saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            if beside is not None:
-                saved["beside"] = beside.state_dict()
-            save_state(state_path, saved)
-            if on_save is not None:
-                models.eval()
-                masters.publish(ema.shadow)
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                    on_save(step + 1)
-                masters.publish()
-                models.train()
-    for block in blocks:
-        del block.forward
-    models.float().eval()
-    with torch.no_grad():
-        for name, parameter in models.named_parameters():
-            parameter.copy_(ema.shadow[name])
+    Raises:
+        CheckpointError: the state is damaged, or of another training.
+        OutputError: the state or the log cannot be written.
+    """
+    blocks = blocks if recipe.compile_blocks else ()
+    log, state = folder / "log.jsonl", folder / "state.pt"
+    run = Run(models, recipe)
+    start = run.load(state) if state.exists() else 0
+    trim_log(log, start)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
+            stack.callback(delattr, block, "forward")
+        models.train()
+        clock = time.monotonic()
+        window: dict[str, list[Tensor]] = {}
+        for step in range(start, recipe.steps):
+            seed_torch(recipe.seed, step, run.device)
+            total, parts = loss(step, Randomness(recipe.seed, step))
+            total.backward()
+            run.masters.take_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(run.masters.named.values(), recipe.clip)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate(step)
+                optimizer.step()
+                optimizer.zero_grad()
+            run.masters.publish()
+            run.ema.update(step + 1)
+
+            for name, value in {"loss": total, "norm": norm, **parts}.items():
+                window.setdefault(name, []).append(value.detach())
+            saves = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
+            if saves or (step + 1) % recipe.log_every == 0:  # a save ends the window, which is no part of the state
+                values = {name: float(torch.stack(several).mean()) for name, several in window.items()}
+                window.clear()
+                if saves and check is not None:
+                    models.eval()
+                    eager = torch.compiler.set_stance("force_eager")
+                    with torch.no_grad(), run.masters.replaced_by(run.ema.shadow), eager:
+                        values |= check(step + 1)
+                    models.train()
+                seconds = round(time.monotonic() - clock, 3)
+                append_log(log, step=step + 1, seconds=seconds, rate=recipe.rate(step), **values)
+            if saves:
+                run.save(state, step + 1)
+    for name, parameter in run.masters.working.items():
+        parameter.data = run.ema.shadow[name]
+    models.eval()

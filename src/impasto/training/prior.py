@@ -1,12 +1,11 @@
-"""Training of GLM-Image's prior: the language model that reads a prompt and says a picture's tokens.
+"""Training of GLM-Image's prior: the language model that reads a prompt and generates an image's tokens.
 
-Shapes: B sequences, S tokens of the longest, T tokens that are to be said.
+Shapes: B sequences, S tokens of the longest, T target tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,25 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loop import Loss, Recipe, train
-from .state import append_log
+from .randomness import Randomness
 
 
 class Sequences(NamedTuple):
-    """Prompts, and behind them what is to be said; padded behind."""
+    """Prompts, each followed by its target tokens, then by padding."""
 
     tokens: Tensor  # [B, S]
     positions: Tensor  # [3, B, S]
-    starts: Tensor  # [B], where what is to be said begins
+    starts: Tensor  # [B], where the targets start
     targets: Tensor  # [B, T]
-    kind: str = "tokens"  # under which the log tells how many were right
+    kind: str = "tokens"  # under which the log has the share of right tokens
     weights: Tensor | None = None  # [T], how much each counts; None: all the same
-
-
-@dataclass(frozen=True)
-class PriorRecipe(Recipe):
-    """How to train."""
-
-    compile_blocks: bool = True
 
 
 def join(
@@ -45,8 +37,8 @@ def join(
         prompts: of each, tokens [its length].
         positions: of each, [3, its length].
         targets: [B, T].
-        offsets: [3, T], where targets lie behind the end of their prompt.
-        padding: the token that fills what is shorter.
+        offsets: [3, T], the positions of targets after the end of their prompt.
+        padding: the token that fills shorter ones up.
     """
     batch, count = targets.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -62,7 +54,7 @@ def join(
 
 
 def scores(model: Any, sequences: Sequences) -> Tensor:
-    """Those of the token that is said, and of all others, [B, T, vocabulary]: of transformers' model."""
+    """The logits of the targets' places, [B, T, vocabulary], of transformers' model."""
     language = model.model.language_model
     x = language.embed_tokens(sequences.tokens)  # [B, S, H]
     rotary = language.rotary_emb(x, sequences.positions)
@@ -72,31 +64,31 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
         x = layer(x, position_embeddings=rotary, attention_mask=later)
     count = sequences.targets.shape[1]
     before = sequences.starts[:, None] - 1 + torch.arange(count)  # [B, T]
-    said = x.gather(1, before[..., None].expand(-1, -1, x.shape[-1]))  # [B, T, H]
-    result: Tensor = model.lm_head(language.norm(said))
+    x = x.gather(1, before[..., None].expand(-1, -1, x.shape[-1]))  # [B, T, H]
+    result: Tensor = model.lm_head(language.norm(x))
     return result
 
 
 def errors(model: Any, batch: Sequences) -> tuple[Tensor, Tensor]:
-    """The mean error of what is said, in nats, and how much of it is right."""
-    said = scores(model, batch).float()  # [B, T, V]
-    wrong = F.cross_entropy(said.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
-    right = (said.detach().argmax(-1) == batch.targets).float()
+    """The mean error of the targets, in nats, and the share of those that are the likeliest tokens."""
+    logits = scores(model, batch).float()  # [B, T, V]
+    wrong = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+    right = (logits.detach().argmax(-1) == batch.targets).float()
     weights = torch.ones(wrong.shape[1]) if batch.weights is None else batch.weights
     share = weights / weights.sum() / len(wrong)
     return (wrong * share).sum(), (right * share).sum()
 
 
 def train_prior(
-    model: Any, batches: Iterator[Sequences], recipe: PriorRecipe, folder: Path, unseen: Sequence[Sequences] = ()
+    model: Any, batch: Callable[[int], Sequences], recipe: Recipe, folder: Path, unseen: Sequence[Sequences] = ()
 ) -> None:
-    """Train the language model in place, resuming from ``folder/state.pt`` where there is one.
+    """Train the language model in place, resuming from ``folder/state.pt`` if it exists.
 
     Args:
         model: transformers' ``GlmImageForConditionalGeneration``.
-        batches: endless.
-        unseen: batches that training does not see: with every save the log tells how many of their tokens are right, by
-            kind. Where these are fewer than those of training, it lacks data.
+        batch: that of a step.
+        unseen: batches that training does not see: with every save the log has the share of their tokens that is right,
+            by kind. Where it is smaller than that of training, training lacks data.
     """
     language = model.model.language_model
     # Without its rotary table, whose frequencies bfloat16 would spoil.
@@ -104,22 +96,20 @@ def train_prior(
         {"embed": language.embed_tokens, "layers": language.layers, "norm": language.norm, "head": model.lm_head}
     )
 
-    def loss(step: int, generator: torch.Generator) -> Loss:
-        batch = next(batches)
-        total, right = errors(model, batch)
-        return Loss(total, {batch.kind: right})
+    def loss(step: int, random: Randomness) -> Loss:
+        sequences = batch(step)
+        total, right = errors(model, sequences)
+        return Loss(total, {sequences.kind: right})
 
-    def check(step: int) -> None:
+    def check(step: int) -> dict[str, float]:
         right: dict[str, list[Tensor]] = {}
-        for batch in unseen:
-            right.setdefault(f"unseen_{batch.kind}", []).append(errors(model, batch)[1])
-        means = {kind: float(torch.stack(several).mean()) for kind, several in right.items()}
-        append_log(folder / "log.jsonl", step=step, **means)
+        for sequences in unseen:
+            right.setdefault(f"unseen_{sequences.kind}", []).append(errors(model, sequences)[1])
+        return {kind: float(torch.stack(several).mean()) for kind, several in right.items()}
 
     way = language.config._attn_implementation
     language.set_attn_implementation("eager")  # whose backward takes half as long on a CPU as that of torch's own
-    blocks = list(language.layers) if recipe.compile_blocks else []
     try:
-        train(models, loss, recipe, folder, on_save=check if unseen else None, blocks=blocks)
+        train(models, loss, recipe, folder, check if unseen else None, list(language.layers))
     finally:
         language.set_attn_implementation(way)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.stored import is_dense, load_pickle
-from ..checks import shown, whole_number
+from ..checks import shown
 from ..errors import CheckpointError, OutputError
 from ..files import append_line, make_folder, write_file
 
@@ -41,40 +41,31 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def section(path: Path, state: Mapping[str, Any], name: str, kind: type[Any] = dict) -> Any:
-    """An entry of a state.
+def section(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One of the dicts of a state.
 
     Raises:
-        CheckpointError: it is missing, or of another kind: the state is of another training.
+        CheckpointError: it is missing: the state is of another training, or of an earlier version.
     """
-    if not isinstance(state.get(name), kind):
+    found = state.get(name)
+    if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} is the state of another training: it has no {name!r} of the kind that this one saves. "
-            f"Continue it with the script that wrote it, or delete it to start again"
+            f"{path} is the state of another training, or of an earlier version: it has no {name!r} as this one saves "
+            f"it. Continue it with the script that wrote it, or delete it to start again"
         )
-    return state[name]
+    return found
 
 
-def steps_done(path: Path, state: Mapping[str, Any]) -> int:
-    """How many steps of training a state has done."""
-    return whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
-
-
-def check_tensors(
-    path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None
-) -> None:
-    """That stored tensors are those of a model.
-
-    Args:
-        optional: how the names begin that the state may lack.
+def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into those of the same names, all or none.
 
     Raises:
         CheckpointError: tensors are missing, left over, or have other shapes; the message names the first.
     """
-    faults = [f"lacks {name}" for name in into if name not in stored and not (optional and name.startswith(optional))]
+    faults = [f"lacks {name}" for name in into if name not in stored]
     for name, tensor in stored.items():
         if name not in into:
-            faults.append(f"has {shown(name)}, which this model has not")
+            faults.append(f"has {shown(name)}, which this model does not have")
         elif not isinstance(tensor, Tensor) or tensor.shape != into[name].shape:
             found = list(tensor.shape) if isinstance(tensor, Tensor) else shown(tensor)
             faults.append(f"has {name} as {found}, and this model as {list(into[name].shape)}")
@@ -85,11 +76,6 @@ def check_tensors(
             f"{path} is the state of another model: it {faults[0]}. "
             f"Train the model that it belongs to, or delete it to start again"
         )
-
-
-def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor], optional: str | None = None) -> None:
-    """Copy stored tensors into those of the same names, all or none. Arguments and errors as for ``check_tensors``."""
-    check_tensors(path, stored, into, optional)
     with torch.no_grad():
         for name, tensor in stored.items():
             into[name].copy_(tensor)
@@ -128,13 +114,13 @@ def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stor
 
 
 def append_log(path: Path, **values: float) -> None:
-    """Add one line to a JSONL log, in one piece.
+    """Add one line to a JSONL log, in one piece, without rounding.
 
     Raises:
         OutputError: it cannot be written.
     """
     make_folder(path.parent)
-    append_line(path, json.dumps({name: round(float(value), 6) for name, value in values.items()}))
+    append_line(path, json.dumps({name: float(value) for name, value in values.items()}))
 
 
 def trim_log(path: Path, step: int) -> None:

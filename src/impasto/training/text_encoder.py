@@ -1,12 +1,13 @@
-"""A warm start for a small text encoder: learn to say what the caption says.
+"""A warm start for a small text encoder: learn to answer what the caption says.
 
 Before the denoiser can bind a colour to its shape, the text must. Slots with learned queries read the encoder's output
-the way that cross-attention will, and answer a few questions each. Reader and answers are thrown away afterwards.
+the way that cross-attention will, and answer a few questions each. Reader and answers are discarded afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.attention import attention
+from .loop import Loss, Recipe, train
+from .randomness import Randomness
 
 
 class LabelledText(NamedTuple):
@@ -32,35 +35,26 @@ class SlotReader(nn.Module):
         self.answers = nn.ModuleList(nn.Linear(dim, count) for count in classes)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> list[Tensor]:
-        bias = torch.zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]  # [B, 1, 1, M]
+        bias = hidden.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]  # [B, 1, 1, M]
         queries = self.queries.expand(len(hidden), 1, -1, -1)  # [B, 1, slots, D]
         read = attention(queries, self.key(hidden)[:, None], hidden[:, None], bias)[:, 0]  # [B, slots, D]
         return [answer(read) for answer in self.answers]  # [B, slots, classes] each
 
 
 def warm_start(
-    encoder: nn.Module, batches: Iterator[LabelledText], reader: SlotReader, steps: int, learning_rate: float = 2e-3
-) -> float:
-    """Train in place, and return the share of right answers in the last tenth of the steps."""
-    parameters = [*encoder.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    encoder.train()
-    right: list[float] = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
-        batch = next(batches)
-        hidden = encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        answers = reader(hidden, batch.attention_mask)
-        loss = torch.stack(
-            [F.cross_entropy(a.flatten(0, 1), batch.labels[..., i].flatten()) for i, a in enumerate(answers)]
-        ).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        hits = [(a.argmax(-1) == batch.labels[..., i]).float().mean() for i, a in enumerate(answers)]
-        right.append(float(torch.stack(hits).mean()))
-    encoder.eval()
-    last = right[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    encoder: nn.Module, batch: Callable[[int], LabelledText], reader: SlotReader, recipe: Recipe, folder: Path
+) -> None:
+    """Train in place, resuming from ``folder/state.pt`` if it exists. The log has the share of ``right`` answers.
+
+    Args:
+        batch: that of a step.
+    """
+
+    def loss(step: int, random: Randomness) -> Loss:
+        ids, mask, labels = batch(step)
+        answers = reader(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        errors = [F.cross_entropy(a.float().flatten(0, 1), labels[..., i].flatten()) for i, a in enumerate(answers)]
+        hits = [(a.argmax(-1) == labels[..., i]).float().mean() for i, a in enumerate(answers)]
+        return Loss(torch.stack(errors).sum(), {"right": torch.stack(hits).mean()})
+
+    train(nn.ModuleDict({"encoder": encoder, "reader": reader}), loss, recipe, folder)

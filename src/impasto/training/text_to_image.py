@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from ..models.pixart import PixArtTransformer2DModel
 from ..nn.layers import unpatchify
 from .diffusion_loss import DiffusionLoss
 from .loop import Loss, Recipe, train
+from .randomness import Randomness, seed_torch
 
 
 class Batch(NamedTuple):
@@ -29,12 +30,12 @@ class TextToImageRecipe(Recipe):
     """How to train.
 
     ``prediction_type``: where noise is high, which decides what is where in which colour, a prediction of the noise
-    must be many times more exact than bfloat16 is to say anything about the picture; a prediction of the velocity
-    need not (2202.00512, appendix D). ``max_weight`` bounds the weight 1 / ᾱ_t of the noise's error, with which all
-    noise levels count as the velocity's error lets them count.
+    must be many times more exact than bfloat16 is to say anything about the image; a prediction of the velocity need
+    not be (2202.00512, appendix D). ``max_weight`` bounds the weight 1 / ᾱ_t of the noise's error, which makes all
+    noise levels count as they do in the velocity's error.
 
-    ``label_weight`` is that of what block ``label_block`` must know of each latent, where batches tell it. It falls
-    with the learning rate: in the end the picture alone counts.
+    ``label_weight`` is that of what block ``label_block`` must know of each latent, where batches have labels. It falls
+    with the learning rate: in the end the image alone counts.
     """
 
     batch_size: int = 64  # a multiple of 4
@@ -45,7 +46,6 @@ class TextToImageRecipe(Recipe):
     label_weight: float = 0.3
     label_block: int = 4
     label_classes: tuple[int, ...] = ()  # of each question
-    compile_blocks: bool = True
 
 
 class LabelHead(nn.Module):
@@ -53,7 +53,7 @@ class LabelHead(nn.Module):
 
     The denoiser finds out late which of two solids has which colour, because that is a small part of its loss. Asked
     directly, it must look it up in the text and carry it to the right place (in the manner of REPA, 2410.06940, with
-    what the renderer knows instead of another network's features). Thrown away after training.
+    what the renderer knows instead of another network's features). Discarded after training.
     """
 
     def __init__(self, transformer: PixArtTransformer2DModel, block: int, classes: Sequence[int]):
@@ -81,10 +81,10 @@ class LabelHead(nn.Module):
 
 
 def initialize(transformer: PixArtTransformer2DModel) -> None:
-    """The start of DiT (2212.09748, section 3.2) and PixArt-α: every block begins as the identity for its gates.
+    """Initialize as DiT (2212.09748, section 3.2) and PixArt-α: the gates make every block the identity.
 
-    The caption projection keeps its variance instead of DiT's deviation of 0.02: from few channels that would leave the
-    text so faint that attention to it stays uniform for thousands of steps.
+    The caption projection preserves variance instead of using DiT's deviation of 0.02: from few channels that would
+    leave the text so faint that attention to it stays uniform for thousands of steps.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -104,25 +104,28 @@ def initialize(transformer: PixArtTransformer2DModel) -> None:
 def train_text_to_image(
     transformer: PixArtTransformer2DModel,
     text_encoder: nn.Module,
-    batches: Iterator[Batch],
+    batch: Callable[[int], Batch],
     empty: tuple[Tensor, Tensor],
     betas: Tensor,
     recipe: TextToImageRecipe,
     folder: Path,
-    on_save: Callable[[int], None] | None = None,
+    check: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train both in place, resuming from ``folder/state.pt`` where there is one. They end as their averages.
+    """Train both in place, resuming from ``folder/state.pt`` if it exists. They end as their averages.
 
     Args:
-        batches: endless.
+        batch: that of a step.
         empty: ``input_ids`` and ``attention_mask``, each [M], of the empty caption, which replaces a share of them.
         betas: the noise schedule.
-        on_save: called with the step after each save, while both models hold their averages.
+        check: called before each save with the number of steps done, while both models hold their averages; what it
+            returns is logged.
     """
     models = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     head: LabelHead | None = None
     if recipe.label_classes:
-        head = LabelHead(transformer, recipe.label_block, recipe.label_classes)
+        with torch.random.fork_rng([]):
+            seed_torch(recipe.seed, 0, torch.device("cpu"))
+            head = LabelHead(transformer, recipe.label_block, recipe.label_classes)
         models["label_head"] = head
     objective = DiffusionLoss(betas, recipe.prediction_type)
     weights = torch.ones(len(betas))
@@ -130,38 +133,35 @@ def train_text_to_image(
         weights = (1.0 / objective.alphas_cumprod).clamp(max=recipe.max_weight).float()
     weights = weights / weights.mean()
 
-    def loss(step: int, generator: torch.Generator) -> Loss:
-        batch = drop_captions(next(batches), empty, recipe.caption_dropout, generator)
-        x0 = batch.latents
+    def loss(step: int, random: Randomness) -> Loss:
+        x0, ids, mask, labels = drop_captions(batch(step), empty, recipe.caption_dropout, random)
         # Stratified timesteps: the same spread in every batch.
-        offsets = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)
-        t = (offsets * len(betas)).long().clamp(max=len(betas) - 1)
-        noise = torch.randn(x0.shape, generator=generator)
+        t = (random.stratified(len(x0)) * len(betas)).long().clamp(max=len(betas) - 1)
+        noise = random.normal(x0.shape)
         xt = objective.add_noise(x0, noise, t)
-        text = text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        output = transformer(xt.to(transformer.dtype), text, t, encoder_attention_mask=batch.attention_mask).sample
+        text = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        output = transformer(xt.to(transformer.dtype), text, t, encoder_attention_mask=mask).sample
         losses = objective(output, x0, noise, xt, t)
         weighted = weights[t] * losses.mse
         total = weighted.mean() + recipe.bound_weight * losses.variational_bound.mean()
-        told = torch.zeros(())
-        if head is not None and batch.labels is not None:
-            told = head(batch.labels).mean()
-            total = total + recipe.label_weight * recipe.rate(step) / recipe.learning_rate * told
+        wrong = torch.zeros(())
+        if head is not None and labels is not None:
+            wrong = head(labels).mean()
+            total = total + recipe.label_weight * recipe.rate(step) / recipe.learning_rate * wrong
         # By quarters of t: layout and colour are decided where noise is high.
         bands = weighted.detach().unflatten(0, (4, -1)).mean(1)
         names = ("t0_250", "t250_500", "t500_750", "t750_1000")
-        return Loss(total, {"labels": told, **dict(zip(names, bands, strict=True))})
+        return Loss(total, {"labels": wrong, **dict(zip(names, bands, strict=True))})
 
-    blocks = list(transformer.transformer_blocks) if recipe.compile_blocks else []
-    train(models, loss, recipe, folder, on_save, blocks, thrown_away="label_head.")
+    train(models, loss, recipe, folder, check, list(transformer.transformer_blocks))
     if head is not None:
         head.hook.remove()
 
 
-def drop_captions(batch: Batch, empty: tuple[Tensor, Tensor], share: float, generator: torch.Generator) -> Batch:
+def drop_captions(batch: Batch, empty: tuple[Tensor, Tensor], share: float, random: Randomness) -> Batch:
     """Replace a share of the captions by the empty one, with its own mask, so that guidance has its other half."""
     ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
-    dropped = torch.rand(len(ids), generator=generator) < share
+    dropped = random.uniform([len(ids)]) < share
     length = len(empty[0])
     ids[dropped] = 0
     mask[dropped] = 0

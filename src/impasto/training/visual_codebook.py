@@ -1,57 +1,59 @@
-"""Training of a visual codebook: pictures to tokens, in the vision tower and quantiser of GLM-Image's prior.
+"""Training of a visual codebook: images to tokens, in the vision tower and quantizer of GLM-Image's prior.
 
-A tower that reads square patches as tokens, and codes of unit length, the nearest of which each token becomes. What
-the tokens must tell: a smaller picture, and what each part of it shows. What reads that from them is thrown away.
+A tower that reads square patches as tokens, and codes of unit length, the nearest of which each token becomes. Tokens
+must contain a smaller image, and what each cell of it shows. What reads that from them is discarded.
 
-Shapes: B pictures, N tokens of a picture, P pixels a side of a token, d channels of a code, K codes.
+Shapes: B images, N tokens of an image, P pixels a side of a token, d channels of a code, K codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.layers import unpatchify
 from .loop import Loss, Recipe, train
+from .randomness import Randomness
 
 
-class Pictures(NamedTuple):
+class Images(NamedTuple):
     pixels: Tensor  # [B, 3, H, W], in [-1, 1]
-    labels: Tensor  # [B, questions, h, w], the class of each answer for each of some parts of the picture
+    labels: Tensor  # [B, questions, h, w], the class of each answer for each cell of the image
 
 
 @dataclass(frozen=True)
 class CodebookRecipe(Recipe):
-    """How to train. For ``continuous_steps`` there are no codes: then the tokens seen last become the first ones."""
+    """How to train. For ``continuous_steps`` there are no codes, which then start from ``first_batches`` of tokens."""
 
     continuous_steps: int = 300
+    first_batches: int = 64
     pixel_weight: float = 4.0
     label_weight: float = 0.3
     commitment: float = 0.25
     decay: float = 0.98  # of the codes' averages (1711.00937, appendix A.1)
 
 
-class OnlineCodebook:
+class OnlineCodebook(nn.Module):
     """Codes [K, d] of unit length, each the mean direction of the tokens that became it lately."""
 
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
     def __init__(self, codes: int, dim: int, decay: float):
+        super().__init__()
         self.decay = decay
-        self.ready = False
-        self.codes = F.normalize(torch.randn(codes, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
-        self.counts, self.sums = torch.ones(codes), self.codes.clone()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ready": self.ready, "codes": self.codes, "counts": self.counts, "sums": self.sums}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        directions = torch.randn(codes, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("codes", F.normalize(directions, dim=-1))
+        self.register_buffer("counts", torch.ones(codes))
+        self.register_buffer("sums", self.codes.clone())
 
     def nearest(self, tokens: Tensor) -> Tensor:
         """Tokens [..., d] of unit length -> the numbers [...] of codes."""
@@ -59,21 +61,20 @@ class OnlineCodebook:
         return numbers
 
     def start(self, tokens: Tensor, batches: int) -> None:
-        """Begin with the tokens [T, d] of so many batches: spherical k-means."""
+        """Start from the tokens [T, d] of so many batches: spherical k-means."""
         generator = torch.Generator().manual_seed(1)
         self.codes = tokens[torch.randperm(len(tokens), generator=generator)[: len(self.codes)]].clone()
         for _ in range(10):
             self._count(tokens, 0.0)
         self.counts, self.sums = self.counts / batches, self.sums / batches  # as much as one batch weighs
-        self.ready = True
 
-    def update(self, tokens: Tensor, generator: torch.Generator) -> None:
-        """Move codes towards tokens [T, d]; one that became too rare begins anew at a token."""
+    def update(self, tokens: Tensor, random: np.random.Generator) -> None:
+        """Move codes towards tokens [T, d]; one that became too rare starts again at a token."""
         self._count(tokens, self.decay)
         rare = self.counts < 0.1 * len(tokens) / len(self.codes)
         lost = int(rare.sum())
         if lost:
-            self.codes[rare] = tokens[torch.randint(len(tokens), (lost,), generator=generator)]
+            self.codes[rare] = tokens[torch.from_numpy(random.integers(len(tokens), size=lost))]
             self.counts[rare] = len(tokens) / len(self.codes)
             self.sums[rare] = self.codes[rare] * self.counts[rare][:, None]
 
@@ -88,13 +89,13 @@ class OnlineCodebook:
 
 
 class CodeReader(nn.Module):
-    """Reads tokens [B, N, d] of square pictures into smaller pictures and answers.
+    """Reads tokens [B, N, d] of square images into smaller images and answers.
 
     Args:
         dim: d.
         classes: of each question.
         side: tokens a side.
-        pixels, cells: of the smaller picture and of the answers, along a side of a token.
+        pixels, cells: of the smaller image and of the answers, along a side of a token.
     """
 
     def __init__(self, dim: int, classes: Sequence[int], side: int, pixels: int = 8, cells: int = 4, width: int = 192):
@@ -118,16 +119,16 @@ class CodeReader(nn.Module):
 
 
 def patches(pixels: Tensor, size: int) -> Tensor:
-    """Pictures [B, 3, H, W] -> [B, N, 3 P P], as transformers' image processor of GLM-Image lays them out."""
+    """Images [B, 3, H, W] -> [B, N, 3 P P], as transformers' image processor of GLM-Image lays them out."""
     parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
     packed: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     return packed
 
 
 def see(vision: nn.Module, pixels: Tensor) -> Tensor:
-    """transformers' ``GlmImageVisionModel`` of pictures [B, 3, H, W] of the size of its positions -> [B, N, D].
+    """transformers' ``GlmImageVisionModel`` of images [B, 3, H, W] of the size of its positions -> [B, N, D].
 
-    The class goes through pictures one by one; here they are a batch.
+    The class goes through images one by one; here they are a batch.
     """
     parts: Any = vision
     embed = parts.patch_embed
@@ -151,60 +152,53 @@ def directions(model: Any, pixels: Tensor) -> Tensor:
 
 
 def train_visual_codebook(
-    model: Any,
-    reader: CodeReader,
-    batches: Iterator[Pictures],
-    recipe: CodebookRecipe,
-    folder: Path,
+    model: Any, reader: CodeReader, batch: Callable[[int], Images], recipe: CodebookRecipe, folder: Path
 ) -> None:
-    """Train the tower and the codes of a model in place, resuming from ``folder/state.pt`` where there is one.
+    """Train the tower and the codes of a model in place, resuming from ``folder/state.pt`` if it exists.
 
     Args:
         model: transformers' ``GlmImageModel``, whose ``visual`` and ``vqmodel`` are trained.
-        reader: thrown away afterwards.
-        batches: endless.
+        reader: discarded afterwards.
+        batch: that of a step.
     """
     embedding = model.vqmodel.quantize.embedding
     book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, recipe.decay)
-    models = nn.ModuleDict({"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader})
-    lately: list[Tensor] = []
+    parts = {"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader, "book": book}
 
-    def loss(step: int, generator: torch.Generator) -> Loss:
-        batch = next(batches)
-        tokens = directions(model, batch.pixels)  # [B, N, d]
-        flat = tokens.detach().flatten(0, 1)
-        if not book.ready:
-            lately.append(flat)
-            del lately[:-64]
-            if step + 1 >= recipe.continuous_steps:
-                book.start(torch.cat(lately), len(lately))
-                lately.clear()
-            told, far, used = tokens, torch.zeros(()), torch.zeros(())
-        else:
+    def loss(step: int, random: Randomness) -> Loss:
+        images = batch(step)
+        tokens = directions(model, images.pixels)  # [B, N, d]
+        if step == recipe.continuous_steps:
+            steps = range(max(0, step - recipe.first_batches), step + 1)
+            with torch.no_grad():
+                recent = torch.cat([directions(model, batch(earlier).pixels) for earlier in steps])
+            book.start(recent.flatten(0, 1), len(steps))
+        read, far, used = tokens, torch.zeros(()), torch.zeros(())
+        if step >= recipe.continuous_steps:
             numbers = book.nearest(tokens.detach())  # [B, N]
             codes = book.codes[numbers]
-            told = tokens + (codes - tokens).detach()
+            read = tokens + (codes - tokens).detach()
             far = (tokens - codes).square().sum(-1).mean()
             share = torch.bincount(numbers.flatten(), minlength=len(book.codes)) / numbers.numel()
             used = (-(share * share.clamp_min(1e-12).log()).sum()).exp()
             if step < 0.9 * recipe.steps:
-                book.update(flat, generator)
-        smaller, answers = reader(told.to(reader.embed.weight.dtype))
-        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(batch.pixels, smaller.shape[-2:]))
+                book.update(tokens.detach().flatten(0, 1), random.shared)
+        smaller, answers = reader(read.to(reader.embed.weight.dtype))
+        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(images.pixels, smaller.shape[-2:]))
         wrong = torch.stack(
-            [F.cross_entropy(answer.float(), batch.labels[:, i].long()) for i, answer in enumerate(answers)]
+            [F.cross_entropy(answer.float(), images.labels[:, i].long()) for i, answer in enumerate(answers)]
         ).sum()
         total = recipe.pixel_weight * error + recipe.label_weight * wrong + recipe.commitment * far
         return Loss(total, {"pixels": error, "labels": wrong, "far": far, "codes_in_use": used})
 
-    train(models, loss, recipe, folder, beside=book)
+    train(nn.ModuleDict(parts), loss, recipe, folder)
     with torch.no_grad():
         embedding.weight.copy_(book.codes)
 
 
 @torch.no_grad()
 def tokenise(model: Any, pixels: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] -> the numbers [B, N] of their codes."""
+    """Images [B, 3, H, W] -> the numbers [B, N] of their codes."""
     codes = F.normalize(model.vqmodel.quantize.embedding.weight.float(), dim=-1)
     numbers: Tensor = (directions(model, pixels) @ codes.T).argmax(-1)
     return numbers

@@ -1,0 +1,63 @@
+"""Random numbers that are functions of a place in the training, so that a run's state is the number of a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Randomness:
+    """The random numbers of one step. Those of a sample depend on the seed, the step and its place in the batch alone.
+
+    Each sample has a counter-based generator of its own (Philox, Salmon et al. 2011), so a batch gets the same numbers
+    whole or in shares.
+
+    Args:
+        seed: at least 0.
+        first: the place in the global batch of the first sample of this share.
+        batch: the size of the global batch; if not given, this share is all of it.
+    """
+
+    def __init__(self, seed: int, step: int, first: int = 0, batch: int | None = None):
+        self.first, self.batch = first, batch
+        self._sample = functools.cache(lambda place: _generator(seed, step, place))
+        #: For what the samples of a batch share; the same in every share of it.
+        self.shared = _generator(seed, step, None)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers [B, ...], float32."""
+        return torch.from_numpy(np.stack([each.standard_normal(shape[1:], np.float32) for each in self._all(shape)]))
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Numbers [B, ...] in [0, 1), float32."""
+        return torch.from_numpy(np.stack([each.random(shape[1:], np.float32) for each in self._all(shape)]))
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        """Numbers [B, ...] of 0 to ``high`` - 1, int64."""
+        return torch.from_numpy(np.stack([each.integers(high, size=shape[1:]) for each in self._all(shape)]))
+
+    def stratified(self, count: int) -> Tensor:
+        """Numbers [B] in [0, 1], one in each of as many equal intervals as the global batch has samples."""
+        places = self.first + torch.arange(count)
+        return (places + self.uniform([count])) / (self.batch or count)
+
+    def _all(self, shape: Sequence[int]) -> list[np.random.Generator]:
+        return [self._sample(self.first + i) for i in range(shape[0])]
+
+
+def seed_torch(seed: int, step: int, device: torch.device) -> None:
+    """Seed torch's own generators for a step: dropout and the like use them."""
+    number = int(_generator(seed, step, None).integers(2**63))
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+def _generator(seed: int, step: int, place: int | None) -> np.random.Generator:
+    # The generator counts in the first word of the counter.
+    counter = [0, 0, step, 1] if place is None else [0, place, step, 0]
+    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
