@@ -1,16 +1,18 @@
 """Run the benchmarks, one after another, and print the table of the newest results.
 
-    python benchmarks [NAME ...] [--table]
+    python benchmarks [NAME ...] [--avx2] [--table]
 
 Names: startup, attention, floor, step, text, decode, picture, memory, lossy, prior; all of them if none is given, which
-takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --table
-prints only what is stored.
+takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --avx2
+runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one with AVX-512
+imitate them. --table prints only what is stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,17 @@ RUNS: dict[str, list[list[str]]] = {
     "prior": [["--tokens", "192"], ["--tokens", "192", "--batch", "4"]],
     "gpu": [[]],
 }
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+FLOAT32 = ["--dtype", "float32", "--layers", "7"]
+RUNS_AVX2: dict[str, list[list[str]]] = {
+    "attention": [["--dtype", "float32", "--tokens", "256", "1024"]],
+    "floor": [["--pixels", "256", "512", *FLOAT32]],
+    "step": [
+        ["--pixels", "256", "--rounds", "15", *FLOAT32],
+        ["--pixels", "512", "--rounds", "9", *FLOAT32],
+    ],
+    "precision": [["step", "--pixels", "256", "--exact"], ["step", "--pixels", "512"], ["text", "image"]],
+}
 
 
 def table() -> str:
@@ -44,14 +57,17 @@ def table() -> str:
     newest: dict[str, Path] = {}
     for path in sorted((HERE / "results").glob("*.json")):
         newest[path.stem.split("-", 3)[3]] = path
-    lines = ["| | Impasto | diffusers | ratio | least to most | date |", "|---|---|---|---|---|---|"]
+    lines = ["| | processor | Impasto | diffusers | ratio | least to most | date |", "|---|---|---|---|---|---|---|"]
     for name, path in newest.items():
         result = json.loads(path.read_text())
         median = result.get("median", {})
         if set(median) >= {"impasto", "diffusers"} and isinstance(result["ratio"], dict):
             ratios = result["ratios"]["diffusers"]
+            machine = result["machine"]
+            processor = machine.get("processor") or {"instruction_set": machine["capability"], "imitated": False}
+            instructions = processor["instruction_set"] + ", imitated" * processor["imitated"]
             lines.append(
-                f"| {result.get('what', name)} | {median['impasto']} s | {median['diffusers']} s "
+                f"| {result.get('what', name)} | {instructions} | {median['impasto']} s | {median['diffusers']} s "
                 f"| {result['ratio']['diffusers']} | {min(ratios)} to {max(ratios)} | {result['date']} |"
             )
     return "\n".join(lines)
@@ -60,15 +76,17 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("--avx2", action="store_true", help="for processors without 16-bit products")
     parser.add_argument("--table", action="store_true", help="print what is stored, and run nothing")
     options = parser.parse_args()
-    unknown = [name for name in options.names if name not in RUNS]
+    runs, environment = (RUNS_AVX2, os.environ | AVX2) if options.avx2 else (RUNS, os.environ)
+    unknown = [name for name in options.names if name not in runs]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(RUNS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(runs)}")
     if not options.table:
-        for name in options.names or [name for name in RUNS if name != "gpu"]:
-            for arguments in RUNS[name]:
-                subprocess.run([sys.executable, str(HERE / f"{name}.py"), *arguments], check=True)
+        for name in options.names or [name for name in runs if name != "gpu"]:
+            for arguments in runs[name]:
+                subprocess.run([sys.executable, str(HERE / f"{name}.py"), *arguments], check=True, env=environment)
     print(table())
 
 

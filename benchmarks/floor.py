@@ -1,9 +1,9 @@
 """Where the time of our guided XL/2 step on the CPU goes, against the machine's floor.
 
-    python benchmarks/floor.py [--pixels 256 512 1024] [--layers 6]
+    python benchmarks/floor.py [--pixels 256 512 1024] [--dtype bfloat16] [--layers 6]
 
 The floor is the time of a step's multiplications at the rate of a large product of the same run (and, for what only
-moves memory, of a large copy). The layers are alike, so that some of them tell the shares.
+moves memory, of a large copy). The layers are alike, so that some of them show the shares.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ GROUPS = {
     "aten::_softmax": "attention: softmax",
     "aten::copy_": "copies",
     "aten::cat": "copies",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::gelu_": "gelu",
 }
 
 
@@ -39,9 +41,9 @@ def best(call: Callable[[], object], rounds: int = 9) -> float:
     return min(found)
 
 
-def floor_rates() -> tuple[float, float]:
-    """FLOP/s of a product of 2048 x 1152 x 4608 in bfloat16, bytes/s of a copy."""
-    a, b = torch.randn(2048, 1152).bfloat16(), torch.randn(1152, 4608).bfloat16()
+def floor_rates(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a product of 2048 x 4608 x 1152, bytes/s of a copy."""
+    a, b = torch.randn(2048, 4608).to(dtype), torch.randn(4608, 1152).to(dtype)
     big = torch.empty(2**28, dtype=torch.uint8)
     other = torch.empty_like(big)
     return 2 * 2048 * 1152 * 4608 / best(lambda: a @ b), 2 * 2**28 / best(lambda: other.copy_(big))
@@ -50,16 +52,16 @@ def floor_rates() -> tuple[float, float]:
 def work(pixels: int, layers: int, real_tokens: int) -> dict[str, float]:
     """Multiplications and additions of a guided step: of the linear layers, and of self-attention."""
     tokens, width = (pixels // 16) ** 2, 1152
-    absorbed = 2 * 2 * real_tokens * 16 * width * tokens  # of the picture with a text; the other's is a constant
+    absorbed = 2 * 2 * real_tokens * 16 * width * tokens  # of the row with a text; the other's is a constant
     linear = 2 * 2 * (4 + 8) * width * width * tokens + absorbed
     return {"linear layers": layers * linear, "self-attention": layers * 2 * 2 * 2 * width * tokens * tokens}
 
 
 @torch.no_grad()
-def profile_step(pixels: int, layers: int) -> dict[str, object]:
+def profile_step(pixels: int, layers: int, dtype: torch.dtype) -> dict[str, object]:
     step.XL["num_layers"] = layers
     options = argparse.Namespace(pixels=pixels, batch=1, real_tokens=20)
-    run = step.Step("impasto", step.build("impasto", pixels, torch.bfloat16), options, torch.bfloat16)
+    run = step.Step("impasto", step.build("impasto", pixels, dtype), options, dtype)
     run()
     seconds = best(run, 3)
     with profile(record_shapes=True) as found:
@@ -69,7 +71,7 @@ def profile_step(pixels: int, layers: int) -> dict[str, object]:
     for event in found.key_averages(group_by_input_shape=True):
         name = GROUPS.get(event.key, "everything else")
         if event.key == "mkldnn::_linear_pointwise":
-            name = "linear layer with gelu" if event.input_shapes[1][0] == 4608 else "attention: scores"
+            name = _of_product(event.input_shapes[1])
         elif event.key == "aten::mm" and tokens not in event.input_shapes[0] and tokens not in event.input_shapes[1]:
             name = "everything else"
         groups[name] = groups.get(name, 0.0) + event.self_cpu_time_total / 1e6
@@ -78,23 +80,32 @@ def profile_step(pixels: int, layers: int) -> dict[str, object]:
     return {"seconds": round(seconds, 3), "shares": shares}
 
 
+def _of_product(weight: list[int]) -> str:
+    """What oneDNN's product with a weight [out_features, in_features] is for."""
+    if 73 in weight:  # a head's channels, and one for the peak
+        return "attention: scores"
+    return "linear layer with gelu" if weight[0] == 4608 else "linear layers"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
-    rate, bandwidth = floor_rates()
+    dtype = getattr(torch, options.dtype)
+    rate, bandwidth = floor_rates(dtype)
     result: dict[str, object] = {
-        "what": f"our guided XL/2 step, bfloat16, {options.layers} of its 28 layers, against the floor",
+        "what": f"our guided XL/2 step, {options.dtype}, {options.layers} of its 28 layers, against the floor",
         "product_gigaflops": round(rate / 1e9),
         "copy_gigabytes_per_second": round(bandwidth / 1e9, 1),
     }
     for pixels in options.pixels:
-        found = profile_step(pixels, options.layers)
+        found = profile_step(pixels, options.layers, dtype)
         floor = {name: round(flops / rate, 4) for name, flops in work(pixels, options.layers, 20).items()}
         share = sum(floor.values()) / found["seconds"]
         result[f"{pixels} px"] = {**found, "floor_seconds": floor, "share_of_the_floor": round(share, 3)}
-    measure.write("floor-bfloat16", result)
+    measure.write(f"floor-{options.dtype}", result)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import torch
 import transformers
 
 import impasto
+from impasto.nn.machine import describe_processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -58,17 +58,18 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cores": os.cpu_count(),
-        "cpu": _cpu_name(),
+        "processor": describe_processor()._asdict(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
     }
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:
-    """Store a dated result with the machine's description, and say where."""
+    """Store a dated result with the machine's description, and say where. The name of one for AVX2 says so."""
     RESULTS.mkdir(exist_ok=True)
+    if describe_processor().instruction_set == "AVX2":
+        name += "-avx2"
     today = datetime.date.today().isoformat()
     target = RESULTS / f"{today}-{name}.json"
     target.write_text(json.dumps({"date": today, **result, "machine": machine()}, indent=2) + "\n")
@@ -96,12 +97,3 @@ def own_peak() -> float:
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm())
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -1,12 +1,12 @@
 """A guided PixArt-XL/2 step: ours against diffusers', in turns in one process, with random weights.
 
-    python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--batch 1] [--rounds 5] [--exact] [--best]
+    python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--layers 28] [--rounds 5] [--exact] [--best] ...
 
-A step is what the pipelines do: each picture twice (negative and positive), 300 text tokens of which the real ones are
+A step is what the pipelines do: each image twice (negative and positive), 300 text tokens of which the real ones are
 few. With --best, diffusers takes further turns with fused projections and compiled, and ours with its weights packed
 (which is what ``pipe.compile()`` does on a CPU). The outputs are compared before anything is timed, and with --exact
 each one's distance from float64 is measured (on the blocks' own weights; slow). Each library's peak memory is measured
-in a process of its own.
+in a process of its own. The layers are alike, so that some of them show the ratio.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import measure
 from impasto import PixArtTransformer2DModel, pack_weights
 
-XL = {"caption_channels": 4096, "use_additional_conditions": False}
+XL = {"caption_channels": 4096, "use_additional_conditions": False, "num_layers": 28}
 
 
 def build(library: str, pixels: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -72,7 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, default=1, help="pictures; each is two rows")
+    parser.add_argument("--batch", type=int, default=1, help="images; each is two rows")
+    parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real-tokens", type=int, default=20)
     parser.add_argument("--exact", action="store_true", help="measure the distance of both from float64")
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=["impasto", "impasto packed", "diffusers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
+    XL["num_layers"] = options.layers
 
     if options.memory_of:
         library, *packs = options.memory_of.split()
@@ -110,8 +112,8 @@ def main() -> None:
     difference = measure.relative_error(outputs["impasto"], outputs["diffusers"])
     assert difference < (0.1 if dtype is torch.bfloat16 else 1e-4), difference
     result = {
-        "what": f"guided XL/2 step, {options.pixels} px, {options.dtype}, batch {options.batch}, "
-        f"{options.real_tokens} of 300 text tokens real",
+        "what": f"guided XL/2 step, {options.pixels} px, {options.dtype}, {options.layers} of 28 layers, "
+        f"batch {options.batch}, {options.real_tokens} of 300 text tokens real",
         "difference": difference,
         **measure.compared(measure.in_turns(steps, options.rounds)),
     }
@@ -123,10 +125,11 @@ def main() -> None:
         del reference, exact
     del steps, ours, theirs, outputs
     common = ["--pixels", str(options.pixels), "--dtype", options.dtype, "--batch", str(options.batch)]
+    common += ["--layers", str(options.layers)]
     names = ("impasto", "impasto packed", "diffusers") if options.best else ("impasto", "diffusers")
     result["peak_gigabytes"] = {name: measure.peak_gigabytes(__file__, "--memory-of", name, *common) for name in names}
-    best = "-best" if options.best else ""
-    measure.write(f"step-{options.pixels}-{options.dtype}-batch{options.batch}{best}", result)
+    kind = (f"-layers{options.layers}" if options.layers < 28 else "") + ("-best" if options.best else "")
+    measure.write(f"step-{options.pixels}-{options.dtype}-batch{options.batch}{kind}", result)
 
 
 if __name__ == "__main__":

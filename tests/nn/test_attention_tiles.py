@@ -8,9 +8,11 @@ from torch import Tensor
 
 from impasto.nn import attention_tiles as tiles
 from impasto.nn.attention import attention_formula
-from impasto.nn.machine import has_bfloat16_epilogues
+from impasto.nn.machine import has_onednn_products
 
-needs_epilogues = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
+needs_epilogues = pytest.mark.skipif(
+    not has_onednn_products(torch.bfloat16), reason="the processor has no bfloat16 products"
+)
 
 
 def tensors(batch: int, heads: int, n: int, m: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,7 +94,7 @@ def test_feed_forward_takes_tokens_in_parts_that_stay_in_cache(
     layer = FeedForward(6, activation)
     x = torch.randn(2, 7, 6)
     whole = layer(x)
-    monkeypatch.setattr(layers, "_TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr(layers, "_BYTES_AT_ONCE", 5 * x.element_size())
     lengths: list[int] = []
     layer.net.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[-2]))
     with torch.no_grad():

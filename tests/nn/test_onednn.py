@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,13 @@ from torch import Tensor, nn
 
 from impasto.nn import onednn
 from impasto.nn.layers import FeedForward
-from impasto.nn.machine import has_bfloat16_epilogues
+from impasto.nn.machine import has_onednn_products
 from impasto.nn.onednn import linear_gelu
+from impasto.nn.precision import in_float32
 
-needs_products = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
+needs_products = pytest.mark.skipif(
+    not has_onednn_products(torch.bfloat16), reason="the processor has no bfloat16 products"
+)
 
 
 def parts(dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, Tensor]:
@@ -27,8 +32,12 @@ def exact(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float64, 1e-14)])
-def test_it_is_gelu_of_the_linear_layer(dtype: torch.dtype, bound: float, bias: bool, approximate: str) -> None:
+@pytest.mark.parametrize("epilogue", [True, False])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float64, 1e-14)])
+def test_it_is_gelu_of_the_linear_layer(
+    dtype: torch.dtype, bound: float, epilogue: bool, bias: bool, approximate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "has_epilogues", lambda _: epilogue)
     layer, x = parts(dtype, bias)
     with torch.no_grad():
         found = linear_gelu(layer, x, approximate)
@@ -58,6 +67,62 @@ def test_layers_that_someone_changed_or_watches_are_called() -> None:
         linear_gelu(layer, x, "tanh")
         assert calls == [1]
         assert float(linear_gelu(Zero(48, 96), x, "tanh").abs().max()) == 0
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtype of every product of oneDNN from here on."""
+    dtypes: list[torch.dtype] = []
+    product = onednn._product
+    monkeypatch.setattr(onednn, "_product", lambda *a, **k: dtypes.append(a[2].dtype) or product(*a, **k))
+    return dtypes
+
+
+def test_float32_is_multiplied_by_onednn_where_the_machine_says_so(
+    products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = parts(torch.float32)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(onednn, "has_onednn_products", lambda dtype: dtype == torch.float32)
+        torch.testing.assert_close(onednn.linear(layer, x), expected)
+        assert products == [torch.float32]
+        onednn.linear(layer.double(), x.double())
+        monkeypatch.setattr(onednn, "has_onednn_products", lambda _: False)
+        onednn.linear(layer.float(), x)
+    assert products == [torch.float32]
+
+
+@torch.no_grad()
+def test_16_bit_weights_are_widened_for_the_same_products(products: list[torch.dtype]) -> None:
+    """In the mode of ``nn/precision.py``: bit for bit the float32 layer of the same numbers."""
+    layer, x = parts(torch.bfloat16)
+    wide = copy.deepcopy(layer).float()
+    with in_float32():
+        found = linear_gelu(layer, x.float(), "tanh")
+    assert torch.equal(found, linear_gelu(wide, x.float(), "tanh"))
+    assert len(products) == 2 * has_onednn_products(torch.float32)
+    assert layer.weight.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear_gelu(layer, x.float(), "tanh")  # elsewhere it is as if the layer were called
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_traced_graphs_hold_the_plain_layer() -> None:
+    graph = str(torch.jit.trace(FeedForward(48).eval(), (torch.randn(2, 5, 48),)).inlined_graph)
+    assert "aten::linear" in graph
+    assert "mkldnn" not in graph
+
+
+@torch.no_grad()
+def test_float32_is_never_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take as much memory again."""
+    monkeypatch.setattr(onednn, "_pack", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(onednn, "PACKING_PAYS", 1)
+    layer, x = parts(torch.float32)
+    torch.testing.assert_close(onednn.product(layer, 10)(x), layer(x))
+    torch.testing.assert_close(onednn.joined_product([layer, layer], 10)(x), torch.cat([layer(x)] * 2, dim=-1))
 
 
 @needs_products

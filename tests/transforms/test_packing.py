@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from impasto import PixArtTransformer2DModel, pack_weights
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.nn import onednn
-from impasto.nn.machine import has_bfloat16_epilogues
+from impasto.nn.machine import has_onednn_products
 from impasto.transforms import packing
 
-pytestmark = pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
+pytestmark = pytest.mark.skipif(not has_onednn_products(torch.bfloat16), reason="no native products of bfloat16")
 
 
 def small() -> PixArtTransformer2DModel:
@@ -198,6 +198,6 @@ def test_what_cannot_be_packed_is_refused(model: PixArtTransformer2DModel, monke
         pack_weights("transformer")  # type: ignore[arg-type]
     with pack_weights(model), pytest.raises(ConfigurationError, match="packed already"):
         pack_weights(model)
-    monkeypatch.setattr(packing, "has_bfloat16_epilogues", lambda: False)
+    monkeypatch.setattr(packing, "has_onednn_products", lambda _: False)
     with pytest.raises(ResourceError, match="AVX-512"):
         pack_weights(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .machine import has_bfloat16_epilogues
+from .machine import has_onednn_products
 
 #: Scores of one tile: 4 MB in bfloat16, which two cores hold in their caches.
 _TILE_SCORES = 2**21
@@ -43,7 +43,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
         [B, heads, N, d], laid out as [B, N, heads, d], where the next projection wants it.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.dtype == torch.bfloat16 and query.shape[2] >= _LONG and has_bfloat16_epilogues():
+    if query.dtype == torch.bfloat16 and query.shape[2] >= _LONG and has_onednn_products(torch.bfloat16):
         out, exact = _sigmoid_tiles(query, key, value, scale)
         if exact:
             return out

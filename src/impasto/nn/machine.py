@@ -1,10 +1,57 @@
-"""What this machine's processor can do."""
+"""What this machine can do: its processor, its accelerators, their memory. Nothing else asks the hardware."""
 
 from __future__ import annotations
 
 import functools
+import os
+import platform
+from typing import NamedTuple
 
 import torch
+
+#: What torch and oneDNN call the instructions that multiply a dtype, by the names of ``torch.cpu.get_capabilities``.
+_PRODUCTS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+#: The variables that keep ATen, oneDNN and MKL below what the processor has, for AVX2 and less.
+_CAPS = {
+    "ATen": ("ATEN_CPU_CAPABILITY",),
+    "oneDNN": ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
+    "MKL": ("MKL_ENABLE_INSTRUCTIONS",),
+}
+CPU = torch.device("cpu")
+
+# --- devices ---
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or the CPU if it has none."""
+    return torch.accelerator.current_accelerator(check_available=True) or CPU
+
+
+def is_native(dtype: torch.dtype, device: torch.device = CPU) -> bool:
+    """Whether the device multiplies numbers of this dtype without converting them first.
+
+    Where the CPU does not, a product in 16 bits takes 7 to 300 times as long as in float32.
+    """
+    if dtype not in _PRODUCTS:
+        return True
+    if device.type == "cuda":
+        if dtype == torch.float16 or not torch.cuda.is_available():  # a plan for another machine
+            return True
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    return device.type != "cpu" or _multiplies(dtype)
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it, float16 on older CUDA devices, else float32."""
+    if device.type == "mps" or not is_native(torch.bfloat16, device):
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16
+
+
+# --- the processor ---
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -21,18 +68,15 @@ def _capabilities() -> dict[str, object]:
 
 
 @functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16, and torch and oneDNN are allowed to use them.
-
-    ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`` takes them away. Without them a product in bfloat16 takes 7 to
-    300 times as long as in float32.
-    """
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has products of a 16-bit dtype, and torch and oneDNN are allowed to use them."""
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    if not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")():
         return False
     if _capabilities().get("architecture") != "x86_64":
-        return True  # oneDNN's word suffices: it knows the extension of ARM
-    native = any(processor_has(feature) for feature in ("avx512_bf16", "amx_bf16", "avx_ne_convert"))
-    return native and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+        return True  # oneDNN's word suffices: it knows the extensions of ARM
+    above = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return above and any(processor_has(feature) for feature in _PRODUCTS[dtype])
 
 
 @functools.cache
@@ -45,15 +89,82 @@ def multiplies_int8_exactly() -> bool:
     return bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it, and float32 elsewhere."""
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+def has_onednn_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear layers of this dtype are faster than torch's own, and switched on."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.float32:  # elsewhere not measured
+        return _capabilities().get("architecture") == "x86_64"
+    return dtype == torch.bfloat16 and is_native(dtype)
+
+
+def has_epilogues(dtype: torch.dtype) -> bool:
+    """Whether gelu in the epilogue of oneDNN's product is faster than after it: not in float32 with AVX2."""
+    above = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+    return has_onednn_products(dtype) and (above or dtype != torch.float32)
+
+
+class Processor(NamedTuple):
+    """The processor, and what of it is in use."""
+
+    name: str
+    instruction_set: str  # that this process computes with, such as "AVX-512 with bfloat16" or "AVX2"
+    imitated: bool  # environment variables keep it below what the processor has
+
+
+def describe_processor() -> Processor:
+    """The processor's name and the instructions in use; "in part" lists the libraries that a variable caps at AVX2."""
+    capped = []
+    if _capabilities().get("architecture") != "x86_64":
+        found = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    elif not processor_has("avx512_f"):
+        found = "AVX2" if processor_has("avx2") else "x86_64 without AVX2"
     else:
-        native = device.type == "cpu" and multiplies_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+        capped = [library for library, variables in _CAPS.items() if _caps(variables)]
+        found = "AVX2" if len(capped) == len(_CAPS) else "AVX-512"
+    native = [str(dtype).removeprefix("torch.") for dtype in _PRODUCTS if _multiplies(dtype)]
+    if native:
+        found += f" with {' and '.join(native)}"
+    if 0 < len(capped) < len(_CAPS):
+        found += f", AVX2 in part ({', '.join(capped)})"
+    return Processor(_processor_name(), found, bool(capped))
 
 
-def has_bfloat16_epilogues() -> bool:
-    """Whether oneDNN's products of bfloat16 take an activation along, and are switched on."""
-    return bool(torch.backends.mkldnn.enabled) and multiplies_bfloat16()
+def _caps(variables: tuple[str, ...]) -> bool:
+    value = next((os.environ[name] for name in variables if name in os.environ), "")
+    return value.upper() in ("DEFAULT", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX", "SSE41", "SSE4_2")
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# --- memory ---
+
+
+def process_memory() -> int:
+    """Bytes of this process that no file backs; 0 where the system does not say."""
+    return _bytes_of("/proc/self/status", "RssAnon") or 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can have on the device, with those that it has already."""
+    if device.type == "cpu":
+        available = _bytes_of("/proc/meminfo", "MemAvailable")
+        return 2**62 if available is None else available + process_memory()
+    if device.type == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return 2**62
+
+
+def _bytes_of(path: str, field: str) -> int | None:
+    """The bytes of a line such as ``RssAnon:  123 kB``."""
+    try:
+        with open(path) as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+    except (OSError, StopIteration, ValueError):
+        return None

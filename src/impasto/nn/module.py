@@ -19,13 +19,12 @@ from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
 from ..folders import reading, saving
 from .devices import check_device
+from .precision import adapt
 
 
 class Model(Configurable, nn.Module):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
-    #: Parts of parameter names that stay float32 whatever dtype is asked for.
-    keep_in_float32: ClassVar[tuple[str, ...]] = ()
     #: Which list of blocks an argument (a number, or a list) gives the length of, by its path in the names of tensors.
     stored_lists: ClassVar[Mapping[str, str]] = {}
 
@@ -101,14 +100,8 @@ class Model(Configurable, nn.Module):
         chosen = parse_dtype(dtype if dtype is not None else torch_dtype)
         with reading(hub.inside(root, subfolder)) as folder:
             model, stored = cls.skeleton(folder, variant=variant, use_safetensors=use_safetensors, **overrides)
-            weights.load_into(
-                model,
-                stored,
-                dtype=chosen,
-                device=target,
-                rename=cls._rename_key,
-                keep_in_float32=cls.keep_in_float32,
-            )
+            weights.load_into(model, stored, dtype=chosen, device=target, rename=cls._rename_key)
+        adapt(model)
         return model.eval()
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError, InputError, ResourceError
-from ..nn.machine import has_bfloat16_epilogues
+from ..nn.machine import has_onednn_products
 from ..nn.onednn import KEPT, KeptWeight, check_kept_weights
 
 
@@ -35,7 +35,7 @@ def pack_weights(model: nn.Module) -> PackedWeights:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"pack_weights takes a model such as pipe.transformer, not {type(model).__name__}")
-    if not has_bfloat16_epilogues():
+    if not has_onednn_products(torch.bfloat16):
         raise ResourceError(
             "packed weights are for processors that multiply bfloat16 (AVX-512), and this one does not, or oneDNN is "
             "switched off; there is nothing to gain here"
@@ -48,7 +48,7 @@ def pack_weights(model: nn.Module) -> PackedWeights:
 
 def multiplies_bfloat16(model: nn.Module) -> bool:
     """Whether a model's weights are worth packing: of bfloat16, on a processor that multiplies it."""
-    return next(model.parameters()).dtype == torch.bfloat16 and has_bfloat16_epilogues()
+    return next(model.parameters()).dtype == torch.bfloat16 and has_onednn_products(torch.bfloat16)
 
 
 class PackedWeights:

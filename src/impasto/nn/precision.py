@@ -1,0 +1,222 @@
+"""Weights of 16 bits, computation in float32: for processors without native products of 16 bits.
+
+There a product in bfloat16 or float16 takes 7 to 300 times as long as in float32. So the weights stay as they are
+stored, each is widened when it is used (``widening.py``), and activations are float32. What goes into a component and
+comes out of it has the dtype of its weights. The result is closer to the exact one than that of 16-bit arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from types import TracebackType
+from typing import Any, Literal, Self, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from .machine import is_native
+from .widening import HALVES, Function, Widening, is_narrow
+
+# --- when it is in force ---
+
+_MODE = Widening()
+
+
+class _Thread(threading.local):
+    is_wide = False  # the mode is in force
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Compute in float32 in this thread, also with 16-bit weights and under autocast."""
+    if _thread.is_wide:
+        yield
+        return
+    _thread.is_wide = True
+    try:
+        with without_autocast("cpu"), without_autocast("cuda"), _MODE:
+            yield
+    finally:
+        _thread.is_wide = False
+
+
+def without_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
+    """Compute in the dtypes of what is given, on devices of one type, whatever autocast is in force."""
+    kind = torch.device(device).type
+    there = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if there else nullcontext()
+
+
+def computing(module: nn.Module) -> AbstractContextManager[None]:
+    """Compute in what ``module`` computes in: for code that reads its weights itself."""
+    return nullcontext() if _widened_dtype(module) is None else in_float32()
+
+
+def checkpointed(block: nn.Module, *arguments: Any) -> Any:
+    """Gradient checkpointing: the block is computed again in the backward pass, in what it is computed in now."""
+    if not _thread.is_wide:
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), in_float32()))
+
+
+# --- modules ---
+
+Choice = Literal["automatic", "float32", "as stored"]
+_CHOICE = "_impasto_precision"
+#: Methods in which models compute, and whether what they return has the dtype of the weights. What the stages of our
+#: own hand to each other keeps its digits.
+_METHODS = {
+    "__call__": True,
+    "forward": True,
+    "encode": True,
+    "decode": True,
+    "denoise": True,
+    "encode_context": False,
+    "encode_references": False,
+    "modulate": False,
+}
+
+
+def adapt(module: nn.Module) -> None:
+    """Have a module with 16-bit weights compute in float32 wherever its device does not multiply them natively.
+
+    Pipelines and ``from_pretrained`` do this to every component. Whether it is needed is asked at each call, so the
+    module may be moved and cast at any time. It stays an instance of its class, and is saved and pickled as one.
+    """
+    module = getattr(module, "_orig_mod", module)  # torch.compile has wrapped it
+    cls = type(module)
+    if not issubclass(cls, _Adapted) and not isinstance(module, torch.jit.ScriptModule):
+        module.__class__ = _adapted(cls)  # type: ignore[arg-type]
+
+
+def compute_in_float32(module: nn.Module) -> Precision:
+    """Have a module with 16-bit weights compute in float32 on every machine and device.
+
+    Such as an autoencoder that overflows in float16. Its weights stay as they are, and what comes out has their dtype.
+
+    Returns:
+        a handle: ``remove()`` restores what was before, and so does leaving its ``with`` block.
+    """
+    return Precision(module, "float32")
+
+
+def compute_as_stored(module: nn.Module) -> Precision:
+    """Have a module compute in the dtype of its weights, also where that is slow. Returns as ``compute_in_float32``."""
+    return Precision(module, "as stored")
+
+
+def precision_of(module: nn.Module) -> Choice:
+    """What was chosen for a module: "automatic" is float32 where the device has no native 16-bit products."""
+    return _choice(module) if isinstance(module, _Adapted) else "as stored"
+
+
+class Precision:
+    """The handle of ``compute_in_float32`` and ``compute_as_stored``."""
+
+    def __init__(self, module: nn.Module, choice: Choice):
+        self.module = getattr(module, "_orig_mod", module)
+        self._before = _choice(self.module)
+        adapt(self.module)
+        self.module.__dict__[_CHOICE] = choice
+
+    def remove(self) -> None:
+        self.module.__dict__[_CHOICE] = self._before
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _choice(module: nn.Module) -> Choice:
+    found: Choice = vars(module).get(_CHOICE, "automatic")
+    return found
+
+
+def _widened_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the 16-bit weights that a module is to compute with in float32; None if it is not to."""
+    choice = _choice(module)
+    weight = None if _thread.is_wide or choice == "as stored" else _narrow_weight(module)
+    if weight is None or (choice == "automatic" and (weight.device.type != "cpu" or is_native(weight.dtype))):
+        return None
+    return None if _is_left_alone(module) else weight.dtype
+
+
+def _narrow_weight(module: nn.Module) -> Tensor | None:
+    """A 16-bit parameter of a module. Of each child only the first is looked at: this is asked at each call."""
+    firsts = (next(child.parameters(), None) for child in module.children())
+    return next(filter(is_narrow, chain(module._parameters.values(), firsts)), None)
+
+
+def _is_left_alone(module: nn.Module) -> bool:
+    """Whether another library has quantized or placed a module, or will compute its blocks again in a backward pass."""
+    if getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None):
+        return True
+    recomputing = (m for m in module.modules() if getattr(m, "gradient_checkpointing", False))
+    return torch.is_grad_enabled() and any(hasattr(m, "_gradient_checkpointing_func") for m in recomputing)
+
+
+class _Adapted:
+    """What the classes of adapted modules have in common."""
+
+
+@functools.cache
+def _adapted(cls: Any) -> type[nn.Module]:
+    """A class that only differs in what its methods compute in."""
+
+    def reduced(module: nn.Module, protocol: SupportsIndex) -> Any:
+        """Pickles hold the class that others know."""
+        return object.__new__, (cls,), module.__getstate__()
+
+    def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        new = memo[id(module)] = adapted.__new__(adapted)
+        new.__setstate__(copy.deepcopy(module.__getstate__(), memo))
+        return new
+
+    body = {
+        name: _in_its_precision(getattr(cls, name), narrow) for name, narrow in _METHODS.items() if hasattr(cls, name)
+    }
+    body |= {"__reduce_ex__": reduced, "__deepcopy__": copied}
+    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    adapted: type[nn.Module] = type(cls.__name__, (cls, _Adapted), body)
+    return adapted
+
+
+def _in_its_precision(method: Function, narrows: bool) -> Function:
+    @functools.wraps(method)
+    def compute(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        dtype = _widened_dtype(module)
+        if dtype is None:
+            return method(module, *args, **kwargs)
+        args, kwargs = _cast((args, kwargs), HALVES, torch.float32)
+        with in_float32():
+            out = method(module, *args, **kwargs)
+        return _cast(out, (torch.float32,), dtype) if narrows else out
+
+    return compute
+
+
+def _cast(values: Any, old: Sequence[torch.dtype], new: torch.dtype) -> Any:
+    """Nested values with their tensors of some dtypes cast to another."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(new) if leaf.dtype in old else leaf
+        if type(leaf).__name__ == "DiagonalGaussianDistribution":  # ours or that of diffusers
+            return type(leaf)(cast(leaf.parameters), leaf.deterministic)
+        return leaf
+
+    return pytree.tree_map(cast, values)

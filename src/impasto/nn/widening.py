@@ -1,0 +1,177 @@
+"""A mode in which functions of torch get float32 numbers in place of 16-bit ones.
+
+Torch shows every function that it is about to call to the mode in force (``TorchFunctionMode``), so no layer has to be
+replaced. The weight of a linear layer or a convolution is widened into one buffer of the thread; what is left is
+widened as it comes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+HALVES = (torch.bfloat16, torch.float16)
+#: Numbers of a weight that are widened at a time. For few rows they stay in the cache until they are multiplied, which
+#: makes a product faster than with float32 weights; for many, larger matrices are multiplied faster.
+_FEW_ROWS, _FEW_ROWS_BLOCK, BLOCK = 64, 2**21, 2**23
+
+Function = Callable[..., Any]
+#: How a function is called in the mode: gets it and its arguments.
+Rule = Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Widening(TorchFunctionMode):
+    """Functions that compute get 16-bit tensors widened, and such a tensor's ``dtype`` reads as float32."""
+
+    def __torch_function__(
+        self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = _RULES.get(func)
+        if rule is None:
+            rule = _RULES[func] = _rule_for(func)
+        return rule(func, args, kwargs or {})
+
+
+def is_narrow(x: Any) -> bool:
+    """Whether ``x`` is a 16-bit tensor to widen. Quantized tensors of other libraries have products of their own."""
+    if not isinstance(x, Tensor) or x.dtype not in HALVES:
+        return False
+    return type(x) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(x)
+
+
+def widened(x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(map(widened, x))
+    return x.float() if is_narrow(x) else x
+
+
+# --- what is done with each function ---
+
+
+def _as_it_is(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
+def _widen(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if "out" in kwargs:  # which says the dtype: compiled code writes so
+        return func(*args, **kwargs)
+    return func(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})
+
+
+def _in_place(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument is written to, and keeps its dtype."""
+    if not args or is_narrow(args[0]):
+        return func(*args, **kwargs)
+    return _widen(func, args, kwargs)
+
+
+def _dtype(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.float32 if is_narrow(args[0]) else func(*args)
+
+
+def _to(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A cast to the dtype of another tensor, as that reads here."""
+    return func(args[0], *map(widened, args[1:]), **{name: widened(x) for name, x in kwargs.items()})
+
+
+def _embedding(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return widened(func(*args, **kwargs))  # the rows found, never the whole table
+
+
+def _weighted(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of (input, weight, ...) whose weight is widened whole."""
+    if len(args) < 2 or not is_narrow(args[1]) or _is_read_later(args[1]):
+        return _widen(func, args, kwargs)
+    return _widen(func, (args[0], _copied(args[1]), *args[2:]), kwargs)
+
+
+def _linear(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _product(*args, **kwargs)
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` by blocks of the weight's rows."""
+    x: Tensor = widened(input)
+    bias = widened(bias)
+    if not is_narrow(weight) or _is_read_later(weight):
+        return F.linear(x, widened(weight), bias)
+    features, width = weight.shape
+    rows = x.numel() // width if width else 0
+    parts = -(-weight.numel() // (_FEW_ROWS_BLOCK if rows <= _FEW_ROWS else BLOCK))
+    if parts <= 1:
+        return F.linear(x, _copied(weight), bias)
+    size = -(-features // (16 * parts)) * 16
+    flat, out = x.reshape(-1, width), x.new_empty(rows, features)
+    for start in range(0, features, size):
+        block = slice(start, start + size)
+        factor = _copied(weight[block]).t()
+        if bias is None:
+            torch.mm(flat, factor, out=out[:, block])
+        else:
+            torch.addmm(bias[block], flat, factor, out=out[:, block])
+    return out.view(*x.shape[:-1], features)
+
+
+def _is_read_later(weight: Tensor) -> bool:
+    """Whether a weight may be read after the call: in the backward pass, by a graph that is being made, on a GPU."""
+    if torch.is_grad_enabled() or weight.device.type != "cpu":
+        return True
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+class _Buffer(threading.local):
+    """Memory that weights are widened into, one after the other: fresh memory takes longer than the widening."""
+
+    memory: Tensor | None = None
+
+
+_buffer = _Buffer()
+
+
+def _copied(weight: Tensor) -> Tensor:
+    """A weight in float32, until the next call."""
+    memory, count = _buffer.memory, weight.numel()
+    if memory is None or memory.numel() < count or memory.device != weight.device:
+        with torch.inference_mode(False):  # whose tensors could not be written to elsewhere
+            memory = _buffer.memory = torch.empty(count, device=weight.device)
+    wide = memory[:count].view(weight.shape)
+    if weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        wide = memory[:count].as_strided(weight.shape, weight.stride())
+    return wide.copy_(weight.detach())
+
+
+#: Functions that hand their tensors on, or read what is known of them: a 16-bit one stays one.
+_PLAIN = """
+    view view_as reshape reshape_as unflatten flatten ravel transpose t permute expand expand_as broadcast_to
+    chunk split split_with_sizes tensor_split unbind narrow select squeeze unsqueeze movedim moveaxis swapaxes swapdims
+    unfold diagonal as_strided detach contiguous clone repeat repeat_interleave tile roll flip
+    __getitem__ index_select gather take cat concat concatenate stack hstack vstack
+    size stride dim ndimension numel nelement element_size data_ptr storage untyped_storage storage_offset get_device
+    register_hook requires_grad_ retain_grad backward __len__ __hash__ __deepcopy__ __reduce_ex__ __repr__ __format__
+    float half bfloat16 double type cpu cuda pin_memory item tolist numpy __array__ __get__ __set__ __delete__
+"""
+_IN_PLACE = "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__"
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_RULES: dict[Function, Rule] = {
+    torch.Tensor.dtype.__get__: _dtype,  # type: ignore[attr-defined]
+    torch.Tensor.to: _to,
+    F.linear: _linear,
+    F.embedding: _embedding,
+    **{function: _weighted for name in _CONVOLUTIONS for function in (getattr(F, name), getattr(torch, name))},
+}
+
+
+def _rule_for(func: Function) -> Rule:
+    name = str(getattr(func, "__name__", ""))
+    if name in _PLAIN.split() or name.startswith("is_"):
+        return _as_it_is
+    if name in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")):
+        return _in_place
+    return _weighted if name == "_linear_pointwise.default" else _widen  # oneDNN's linear layer with an activation
