@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from impasto import cli
 from impasto.errors import CheckpointNotFoundError
-from impasto.nn.machine import multiplies_bfloat16
+from impasto.nn.machine import is_native
 from impasto.pipelines.image import check_picture_path, read_settings
 from impasto.pipelines.inspection import inspect_model, picture_size
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -53,7 +53,7 @@ def fresh(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[
 
 
 #: Whether this processor computes in bfloat16.
-NATIVE = multiplies_bfloat16()
+NATIVE = is_native(torch.bfloat16)
 
 # --- generate ---
 

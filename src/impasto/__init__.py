@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .models.pixart import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
+    from .nn.precision import compute_as_stored, compute_in_float32
     from .pipelines.base import ImagePipelineOutput
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -84,6 +85,8 @@ __all__ = [
     "WeightsMismatchError",
     "__version__",
     "cache_steps",
+    "compute_as_stored",
+    "compute_in_float32",
     "dequantize",
     "guide_between",
     "pack_weights",
@@ -115,6 +118,8 @@ _HOMES = {
     "Transformer2DModel": ".models.pixart:PixArtTransformer2DModel",
     "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
     "cache_steps": ".transforms.step_cache:cache_steps",
+    "compute_as_stored": ".nn.precision:compute_as_stored",
+    "compute_in_float32": ".nn.precision:compute_in_float32",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
     "pack_weights": ".transforms.packing:pack_weights",

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from impasto import cache_steps
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.nn import onednn
-from impasto.nn.machine import has_bfloat16_epilogues
+from impasto.nn.machine import has_onednn_products
 from impasto.pipelines import compiling
 from impasto.pipelines.compiling import RecordedSteps
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -112,7 +112,7 @@ def test_the_decoder_is_compiled_where_asked(pipe: PixArtSigmaPipeline) -> None:
     assert pipe.vae.decoder._compiled_call_impl is None
 
 
-@pytest.mark.skipif(not has_bfloat16_epilogues(), reason="the processor has no bfloat16 products")
+@pytest.mark.skipif(not has_onednn_products(torch.bfloat16), reason="the processor has no bfloat16 products")
 def test_on_a_cpu_weights_are_packed_and_never_stale(pipe: PixArtSigmaPipeline) -> None:
     pipe.to(torch.bfloat16)
     close = {"rtol": 0.02, "atol": 0.02}

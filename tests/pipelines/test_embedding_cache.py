@@ -15,9 +15,7 @@ from torch import Tensor
 from impasto.errors import InputError, OutputError
 from impasto.pipelines import pixart
 from impasto.pipelines.embedding_cache import INDEX_NAME, fingerprint
-from impasto.pipelines.moving import Visit
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.pipelines.placement import OneAtATime
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, write_pipeline
 
@@ -130,13 +128,9 @@ def test_what_an_embedding_depends_on(tmp_path: Path, encoded: list[Texts]) -> N
     first = embed(pipe, "a cat", max_sequence_length=20)
     assert len(encoded) == 3
     assert not torch.equal(first[0], changed[0])
-    pipe.placement = OneAtATime("cpu", Visit(torch.bfloat16))
-    embed(pipe, "a cat", max_sequence_length=20)
-    assert len(encoded) == 4
-    pipe.placement = OneAtATime("cpu")
     pipe.to(torch.bfloat16)
     embed(pipe, "a cat", max_sequence_length=20)
-    assert len(encoded) == 5
+    assert len(encoded) == 4
 
 
 def test_fingerprints() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from impasto import GlmImagePipeline
 from impasto.checkpoints.foreign import from_transformers
 from impasto.errors import InputError, MissingDependencyError
-from impasto.nn.machine import multiplies_bfloat16
+from impasto.nn.machine import is_native
 from impasto.pipelines.glm_image_prior import reference_picture, small_grid, tokens_to_generate
 
 from ..tiny_glm import pipelines, prior_parts
@@ -191,7 +191,7 @@ TOKENS = {
         (IMAGE | TOKENS | {"prior_token_image_ids": [[torch.zeros(16)]]}, "prior_token_image_ids must be tensors"),
         (IMAGE | TOKENS | {"source_image_grid_thw": [[1, 4, 4]]}, r"must be tensors \[images, 3\]"),
         ({"prior_token_ids": None} | TOKENS, "belong to prior_token_ids"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 16), "prior_token_ids": None}, "a prompt to read"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 2, 16), "prior_token_ids": None}, "the prior needs a prompt"),
         ({"prior_token_ids": None, "num_inference_steps": 0}, "num_inference_steps"),
         ({"image": "cat.png"}, "not a str"),
         ({"image": torch.zeros(64)}, r"not \[64\]"),
@@ -205,10 +205,10 @@ TOKENS = {
         (IMAGE, "image needs its own tokens"),
         (TOKENS, "image is None"),
         (IMAGE | TOKENS | {"source_image_grid_thw": [torch.tensor([[1, 4, 6]])]}, "with 24 tokens"),
-        (IMAGE | TOKENS | {"prior_token_image_ids": []}, "of 0 prompts; there are 1"),
+        (IMAGE | TOKENS | {"prior_token_image_ids": []}, "for 0 prompts; there are 1"),
         ({"prompt": ["a", "b"], "image": [picture(64, 64)] * 2}, "a list of 2 lists"),
         ({"prompt": ["a", "b"], "image": [[picture(64, 64)], []]}, "as many images"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, r"\[1, 4, 8, 12\], for images of 64 x 96 pixels"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"\[1, 4, 8, 12\], of images generated at 64 x 96 pixels"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
         ({"attention_kwargs": {"gain": 1}}, "gain"),
@@ -328,7 +328,7 @@ def test_packed_weights_draw_the_same() -> None:
     pipe.to(torch.bfloat16)
     expected = pipe(**given()).images
     # Where the processor has no products of bfloat16, packed weights are added up in another order.
-    tolerance = 0 if multiplies_bfloat16() else 0.05
+    tolerance = 0 if is_native(torch.bfloat16) else 0.05
     with pipe.compile():
         np.testing.assert_allclose(pipe(**given()).images, expected, atol=tolerance, rtol=0)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from impasto.errors import InputError
 from impasto.models.pixart import PixArtTransformer2DModel
 from impasto.models.pixart_context import PixArtContext
+from impasto.nn.machine import is_native
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline, PromptEmbeds
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.ddpm import DDPMScheduler
@@ -395,9 +396,7 @@ def test_interrupt(pipe: PixArtSigmaPipeline) -> None:
     found = draw(pipe, num_inference_steps=5, callback_on_step_end=stop)
     assert len(steps) == 2
     assert torch.equal(found, steps[-1])
-    assert pipe.interrupt
-    draw(pipe)
-    assert not pipe.interrupt  # a new call begins anew
+    assert not pipe.interrupt  # it was the call's
 
 
 def test_the_loop_is_the_drivers(pipe: PixArtSigmaPipeline) -> None:
@@ -590,7 +589,7 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(pipe: PixAr
     ):
         pipe.vae = Echo(force_upcast=force).to(dtype)
         pipe.decode(latents)
-        assert pipe.vae.seen == [expected]
+        assert pipe.vae.seen == [expected if is_native(dtype) else torch.float32]
         assert pipe.vae.weight.dtype == dtype
 
 

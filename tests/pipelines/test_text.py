@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from impasto.errors import InputError
-from impasto.pipelines.text import clean_caption, encode_texts, normalize_caption
+from impasto.pipelines.text import _tokenize, clean_caption, encode_texts, normalize_caption
 
 from ..tiny import tiny_text_encoder, tiny_tokenizer, write_tokenizer
 
@@ -292,3 +293,14 @@ def test_two_encoders_do_not_share_it(no_grad: None) -> None:
     first, second = tiny_text_encoder(seed=0), tiny_text_encoder(seed=1)
     assert not torch.equal(encode(first, [""])[0], encode(second, [""])[0])
     assert torch.equal(encode(first, [""])[0], encode(tiny_text_encoder(seed=0), [""])[0])
+
+
+def test_threads_share_a_tokenizer() -> None:
+    """A fast tokenizer keeps the truncation of its last call, whichever thread made it."""
+    tokenizer, texts = tiny_tokenizer(), ["a red cube " * 30]
+
+    def right(length: int) -> bool:
+        return all(len(_tokenize(tokenizer, texts, length)[0]) == length for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(10, 18)))

@@ -80,14 +80,12 @@ def load_into(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     rename: Callable[[str], str] = lambda name: name,
-    keep_in_float32: tuple[str, ...] = (),
 ) -> None:
     """Fill ``module``, built on the meta device, with stored tensors that fit it (``check_fit``).
 
     Args:
         dtype: of floating-point weights; None keeps what is stored.
         rename: stored name -> the module's name, for checkpoints of older layouts.
-        keep_in_float32: parts of names whose tensors stay float32 in any ``dtype``.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -97,8 +95,7 @@ def load_into(
         for stored_name, tensor in iterate_tensors(file):
             name = rename(stored_name)
             if tensor.is_floating_point():
-                keep = any(part in name for part in keep_in_float32)
-                tensor = tensor.to(device, torch.float32 if keep else dtype or tensor.dtype)
+                tensor = tensor.to(device, dtype or tensor.dtype)
             else:
                 tensor = tensor.to(device)
             _assign(module, name, tensor, requires_grad=expected[name].requires_grad)

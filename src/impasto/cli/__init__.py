@@ -190,7 +190,7 @@ def generate(
         assert pipe.plan is not None
         for line in pipe.plan.lines():
             say(line, error=True)
-        chosen_dtype = pipe.computing_dtype("transformer")
+        chosen_dtype = pipe.dtype
     if batch_size is None:
         base = pipe.transformer.config.get("sample_size", 128) * pipe.vae_scale_factor
         batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
@@ -345,7 +345,7 @@ def _choose_device(name: str | None) -> torch.device:
 
 
 def _choose_dtype(name: DType, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes in it, and float32 elsewhere."""
+    """``auto`` is the dtype that the device computes in fastest."""
     import torch
 
     from ..nn.machine import fast_dtype

@@ -49,9 +49,10 @@ def describe(found: Inspection) -> Iterator[str]:
 
 def _describe_plans(found: Inspection) -> Iterator[str]:
     """How memory budgets would be kept on this machine."""
+    from ..nn.machine import default_device
     from ..pipelines import planner
 
-    device = planner.default_device()
+    device = default_device()
     rows: list[tuple[str, ...]] = [("memory budget", "peak", "plan")]
     for size in BUDGETS:
         try:

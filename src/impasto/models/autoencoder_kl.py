@@ -19,7 +19,6 @@ from typing import ClassVar, Literal, NamedTuple, cast, overload
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
 from ..checkpoints.values import Count, Levels, Scale, Shift
@@ -29,6 +28,7 @@ from ..nn.attention import attention
 from ..nn.gaussian import DiagonalGaussianDistribution
 from ..nn.module import Model
 from ..nn.outputs import keyed
+from ..nn.precision import checkpointed
 from .autoencoder_tiling import Tiling
 
 
@@ -296,7 +296,7 @@ class Decoder(nn.Module):
 
 def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     if checkpointing and torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(block, x, use_reentrant=False))
+        return cast(Tensor, checkpointed(block, x))
     return cast(Tensor, block(x))
 
 

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
 from ..checkpoints.values import MOST_CHANNELS, Count, Patch
@@ -29,6 +28,7 @@ from ..nn.layers import FeedForward, unpatchify_channels_first
 from ..nn.masks import text_bias
 from ..nn.module import Model
 from ..nn.outputs import Transformer2DModelOutput
+from ..nn.precision import checkpointed
 from .glm_image_blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
 from .glm_image_context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
 
@@ -234,7 +234,7 @@ class GlmImageTransformer2DModel(Model):
             past = None if references is None else (references.keys[i], references.values[i])
             arguments = (image, text, modulation.embedded, rotary, past, bias)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                image, text, key, value = checkpoint(block, *arguments, use_reentrant=False)
+                image, text, key, value = checkpointed(block, *arguments)
             else:
                 image, text, key, value = block(*arguments)
             if keep:

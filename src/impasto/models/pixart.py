@@ -17,7 +17,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.config import records_config
 from ..checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
@@ -28,6 +27,7 @@ from ..nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
 from ..nn.masks import text_bias
 from ..nn.module import Model
 from ..nn.outputs import Transformer2DModelOutput
+from ..nn.precision import checkpointed
 from .pixart_blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
 
@@ -254,7 +254,7 @@ class PixArtTransformer2DModel(Model):
             rows = None if context.by_row is None else [row[i] for row in context.by_row]
             arguments = (x, modulation.shared, text, key_value, context.bias, self_bias, rows)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)  # [B, N, D]
+                x = checkpointed(block, *arguments)  # [B, N, D]
             else:
                 x = block(*arguments)  # [B, N, D]
 

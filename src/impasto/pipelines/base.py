@@ -1,4 +1,4 @@
-"""Pipeline: parts that are loaded, saved, moved and shared together."""
+"""Pipeline: components that are loaded, saved, moved and shared together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -21,22 +21,29 @@ from ..errors import CheckpointError, ConfigurationError, InputError
 from ..files import plain_path
 from ..nn.devices import as_device, check_device, require_device
 from ..nn.module import parse_dtype, parse_size
+from ..nn.noise import draw_noise
 from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
+from ..nn.precision import adapt, in_float32, without_autocast
+from ..transforms.guidance_interval import GuidanceInterval
+from ..transforms.step_cache import StepCache
 from . import inspection, loading, planner, saving
 from .compiling import Compiled
 from .embedding_cache import EmbeddingCache
+from .image import ImageProcessor
 from .moving import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32
 from .moving import unwrapped as unwrapped
 from .placement import (
     OneAtATime,
     PerPart,
-    Placement,
     Resident,
     check_dtype,
     spread,
 )
 from .placement import offload_device as _offload_device
+from .request import Request
+from .resolution import resize_and_crop
+from .sampling import Stop, calling
 
 logger = logging.getLogger("impasto")
 
@@ -51,43 +58,49 @@ class ImagePipelineOutput(NamedTuple):
 
 
 class Pipeline:
-    """A pipeline's parts are the arguments of its constructor, and attributes under the same names.
+    """A pipeline's components are the arguments of its constructor, and attributes of the same names.
 
-    Any of them may be None, assigned anew, or deleted (``del pipe.transformer``).
+    Any of them may be None, reassigned, or deleted (``del pipe.transformer``).
     """
 
-    #: Parts that come to the device whole, however the others come.
+    #: Components that always move to the device whole, however the others move.
     never_in_blocks: ClassVar[tuple[str, ...]] = ()
 
-    placement: Placement
-    #: How the parts keep to the memory budget; None where there is none.
+    image_processor: ImageProcessor
+    placement: Resident
+    #: How the components stay within the memory budget; None without a budget.
     plan: planner.MemoryPlan | None
-    #: Embeddings of prompts on disk; None where they are not kept.
+    #: Prompt embeddings on disk; None unless ``enable_prompt_cache`` was called.
     prompt_cache: EmbeddingCache | None
-    #: The handle of ``compile``; None where nothing is compiled.
+    #: The handles of ``compile``, ``cache_steps`` and ``guide_between``; None unless they were called.
     compiled: Compiled | None
+    step_cache: StepCache | None
+    guidance_interval: GuidanceInterval | None
+    #: A flag for each call and loop in progress; the pipeline keeps nothing else about them.
+    in_progress: list[Stop]
 
-    def __init__(self, **parts: Any):
-        self.__dict__.update(parts)
+    def __init__(self, **components: Any):
+        self.__dict__.update(components)
         self.placement = Resident()
         self.plan = None
         self.prompt_cache = None
-        self.compiled = None
-        self._source: Path | None = None  # the folder that the parts are from
+        self.compiled = self.step_cache = self.guidance_interval = None
+        self.in_progress = []
+        self._source: Path | None = None  # the folder that the components were loaded from
         self._progress_bar_config: dict[str, Any] = {}
 
     @classmethod
     def part_names(cls) -> list[str]:
-        """The names of the parts."""
+        """The names of the components."""
         return list(inspect.signature(cls.__init__).parameters)[1:]
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name; None for what is missing. ``OtherPipeline(**pipe.components)`` shares them."""
+        """The components by name; None for missing ones. ``OtherPipeline(**pipe.components)`` shares them."""
         return {name: vars(self).get(name) for name in self.part_names()}
 
     def _modules(self) -> list[nn.Module]:
-        return [part for part in self.components.values() if isinstance(part, nn.Module)]
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
     # --- loading, saving, sharing ---
 
@@ -114,39 +127,39 @@ class Pipeline:
 
         Args:
             pretrained_model_name_or_path: a folder with ``model_index.json``, a hub id, or a bundled model's id.
-            dtype, torch_dtype: of the weights of all parts: a ``torch.dtype``, its name, or ``"auto"`` (as
-                stored); float32 by default. A dict gives each part its own, by name, and the others that of
-                ``"default"``; with a memory budget it may also say ``"int8"`` or ``"nf4"``, for weights of few bits.
+            dtype, torch_dtype: the dtype of all weights: a ``torch.dtype``, its name, or ``"auto"`` (as stored);
+                float32 by default. A dict maps names of components to dtypes, and ``"default"`` to that of the
+                others. With a memory budget it may also specify quantized weights: ``"int8"`` or ``"nf4"``.
             variant: ``"fp16"`` loads the ``*.fp16.safetensors`` files.
-            revision, cache_dir, local_files_only, token: of the hub.
-            subfolder: where in the folder or repository the pipeline lies.
-            use_safetensors: True: only safetensors; False: only ``.bin``; None: the first that is there.
-            device_map: a device for each part, where it stays and computes: "auto" (one accelerator is filled after
-                the other), "balanced" (the parts are spread over them), a device for all, or a dict of names, in which
-                "cpu" is left out. What fits on no accelerator stays on the CPU.
-            max_memory: what "auto" and "balanced" may take of each device, as in ``{0: "6GB"}``.
-            memory_budget: bytes, or such as ``"8GB"``: dtypes, placement and tiling are then chosen so that drawing
-                one picture of the usual size keeps to it; ``pipe.plan`` says what was chosen. It is the memory of the
-                accelerator, or on a machine without one that of the process, without what files back. A
-                ``planner.Budget`` is for other sizes and numbers of pictures.
-            components: parts that take the place of the stored ones. A part given as None is left out. The files
-                of neither are read or downloaded.
+            revision, cache_dir, local_files_only, token: options of the hub download.
+            subfolder: the folder of the pipeline within the folder or repository.
+            use_safetensors: True: only safetensors; False: only ``.bin``; None: whichever is found first.
+            device_map: the device on which each component stays and computes: "auto" (fills one accelerator after
+                the other), "balanced" (spreads the components over them), one device for all, or a dict of devices by
+                name, "cpu" if not given. What fits on no accelerator stays on the CPU.
+            max_memory: how much of each device "auto" and "balanced" may use, as in ``{0: "6GB"}``.
+            memory_budget: bytes, or a string such as ``"8GB"``. Dtypes, placement and tiling are chosen so that
+                generating one image of the default size stays within it; ``pipe.plan`` describes the choice. It
+                limits the memory of the accelerator, or without one that of the process, not counting memory-mapped
+                files. Use a ``planner.Budget`` for other sizes and numbers of images.
+            components: components that replace the stored ones. One that is given as None is left out. The stored
+                files are not read or downloaded in either case.
 
         Raises:
-            CheckpointError: a part or a file is missing, damaged, or of a class that is not known here.
+            CheckpointError: a component or a file is missing, damaged, or of an unknown class.
             HubError: the model has to be downloaded, and cannot be.
             InputError: an argument that the pipeline does not have.
-            ResourceError: a device that is not there, or a budget that is too small; the message has one that works.
+            ResourceError: a device does not exist, or the budget is too small; the message has one that works.
         """
         names = cls.part_names()
         if device_map is not None and memory_budget is not None:
-            raise InputError("device_map and memory_budget both say where the parts go; give one of them")
+            raise InputError("device_map and memory_budget both specify where components go; give one of them")
         for name in components:
             if name not in names:
-                raise InputError(f"{cls.__name__}.from_pretrained has no argument {name!r}; parts: {', '.join(names)}")
-        asked = dtype if dtype is not None else torch_dtype
-        asked, few = _without_quantised(asked, names, memory_budget is not None)
-        dtypes = loading.dtype_of_each(names, asked)
+                raise InputError(f"{cls.__name__} has no argument {name!r}; components: {', '.join(names)}")
+        requested = dtype if dtype is not None else torch_dtype
+        requested, quantized = _without_quantized(requested, names, memory_budget is not None)
+        dtypes = loading.dtype_of_each(names, requested)
         for each in dtypes.values():
             check_dtype(each, None)
         source = loading.Source(
@@ -166,8 +179,8 @@ class Pipeline:
             folder = opened.fetch(index, wanted, cls.__name__)
             if memory_budget is not None:
                 found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
-                named = {} if asked is None else {name: _dtype_name(dtypes[name]) for name in wanted}
-                named |= few
+                named = {} if requested is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+                named |= quantized
                 budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
                 if budget.device is not None:
                     check_device(budget.device)
@@ -181,12 +194,12 @@ class Pipeline:
             }
             loading.check_vocabularies(loaded)
             pipe = cls(**{**dict.fromkeys(names), **loaded, **components})
-            # Not the temporary view of a folder that may only be read.
+            # The original folder, not the temporary view of a read-only one.
             pipe._source = folder if opened is source else Path(source.model, source.subfolder or "")
         if plan is not None:
             planner.apply_plan(plan, pipe)
         if device_map is not None:
-            pipe._place_parts(device_map, max_memory)
+            pipe._place_components(device_map, max_memory)
         return pipe
 
     def save_pretrained(
@@ -196,13 +209,13 @@ class Pipeline:
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write every part into a folder of its own, and ``model_index.json``; diffusers reads them too.
+        """Write each component into its own folder, and ``model_index.json``; diffusers can read them.
 
         Args:
-            save_directory: the folder; made if it does not exist.
+            save_directory: the folder; created if it does not exist.
             safe_serialization: only True: pickles are read but never written.
-            variant: part of the names of the weight files, such as ``"fp16"``.
-            max_shard_size: of a weight file, such as ``"5GB"``; larger weights are split. 10 GB by default.
+            variant: inserted into the names of the weight files, such as ``"fp16"``.
+            max_shard_size: the largest size of a weight file, such as ``"5GB"``; 10 GB by default.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -210,8 +223,8 @@ class Pipeline:
         if not safe_serialization:
             raise InputError("safe_serialization=False would write pickles; only safetensors are written")
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
-        parts = {name: unwrapped(part) for name, part in self.components.items()}
-        saving.save_components(parts, plain_path(save_directory), type(self).__name__, variant, shard_bytes)
+        components = {name: unwrapped(component) for name, component in self.components.items()}
+        saving.save_components(components, plain_path(save_directory), type(self).__name__, variant, shard_bytes)
 
     @classmethod
     def from_pipe(
@@ -222,17 +235,17 @@ class Pipeline:
         dtype: torch.dtype | str | None = None,
         **components: Any,
     ) -> Self:
-        """A pipeline of this class that shares the parts of another one, which takes no memory.
+        """Create a pipeline of this class that shares the components of another one, without taking memory.
 
         Args:
-            pipeline: a pipeline with the same parts or more: one of this package, or of diffusers.
-            dtype, torch_dtype: cast the parts, also for the other pipeline; None leaves them as they are.
-            components: parts that take the place of the other pipeline's.
+            pipeline: a pipeline with at least the same components, from this package or from diffusers.
+            dtype, torch_dtype: cast the components, also for the other pipeline; None leaves them unchanged.
+            components: components that replace those of the other pipeline.
         """
         names = cls.part_names()
         for name in components:
             if name not in names:
-                raise InputError(f"{cls.__name__} has no part {name!r}; it has: {', '.join(names)}")
+                raise InputError(f"{cls.__name__} has no component {name!r}; it has: {', '.join(names)}")
         shared: Mapping[str, Any] = pipeline.components
         new = cls(**{name: components.get(name, shared.get(name)) for name in names})
         if isinstance(pipeline, Pipeline):
@@ -249,13 +262,13 @@ class Pipeline:
         """Where the pipeline computes."""
         if self.placement.device is not None:
             return self.placement.device
-        modules = sorted(self._modules(), key=is_settled)  # what another library has placed says least
+        modules = sorted(self._modules(), key=is_settled)  # those that another library has placed come last
         devices = (device_of(module) for module in modules)
         return next((device for device in devices if device is not None), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the transformer, or without it of the first part that has one."""
+        """The dtype of the transformer, or without one, of the first component that has a dtype."""
         modules = [vars(self).get("transformer"), *self._modules()]
         parameters = (p for module in modules if isinstance(module, nn.Module) for p in module.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
@@ -267,18 +280,18 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         silence_dtype_warnings: bool = False,
     ) -> Self:
-        """Move all parts to a device, cast them to a dtype, or both, in place.
+        """Move all components to a device, cast them to a dtype, or both, in place.
 
         ``pipe.to("cuda")``, ``pipe.to(torch.bfloat16)``, ``pipe.to("cuda", torch.bfloat16)``, or with ``device=``
         and ``dtype=``. A move ends any offloading, device map or memory plan, and a cast ends a memory plan. In float16
-        a T5 encoder keeps those of its weights in float32 that would overflow. A part that another library has
-        quantised, or placed by a device map of its own, stays as and where it is.
+        a T5 encoder keeps in float32 those weights that would overflow. A component that another library has
+        quantized, or placed by its own device map, is left unchanged.
 
         Args:
-            silence_dtype_warnings: accepted; there are none.
+            silence_dtype_warnings: accepted without effect; there are no such warnings.
 
         Raises:
-            ResourceError: a device that is not there, or a dtype in which it does not compute.
+            ResourceError: the device does not exist, or does not compute in this dtype.
         """
         given = [arg for arg in args if arg is not None]
         if len(args) > 2 or sum(isinstance(arg, torch.dtype) for arg in given) > 1:
@@ -305,92 +318,103 @@ class Pipeline:
 
     @contextmanager
     def using(self, name: str) -> Iterator[Any]:
-        """The part of this name, on the device of the computation.
+        """The component of this name, on the device of the computation.
 
         Raises:
-            InputError: the part is missing.
+            InputError: the component is missing.
         """
-        part = self._require(name)
-        with self.placement.using(part):
-            yield part
+        component = self._require(name)
+        adapt(component)
+        with self.placement.using(component):
+            yield component
 
     @contextmanager
     def using_vae(self) -> Iterator[tuple[Any, torch.dtype]]:
-        """The autoencoder, and in which dtype it computes.
+        """The autoencoder, and the dtype that it takes.
 
-        Where its weights are known to overflow in float16, they are float32 for as long as they work.
+        It computes in the dtype of its weights, regardless of any autocast around it. Float16 weights that are known
+        to overflow are used as float32, without being changed.
         """
-        with self.using("vae") as vae:
+        with self.using("vae") as vae, without_autocast(self.device):
             dtype = next(vae.parameters()).dtype
-            if dtype != torch.float16 or not vae.config.get("force_upcast"):
-                yield vae, dtype
-                return
-            vae.to(torch.float32)
-            try:
-                yield vae, torch.float32
-            finally:
-                vae.to(dtype)
-
-    def computing_dtype(self, name: str) -> torch.dtype:
-        """In which the part of this name computes: the placement may cast it for that."""
-        part = self._require(name)
-        visit = self.placement.visit_of(part).dtype if isinstance(self.placement, OneAtATime) else None
-        dtype: torch.dtype = part.dtype
-        return visit or dtype
+            overflows = dtype == torch.float16 and vae.config.get("force_upcast")
+            with in_float32() if overflows else nullcontext():
+                yield vae, torch.float32 if overflows else dtype
 
     def _require(self, name: str) -> Any:
-        part = vars(self).get(name)
-        if part is None:
+        component = vars(self).get(name)
+        if component is None:
             raise InputError(
                 f"this needs the {name}, which the pipeline was loaded without or which was deleted; "
                 f"assign one to pipe.{name}"
             )
-        return part
+        return component
+
+    def _noise(self, request: Request, dtype: torch.dtype) -> Tensor:
+        """Noise [B, C, h, w], given or generated."""
+        if request.latents is not None:
+            return request.latents
+        return draw_noise(request.shape, request.generators, self.device, dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
+        raise NotImplementedError
+
+    def _finish(self, latents: Tensor, request: Request) -> list[Image.Image] | np.ndarray[Any, Any] | Tensor:
+        """The images of the last latents, in the requested form and size."""
+        self._check_output("transformer", latents)
+        if request.output_type == "latent":
+            return latents
+        images = self.decode(latents)  # [B, 3, H, W]
+        self._check_output("vae", images)
+        if request.final_size is not None:
+            images = resize_and_crop(images, *request.final_size)
+        return self.image_processor.postprocess(images, output_type=request.output_type)
 
     def _check_output(self, name: str, output: Tensor) -> None:
-        """Blame the component of this name for NaN and infinite values, if its weights hold some.
+        """Attribute NaN and infinite values to the component of this name if its weights contain some.
 
         Raises:
-            CheckpointError: they do; the message names the first such tensor.
+            CheckpointError: its weights contain some; the message names the first such tensor.
         """
         if not bool(output.isfinite().all()):
             broken = non_finite_parameter(unwrapped(self._require(name)))
             if broken is not None:
                 raise CheckpointError(
-                    f"the {name} computes NaN or infinite values, because its tensor {broken} holds some; "
+                    f"the {name} computes NaN or infinite values, because its tensor {broken} contains some; "
                     f"download or save it again"
                 )
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep the parts in the memory of the CPU, and each on the device only while the pipeline uses it.
+        """Keep the components on the host, and each on the device only while the pipeline uses it.
 
-        Code that uses a part by itself brings it there by ``with pipe.using("vae") as vae:``.
+        Code that uses a component directly moves it there by ``with pipe.using("vae") as vae:``.
 
         Args:
-            gpu_id: the number of the device; its default one if None.
-            device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
+            gpu_id: the index of the device; the default one if None.
+            device: where to compute; if None, the accelerator of this machine, or the CPU without one.
 
         Raises:
-            InputError: parts are on another device than the CPU already.
-            ResourceError: a device that is not there.
+            InputError: components are already on another device than the CPU.
+            ResourceError: the device does not exist.
         """
         self._offload(OneAtATime(_offload_device(gpu_id, device)))
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Keep the parts in the memory of the CPU, and of the part in use only one block at a time on the device.
+        """Keep the components on the host, and only one block at a time of the one in use on the device.
 
-        This takes the least memory, and the most time: all weights are moved at every step. Arguments and errors as
+        This takes the least memory and the most time: all weights are moved at every step. Arguments and errors are as
         for ``enable_model_cpu_offload``.
         """
-        whole = self._visits_of_whole_parts()
+        whole = self._visits_of_whole_components()
         self._offload(OneAtATime(_offload_device(gpu_id, device), Visit(blocks=1), whole))
 
-    def _visits_of_whole_parts(self, names: Sequence[str] = ()) -> dict[nn.Module, Visit]:
-        """How those parts come that never come in blocks, and others of these names."""
+    def _visits_of_whole_components(self, names: Sequence[str] = ()) -> dict[nn.Module, Visit]:
+        """The visits of components that always move whole, and of others with these names."""
         there = [vars(self).get(name) for name in (*self.never_in_blocks, *names)]
-        return {part: Visit() for part in there if isinstance(part, nn.Module)}
+        return {component: Visit() for component in there if isinstance(component, nn.Module)}
 
     def enable_group_offload(
         self,
@@ -401,27 +425,27 @@ class Pipeline:
         low_cpu_mem_usage: bool = False,
         exclude_modules: str | Sequence[str] = (),
     ) -> None:
-        """Keep the parts in the memory of the CPU, and of the part in use a group of blocks on the device.
+        """Keep the components on the host, and one group of blocks of the one in use on the device.
 
         Args:
-            onload_device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
+            onload_device: where to compute; if None, the accelerator of this machine, or the CPU without one.
             offload_device: only the CPU.
-            num_blocks_per_group: how many blocks come at once.
-            use_stream: copy the next group while one computes: two are then on the device. The weights are pinned in
-                the memory of the CPU.
+            num_blocks_per_group: how many blocks are moved at once.
+            use_stream: copy the next group while one computes, so that two are on the device. The weights are pinned
+                in host memory.
             low_cpu_mem_usage: do not pin them; the copies are then slower.
-            exclude_modules: names of parts that come whole.
+            exclude_modules: names of components that are moved whole.
 
         Raises:
-            InputError: parts are on another device than the CPU already, or an argument that cannot be used.
+            InputError: components are already on another device than the CPU, or an argument cannot be used.
         """
         if as_device(offload_device).type != "cpu":
-            raise InputError(f"offload_device is {str(offload_device)!r}; weights wait in the memory of the CPU: 'cpu'")
+            raise InputError(f"offload_device is {str(offload_device)!r}; weights are kept on the host: use 'cpu'")
         blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
         for name in excluded:
             self._require(name)
-        whole = self._visits_of_whole_parts(excluded)
+        whole = self._visits_of_whole_components(excluded)
         target = _offload_device(None, onload_device)
         self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), whole))
         if use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS:
@@ -431,16 +455,14 @@ class Pipeline:
 
     def _offload(self, placement: OneAtATime) -> None:
         if isinstance(self.placement, PerPart):
-            raise InputError("a device map is in force; call pipe.reset_device_map() before an offload")
-        for name, part in self.components.items():
-            device = device_of(part) if isinstance(part, nn.Module) and not is_settled(part) else None
+            raise InputError("a device map is in force; call pipe.reset_device_map() before offloading")
+        for name, module in self.components.items():
+            device = device_of(module) if isinstance(module, nn.Module) and not is_settled(module) else None
             if device is not None and device.type != "cpu":
                 raise InputError(
-                    f"the {name} is on {device} already, and offloading keeps weights in the memory of the CPU until "
-                    f"they are used: call it right after loading in place of pipe.to({str(device)!r}), or call "
-                    f"pipe.to('cpu') first"
+                    f"the {name} is already on {device}, and offloading keeps weights on the host until they are used: "
+                    f"call it right after loading instead of pipe.to({str(device)!r}), or call pipe.to('cpu') first"
                 )
-        assert placement.device is not None
         check_device(placement.device)
         self.placement, self.plan = placement, None
         if self.compiled is not None:
@@ -448,60 +470,95 @@ class Pipeline:
 
     @property
     def hf_device_map(self) -> dict[str, torch.device] | None:
-        """The device of each part, where ``device_map`` was given."""
+        """The device of each component if ``device_map`` was given, or None."""
         if not isinstance(self.placement, PerPart):
             return None
-        devices = {n: device_of(part) for n, part in self.components.items() if isinstance(part, nn.Module)}
+        devices = {name: device_of(module) for name, module in self.components.items() if isinstance(module, nn.Module)}
         return {name: device for name, device in devices.items() if device is not None}
 
     def reset_device_map(self) -> None:
-        """End a device map: all parts go to the CPU."""
+        """End a device map: all components are moved to the CPU."""
         self.to("cpu")
 
-    def _place_parts(self, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> None:
-        parts = {n: part for n, part in self.components.items() if isinstance(part, nn.Module) and not is_settled(part)}
+    def _place_components(self, device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None) -> None:
+        modules = {n: m for n, m in self.components.items() if isinstance(m, nn.Module) and not is_settled(m)}
         if isinstance(device_map, Mapping):
             unknown = [name for name in device_map if name not in self.part_names()]
             if unknown:
                 names = ", ".join(self.part_names())
-                raise InputError(f"device_map names a part {unknown[0]!r} that there is not; parts: {names}")
-            devices = {name: require_device(device_map.get(name, "cpu")) for name in parts}
+                raise InputError(f"device_map names an unknown component {unknown[0]!r}; components: {names}")
+            devices = {name: require_device(device_map.get(name, "cpu")) for name in modules}
         elif device_map in ("auto", "balanced"):
-            devices = spread({name: size_of(part) for name, part in parts.items()}, str(device_map), max_memory)
+            devices = spread({name: size_of(module) for name, module in modules.items()}, str(device_map), max_memory)
         else:
-            devices = dict.fromkeys(parts, require_device(device_map))
-        for name, part in parts.items():
-            _move(part, devices[name], None)
+            devices = dict.fromkeys(modules, require_device(device_map))
+        for name, module in modules.items():
+            _move(module, devices[name], None)
         given = next(iter(self._modules()), None)
         fallback = torch.device("cpu") if given is None else device_of(given) or torch.device("cpu")
         default = devices.get("transformer", next(iter(devices.values()), fallback))
         self.placement, self.plan = PerPart(default), None
 
+    # --- interruption ---
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call should end early; outside of a call, whether any call in progress should.
+
+        Assign True in a callback to end its call after this step and decode the latents so far. Assigned elsewhere,
+        such as in another thread, it ends every call and loop in progress.
+        """
+        return any(stop.requested for stop in self._addressed())
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        for stop in self._addressed():
+            stop.requested = bool(value)
+
+    _interrupt = interrupt
+
+    def _addressed(self) -> list[Stop]:
+        stop = calling.get()
+        return list(self.in_progress) if stop is None or stop.pipe is not self else [stop]
+
+    @contextmanager
+    def _calling(self) -> Iterator[Stop]:
+        """A call. If components take turns on a device, it waits for the calls of other threads."""
+        stop = Stop(self)
+        with self.placement.calling():
+            token = calling.set(stop)
+            self.in_progress.append(stop)
+            try:
+                yield stop
+            finally:
+                self.in_progress.remove(stop)
+                calling.reset(token)
+
     # --- compilation ---
 
     def compile(self, *, vae: bool = False, record: bool | None = None, **options: Any) -> Compiled:
-        """Make a transformer that stays faster: compiled blocks and replayed steps on a GPU, packed weights on a CPU.
+        """Make the transformer faster: compiled blocks and captured CUDA graphs on a GPU, packed weights on a CPU.
 
-        On a CUDA device the blocks are compiled, which are alike, so that one graph serves all, and whole steps are
-        replayed as CUDA graphs. The first picture of a size takes longer. Steps are recorded only of a transformer
-        that stays on its device, not of one that is offloaded. On a CPU that multiplies bfloat16, compiled blocks gain
-        nothing (docs/performance.md), and ``pack_weights`` does: the same picture, to the bit, for as much memory as
-        the transformer's weights take. Options of ``torch.compile``, where given, are obeyed there too. A transformer
-        that is assigned later has to be compiled anew: ``pipe.compiled.remove()`` first.
+        On a CUDA device the blocks are compiled; they are alike, so one graph serves all. Whole steps are captured and
+        replayed as CUDA graphs. The first image of a size takes longer. Steps of an offloaded transformer are not
+        captured. On a CPU that multiplies bfloat16, compiled blocks gain nothing (docs/performance.md), but
+        ``pack_weights`` does: it gives bit-identical images and needs as much memory again as the transformer's
+        weights. Options of ``torch.compile``, if given, apply on the CPU too. To compile a transformer that is
+        assigned later, call ``pipe.compiled.remove()`` first.
 
         Args:
             vae: compile the autoencoder's decoder too.
-            record: replay steps; None means wherever the transformer is on a CUDA device, False never.
-            options: of ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``. ``fullgraph=True`` is the
+            record: capture and replay steps; None: if the transformer is on a CUDA device; False: never.
+            options: for ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``. ``fullgraph=True`` is the
                 default except on the CPU.
 
         Returns:
             a handle: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
         Raises:
-            ConfigurationError: something is compiled already, or a mode that records single blocks.
-            InputError: there is no transformer, or no autoencoder where ``vae`` asks for it.
-            ResourceError: ``record=True`` elsewhere than on a CUDA device.
+            ConfigurationError: the pipeline is compiled already, or the mode captures single blocks.
+            InputError: there is no transformer, or no autoencoder with ``vae=True``.
+            ResourceError: ``record=True`` without a CUDA device.
         """
         if self.compiled is not None:
             raise ConfigurationError("this pipeline is compiled already; pipe.compiled.remove() undoes it")
@@ -510,7 +567,7 @@ class Pipeline:
         return self.compiled
 
     def _replaying(self, model: Any) -> Any:
-        """What to call in place of a model, in a loop: a replay of its recorded call, or the model."""
+        """What a loop calls in place of the model: a replay of its captured CUDA graph, or the model."""
         self._check_packed_weights()
         if self.compiled is None or self.compiled.steps is None or isinstance(self.placement, OneAtATime):
             return model
@@ -524,23 +581,23 @@ class Pipeline:
     # --- prompts on disk ---
 
     def enable_prompt_cache(self, folder: str | os.PathLike[str], max_bytes: int | str | None = None) -> None:
-        """Keep the embeddings of prompts in a folder: a repeated prompt then needs no text encoder.
+        """Keep the embeddings of prompts in a folder, so that a repeated prompt needs no text encoder.
 
-        A pipeline that was loaded with ``text_encoder=None`` finds what the encoder that this model was last used
-        with has made. Where gradients are recorded, the encoder runs.
+        A pipeline that was loaded with ``text_encoder=None`` finds the embeddings of the encoder that this model was
+        last used with. While gradients are recorded, the encoder always runs.
 
         Args:
-            folder: made if it does not exist; pipelines and processes may share it.
-            max_bytes: or such as ``"1GB"``: what was not used for longest is removed beyond it; no limit if None.
+            folder: created if it does not exist; pipelines and processes may share it.
+            max_bytes: bytes, or such as ``"1GB"``; beyond it the least recently used are removed. None: no limit.
 
         Raises:
-            OutputError: the folder cannot be made.
+            OutputError: the folder cannot be created.
         """
         limit = None if max_bytes is None else parse_size(max_bytes)
         self.prompt_cache = EmbeddingCache(plain_path(folder), limit, self._source)
 
     def disable_prompt_cache(self) -> None:
-        """Encode every prompt anew. What is in the folder stays there."""
+        """Encode every prompt again. The files in the folder are kept."""
         self.prompt_cache = None
 
     # --- progress ---
@@ -554,35 +611,36 @@ class Pipeline:
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Options of tqdm for every progress bar, such as ``disable=True`` or ``desc="drawing"``."""
+        """Set options of tqdm for all progress bars, such as ``disable=True`` or ``desc="generating"``."""
         self._progress_bar_config = kwargs
 
 
-def _without_quantised(
+def _without_quantized(
     dtype: loading.DTypes, names: Sequence[str], planned: bool
 ) -> tuple[loading.DTypes, dict[str, str]]:
-    """The dtypes, and apart from them the parts that are to have few bits.
+    """The dtypes without the components to be quantized, and the format of each of those.
 
     Raises:
-        InputError: few bits without a plan, or of what is no part.
+        InputError: quantization without a plan, or of an unknown component.
     """
-    told = dtype if isinstance(dtype, Mapping) else {"default": dtype}
-    few = {name: str(value) for name, value in told.items() if value in planner.QUANTISED}
-    unknown = [name for name in few if name not in names]
+    dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    quantized = {name: str(value) for name, value in dtypes.items() if value in planner.QUANTISED}
+    unknown = [name for name in quantized if name not in names]
     if unknown:
+        value = quantized[unknown[0]]
         raise InputError(
-            f"dtype={few[unknown[0]]!r} is for parts, by name, as in dtype={{'transformer': {few[unknown[0]]!r}}}; "
+            f"dtype={value!r} must be given by component name, as in dtype={{'transformer': {value!r}}}; "
             f"{unknown[0]!r} is none of {', '.join(names)}"
         )
     if not isinstance(dtype, Mapping):
         return dtype, {}
-    if few and not planned:
-        name, value = next(iter(few.items()))
+    if quantized and not planned:
+        name, value = next(iter(quantized.items()))
         raise InputError(
             f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
             f"quantize(pipe.{name}, {planner.QUANTISED[value][0]!r})"
         )
-    return {name: value for name, value in dtype.items() if name not in few} or None, few
+    return {name: value for name, value in dtype.items() if name not in quantized} or None, quantized
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:
@@ -594,17 +652,17 @@ def _once(name: str, first: Any, second: Any) -> Any:
 
 
 def _move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """``module.to``, except for what stays float32: some parameters, and tables that no file holds."""
+    """``module.to``, except for what stays float32: some parameters, and tables that are not in any file."""
     kept = {name: p.data.float() for name, p in module.named_parameters() if stays_float32(module, name, dtype)}
     tables = [
-        (part, name, table)
-        for part in module.modules()
-        for name in part._non_persistent_buffers_set
-        if (table := getattr(part, name, None)) is not None and table.is_floating_point()
+        (child, name, table)
+        for child in module.modules()
+        for name in child._non_persistent_buffers_set
+        if (table := getattr(child, name, None)) is not None and table.is_floating_point()
     ]
     module.to(device=device, dtype=dtype)
-    for part, name, table in tables:  # such as rotary frequencies, which rounding would shift
-        setattr(part, name, table.to(getattr(part, name).device))
+    for child, name, table in tables:  # such as rotary frequencies, which rounding would shift
+        setattr(child, name, table.to(getattr(child, name).device))
     for name, parameter in module.named_parameters():
         if name in kept:
             parameter.data = kept[name].to(parameter.device)

@@ -62,7 +62,6 @@ class EmbeddingCache:
         device: torch.device,
         text_encoder: nn.Module | None,
         tokenizer: Any,
-        dtype: torch.dtype | None,
         encode: Callable[[list[str]], EncodedTexts],
     ) -> EncodedTexts:
         """What ``encode(texts)`` returns, by calling it only for texts that are not in the folder.
@@ -71,7 +70,6 @@ class EmbeddingCache:
             texts: as they are encoded, cleaned.
             length: tokens of a text, M.
             text_encoder: None if the pipeline has none: then only cached prompts can be used.
-            dtype: in which the encoder computes, which is not always that of its weights on the host.
 
         Returns:
             embeds [B, M, C] and mask [B, M].
@@ -81,7 +79,7 @@ class EmbeddingCache:
             or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text_encoder.parameters()))
         ):
             return encode(texts)
-        encoder = self._encoder(text_encoder, tokenizer, dtype)
+        encoder = self._encoder(text_encoder, tokenizer)
         if encoder is None:
             return encode(texts)
         rows: dict[str, Tensor] = {}  # [tokens, C], without padding
@@ -109,14 +107,14 @@ class EmbeddingCache:
             mask=(torch.arange(length, device=device) < lengths[:, None]).long(),  # [B, M]
         )
 
-    def _encoder(self, text_encoder: nn.Module | None, tokenizer: Any, dtype: torch.dtype | None) -> str | None:
+    def _encoder(self, text_encoder: nn.Module | None, tokenizer: Any) -> str | None:
         """The fingerprint of the encoder, or of the one that this model was last used with."""
         index = self._read_index()
         key = None if self._source is None else str(self._source.resolve())
         if text_encoder is not None:
             if tokenizer is None:
                 return None
-            found = f"{fingerprint(text_encoder, tokenizer)} {dtype}"
+            found = f"{fingerprint(text_encoder, tokenizer)} {text_encoder.dtype}"
             entry = {"encoder": found, "files": _sizes(self._source)}
             if key is not None and index.get(key) != entry:
                 self._write_index({**index, key: entry})

@@ -1,4 +1,4 @@
-"""What a call of GLM-Image's pipeline is given: read, and refused early where it cannot be used.
+"""Checks of the arguments of GLM-Image's pipeline, before anything is computed.
 
 Shapes: B images, N image tokens.
 """
@@ -23,10 +23,10 @@ _SIZE = re.compile(r"<sop>\s*(\d{1,9})\s+(\d{1,9})\s*<eop>")
 
 
 def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
-    """The texts (none where embeddings are given), and how many prompts there are.
+    """The texts (none if embeddings are given), and the number of prompts.
 
     Raises:
-        InputError: none of both, or both.
+        InputError: neither is given, or both are.
     """
     if prompt is not None and prompt_embeds is not None:
         raise InputError("prompt and prompt_embeds were both given; give one of them")
@@ -41,7 +41,7 @@ def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], 
 
 
 def check_widths(embeds: Any, negative_embeds: Any, count: int, transformer: Any) -> None:
-    """Whether embeddings that are given have a row for each prompt, and the channels that the transformer takes."""
+    """Check that given embeddings have a row for each prompt and the channels that the transformer takes."""
     channels = "channels" if transformer is None else int(transformer.config["text_embed_dim"])
     for name, given in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
         if given is not None:
@@ -52,7 +52,7 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
     """A list of images for each prompt, of equal length; None without images.
 
     Raises:
-        InputError: something else than images, or not as many for each prompt.
+        InputError: not images, or not equally many for each prompt.
     """
     if image is None or (isinstance(image, list | tuple) and len(image) == 0):
         return None
@@ -71,29 +71,27 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
     if count == 1 and not any(nested):
         return [list(image)]
     if not all(nested) or len(image) != count:
-        raise InputError(
-            f"image must be a list of {count} lists, one for each prompt, of the images that its picture refers to"
-        )
+        raise InputError(f"image must be a list of {count} lists, one for each prompt, of its reference images")
     lengths = {len(one) for one in image}
     if len(lengths) > 1 or 0 in lengths:
-        raise InputError(f"every prompt must have as many images as the others; these have {sorted(lengths)}")
+        raise InputError(f"every prompt must have as many images as the others; they have {sorted(lengths)}")
     return [list(one) for one in image]
 
 
 def plan_size(
     prompts: list[str], height: int | None, width: int | None, images: list[list[Any]] | None, default: int
 ) -> tuple[list[str], int, int]:
-    """The prompts without sizes, and the size: as given, as written, that of the first image, or the model's.
+    """The prompts without sizes, and the size: the given one, the prompt's, the first image's or the model's.
 
     Args:
-        default: the model's, in pixels of a side.
+        default: the side of the model's default size, in pixels.
 
     Raises:
-        InputError: different sizes for one batch, or none that 32 divides.
+        InputError: different sizes in one batch, or a size that is not a multiple of 32.
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
-        raise InputError(f"the prompts ask for images of different sizes, {sorted(written)}: generate them apart")
+        raise InputError(f"the prompts ask for images of different sizes, {sorted(written)}: generate them separately")
     if written:
         high, wide = (PRIOR_PIXELS * side for side in written.pop())
     elif images is not None:
@@ -106,10 +104,10 @@ def plan_size(
 
 
 def check_sides(height: Any, width: Any) -> None:
-    """Refuse sides in pixels that are no whole number of the prior's tokens; None is for what is not known.
+    """Refuse sides in pixels that are not multiples of the prior's token size; None: not known yet.
 
     Raises:
-        InputError: the message has the nearest ones.
+        InputError: the message has the nearest valid sides.
     """
     sides = (("height", height), ("width", width))
     given = {name: whole_number(name, side, most=limits.SIDE) for name, side in sides if side is not None}
@@ -122,7 +120,7 @@ def check_sides(height: Any, width: Any) -> None:
 
 
 def _size_of(image: Any) -> tuple[int, int]:
-    """Width and height in pixels of a picture, an array [H, W, 3] or a tensor [..., 3, H, W]."""
+    """Width and height in pixels of a PIL image, an array [H, W, 3] or a tensor [..., 3, H, W]."""
     if isinstance(image, Image.Image):
         return image.size
     height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
@@ -139,23 +137,23 @@ def given_prior(
     tokens: int,
     codes: int,
 ) -> PriorTokens:
-    """What stands in for the prior, if it can.
+    """Check the tokens that are given in place of the prior's.
 
     Args:
-        batch: B, of which ``per_prompt`` are of each prompt.
-        tokens: N, that a picture of this size has.
-        codes: so many there are in the codebook.
+        batch: B, of which ``per_prompt`` belong to each prompt.
+        tokens: N of an image of this size.
+        codes: the size of the codebook.
 
     Raises:
-        InputError: tokens of another count or another book, or images without their tokens.
+        InputError: another number of tokens, tokens outside of the codebook, or images without their tokens.
     """
     count = batch // per_prompt
     for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids)):
         listed = isinstance(numbers, list | tuple | None)
         if not listed or not all(_is_within(x, codes) for x in numbers or ()):
-            raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, those of the codebook")
+            raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, the range of the codebook")
     if not isinstance(grids, list | tuple | None) or not all(_is_grid(grid) for grid in grids or ()):
-        raise InputError("source_image_grid_thw must be tensors [images, 3]: of each image 1, its rows and columns")
+        raise InputError("source_image_grid_thw must be tensors [images, 3]: 1, rows and columns of each image")
     if ids.ndim != 2 or ids.shape[1] != tokens or ids.shape[0] not in (count, batch):
         raise InputError(
             f"prior_token_ids has shape {list(ids.shape)}; an image of this size has {tokens} tokens: expected "
@@ -163,7 +161,7 @@ def given_prior(
         )
     if images is None:
         if image_ids is not None or grids is not None:
-            raise InputError("prior_token_image_ids and source_image_grid_thw are of images, and image is None")
+            raise InputError("prior_token_image_ids and source_image_grid_thw describe images, but image is None")
     elif image_ids is None or grids is None:
         raise InputError(
             "image needs its own tokens in addition to prior_token_ids: give prior_token_image_ids and "
@@ -172,7 +170,7 @@ def given_prior(
     else:
         for name, given in (("prior_token_image_ids", image_ids), ("source_image_grid_thw", grids)):
             if len(given) != count:
-                raise InputError(f"{name} is of {len(given)} prompts; there are {count}")
+                raise InputError(f"{name} has entries for {len(given)} prompts; there are {count}")
         for of_prompt, tokens_of_images, grid in zip(images, image_ids, grids, strict=True):
             expected = int(grid.prod(dim=-1).sum())
             if len(grid) != len(of_prompt) or expected != tokens_of_images.numel():
@@ -185,7 +183,7 @@ def given_prior(
 
 
 def _is_whole(numbers: Any) -> bool:
-    """Whether this is a tensor of whole numbers, in memory."""
+    """Whether this is a dense tensor of whole numbers with values in memory."""
     kinds = (torch.int32, torch.int64)
     return (
         isinstance(numbers, Tensor)
@@ -196,12 +194,12 @@ def _is_whole(numbers: Any) -> bool:
 
 
 def _is_grid(grid: Any) -> bool:
-    """Whether a tensor [images, 3] has 1, rows and columns of each image."""
+    """Whether this is a tensor [images, 3] of 1, rows and columns for each image."""
     return _is_whole(grid) and grid.shape[1:] == (3,) and bool((grid[:, 0] == 1).all() and (grid > 0).all())
 
 
 def _is_within(tokens: Any, codes: int) -> bool:
-    """Whether tokens are whole numbers of a codebook."""
+    """Whether these are tokens of a codebook of so many codes."""
     if not _is_whole(tokens):
         return False
     return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes

@@ -21,8 +21,10 @@ from torch import Generator, Tensor
 from ..checkpoints.foreign.errors import translated
 from ..checks import shown
 from ..errors import InputError
+from ..nn.precision import computing
 from .image_inputs import as_batch, normalize, to_rgb
 from .prior_decoder import PriorDecoder, Sampling
+from .text import TOKENIZING
 
 #: Pixels to a token of the prior along a side; two of the transformer's.
 PRIOR_PIXELS = 32
@@ -129,7 +131,8 @@ def generate_prior(
     for start in range(0, len(drawn), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         told = partial(_after, goes_on, start * total)
-        made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed, check))
+        with computing(model):
+            made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed, check))
     rows, columns = read[0].targets[-1]
     ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
@@ -154,9 +157,9 @@ def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images
     frame = [config.image_start_token_id, config.image_token_id, config.image_end_token_id]
     text = "".join(processor.tokenizer.convert_ids_to_tokens(frame)) * len(images) + prompt
     options = {"text": [text], "target_h": size[0], "target_w": size[1], "return_tensors": "pt"}
-    with _used(processor.tokenizer.name_or_path, "GlmImageProcessor"):
+    with TOKENIZING, _used(processor.tokenizer.name_or_path, "GlmImageProcessor"):
         given = processor(images=list(images) or None, **options).to(model.device)
-    with _used(config.name_or_path, "GlmImageForConditionalGeneration"):
+    with _used(config.name_or_path, "GlmImageForConditionalGeneration"), computing(model):
         return _with_images(model, given, images)
 
 

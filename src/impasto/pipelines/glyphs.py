@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .text import TOKENIZING
+
 #: ' ', “ ”, " " and 「 」, in the order in which the texts of one prompt follow each other.
 _QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"「([^「」]*)」")
 
@@ -43,7 +45,8 @@ def encode_glyphs(
     for prompt in prompts:
         found = quoted_texts(prompt) or [""]
         front = [tokenizer.pad_token_id] * ((len(found) + 1) % 2)
-        texts += [front + ids for ids in tokenizer(found, max_length=max_length, truncation=True).input_ids]
+        with TOKENIZING:
+            texts += [front + ids for ids in tokenizer(found, max_length=max_length, truncation=True).input_ids]
         counts.append(len(found))
 
     # Equal texts are encoded once: all pictures without guidance share that of no text.

@@ -1,4 +1,4 @@
-"""What a call of a text-to-image pipeline may be given: checked before anything is computed."""
+"""Checks of a text-to-image pipeline's arguments, before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .resolution import bins_for, nearest_bin
 
 
 class Canvas(NamedTuple):
-    """Sizes in pixels: at which an image is generated, and to which it is brought afterwards."""
+    """Sizes in pixels: that at which an image is generated, and that to which it is resized afterwards."""
 
     height: int
     width: int
@@ -31,13 +31,13 @@ def plan_canvas(height: int | None, width: int | None, base: int, unit: int, bin
     """Choose the sizes of an image.
 
     Args:
-        height, width: as asked for; ``base`` if None.
-        base: the side of the images that the model was trained on; binning exists for 256, 512, 1024, 2048.
-        unit: what the sides of a generated image have to be multiples of.
-        binning: generate at the nearest size of the training.
+        height, width: as requested; ``base`` if None.
+        base: the side of the training images; binning exists for 256, 512, 1024 and 2048.
+        unit: the sides of a generated image must be multiples of it.
+        binning: generate at the nearest training size.
 
     Raises:
-        InputError: a size that cannot be generated; the message has the nearest that can.
+        InputError: this size cannot be generated; the message has the nearest one that can.
     """
     final_height = base if height is None else whole_number("height", height, most=limits.SIDE)
     final_width = base if width is None else whole_number("width", width, most=limits.SIDE)
@@ -57,7 +57,7 @@ def guidance(value: Any, name: str = "guidance_scale") -> float:
 
 
 def count_images(prompts: int, images_per_prompt: Any) -> tuple[int, int]:
-    """How many images of each prompt, and of all; None stands for one."""
+    """The number of images for each prompt, and for all; None means one."""
     name, most = "num_images_per_prompt", limits.IMAGES // prompts
     each = 1 if images_per_prompt is None else whole_number(name, images_per_prompt, most=max(1, most))
     return each, prompts * each
@@ -66,11 +66,11 @@ def count_images(prompts: int, images_per_prompt: Any) -> tuple[int, int]:
 def check_result(
     output_type: Any, callback: Callable[..., Any] | None, names: Any, fields: Sequence[str]
 ) -> tuple[str, ...]:
-    """Check in which form images are wanted and what a callback asks to see: the names of those tensors.
+    """Check the output type and the callback, and return the names of the tensors that the callback takes.
 
     Args:
-        names: of ``callback_on_step_end_tensor_inputs``; a callback that has ``tensor_inputs`` says so itself.
-        fields: the names that there are beyond latents.
+        names: ``callback_on_step_end_tensor_inputs``; ``tensor_inputs`` of the callback takes precedence.
+        fields: the names that are allowed in addition to latents.
     """
     check_output_type(output_type)
     if callback is not None and not callable(callback):
@@ -80,25 +80,25 @@ def check_result(
         raise InputError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(names)}")
     for name in names:
         if name not in ("latents", *fields):
-            there = ", ".join(("latents", *fields))
-            raise InputError(f"callback_on_step_end_tensor_inputs has {shown(name)}; there are: {there}")
+            known = ", ".join(("latents", *fields))
+            raise InputError(f"callback_on_step_end_tensor_inputs has {shown(name)}; there are: {known}")
     return tuple(names)
 
 
 def check_extra(kwargs: Mapping[str, Any]) -> None:
-    """Accept the one argument that once was, and refuse others."""
+    """Accept the one deprecated argument, and refuse all others."""
     for name in kwargs:
         if name != "mask_feature":
-            raise InputError(f"there is no argument {name!r}; see the documentation of this method for those there are")
+            raise InputError(f"there is no argument {name!r}; see the documentation of this method")
         warnings.warn("mask_feature is deprecated: it has no effect; leave it out", FutureWarning, stacklevel=3)
 
 
 def list_of_texts(name: str, value: Any, count: int | None = None) -> list[str]:
-    """One text or a list of them -> a list; one text stands for ``count``.
+    """One text or a list of them -> a list; one text is repeated ``count`` times.
 
     Raises:
-        InputError: neither a text nor a list of texts, an empty list or one of another length, or a text that is too
-            long or not valid Unicode.
+        InputError: neither a text nor a list of texts, a list that is empty or of another length, or a text that is
+            too long or not valid Unicode.
     """
     if isinstance(value, str):
         return [text(name, value, limits.CHARACTERS)] * (count or 1)
@@ -110,11 +110,11 @@ def list_of_texts(name: str, value: Any, count: int | None = None) -> list[str]:
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str = "", mask: bool = False) -> None:
-    """Whether a tensor has this shape, and finite values of floating point (in a mask any real ones).
+    """Check that a tensor has this shape and finite floating-point values (or any real ones in a mask).
 
     Args:
-        shape: a number is required; a word stands for any number, and names it in the message.
-        advice: the end of the message.
+        shape: a number must match; a word matches any number, and names it in the message.
+        advice: appended to the shape in the message.
     """
     if not isinstance(value, Tensor):
         found = f"a {type(value).__name__}"
@@ -133,7 +133,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str 
 
 
 def check_embeds(name: str, embeds: Any, mask: Any) -> tuple[int, ...]:
-    """The shape of embeddings that are given in place of texts, with their mask."""
+    """Check embeddings that are given in place of texts, and their mask; return their shape."""
     mask_name = name.removesuffix("embeds") + "attention_mask"
     check_tensor(name, embeds, ("prompts", "tokens", "channels"))
     if mask is None:
@@ -142,49 +142,8 @@ def check_embeds(name: str, embeds: Any, mask: Any) -> tuple[int, ...]:
     return tuple(embeds.shape)
 
 
-def count_prompts(
-    prompt: Any,
-    negative_prompt: Any,
-    prompt_embeds: Any,
-    prompt_attention_mask: Any,
-    negative_prompt_embeds: Any,
-    negative_prompt_attention_mask: Any,
-) -> int:
-    """Check all that says what to generate, and return the number of prompts.
-
-    Raises:
-        InputError: a kind or shape that cannot be used, or two arguments that contradict each other.
-    """
-    if prompt is not None and prompt_embeds is not None:
-        raise InputError("prompt and prompt_embeds were both given; give one of them")
-    if prompt_embeds is not None:
-        shape = check_embeds("prompt_embeds", prompt_embeds, prompt_attention_mask)
-        count = shape[0]
-        if count == 0:
-            raise InputError("prompt_embeds is empty; it needs one row for each prompt")
-    elif prompt is None:
-        raise InputError("there is nothing to generate: give prompt, or prompt_embeds with prompt_attention_mask")
-    else:
-        shape = None
-        count = len(list_of_texts("prompt", prompt))
-    if negative_prompt_embeds is None:
-        if negative_prompt is not None:
-            list_of_texts("negative_prompt", negative_prompt, count)
-        return count
-    if negative_prompt:
-        raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-    negative = check_embeds("negative_prompt_embeds", negative_prompt_embeds, negative_prompt_attention_mask)
-    if shape is not None and negative != shape:
-        raise InputError(
-            f"negative_prompt_embeds has shape {list(negative)} and prompt_embeds {list(shape)}; make them equal"
-        )
-    if negative[0] != count:
-        raise InputError(f"negative_prompt_embeds has {negative[0]} rows for {count} prompts; give one for each")
-    return count
-
-
 def corner(value: Any, name: str = "crops_coords_top_left") -> tuple[int, int]:
-    """Two numbers of pixels: from the top, and from the left."""
+    """Check an offset in pixels from the top and from the left."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise InputError(f"{name} must be two numbers of pixels, (top, left), not {shown(value)}")
     top, left = (whole_number(f"{name}[{i}]", side, least=0, most=limits.SIDE) for i, side in enumerate(value))
@@ -192,7 +151,7 @@ def corner(value: Any, name: str = "crops_coords_top_left") -> tuple[int, int]:
 
 
 def check_generator(generator: Any, batch: int) -> Generator | list[Generator] | None:
-    """One generator, or a list with one for each image."""
+    """Check one generator, or a list with one for each image."""
     if generator is None or isinstance(generator, Generator):
         return generator
     if not isinstance(generator, list | tuple) or not all(isinstance(one, Generator) for one in generator):
@@ -203,13 +162,13 @@ def check_generator(generator: Any, batch: int) -> Generator | list[Generator] |
 
 
 def count_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas: Any, both: bool = False) -> int:
-    """The number of steps, after a check that the scheduler takes what is given.
+    """The number of steps, after checking that the scheduler takes what is given.
 
     Args:
         both: whether timesteps and sigmas may be given together.
 
     Raises:
-        InputError: timesteps and sigmas, or what the scheduler does not take, or no step at all.
+        InputError: both timesteps and sigmas, one that the scheduler does not take, or no steps.
     """
     if timesteps is not None and sigmas is not None and not both:
         raise InputError("timesteps and sigmas were both given; give one of them")
@@ -230,7 +189,7 @@ def count_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas
 
 
 def count_levels(name: str, value: Any) -> int:
-    """How many timesteps or sigmas a caller's schedule has: finite numbers of 0 or more."""
+    """The number of timesteps or sigmas in a custom schedule, which must be finite numbers of 0 or more."""
     if isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided and not value.is_complex():
         value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.tolist()
     one_row = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, list | tuple | range)
@@ -245,10 +204,10 @@ def count_levels(name: str, value: Any) -> int:
 
 
 def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequence[str]) -> None:
-    """Let a callback see a step, and put what it returns in the place of the step's latents and embeddings.
+    """Call the callback after a step, and replace the step's latents and embeddings by those that it returns.
 
     Raises:
-        InputError: it returned something else than a dict of those tensors, each of the kind that it replaces.
+        InputError: it did not return a dict of these tensors, or one has another shape or type than the original.
     """
     old = {"latents": step.latents, **step.embeds._asdict()}
     returned = callback(pipe, step.index, step.timestep, {name: old[name] for name in names})
@@ -263,7 +222,7 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
             raise InputError(f"{who} this call does not have; leave it out")
         shape: list[int | str] = [*old[name].shape]
         if name != "latents":
-            shape[1] = "tokens"  # those of embeddings and masks are compared when they are used
+            shape[1] = "tokens"  # embeddings and masks are compared when they are used
         check_tensor(f"{name} that callback_on_step_end returned", value, shape, mask=name.endswith("mask"))
     if "latents" in changed:
         step.latents = changed.pop("latents").to(old["latents"])
@@ -272,22 +231,22 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
 
 
 def check_text_width(
-    config: Mapping[str, Any], given: Sequence[Tensor], parts: Mapping[str, Any], encoder_needed: bool
+    config: Mapping[str, Any], given: Sequence[Tensor], components: Mapping[str, Any], encoder_needed: bool
 ) -> None:
-    """Whether the transformer, by its config, takes the embeddings that are given and those that are to be made.
+    """Check that the transformer's config matches the width of given embeddings and of those to be encoded.
 
     Raises:
-        InputError: it takes others, or the parts that make them are missing.
+        InputError: it does not, or the components that encode texts are missing.
     """
     widths = {embeds.shape[-1] for embeds in given}
     if encoder_needed:
-        missing = [name for name in ("tokenizer", "text_encoder") if parts[name] is None]
+        missing = [name for name in ("tokenizer", "text_encoder") if components[name] is None]
         if missing:
             raise InputError(
                 f"the pipeline has no {' and no '.join(missing)}: give prompt_embeds and negative_prompt_embeds with "
                 f"their masks (with guidance_scale=1 the negative ones are not needed), or assign what is missing"
             )
-        widths.add(parts["text_encoder"].config.d_model)
+        widths.add(components["text_encoder"].config.d_model)
     expected = config.get("caption_channels") or config.get("cross_attention_dim")
     for width in widths:
         if expected is not None and width != expected:

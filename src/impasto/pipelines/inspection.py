@@ -62,10 +62,14 @@ class Part:
 
     def memory(self, dtype: str, names: Iterable[str] | None = None) -> int:
         """Bytes of the weights, or of those of these names, loaded in ``dtype``, one of ``DTYPES``."""
-        kept = FLOAT32_IN_FLOAT16.get(self.class_name or "", ()) if dtype == "float16" else ()
+        wide = self.wide(dtype)
         chosen = self.tensors if names is None else names
-        wide = [any(mark in name for mark in kept) for name in chosen]
-        return sum(self.tensors[name][1] * (4 if w else DTYPES[dtype]) for name, w in zip(chosen, wide))
+        return sum(self.tensors[name][1] * (4 if name in wide else DTYPES[dtype]) for name in chosen)
+
+    def wide(self, dtype: str) -> set[str]:
+        """The names of the tensors that are float32 where the others are loaded in ``dtype``."""
+        marks = FLOAT32_IN_FLOAT16.get(self.class_name or "", ()) if dtype == "float16" else ()
+        return {name for name in self.tensors if any(mark in name for mark in marks)}
 
     def blocks(self) -> dict[str, list[str]]:
         """The names of the tensors of each of the repeated blocks; those of the rest are under ""."""
@@ -108,9 +112,8 @@ class Inspection:
         if name == "vae":  # three feature maps at full size, as wide as the last but one level
             widths = config.get("block_out_channels", (64,))
             values = 3 * int(widths[min(1, len(widths) - 1)]) * pixels
-            if dtype == "float16" and config.get("force_upcast", True):  # works in float32, its weights too
-                return 4 * values + parts[name].memory("float32") - parts[name].memory(dtype)
-            return values * DTYPES[dtype]
+            overflows = dtype == "float16" and config.get("force_upcast", True)  # and computes in float32
+            return values * (4 if overflows else DTYPES[dtype])
         if name == "transformer":  # twice the tokens, because of guidance, and each layer's K and V of the text
             width = int(config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72))
             tokens = pixels // unit**2

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..nn.module import Model
 from ..transforms.quantized_linear import QuantizedLinear
 
 #: What models call the list of their repeated blocks.
@@ -30,7 +29,6 @@ WITHOUT_STREAMS = ("cpu", "mps", "meta")
 class Visit:
     """How a part comes to the device."""
 
-    dtype: torch.dtype | None = None  # in which it computes; None: that of its weights at home
     blocks: int | None = None  # how many of its blocks are there at a time; None: all
     ahead: bool = False  # copy the next blocks while these compute
 
@@ -76,8 +74,8 @@ def slots_of(part: nn.Module) -> list[Slot]:
 class Group:
     """Tensors that come to the device and leave it together."""
 
-    def __init__(self, part: nn.Module, slots: list[Slot], device: torch.device, dtype: torch.dtype | None):
-        self._part, self._slots, self._device, self._dtype = part, slots, device, dtype
+    def __init__(self, slots: list[Slot], device: torch.device):
+        self._slots, self._device = slots, device
         self._copies: list[Tensor] | None = None
         self._ready: torch.Event | None = None  # when the copies may be read, where they are made aside
         self._home: list[tuple[Slot, Tensor]] = []
@@ -92,13 +90,8 @@ class Group:
 
     def _copy(self, slot: Slot) -> Tensor:
         tensor = slot.read()
-        # Tables that no file holds, such as rotary frequencies, would be shifted by rounding.
-        table = slot.parameter is None and slot.key in slot.owner._non_persistent_buffers_set
-        dtype = self._dtype if tensor.is_floating_point() and not table else None
-        if dtype is not None and stays_float32(self._part, slot.name, dtype):
-            dtype = torch.float32
         pinned = tensor.device.type == "cpu" and self._device.type not in WITHOUT_STREAMS and tensor.is_pinned()
-        return tensor.to(self._device, dtype or tensor.dtype, non_blocking=pinned)
+        return tensor.to(self._device, non_blocking=pinned)
 
     def bring(self) -> None:
         """Have the modules read the copies."""
@@ -149,11 +142,11 @@ class Stay:
         for index, run in enumerate(runs):
             prefixes = tuple(prefix for prefix, _ in run)
             mine = [slot for slot in slots if slot.name.startswith(prefixes)]
-            self._groups.append(Group(inner, mine, device, visit.dtype))
+            self._groups.append(Group(mine, device))
             self._blocks += [(block, index) for _, block in run]
         every = tuple(prefix for prefix, _ in named)
         rest = [slot for slot in slots if not every or not slot.name.startswith(every)]
-        self._rest = Group(inner, rest, device, visit.dtype)
+        self._rest = Group(rest, device)
         self._ahead = visit.ahead and len(runs) > 1
         self._stream = torch.Stream(device) if self._ahead and device.type not in WITHOUT_STREAMS else None
         self._present: int | None = None
@@ -255,9 +248,7 @@ def is_settled(part: nn.Module) -> bool:
 
 def _is_the_same(copy: Tensor, home: Tensor) -> bool:
     """Whether nothing had to be copied."""
-    if copy.dtype != home.dtype or copy.device != home.device:
-        return False
-    return copy is home or (_is_plain(copy) and copy.data_ptr() == home.data_ptr())
+    return copy is home or (copy.device == home.device and _is_plain(copy) and copy.data_ptr() == home.data_ptr())
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -274,12 +265,7 @@ def size_of(part: nn.Module) -> int:
 
 
 def stays_float32(part: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
-    """Whether a parameter is float32 in any dtype, or in this one."""
-    if dtype is None:
-        return False
-    part = unwrapped(part)
-    if isinstance(part, Model):
-        return any(mark in name for mark in part.keep_in_float32)
+    """Whether a parameter is float32 in this dtype, too."""
     # transformers' models say which of their layers overflow in float16: in T5 the last of each feed-forward.
-    sensitive = getattr(part, "_keep_in_fp32_modules", None) or ()
+    sensitive = getattr(unwrapped(part), "_keep_in_fp32_modules", None) or ()
     return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)

@@ -1,6 +1,6 @@
-"""PixArtAlphaPipeline (2310.00426) and PixArtSigmaPipeline (2403.04692): text to picture, in one denoising loop.
+"""PixArtAlphaPipeline (2310.00426) and PixArtSigmaPipeline (2403.04692): text to image, in one denoising loop.
 
-Shapes: P prompts, B pictures, C latent channels, h x w latent pixels, M text tokens.
+Shapes: P prompts, B images, C latent channels, h x w latent pixels, M text tokens.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
@@ -18,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import finite, shown, whole_number
 from ..errors import InputError
 from ..models.pixart import PixArtContext, PixArtTransformer2DModel
 from ..nn.devices import as_device
-from ..nn.noise import draw_noise
-from . import inputs, limits
+from . import inputs
 from .base import ImagePipelineOutput, Pipeline, unwrapped
 from .compiling import TEXT_MULTIPLE
 from .families import ALPHA, SIGMA, Family, mixtures
+from .foreign_stages import ForeignStages
 from .image import ImageProcessor
-from .resolution import resize_and_crop
+from .request import Texts, read_pixart, read_pixart_texts, read_schedule
+from .sampling import DenoisingStep, Half, Run, denoising_steps, drive, own_scheduler, step_options
 from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 
 logger = logging.getLogger("impasto")
@@ -45,23 +44,13 @@ class PromptEmbeds(NamedTuple):
     negative_prompt_attention_mask: Tensor | None = None  # [B, M]
 
 
-@dataclass
-class DenoisingStep:
-    """One step that was taken. Who drives the loop may put other latents or other embeddings here."""
-
-    index: int
-    timestep: Tensor  # a single number
-    latents: Tensor  # [B, C, h, w], after the step
-    embeds: PromptEmbeds
-
-
 class PixArtPipeline(Pipeline):
-    """What both pipelines share; they differ by their family and by a default.
+    """What both pipelines share; they differ in their family and in a default value.
 
     Args:
-        tokenizer, text_encoder: T5's; both may be None where embeddings are given.
+        tokenizer, text_encoder: T5's; both may be None if embeddings are given.
         vae: the autoencoder of the latents: ours, or one that behaves like diffusers'.
-        transformer: the denoiser; may be None where only prompts are encoded.
+        transformer: the denoiser; may be None if only prompts are encoded.
         scheduler: the solver: ours, or one that behaves like diffusers'.
     """
 
@@ -80,27 +69,17 @@ class PixArtPipeline(Pipeline):
         channels = 4 if vae is None else vae.config.get("latent_channels", 4)
         factor = 8 if vae is None else _vae_scale_factor(vae)
         self.image_processor = ImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
-        self._interrupt = False
         self._warned: set[str] = set()
         self._warn_of_mixtures()
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels to a latent along a side; without an autoencoder, those of the one there was, or 8."""
+        """Pixels per latent along a side; without an autoencoder, that of the previous one, or 8."""
         vae = vars(self).get("vae")
         return int(self.image_processor.config.vae_scale_factor) if vae is None else _vae_scale_factor(vae)
 
-    @property
-    def interrupt(self) -> bool:
-        """Set it to True, in a callback or from another thread, to end the loop and decode what there is."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
-
     def enable_vae_slicing(self) -> None:
-        """Decode one picture of a batch at a time."""
+        """Decode one image of a batch at a time."""
         self._require("vae").enable_slicing()
 
     def disable_vae_slicing(self) -> None:
@@ -108,11 +87,11 @@ class PixArtPipeline(Pipeline):
         self._require("vae").disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Decode in parts, in less memory; exactly, with our autoencoder: without seams."""
+        """Decode in tiles, in less memory. With our autoencoder the result is exact, without seams."""
         self._require("vae").enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        """Decode whole pictures."""
+        """Decode whole images."""
         self._require("vae").disable_tiling()
 
     # --- the call ---
@@ -146,137 +125,48 @@ class PixArtPipeline(Pipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **kwargs: Any,
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray[Any, Any] | Tensor]:
-        """Draw pictures. No gradients are kept.
+        """Generate images. No gradients are recorded.
 
         Args:
-            prompt: what to show, in at most 20,000 characters; None where ``prompt_embeds`` are given.
-            negative_prompt: what to lead away from: one for all prompts or one for each. None is the empty one.
-            num_inference_steps: number of steps; without effect where timesteps or sigmas are given.
-            timesteps, sigmas: a schedule of one's own, descending, for schedulers that take one.
+            prompt: what to show, in at most 20,000 characters; None if ``prompt_embeds`` are given.
+            negative_prompt: what guidance steers away from: one for all prompts or one for each; None is the empty one.
+            num_inference_steps: number of steps; without effect if timesteps or sigmas are given.
+            timesteps, sigmas: a custom schedule, descending, for schedulers that take one.
             guidance_scale: w of classifier-free guidance (2207.12598), as in equation 2 of Imagen (2205.11487);
-                1 or less is none, and then nothing negative has an effect.
-            num_images_per_prompt: pictures of each prompt; they follow each other.
-            height, width: in pixels; those of the training by default.
-            eta: of the DDIM paper (2010.02502), from 0 to 1; for schedulers that take it.
-            generator: one for a draw over the batch, or a list with one for each picture, whose noise then does
-                not depend on the batch. A generator of the CPU gives the same on every device.
-            latents: noise [B, C, h, w] to start from, of variance 1; drawn by ``generator`` if None.
+                1 or less means no guidance, and negative prompts then have no effect.
+            num_images_per_prompt: images for each prompt; they follow each other in the result.
+            height, width: in pixels; the training size by default.
+            eta: η of the DDIM paper (2010.02502), from 0 to 1; for schedulers that take it.
+            generator: one for the whole batch, or a list with one for each image, whose noise then does not depend
+                on the batch. A CPU generator gives the same noise on every device.
+            latents: noise [B, C, h, w] to start from, of variance 1; generated with ``generator`` if None.
             prompt_embeds, negative_prompt_embeds: embeddings [P, M, channels] in place of texts.
             prompt_attention_mask, negative_prompt_attention_mask: their masks [P, M]; 1 keeps.
             output_type: "pil", "np" ([B, H, W, 3]), "pt" ([B, 3, H, W]) or "latent" ([B, C, h, w], still scaled).
             return_dict: False returns a plain tuple.
             callback: called as ``callback(step, timestep, latents)`` every ``callback_steps`` steps.
-            clean_caption: remove from the prompts what was removed from the captions of the training.
-            use_resolution_binning: draw at the nearest size of the training (for models of 256, 512, 1024 and
-                2048 px) and bring the result to ``height`` x ``width``.
-            max_sequence_length: tokens of a prompt, at most 4096; what goes beyond is cut off, with a warning.
+            clean_caption: clean the prompts as the training captions were cleaned.
+            use_resolution_binning: generate at the nearest training size (for models of 256, 512, 1024 and 2048 px),
+                then resize and crop the result to ``height`` x ``width``.
+            max_sequence_length: tokens of a prompt, at most 4096; longer prompts are truncated, with a warning.
             callback_on_step_end: called as ``callback_on_step_end(pipe, step, timestep, tensors)`` after each step;
-                what it returns under the names of ``tensors`` takes their place.
+                the tensors that it returns replace those of the same names.
             callback_on_step_end_tensor_inputs: the names in ``tensors``: latents, and the fields of PromptEmbeds.
 
         Returns:
-            ``.images``: P * num_images_per_prompt pictures.
+            ``.images``: P * num_images_per_prompt images.
 
         Raises:
-            InputError: an argument that cannot be used; nothing has been computed then.
+            InputError: an argument cannot be used; nothing has been computed yet.
         """
-        inputs.check_extra(kwargs)
-        transformer = self._require("transformer")
-        prompts = inputs.count_prompts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-        )
-        images_per_prompt, batch = inputs.count_images(prompts, num_images_per_prompt)
-        guidance_scale = inputs.guidance(guidance_scale)
-        guided = guidance_scale > 1.0
-        finite("eta", eta, 0.0, 1.0)
-        whole_number("callback_steps", callback_steps)
-        whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
-        if callback is not None and not callable(callback):
-            raise InputError(f"callback must be a function, not {shown(callback)}")
-        names = callback_on_step_end_tensor_inputs
-        wanted = inputs.check_result(output_type, callback_on_step_end, names, PromptEmbeds._fields)
-        generator = inputs.check_generator(generator, batch)
-        steps = inputs.count_steps(self._require("scheduler"), num_inference_steps, timesteps, sigmas)
-        canvas = inputs.plan_canvas(
-            height,
-            width,
-            base=transformer.config["sample_size"] * self.vae_scale_factor,
-            unit=transformer.config["patch_size"] * self.vae_scale_factor,
-            binning=use_resolution_binning,
-        )
-        channels, factor = transformer.config["in_channels"], self.vae_scale_factor
-        shape = (batch, channels, canvas.height // factor, canvas.width // factor)
-        if latents is not None:
-            of = f", of images generated at {canvas.height} x {canvas.width} pixels (give height and width, or "
-            inputs.check_tensor("latents", latents, shape, f"{of}use_resolution_binning=False)")
-        if output_type != "latent":
-            self._require("vae")
-        inputs.check_text_width(
-            transformer.config,
-            [x for x in (prompt_embeds, negative_prompt_embeds if guided else None) if x is not None],
-            self.components,
-            encoder_needed=(prompt is not None or (guided and negative_prompt_embeds is None))
-            and (self.prompt_cache is None or self.components["text_encoder"] is not None),
-        )
+        request = read_pixart(self, PromptEmbeds._fields, locals())
         self._check_conditions()
         self._warn_of_mixtures()
-
-        self._interrupt = False
-        with torch.no_grad():
-            embeds = self.encode_prompt(
-                cast(Any, prompt),
-                guided,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=images_per_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                prompt_attention_mask=prompt_attention_mask,
-                negative_prompt_attention_mask=negative_prompt_attention_mask,
-                clean_caption=clean_caption,
-                max_sequence_length=max_sequence_length,
-            )
-            if latents is None:
-                latents = draw_noise(shape, generator, self.device, transformer.dtype)
-            loop = self.denoise(
-                latents,
-                embeds,
-                num_inference_steps=num_inference_steps,
-                timesteps=timesteps,
-                sigmas=sigmas,
-                guidance_scale=guidance_scale,
-                eta=eta,
-                generator=generator,
-            )
-            order = getattr(self.scheduler, "order", 1)
-            with self.progress_bar(total=steps) as progress, closing(loop):
-                for step in loop:
-                    if callback_on_step_end is not None:
-                        inputs.call_back(self, step, callback_on_step_end, wanted)
-                        self._check_packed_weights()
-                    latents = step.latents
-                    total = len(self.scheduler.timesteps)
-                    warm_up = max(total - steps * order, 0)  # calls before the first whole step (PNDM has some)
-                    done = step.index + 1
-                    if done == total or (done > warm_up and done % order == 0):
-                        progress.update()
-                        if callback is not None and step.index % callback_steps == 0:
-                            callback(step.index // order, step.timestep, latents)
-                    if self._interrupt:
-                        break
-            self._check_output("transformer", latents)
-
-            images: list[Image.Image] | np.ndarray[Any, Any] | Tensor = latents
-            if output_type != "latent":
-                decoded = self.decode(latents)  # [B, 3, H, W]
-                self._check_output("vae", decoded)
-                if (canvas.final_height, canvas.final_width) != (canvas.height, canvas.width):
-                    decoded = resize_and_crop(decoded, canvas.final_height, canvas.final_width)
-                images = self.image_processor.postprocess(decoded, output_type=output_type)
+        with torch.no_grad(), self._calling():
+            embeds = self._encode(request.texts, self.device)
+            noise = self._noise(request, self.transformer.dtype)
+            loop = self.denoise(noise, embeds, eta=request.eta, **request.denoising)
+            images = self._finish(drive(self, loop, noise, request), request)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     # --- the three stages ---
@@ -298,66 +188,51 @@ class PixArtPipeline(Pipeline):
     ) -> PromptEmbeds:
         """Turn prompts into embeddings, padded with zeros to ``max_sequence_length``.
 
-        Gradients of the text encoder are recorded, unless under ``torch.no_grad()``.
+        Gradients of the text encoder are recorded unless ``torch.no_grad()`` is active.
 
         Args:
-            prompt: one or several; None where ``prompt_embeds`` are given.
-            do_classifier_free_guidance: whether the negative half is wanted.
+            prompt: one or several; None if ``prompt_embeds`` are given.
+            do_classifier_free_guidance: whether to return negative embeddings too.
             negative_prompt: one for all or one for each; None is the empty one.
             num_images_per_prompt: how often each row is repeated.
-            device: of the result; that of the pipeline by default.
-            prompt_embeds, negative_prompt_embeds: given embeddings [P, M, channels], in place of texts.
+            device: of the result; the pipeline's by default.
+            prompt_embeds, negative_prompt_embeds: embeddings [P, M, channels], in place of texts.
             prompt_attention_mask, negative_prompt_attention_mask: their masks [P, M].
-            clean_caption: remove from the prompts what was removed from the captions of the training.
+            clean_caption: clean the prompts as the training captions were cleaned.
             max_sequence_length: tokens of a prompt, M.
 
         Returns:
-            embeddings [P * num_images_per_prompt, M, channels], their mask, and both of the negative prompts.
+            embeddings [P * num_images_per_prompt, M, channels] and their mask, and the same for the negative prompts.
 
         Raises:
-            InputError: a kind or shape that cannot be used.
+            InputError: a type or shape that cannot be used.
         """
         inputs.check_extra(kwargs)
-        count = inputs.count_prompts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-        )
-        length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
-        images_per_prompt, _ = inputs.count_images(count, num_images_per_prompt)
-        target = self.device if device is None else as_device(device)
-        negative_texts: list[str] = []
-        if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative_texts = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
-        texts = [] if prompt is None else inputs.list_of_texts("prompt", prompt)
-        if texts or negative_texts:
-            if prompt_embeds is not None:
-                length = prompt_embeds.shape[1]
-            encoded = self._encode([*texts, *negative_texts], clean_caption, length, target)
-            if texts:
-                prompt_embeds, prompt_attention_mask = (x[: len(texts)] for x in encoded)
-            if negative_texts:
-                negative_prompt_embeds, negative_prompt_attention_mask = (x[len(texts) :] for x in encoded)
+        texts = read_pixart_texts(do_classifier_free_guidance, locals())
+        return self._encode(texts, self.device if device is None else as_device(device))
 
-        parts = self.components
-        dtype = next((parts[name].dtype for name in ("text_encoder", "transformer") if parts[name] is not None), None)
+    def _encode(self, texts: Texts, device: torch.device) -> PromptEmbeds:
+        """The embeddings of B images: given ones, and those of the texts."""
+        given = (texts.prompt_embeds, texts.prompt_attention_mask)
+        negative = (texts.negative_prompt_embeds, texts.negative_prompt_attention_mask)
+        if texts.prompts or texts.negatives:
+            length = texts.length if given[0] is None else given[0].shape[1]
+            count = len(texts.prompts)
+            encoded = self._encode_texts([*texts.prompts, *texts.negatives], texts.clean, length, device)
+            given = (encoded.embeds[:count], encoded.mask[:count]) if texts.prompts else given
+            negative = (encoded.embeds[count:], encoded.mask[count:]) if texts.negatives else negative
+        components = self.components
+        present = [components[name] for name in ("text_encoder", "transformer") if components[name] is not None]
+        dtype = present[0].dtype if present else None
 
-        def repeated(x: Tensor | None, dtype: torch.dtype | None) -> Any:
-            return None if x is None else x.to(device=target, dtype=dtype).repeat_interleave(images_per_prompt, dim=0)
+        def repeated(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+            return None if x is None else x.to(device, dtype).repeat_interleave(texts.images_per_prompt, dim=0)
 
-        if not do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_attention_mask = None
         return PromptEmbeds(
-            repeated(prompt_embeds, dtype),
-            repeated(prompt_attention_mask, None),
-            repeated(negative_prompt_embeds, dtype),
-            repeated(negative_prompt_attention_mask, None),
+            repeated(given[0], dtype), repeated(given[1]), repeated(negative[0], dtype), repeated(negative[1])
         )
 
-    def _encode(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _encode_texts(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> EncodedTexts:
         texts = [clean_prompt(text) if cleaned else normalize_caption(text) for text in texts]
 
         def encode(texts: list[str]) -> EncodedTexts:
@@ -370,10 +245,8 @@ class PixArtPipeline(Pipeline):
         if self.prompt_cache is None:
             return encode(texts)
         encoder, tokenizer = (self.components[name] for name in ("text_encoder", "tokenizer"))
-        dtype = None if encoder is None else self.computing_dtype("text_encoder")
-        return self.prompt_cache.encode(texts, length, device, encoder, tokenizer, dtype, encode)
+        return self.prompt_cache.encode(texts, length, device, encoder, tokenizer, encode)
 
-    @torch.no_grad()
     def denoise(
         self,
         noise: Tensor,
@@ -386,78 +259,47 @@ class PixArtPipeline(Pipeline):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Generator[DenoisingStep, None, None]:
-        """The denoising loop: yields after every step, for whoever drives it.
+        """The denoising loop: a generator that yields after every step. No gradients are recorded.
 
-        Previews, progress and cancellation are the driver's: it may change ``step.latents`` or ``step.embeds``, and
-        stop at any step (``close()`` the generator, or let it go).
+        The caller adds previews, progress and cancellation: it may change ``step.latents`` or ``step.embeds``, and
+        stop at any step (``close()`` or drop the generator). Loops of one pipeline may take turns.
 
         Args:
             noise: [B, C, h, w] of variance 1.
-            embeds: what ``encode_prompt`` returned, for B pictures. There is guidance where it has negative ones and
+            embeds: what ``encode_prompt`` returned, for B images. Guidance is used if it has negative embeddings and
                 ``guidance_scale`` is above 1.
             num_inference_steps, timesteps, sigmas, guidance_scale, eta, generator: as in the call.
         """
-        steps = inputs.count_steps(self._require("scheduler"), num_inference_steps, timesteps, sigmas)
-        guidance_scale = inputs.guidance(guidance_scale)
-        scheduler = self.scheduler
-        with self.using("transformer") as transformer:
-            device, dtype = self.device, transformer.dtype
-            if timesteps is None and sigmas is None:
-                scheduler.set_timesteps(steps, device=device)
-            else:
-                custom = {"timesteps": timesteps, "sigmas": sigmas}
-                scheduler.set_timesteps(device=device, **{k: v for k, v in custom.items() if v is not None})
-                steps = len(scheduler.timesteps)
-            options = _step_options(scheduler, eta=eta, generator=generator)
-            begin = getattr(scheduler, "set_begin_index", None)
-            if begin is not None:  # otherwise looked up, which is ambiguous where timesteps repeat
-                begin(0)
+        schedule, guidance_scale = read_schedule(self, locals()), inputs.guidance(guidance_scale)
 
-            guided = guidance_scale > 1.0 and embeds.negative_prompt_embeds is not None
-            latents = noise.to(device, dtype) * scheduler.init_noise_sigma  # [B, C, h, w]
-            channels = latents.shape[1]
-            conditions = self._conditions(latents)
-            scales = self.guidance_of_steps(scheduler.timesteps, guidance_scale)
-            texts: dict[bool, dict[str, Any]] = {}  # by whether the negative half is in it
-            times = _prepare_timesteps(transformer, scheduler.timesteps, conditions, device)
+        def begin() -> Run:
+            transformer, device = self._require("transformer"), self.device
             call = self._replaying(transformer)
-            for i, t in enumerate(scheduler.timesteps):
-                guides = guided and scales[i] > 1.0
-                if guides not in texts:
-                    multiple = 1 if call is transformer else TEXT_MULTIPLE
-                    texts[guides] = _prepare_text(transformer, embeds, guides, device, dtype, multiple)
-                x = torch.cat([latents, latents]) if guides else latents
-                x = scheduler.scale_model_input(x, t)
-                predicted = call(x, **texts[guides], **times(i, x.shape[0]), return_dict=False)[0]
-                predicted = predicted[:, :channels]  # the rest is a learned variance
-                if transformer is not unwrapped(
-                    transformer
-                ):  # a graph of torch.compile's may write its next output in its place
-                    predicted = predicted.clone()
-                if guides:
-                    unconditional, conditional = predicted.chunk(2)
-                    predicted = unconditional + scales[i] * (conditional - unconditional)
-                result = scheduler.step(predicted, t, latents, **options, return_dict=False)
-                original = self.family.single_step_takes_original and steps == 1 and len(result) > 1
-                latents = result[1 if original else 0]
+            multiple = 1 if call is transformer else TEXT_MULTIPLE
+            model = transformer
+            if not _is_staged(transformer):
+                model = call = ForeignStages(transformer, call)
+            scheduler = own_scheduler(self.scheduler, device, **schedule.arguments)
+            latents = noise.to(device, model.dtype) * scheduler.init_noise_sigma  # [B, C, h, w]
+            return Run(
+                self,
+                transformer,
+                call,
+                scheduler,
+                latents,
+                embeds,
+                guidance_scale,
+                encode=partial(_encode_contexts, model, device, multiple),
+                modulation=model.modulate(scheduler.timesteps.to(device), self._conditions(latents)),
+                options=step_options(scheduler, eta=eta, generator=generator),
+                takes_original=self.family.single_step_takes_original and schedule.steps == 1,
+            )
 
-                step = DenoisingStep(i, t, latents, embeds)
-                yield step
-                latents = step.latents
-                if step.embeds is not embeds:
-                    embeds = step.embeds
-                    texts.clear()
-
-    def guidance_of_steps(self, timesteps: Tensor, scale: float) -> list[float]:
-        """The guidance scale of each step, of which 1 or less leaves the negative half out.
-
-        ``impasto.transforms.guidance_interval`` puts another function in its place.
-        """
-        return [scale] * len(timesteps)
+        return denoising_steps(self, begin)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w], as the loop yields them, to pictures [B, 3, H, W] in about [-1, 1]."""
+        """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
         with self.using_vae() as (vae, dtype):
             config = vae.config
             z = latents.to(self.device, dtype)
@@ -472,7 +314,7 @@ class PixArtPipeline(Pipeline):
     # --- checks ---
 
     def _conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """α's micro-conditions of a picture: its size in pixels, and height / width."""
+        """PixArt-α's micro-conditions of an image: its size in pixels, and height / width."""
         if not (self.family.micro_conditions and self._takes_conditions()):
             return {"resolution": None, "aspect_ratio": None}
         height, width = (side * self.vae_scale_factor for side in latents.shape[-2:])
@@ -487,12 +329,12 @@ class PixArtPipeline(Pipeline):
     def _check_conditions(self) -> None:
         if self._takes_conditions() and not self.family.micro_conditions:
             raise InputError(
-                "the transformer takes micro-conditions (use_additional_conditions), which is α's; "
+                "the transformer takes micro-conditions (use_additional_conditions), as PixArt-α does; "
                 "use PixArtAlphaPipeline.from_pipe(pipe)"
             )
 
     def _warn_of_mixtures(self) -> None:
-        """Name parts that were not trained together; once each."""
+        """Warn of components that were not trained together, once for each message."""
         for message in mixtures(self.components, self.family):
             if message not in self._warned:
                 self._warned.add(message)
@@ -500,7 +342,7 @@ class PixArtPipeline(Pipeline):
 
 
 def _with_defaults(method: F, **defaults: Any) -> F:
-    """The same method with other default values."""
+    """A copy of the method with other default values."""
     plain = cast(FunctionType, method)
     values = [
         defaults.get(name, parameter.default)
@@ -514,11 +356,11 @@ def _with_defaults(method: F, **defaults: Any) -> F:
 
 
 class PixArtSigmaPipeline(PixArtPipeline):
-    """Text to picture with PixArt-Σ: SDXL's autoencoder, 300 text tokens, up to 2048 px."""
+    """Text to image with PixArt-Σ: SDXL's autoencoder, 300 text tokens, up to 2048 px."""
 
 
 class PixArtAlphaPipeline(PixArtPipeline):
-    """Text to picture with PixArt-α: Stable Diffusion's autoencoder, 120 text tokens, micro-conditions at 1024 px."""
+    """Text to image with PixArt-α: Stable Diffusion's autoencoder, 120 text tokens, micro-conditions at 1024 px."""
 
     family = ALPHA
 
@@ -531,22 +373,15 @@ def _vae_scale_factor(vae: Any) -> int:
     return 8 if levels is None else int(2 ** (len(levels) - 1))
 
 
-def _step_options(scheduler: Any, **options: Any) -> dict[str, Any]:
-    """Those options that the scheduler's ``step`` takes."""
-    accepted = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in options.items() if name in accepted}
-
-
 def _is_staged(transformer: Any) -> bool:
     return isinstance(unwrapped(transformer), PixArtTransformer2DModel)
 
 
-def _prepare_text(
-    transformer: Any, embeds: PromptEmbeds, guided: bool, device: torch.device, dtype: torch.dtype, multiple: int
-) -> dict[str, Any]:
-    """The text arguments of the transformer, for all steps: what does not change is computed here, once.
+def _encode_contexts(model: Any, device: torch.device, multiple: int, embeds: PromptEmbeds, guided: bool) -> list[Half]:
+    """Both halves for one call: what depends only on the text is computed here, once for all steps.
 
-    Keys and values are padded to a multiple of tokens where that is above 1.
+    Args:
+        multiple: keys and values are padded to a multiple of this number of tokens.
     """
     halves = [(embeds.prompt_embeds, embeds.prompt_attention_mask)]
     if guided:
@@ -555,27 +390,8 @@ def _prepare_text(
         halves.insert(0, (embeds.negative_prompt_embeds, embeds.negative_prompt_attention_mask))
     for text, mask in halves:
         inputs.check_embeds("prompt_embeds", text, mask)
-    halves = [(text.to(device, dtype), mask.to(device)) for text, mask in halves]
-    if _is_staged(transformer):
-        context = PixArtContext.concat([transformer.encode_context(text, mask) for text, mask in halves])
-        return {"encoder_hidden_states": context if multiple == 1 else context.padded(multiple)}
-    return {
-        "encoder_hidden_states": torch.cat([text for text, _ in halves]),
-        "encoder_attention_mask": torch.cat([mask for _, mask in halves]),
-    }
-
-
-def _prepare_timesteps(
-    transformer: Any, timesteps: Tensor, conditions: dict[str, Tensor | None], device: torch.device
-) -> Callable[[int, int], dict[str, Any]]:
-    """A function of a step's index and the batch, to the arguments of the transformer that say which step it is."""
-    timesteps = timesteps.to(device)
-    if _is_staged(transformer):
-        modulation = transformer.modulate(timesteps, conditions)  # of all steps at once
-        return lambda i, batch: {"timestep": modulation.select(slice(i, i + 1))}
-
-    def plain(i: int, batch: int) -> dict[str, Any]:
-        rows = {name: None if x is None else x.expand(batch, -1) for name, x in conditions.items()}
-        return {"timestep": timesteps[i].expand(batch), "added_cond_kwargs": rows}
-
-    return plain
+    contexts = [model.encode_context(text.to(device, model.dtype), mask.to(device)) for text, mask in halves]
+    context = type(contexts[0]).concat(contexts)
+    if multiple > 1 and isinstance(context, PixArtContext):
+        context = context.padded(multiple)
+    return [Half(len(halves), {"encoder_hidden_states": context})]

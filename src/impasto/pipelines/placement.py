@@ -1,16 +1,18 @@
 """Where a pipeline's weights live, and when they move.
 
-A pipeline says which part it needs (``with self.using("transformer") as transformer:``), and the placement in
-force brings that part to the device of the computation. The parts know nothing of it, and nothing is left in them
-when a placement is replaced.
+A pipeline specifies the component that it needs (``with self.using("transformer") as transformer:``), and the active
+placement moves that component to the device of the computation. The components know nothing of it, and replacing a
+placement leaves no trace in them.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,86 +29,106 @@ SHARE = 0.85
 # --- policies ---
 
 
-class Placement(Protocol):
-    """The policy that moves weights."""
+class Resident:
+    """Every component stays where it was put."""
 
     @property
     def device(self) -> torch.device | None:
-        """Where the parts compute; None: each where its weights are."""
+        """Where the components compute; None: each on the device of its weights."""
+        return None
 
-    def using(self, part: nn.Module) -> AbstractContextManager[None]:
-        """Have ``part`` on the device as long as the context is open."""
+    def using(self, component: nn.Module) -> AbstractContextManager[None]:
+        """Keep ``component`` on the device while the context is open. The thread that opened it must close it."""
+        return nullcontext()
 
+    def keeping(self, component: nn.Module) -> AbstractContextManager[None]:
+        """Expect repeated uses of ``component``; between them others may take its place."""
+        return nullcontext()
 
-class Resident:
-    """Every part stays where it was put."""
-
-    device: torch.device | None = None
-
-    def using(self, part: nn.Module) -> AbstractContextManager[None]:
+    def calling(self) -> AbstractContextManager[Any]:
+        """A call of the pipeline. If components take turns, so do calls."""
         return nullcontext()
 
 
-class PerPart:
-    """Every part stays on a device of its own (``device_map``) and computes there.
+#: The placements and components that this thread uses, the innermost last.
+_in_use: ContextVar[tuple[tuple[Resident, nn.Module], ...]] = ContextVar("impasto_in_use", default=())
+
+
+class PerPart(Resident):
+    """Every component stays on its own device (``device_map``) and computes there.
 
     Args:
-        default: where to put what belongs to no part, such as noise.
+        default: the device for what belongs to no component, such as noise.
     """
 
     def __init__(self, default: torch.device):
         self.default = default
-        self._in_use: list[nn.Module] = []
 
     @property
     def device(self) -> torch.device:
-        """That of the part in use, or else the default."""
-        return device_of(self._in_use[-1]) or self.default if self._in_use else self.default
+        """That of the component that this thread uses, or else the default."""
+        mine = [component for placement, component in _in_use.get() if placement is self]
+        return device_of(mine[-1]) or self.default if mine else self.default
 
     @contextmanager
-    def using(self, part: nn.Module) -> Iterator[None]:
-        self._in_use.append(part)
+    def using(self, component: nn.Module) -> Iterator[None]:
+        token = _in_use.set((*_in_use.get(), (self, component)))
         try:
             yield
         finally:
-            _remove_last(self._in_use, part)
+            _in_use.reset(token)
 
 
-class OneAtATime:
-    """The part in use is on ``device``, whole or a few blocks at a time; the others wait in the memory of the CPU.
+class OneAtATime(Resident):
+    """The component in use is on ``device``, whole or a few blocks at a time; the others wait on the host.
 
-    The device then needs room for the largest part, or for a few of its blocks, and not for the sum. A part that is
-    needed while another is in use, such as the autoencoder for a preview, takes the other's place until it is done.
+    The device then needs memory for the largest component, or for a few of its blocks, and not for the sum. If another
+    one is needed meanwhile, such as the autoencoder for a preview, it takes the place of the first until it is done.
 
     Args:
-        visit: how parts come to the device.
-        visits: how some of them come otherwise.
+        visit: how components are moved to the device.
+        visits: exceptions for individual components.
     """
 
     def __init__(
         self, device: torch.device | str, visit: Visit | None = None, visits: Mapping[nn.Module, Visit] | None = None
     ):
-        self.device: torch.device | None = torch.device(device)
+        self._device = torch.device(device)
         self._visit = visit or Visit()
-        # Weak keys: a part that nobody else holds is freed.
+        # Weak keys: a component without other references is freed.
         self._visits: weakref.WeakKeyDictionary[nn.Module, Visit] = weakref.WeakKeyDictionary(visits or {})
         self._in_use: list[nn.Module] = []  # the last one is on the device
         self._stay: Stay | None = None
+        self._lock = threading.RLock()
 
-    def visit_of(self, part: nn.Module) -> Visit:
-        return self._visits.get(part, self._visit)
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def visit_of(self, component: nn.Module) -> Visit:
+        return self._visits.get(component, self._visit)
 
     @contextmanager
-    def using(self, part: nn.Module) -> Iterator[None]:
-        self._swap(self._in_use[-1] if self._in_use else None, part)
-        self._in_use.append(part)
+    def using(self, component: nn.Module) -> Iterator[None]:
+        with self._lock, self.keeping(component):
+            yield
+
+    def calling(self) -> AbstractContextManager[Any]:
+        return self._lock
+
+    @contextmanager
+    def keeping(self, component: nn.Module) -> Iterator[None]:
+        with self._lock:
+            self._swap(self._in_use[-1] if self._in_use else None, component)
+            self._in_use.append(component)
         try:
             yield
         finally:
-            before = self._in_use[-1]
-            # From the end, and not always the end itself: two loops may be run in turns, and end in any order.
-            _remove_last(self._in_use, part)
-            self._swap(before, self._in_use[-1] if self._in_use else None)
+            with self._lock:
+                before = self._in_use[-1]
+                # The last occurrence, which need not be the last entry: loops that take turns may end in any order.
+                del self._in_use[max(i for i, other in enumerate(self._in_use) if other is component)]
+                self._swap(before, self._in_use[-1] if self._in_use else None)
 
     def _swap(self, old: nn.Module | None, new: nn.Module | None) -> None:
         if old is new:
@@ -115,18 +137,13 @@ class OneAtATime:
             self._stay.end()
             self._stay = None
         if new is not None and not is_settled(new):
-            assert self.device is not None
             stay = Stay(new, self.device, self.visit_of(new))
             try:
                 stay.begin()
-            except BaseException:  # too little memory, say: what has come goes again
+            except BaseException:  # such as out of memory: undo what was moved
                 stay.end()
                 raise
             self._stay = stay
-
-
-def _remove_last(parts: list[nn.Module], part: nn.Module) -> None:
-    del parts[max(i for i, other in enumerate(parts) if other is part)]
 
 
 # --- device maps ---
@@ -135,14 +152,14 @@ def _remove_last(parts: list[nn.Module], part: nn.Module) -> None:
 def spread(
     sizes: Mapping[str, int], how: str, max_memory: Mapping[int | str, int | str] | None = None
 ) -> dict[str, torch.device]:
-    """A device for each part: accelerators where there is room, the CPU for the others.
+    """A device for each component: an accelerator if it fits on one, or else the CPU.
 
     Args:
-        sizes: bytes of the parts by name.
-        how: "auto" fills one device after the other, "balanced" puts each part, the largest first, where most room
-            is left.
-        max_memory: bytes (or such as "4GB") that the parts may take, by number of the device; what is not named
-            is not used. By default a share of what is free on each.
+        sizes: bytes of the components by name.
+        how: "auto" fills one device after the other; "balanced" puts each component, the largest first, on the device
+            with the most free memory.
+        max_memory: bytes (or such as "4GB") that the components may take, by device index; devices that are not named
+            are not used. By default, a share of the free memory of each device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     room: dict[torch.device, int] = {}
@@ -170,7 +187,7 @@ def spread(
 
 
 def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Refuse what plain layers do not compute in.
+    """Refuse a dtype that plain layers cannot compute in.
 
     Raises:
         ResourceError: the message names a dtype that works.
@@ -179,7 +196,7 @@ def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:
         return
     if dtype.itemsize == 1:
         raise ResourceError(
-            f"layers cannot compute in {dtype}, which only stores; use bfloat16 or float16, or quantise the part"
+            f"layers cannot compute in {dtype}, a storage format; use bfloat16 or float16, or quantize the component"
         )
     if dtype == torch.float64 and device is not None and device.type == "mps":
         raise ResourceError("mps has no float64; use float32, bfloat16 or float16 there, or the CPU")
@@ -190,7 +207,7 @@ def offload_device(gpu_id: int | None, device: torch.device | str | None) -> tor
 
     Raises:
         InputError: ``gpu_id`` and the number in ``device`` contradict each other.
-        ResourceError: a numbered device was asked for and there is no accelerator.
+        ResourceError: ``gpu_id`` was given and there is no accelerator.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     chosen = as_device(device) if device is not None else accelerator or torch.device("cpu")
@@ -199,5 +216,5 @@ def offload_device(gpu_id: int | None, device: torch.device | str | None) -> tor
     if chosen.index is not None and chosen.index != gpu_id:
         raise InputError(f"device={str(chosen)!r} and gpu_id={gpu_id} contradict each other; give one of them")
     if chosen.type == "cpu":
-        raise ResourceError(f"gpu_id={gpu_id} was asked for, and this machine has no accelerator; leave gpu_id out")
+        raise ResourceError(f"gpu_id={gpu_id} was given, but this machine has no accelerator; leave gpu_id out")
     return torch.device(chosen.type, gpu_id)

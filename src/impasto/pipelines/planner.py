@@ -1,13 +1,14 @@
-"""The memory planner: how to draw a picture within a budget, decided from the headers of a checkpoint.
+"""The memory planner: how to generate an image within a budget, decided from the headers of a checkpoint.
 
-Drawing has phases, each of which needs one part: the text encoder, the transformer, the autoencoder, and GLM-Image's
-prior before them. A plan says of each part in which dtype it computes and how it gets there, the fastest way that the
-budget allows. No way changes the picture beyond the rounding of the dtype, for what comes block by block needs no 8
-bits. The prior alone cannot come so, since each of its tokens needs all blocks: what is too small for its weights gets
-it in 8 bits, or in 4. Other parts are in few bits where that is asked for.
+Generation has phases, each of which needs one component: the text encoder, the transformer, the autoencoder, and
+GLM-Image's prior before them. A plan says in which dtype each is loaded and computes, and how it gets to the device:
+the fastest way that the budget allows. None changes the image beyond the rounding of the dtype. The prior alone cannot
+come block by block, since each of its tokens needs all blocks: if an accelerator is too small for its weights, they are
+int8 or 4-bit there. Other components are quantized if that is asked for.
 
-On the CPU the budget is for memory that is not backed by a file. Weights that are used as they are stored stay in
-their memory-mapped file and take none of it: the operating system reads them when they are used, and may drop them.
+On the CPU all components stay where they are, and the budget is for memory that is not backed by a file. Weights that
+are used as they are stored stay in their memory-mapped file and take none of it: the operating system reads them when
+they are used, and may drop them. 16-bit ones that the processor does not multiply are widened as they are used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,8 +26,10 @@ from torch import nn
 from ..checkpoints.stored import FLOATS
 from ..errors import CheckpointError, InputError, ResourceError
 from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
-from ..nn.machine import multiplies_bfloat16
+from ..nn import machine
+from ..nn.machine import default_device, free_memory, process_memory
 from ..nn.module import parse_size
+from ..nn.widening import BLOCK
 from ..transforms.quantize import KEPT, Method, quantize
 from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES
 from .glm_image_prior import PRIOR_PIXELS, tokens_to_generate
@@ -46,6 +49,10 @@ SMALL_WEIGHT = 2**16
 PROCESS = 400_000_000
 #: What estimates may be short of, and what allocators keep: bytes, and a share of what is planned.
 MARGIN, SHARE = 32_000_000, 0.05
+#: The components, the one that computes for the longest time first.
+LONGEST = ("transformer", PRIOR, "text_encoder", "vae")
+#: Parts of names of tables that are looked up in and of layers of which a part is used: nothing multiplies all of them.
+TABLES = ("shared", "embed", "lm_head")
 #: Tokens of the longest prompt, and of the negative one beside it.
 TEXT_TOKENS = 600
 #: Bytes of the strips of a tiled decoder, the fastest first.
@@ -91,16 +98,17 @@ class PartPlan:
     """How a part takes its turn."""
 
     name: str
-    stored: str  # dtype
-    dtype: str  # in which it computes
+    loaded: str  # dtype of its weights
+    dtype: str  # in which it computes, or the kind of quantized weights
     way: str  # RESIDENT, IN_TURN or BLOCKS
     weights: int  # bytes of the budget that its weights take while it is in use, and if resident always
     work: int  # bytes that its computation takes
-    moved: int  # bytes that are read from the file, cast or copied to the device each time it is used
+    moved: int  # bytes that are copied to the device each time it is used
     tiling: Tiling | None = None  # of the decoder; None: the picture at once
 
     def describe(self) -> str:
-        what = f"{self.dtype}, {self.way}"
+        widened = f" from {self.loaded}" if self.dtype == "float32" != self.loaded else ""
+        what = f"{self.dtype}{widened}, {self.way}"
         if not self.weights:
             what += ", read from its file"
         if self.tiling is not None:
@@ -190,10 +198,12 @@ def plan_memory(
     side = _side(found)
     height, width = height or side, width or side
     scene = _Scene(found, chosen, height, width, pictures, dict(dtypes or {}))
-    base += scene.widened(parts)
 
-    def made(chosen_parts: Sequence[PartPlan], reason: str) -> MemoryPlan:
+    def made(chosen_parts: Sequence[PartPlan], reason: str = "") -> MemoryPlan:
         return MemoryPlan(str(chosen), asked, base, tuple(chosen_parts), height, width, pictures, reason)
+
+    def fits(chosen_parts: Sequence[PartPlan]) -> bool:
+        return made(chosen_parts).peak <= limit
 
     def filled(plan: MemoryPlan) -> MemoryPlan:
         """The same, with what is left of the budget given to a tiled decoder, which then computes less twice."""
@@ -201,26 +211,12 @@ def plan_memory(
         more = [scene.roomier(part, left) if part.tiling is not None else part for part in plan.parts]
         return replace(plan, parts=tuple(more))
 
-    for reason, candidate in scene.resident(parts):
-        plan = made(candidate, reason)
-        if plan.peak <= limit:
-            return filled(plan)
-    choices = {part.name: list(scene.ways(part)) for part in parts}
-    # What may stay in memory, in each of its ways, and beside it the others in their turns.
-    staying = {name: ways for name, ways in choices.items() if ways[-1].way == RESIDENT}
-    closest: MemoryPlan | None = None
-    for ways in itertools.product(*staying.values()):
-        turns = dict(zip(staying, ways))
-        held = [way for way in ways if way.way == RESIDENT]
-        for name in choices.keys() - staying.keys():
-            peaks = [made([*held, way], "").peak for way in choices[name]]
-            fitting = next((i for i, peak in enumerate(peaks) if peak <= limit), peaks.index(min(peaks)))
-            turns[name] = choices[name][fitting]
-        plan = made([turns[part.name] for part in parts], "the parts take turns")
-        if plan.peak <= limit:
-            return filled(plan)
-        closest = plan if closest is None or plan.peak < closest.peak else closest
-    assert closest is not None
+    plans = []
+    for reason, candidate in scene.candidates(parts, fits):
+        plans.append(made(candidate, reason))
+        if fits(candidate):
+            return filled(plans[-1])
+    closest = min(plans, key=lambda plan: plan.peak)
     needed = closest.peak
     largest = max(closest.parts, key=lambda part: closest.phases[part.name])
     if asked > free and needed <= asked:
@@ -251,76 +247,100 @@ class _Scene:
     def pixels(self) -> int:
         return self.height * self.width
 
-    def widened(self, parts: Sequence[Part]) -> int:
-        """Bytes at home on the CPU that no file backs: weights stored in float16 that are loaded in float32."""
-        if self.device.type != "cpu":
-            return 0
-        return sum(part.memory("float16") - 2 * part.parameters for part in parts if part.dtypes == ("float16",))
-
-    def resident(self, parts: Sequence[Part]) -> Iterator[tuple[str, list[PartPlan]]]:
-        """All parts in memory, or all but the text encoder, each with larger and then smaller tiles of the decoder."""
+    def candidates(
+        self, parts: Sequence[Part], fits: Callable[[Sequence[PartPlan]], bool]
+    ) -> Iterator[tuple[str, list[PartPlan]]]:
+        """What the components may do, and why, the fastest first. None needs less than the last one, or on the CPU one
+        of them."""
+        if self.device.type == "cpu":
+            # Where memory is short, those that compute for the shortest time do without it first.
+            ordered = sorted(parts, key=lambda part: LONGEST.index(part.name))
+            for ways in itertools.product(*map(self._resident_ways, ordered)):
+                chosen = {way.name: way for way in ways}
+                yield "all components stay in memory", [chosen[part.name] for part in parts]
+            return
         whole = {part.name: self._whole(part, self._dtype(part), RESIDENT) for part in parts}
-        firsts = [("all parts stay in memory", whole)]
+        firsts = [("all components stay in memory", whole)]
         if "text_encoder" in whole and len(whole) > 1:
-            for way in self.ways(self.found.by_name["text_encoder"]):
-                firsts.append(("all parts but the text encoder stay in memory", {**whole, "text_encoder": way}))
+            for way in self._ways(self.found.by_name["text_encoder"]):
+                firsts.append(("all components but the text encoder stay in memory", {**whole, "text_encoder": way}))
         for reason, first in firsts:
             yield reason, list(first.values())
             for tiled in self._tiled(first["vae"]) if "vae" in first else ():
                 yield reason, list({**first, "vae": tiled}.values())
+        turns = [list(self._ways(part)) for part in parts]
+        smallest = [min(ways, key=lambda way: way.weights + way.work) for ways in turns]
+        fitting = [next((way for way in ways if fits([way])), least) for ways, least in zip(turns, smallest)]
+        yield "the components take turns", fitting
 
-    def ways(self, part: Part) -> Iterator[PartPlan]:
-        """How a part may take its turn, the fastest first."""
+    def _ways(self, part: Part) -> Iterator[PartPlan]:
+        """How a component may take its turn on an accelerator, the fastest first."""
         dtype = self._dtype(part)
-        stored = part.dtypes[0]
-        free = part.name in ("text_encoder", PRIOR) and part.name not in self.dtypes
-        if free and self._is_mapped(part, stored) and self._computes(stored):  # nothing is cast for each prompt
-            yield self._whole(part, stored, IN_TURN)
         whole = self._whole(part, dtype, IN_TURN)
         yield whole
         if part.name == "vae":
             yield from self._tiled(whole)
         elif part.name == PRIOR:
-            if free:
+            if part.name not in self.dtypes:
                 yield from (self._whole(part, few, IN_TURN) for few in QUANTISED)
         elif len(part.blocks()) > 1 and dtype not in QUANTISED:
             yield self._streamed(part, dtype)
 
-    def _whole(self, part: Part, dtype: str, way: str) -> PartPlan:
-        mapped = self._is_mapped(part, dtype)
-        if dtype in QUANTISED and self.device.type == "cpu":
-            way = RESIDENT  # where it is made
-        # What is mapped takes nothing, but our own models may pack their weights anew for speed.
-        size = self._memory(part, dtype)
-        weights = 0 if mapped and part.name in ("text_encoder", PRIOR) else size
-        moved = 0 if mapped or way == RESIDENT else size
-        return PartPlan(part.name, part.dtypes[0], dtype, way, weights, self._work(part, dtype), moved)
+    def _resident_ways(self, part: Part) -> Iterator[PartPlan]:
+        """How a component may be loaded on the CPU, the fastest first: cast, or as it is stored."""
+        stored, fast = part.dtypes[0], fast_dtype(self.device)
+        asked = self._dtype(part) if part.name in self.dtypes else None
+        dtypes = [asked or fast]
+        if stored in DTYPES and asked in (None, self._computes(stored)):
+            dtypes.append(stored)
+        if asked is None and len(dtypes) > 1 and fast == "float32":
+            del dtypes[0]  # weights are widened as they are used: a cast gains nothing
+        for dtype in dict.fromkeys(dtypes):
+            whole = self._whole(part, dtype, RESIDENT)
+            yield whole
+            if part.name == "vae":
+                yield from self._tiled(whole)
 
-    def _memory(self, part: Part, dtype: str) -> int:
-        """Bytes of a part's weights, the large ones of its blocks in few bits if the dtype says so."""
-        if dtype not in QUANTISED:
-            return part.memory(dtype)
-        rest = fast_dtype(self.device)
-        few = [
-            name
-            for prefix, names in part.blocks().items()
-            if prefix
-            for name in names
-            if name.endswith(".weight")
-            and part.tensors[name][1] >= SMALL_WEIGHT
-            and not any(f".{kept}." in f".{name}" for kept in KEPT)
-        ]
-        quantised = sum(part.tensors[name][1] for name in few)
-        return part.memory(rest) - DTYPES[rest] * quantised + int(QUANTISED[dtype][1] * quantised)
+    def _whole(self, part: Part, dtype: str, way: str) -> PartPlan:
+        loaded = dtype
+        if dtype in QUANTISED:
+            loaded = part.dtypes[0] if self.device.type == "cpu" else fast_dtype(self.device)
+        computes = self._computes(loaded)
+        weights = self._weights(part, loaded, dtype)
+        work = self._work(part, loaded, computes)
+        shown = dtype if dtype in QUANTISED else computes
+        return PartPlan(part.name, loaded, shown, way, weights, work, weights if way == IN_TURN else 0)
+
+    def _computes(self, loaded: str) -> str:
+        """The dtype that weights of a dtype are multiplied in."""
+        native = self.device.type != "cpu" or loaded == fast_dtype(self.device)
+        return loaded if native else "float32"
+
+    def _weights(self, part: Part, loaded: str, dtype: str) -> int:
+        """Bytes of a component's weights, the large ones of its blocks quantized if ``dtype`` says so; on the CPU
+        without what stays in its file."""
+        quantized = set()
+        if dtype in QUANTISED:
+            quantized = {
+                name
+                for prefix, names in part.blocks().items()
+                if prefix
+                for name in names
+                if name.endswith(".weight")
+                and part.tensors[name][1] >= SMALL_WEIGHT
+                and not any(f".{kept}." in f".{name}" for kept in KEPT)
+            }
+        mapped = self.device.type == "cpu" and part.dtypes == (loaded,)
+        rest = part.wide(loaded) if mapped else part.tensors.keys() - quantized
+        few = sum(part.tensors[name][1] for name in quantized)
+        return part.memory(loaded, rest) + int(few * (QUANTISED[dtype][1] if few else 0))
 
     def _streamed(self, part: Part, dtype: str) -> PartPlan:
         blocks = part.blocks()
         largest = max(part.memory(dtype, names) for prefix, names in blocks.items() if prefix)
-        present = 2 if self.device.type != "cpu" else 1  # one that computes and one that is on its way
-        weights = part.memory(dtype, blocks[""]) + present * largest
-        work = self._work(part, dtype)
-        moved = 0 if self._is_mapped(part, dtype) else part.memory(dtype)
-        return PartPlan(part.name, part.dtypes[0], dtype, BLOCKS, weights, work, moved)
+        weights = part.memory(dtype, blocks[""]) + 2 * largest  # one that computes and one that is on its way
+        work = self._work(part, dtype, dtype)
+        return PartPlan(part.name, dtype, dtype, BLOCKS, weights, work, part.memory(dtype))
 
     def _tiled(self, whole: PartPlan) -> Iterator[PartPlan]:
         if self.pixels:
@@ -337,6 +357,7 @@ class _Scene:
         plan = make_plan(layers, itemsize, max_bytes, strip_bytes)
         kernels = strip_bytes if self.device.type == "cpu" else 0
         work = plan.peak_bytes + kernels + PIXEL * self.pixels * self.pictures
+        work += self._temporary(self.found.by_name["vae"], part.loaded, part.dtype)
         return replace(part, work=work, tiling=Tiling(plan.peak_bytes, strip_bytes, plan.recomputation))
 
     def _vae_config(self) -> Mapping[str, Any]:
@@ -360,16 +381,20 @@ class _Scene:
             raise InputError(f"a memory budget can be planned with {', '.join(known)}, not with {dtype}")
         return dtype
 
-    def _computes(self, dtype: str) -> bool:
-        return dtype in ("float32", fast_dtype(self.device))
+    def _temporary(self, part: Part, loaded: str, computes: str) -> int:
+        """Bytes of a weight that a CPU widens, or brings into the order in which it is multiplied."""
+        counts = [count for name, (_, count) in part.tensors.items() if not any(mark in name for mark in TABLES)]
+        if self.device.type != "cpu" or loaded == "float32" or not counts:
+            return 0
+        if loaded == computes:
+            return DTYPES[loaded] * max(counts)
+        return 4 * (max(counts) if part.name == "vae" else min(max(counts), BLOCK))
 
-    def _is_mapped(self, part: Part, dtype: str) -> bool:
-        return self.device.type == "cpu" and part.dtypes == (dtype,) and dtype in DTYPES
+    def _work(self, part: Part, loaded: str, dtype: str) -> int:
+        """Bytes of the computation in ``dtype``, with everything at once."""
+        return self._temporary(part, loaded, dtype) + self._activations(part, dtype)
 
-    def _work(self, part: Part, dtype: str) -> int:
-        """Bytes of the computation, with everything at once."""
-        if dtype in QUANTISED:
-            dtype = fast_dtype(self.device)
+    def _activations(self, part: Part, dtype: str) -> int:
         config, itemsize = part.config, DTYPES[dtype]
         if part.name == PRIOR:
             return self._prior_work(config, itemsize)
@@ -390,9 +415,8 @@ class _Scene:
             return work
         width, inner = int(config.get("d_model", 4096)), int(config.get("d_ff", 10240))
         scores = int(config.get("num_heads", 64)) * 300 * TEXT_TOKENS  # float32, and the bias of positions beside them
-        matrix = max((count for name, (_, count) in part.tensors.items() if _is_matrix(name)), default=0)
-        # A matrix is reordered for the product; hidden states, and the two branches of the feed-forward.
-        return (matrix + TEXT_TOKENS * (6 * width + 3 * inner)) * itemsize + 8 * scores
+        # Hidden states, and the two branches of the feed-forward.
+        return TEXT_TOKENS * (6 * width + 3 * inner) * itemsize + 8 * scores
 
     def _prior_work(self, config: Mapping[str, Any], itemsize: int) -> int:
         """Keys and values of a sequence that refers to an image of the same size, and the widest hidden states."""
@@ -408,10 +432,6 @@ class _Scene:
         return self.pictures * (length * kept + wide) * itemsize
 
 
-def _is_matrix(name: str) -> bool:
-    return "shared" not in name and "embed" not in name
-
-
 def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
     """Have a pipeline, loaded as ``load_dtypes`` says, follow the plan."""
     device = torch.device(plan.device)
@@ -420,16 +440,13 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
         module = pipe.components[part.name]
         if part.dtype in QUANTISED:
             quantize(module, QUANTISED[part.dtype][0], keep_originals=False)
-            module.to(getattr(torch, fast_dtype(device)))  # what is not in few bits
         if part.tiling is not None:
             module.enable_tiling(part.tiling.max_bytes, part.tiling.strip_bytes)
         if part.name == "vae" and plan.pictures > 1:
             module.enable_slicing()
         if part.way == RESIDENT:
             module.to(device)
-        streamed = part.way == BLOCKS
-        dtype: torch.dtype | None = None if part.dtype in QUANTISED else getattr(torch, part.dtype)
-        visits[module] = Visit(dtype, blocks=1 if streamed else None, ahead=streamed and device.type != "cpu")
+        visits[module] = Visit(blocks=1, ahead=True) if part.way == BLOCKS else Visit()
     given = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part not in visits]
     resident = all(part.way == RESIDENT for part in plan.parts) and all(is_settled(part) for part in given)
     pipe.placement = Resident() if resident else OneAtATime(device, visits=visits)
@@ -439,32 +456,23 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
 
 
 def load_dtypes(plan: MemoryPlan) -> dict[str, torch.dtype]:
-    """In which dtype to load each part: what stays in memory is cast once, the others are left as stored."""
-    stay = {part.name for part in plan.parts if part.way == RESIDENT and part.dtype not in QUANTISED}
-    return {part.name: getattr(torch, part.dtype if part.name in stay else part.stored) for part in plan.parts}
+    """In which dtype to load each component."""
+    return {part.name: getattr(torch, part.loaded) for part in plan.parts}
 
 
 def check_libraries(plan: MemoryPlan) -> None:
     """Raise now, and not after the weights are loaded, where a library for few bits is missing."""
     for part in plan.parts:
         if part.dtype in QUANTISED:
-            SCHEMES[QUANTISED[part.dtype][0]]().check(torch.device("cpu"), getattr(torch, part.stored))
+            SCHEMES[QUANTISED[part.dtype][0]]().check(torch.device("cpu"), getattr(torch, part.loaded))
 
 
 # --- the machine ---
 
 
-def default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def fast_dtype(device: torch.device) -> str:
-    """bfloat16 where the device has it, float16 on older GPUs, and else float32."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type == "cpu":
-        return "bfloat16" if multiplies_bfloat16() else "float32"
-    return "float32" if device.type == "mps" else "bfloat16"
+    """The name of the dtype that the device computes in fastest."""
+    return str(machine.fast_dtype(device)).removeprefix("torch.")
 
 
 def base_memory(device: torch.device) -> int:
@@ -473,30 +481,6 @@ def base_memory(device: torch.device) -> int:
         return max(process_memory(), PROCESS) + MARGIN
     taken = torch.cuda.memory_allocated(device) if device.type == "cuda" and torch.cuda.is_available() else 0
     return taken + 2 * MARGIN
-
-
-def process_memory() -> int:
-    """Bytes of this process that no file backs; 0 where the system does not tell."""
-    return _kilobytes("/proc/self/status", "RssAnon") or 0
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can have on the device, with what it has already."""
-    if device.type == "cpu":
-        available = _kilobytes("/proc/meminfo", "MemAvailable")
-        return 2**62 if available is None else available + process_memory()
-    if device.type == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return 2**62
-
-
-def _kilobytes(path: str, field: str) -> int | None:
-    """The bytes of a line such as ``RssAnon:  123 kB``."""
-    try:
-        with open(path) as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 def _side(found: Inspection) -> int:

@@ -6,6 +6,7 @@ import functools
 import html
 import logging
 import re
+import threading
 import urllib.parse
 import weakref
 from collections import defaultdict
@@ -218,10 +219,14 @@ def encode_texts(
 
 Tokens = tuple[int, ...]
 
+#: Held while a tokenizer works: the truncation of a call stays in it until the next, which may be another thread's.
+TOKENIZING = threading.Lock()
+
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[Tokens]:
     def tokenize(texts: list[str], **options: Any) -> list[Tokens]:
-        return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=True, **options)["input_ids"]]
+        with TOKENIZING:
+            return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=True, **options)["input_ids"]]
 
     tokens = tokenize(texts, truncation=True, max_length=max_length)
     full = list(dict.fromkeys(text for text, ids in zip(texts, tokens) if len(ids) >= max_length))

@@ -1,4 +1,4 @@
-"""A place around the call of a module, for whoever changes it from outside."""
+"""Layers around the call of a module, for code that changes it from outside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-#: Gets what it stands around and that one's arguments, and returns what the module is to return.
+#: Takes the call that it wraps and the arguments of that call, and returns the result of the module.
 Layer = Callable[..., Any]
 
 _SLOT = "_compiled_call_impl"
@@ -17,13 +17,13 @@ _SLOT = "_compiled_call_impl"
 class Seam:
     """Layers around the call of a module, the last one outermost.
 
-    It sits where ``nn.Module.compile`` puts its result. So it is outside of compiled graphs and of hooks: a layer may
-    leave the module out, and then neither runs. A forward put in place of the module's own would be inside of both.
-    And a copy of the module is a plain one, since torch leaves this place out of copies and pickles; a replaced
-    forward would be copied with the module and go on computing with the weights of the first.
+    It is stored where ``nn.Module.compile`` stores its result, so it is outside of compiled graphs and hooks: if a
+    layer skips the module, neither runs. A replaced ``forward`` would be inside of both. A copy of the module has no
+    layers, since torch leaves this attribute out of copies and pickles; a replaced ``forward`` would be copied with
+    the module and keep computing with the weights of the original.
 
-    A later ``module.compile()`` takes the place: who needs a layer asks ``is_around`` and inserts it again. When the
-    last layer is taken out, what was there before is there again.
+    A later ``module.compile()`` overwrites it: callers that need a layer check ``is_around`` and insert it again.
+    Removing the last layer restores what was there before.
     """
 
     def __init__(self, module: nn.Module):
@@ -38,7 +38,7 @@ class Seam:
         return call(*args, **kwargs)
 
     def remove(self) -> None:
-        if vars(self._module).get(_SLOT) is not self:  # someone stands around it, and will leave it behind, empty
+        if vars(self._module).get(_SLOT) is not self:  # wrapped by something else: it stays, empty
             return
         if self._before is None:
             del self._module.__dict__[_SLOT]
@@ -47,7 +47,7 @@ class Seam:
 
 
 def _find(module: nn.Module) -> Seam | None:
-    """The seam of a module, also where something else has been put around it in the meantime."""
+    """The seam of a module, even if something else has been wrapped around it in the meantime."""
     found = vars(module).get(_SLOT)
     while found is not None and not isinstance(found, Seam):
         found = getattr(found, "__wrapped__", None)
@@ -63,7 +63,7 @@ def insert(module: nn.Module, layer: Layer) -> None:
 
 
 def take_out(module: nn.Module, layer: Layer) -> None:
-    """Undo ``insert``; nothing happens where the layer is not there any more."""
+    """Undo ``insert``; no effect if the layer is no longer there."""
     seam = _find(module)
     if seam is None or layer not in seam.layers:
         return
@@ -73,6 +73,6 @@ def take_out(module: nn.Module, layer: Layer) -> None:
 
 
 def is_around(module: nn.Module, layer: Layer) -> bool:
-    """Whether the layer is in its place."""
+    """Whether the layer is around the call of the module."""
     seam = _find(module)
     return seam is not None and layer in seam.layers

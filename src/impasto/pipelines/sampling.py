@@ -1,0 +1,213 @@
+"""The only denoising loop: a run holds the state of one generation, and ``advance`` takes runs one step further.
+
+Progress bars, callbacks, previews and cancellation drive the loop. Guidance intervals, step caches, captured graphs
+and one-step models are its inputs.
+
+Shapes: B images, C latent channels, h x w latent pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nn.precision import adapt
+from ..transforms.step_cache import Memory
+from .inputs import call_back
+from .moving import unwrapped
+from .request import Request
+
+
+class Stop:
+    """Whether a generation should end early. Each has its own, known to its pipeline while it is in progress."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.requested = False
+
+
+#: The generation whose pipeline's call this thread is in. Loops that a caller drives are not calls.
+calling: ContextVar[Stop | None] = ContextVar("impasto_call", default=None)
+
+
+class Half(NamedTuple):
+    """What the transformer is called with in addition to the latents and the timestep."""
+
+    copies: int  # of the latents: 2 if it holds both the negative and the positive prompts
+    arguments: Mapping[str, Any]
+
+
+@dataclass
+class DenoisingStep:
+    """One step that was taken. The caller of the loop may assign other latents or other embeddings."""
+
+    index: int
+    count: int  # of all steps
+    timestep: Tensor  # a single number
+    latents: Tensor  # [B, C, h, w], after the step
+    embeds: Any  # as encode_prompt returns them, for B images
+
+
+@dataclass(eq=False)
+class Run:
+    """One generation. Runs share the components of a pipeline and nothing else, so they can take turns."""
+
+    pipe: Any
+    transformer: Any
+    call: Callable[..., Any]  # the transformer, or what replays its captured graph
+    scheduler: Any  # a copy, with its timesteps set
+    latents: Tensor  # [B, C, h, w]
+    embeds: Any
+    guidance_scale: float
+    encode: Callable[[Any, bool], list[Half]]  # embeddings -> the negative (if requested) and the positive half
+    modulation: Any  # of all steps
+    options: Mapping[str, Any]  # of the scheduler's step
+    takes_original: bool = False  # the scheduler's x_0 instead of its next sample
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        self.index, self.end = self.start, len(self.scheduler.timesteps)
+        scale = self.guidance_scale if self.embeds.negative_prompt_embeds is not None else 1.0
+        interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache
+        #: The scale of each step; with 1 or less the negative half is left out.
+        self.guidance = [scale] * self.end if interval is None else interval.scales(self.scheduler, scale)
+        self.halves: dict[bool, list[Half]] = {}  # by whether the negative one is among them
+        self.memories: dict[tuple[bool, int], Memory] = {}  # of the step cache, for each half
+
+    def use(self, embeds: Any) -> None:
+        """Go on with other embeddings."""
+        self.embeds = embeds
+        self.halves.clear()
+        self.memories.clear()
+
+    def caching(self, guided: bool, half: int) -> AbstractContextManager[None]:
+        """The context for a call of the transformer, in which a step cache may skip blocks."""
+        if self.cache is None:
+            return nullcontext()
+        if (guided, half) not in self.memories:
+            if half == 0:
+                self.memories.clear()  # guidance begins or ends
+            self.memories[guided, half] = self.cache.memory(self.end)
+        return self.memories[guided, half].current(self.index)
+
+
+@torch.no_grad()
+def advance(runs: Sequence[Run]) -> None:
+    """Take each run one step further."""
+    for run in runs:
+        t, scale = run.scheduler.timesteps[run.index], run.guidance[run.index]
+        with run.pipe.placement.using(run.transformer):
+            predicted = predict(run, t, scale > 1.0)  # [B or 2 B, C, h, w]
+        if scale > 1.0:
+            negative, positive = predicted.chunk(2)
+            predicted = negative + scale * (positive - negative)  # classifier-free guidance (2207.12598)
+        result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
+        run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
+        run.index += 1
+
+
+def predict(run: Run, t: Tensor, guided: bool) -> Tensor:
+    """The transformer's predictions [B, C, h, w], after those with the negative prompts if guided."""
+    if guided not in run.halves:
+        run.halves[guided] = run.encode(run.embeds, guided)
+    scale_model_input = getattr(run.scheduler, "scale_model_input", None)
+    x = run.latents if scale_model_input is None else scale_model_input(run.latents, t)
+    x = x.to(run.transformer.dtype)
+    timestep = run.modulation.select(slice(run.index, run.index + 1))
+    predictions = []
+    for i, half in enumerate(run.halves[guided]):
+        with run.caching(guided, i):
+            rows = torch.cat([x] * half.copies)
+            predictions.append(run.call(rows, timestep=timestep, return_dict=False, **half.arguments)[0])
+    if run.transformer is not unwrapped(run.transformer):  # the next call of a compiled model may overwrite its output
+        predictions = [prediction.clone() for prediction in predictions]
+    # Channels beyond those of the latents are a learned variance.
+    return torch.cat(predictions)[:, : x.shape[1]].to(run.latents.dtype)
+
+
+@torch.no_grad()
+def denoising_steps(pipe: Any, begin: Callable[[], Run]) -> Generator[DenoisingStep, None, None]:
+    """The generator of steps. Other loops and calls may run between them.
+
+    Args:
+        begin: called once the transformer is in place.
+    """
+    stop, transformer, scheduler = calling.get(), pipe._require("transformer"), pipe.scheduler
+    if stop is None or stop.pipe is not pipe:
+        stop = Stop(pipe)  # the loop is driven by the caller
+    pipe.in_progress.append(stop)
+    try:
+        with pipe.placement.keeping(transformer):
+            adapt(transformer)
+            with pipe.placement.using(transformer):
+                run = begin()
+            try:
+                while run.index < run.end and not stop.requested:
+                    index = run.index
+                    advance([run])
+                    step = DenoisingStep(index, run.end, run.scheduler.timesteps[index], run.latents, run.embeds)
+                    yield step
+                    run.latents = step.latents
+                    if step.embeds is not run.embeds:
+                        run.use(step.embeds)
+            finally:
+                show_schedule(run.scheduler, scheduler)
+    finally:
+        pipe.in_progress.remove(stop)
+
+
+def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor, request: Request) -> Tensor:
+    """Run a loop to its end or to an interruption, with a progress bar and the callbacks of a request.
+
+    Returns:
+        the last latents [B, C, h, w]; the given ones if there was no step.
+    """
+    order = getattr(pipe.scheduler, "order", 1)
+    with pipe.progress_bar(total=request.schedule.steps) as progress, closing(loop):
+        for step in loop:
+            if request.on_step_end is not None:
+                call_back(pipe, step, request.on_step_end, request.on_step_end_names)
+                pipe._check_packed_weights()
+            latents = step.latents
+            done = step.index + 1
+            warm_up = max(step.count - request.schedule.steps * order, 0)  # calls before the first step (PNDM has some)
+            if done == step.count or (done > warm_up and done % order == 0):
+                progress.update()
+                if request.callback is not None and step.index % request.callback_steps == 0:
+                    request.callback(step.index // order, step.timestep, latents)
+    return latents
+
+
+def own_scheduler(scheduler: Any, device: torch.device, **arguments: Any) -> Any:
+    """A copy of a scheduler for one run, with its timesteps set.
+
+    Args:
+        arguments: for ``set_timesteps``.
+    """
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(device=device, **arguments)
+    if hasattr(own, "set_begin_index"):  # otherwise the first step is looked up: ambiguous if timesteps repeat
+        own.set_begin_index(0)
+    show_schedule(own, scheduler)
+    return own
+
+
+def show_schedule(own: Any, scheduler: Any) -> None:
+    """Show the schedule of the last run on the pipeline's scheduler. No run reads what is written here."""
+    for name in ("timesteps", "sigmas", "num_inference_steps"):
+        if hasattr(own, name):
+            setattr(scheduler, name, copy.deepcopy(getattr(own, name)))
+
+
+def step_options(scheduler: Any, **options: Any) -> dict[str, Any]:
+    """The options that the scheduler's ``step`` takes."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in options.items() if name in accepted}
