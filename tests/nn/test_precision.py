@@ -337,6 +337,7 @@ def test_foreign_code_reads_dtypes_and_makes_tensors_of_them() -> None:
         x = torch.ones(4)
         x += weight[0]
         x[:2] = weight[0, :2]
+        x[torch.tensor([0, 1]),] = weight[1, :2]
         made.append(x.mul_(weight[1]))
         views = [weight.T, weight[0], weight.detach(), weight.view(2, 8), nn.Parameter(weight.data)]
         into = random(4, 4)
@@ -448,6 +449,10 @@ def test_compiled_and_exported() -> None:
     torch.testing.assert_close(torch.jit.trace(model, (x,))(x), expected, **close)
     model[0].compile(backend="eager")
     torch.testing.assert_close(model(x), expected, **close)
+    wide = small_layers()
+    adapt(wide)  # without effect
+    compiled = torch.compile(wide, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x.float()), wide(x.float()), **close)
     wrapped = torch.compile(small_layers().bfloat16(), backend="eager")
     adapt(wrapped)
     assert precision_of(wrapped._orig_mod) == "automatic"

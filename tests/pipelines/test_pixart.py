@@ -505,7 +505,7 @@ def test_a_compiled_transformer_is_what_runs(pipe: PixArtSigmaPipeline) -> None:
         return run
 
     pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
-    torch.testing.assert_close(draw(pipe), expected)
+    assert (draw(pipe) - expected).norm() <= 1e-5 * expected.norm()  # graphs have other kernels
     assert calls == 3
     del pipe.transformer
 

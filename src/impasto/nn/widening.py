@@ -47,9 +47,9 @@ def is_narrow(x: Any) -> bool:
 
 
 def widened(x: Any) -> Any:
-    if type(x) in (list, tuple):
-        return type(x)(map(widened, x))
-    return x.float() if is_narrow(x) else x
+    if isinstance(x, Tensor):
+        return x.float() if is_narrow(x) else x
+    return type(x)(map(widened, x)) if type(x) in (list, tuple) else x
 
 
 # --- what is done with each function ---

@@ -28,7 +28,7 @@ from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
 from .moving import unwrapped
 from .placement import OneAtATime, check_dtype
-from .request import Schedule, Texts, read_glm_image, read_glm_image_texts, read_schedule
+from .request import Schedule, read_glm_image, read_glm_image_texts, read_schedule
 from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
 from .text import EncodedTexts
 
@@ -183,7 +183,7 @@ class GlmImagePipeline(Pipeline):
         """
         request = read_glm_image(self, GlyphEmbeds._fields, locals())
         with torch.no_grad(), self._calling() as stop:
-            embeds = self._encode(request.texts, self.device, self.dtype)  # before the prior, which takes long
+            embeds = self.encode_prompt(**request.texts.of_glm_image)  # before the prior, which takes long
             prior = request.prior
             if prior is None:
                 per_prompt = request.texts.images_per_prompt
@@ -310,10 +310,7 @@ class GlmImagePipeline(Pipeline):
         prompts, _ = read_prompts(prompt, prompt_embeds)
         texts = read_glm_image_texts(self, prompts, do_classifier_free_guidance, locals())
         target = self.device if device is None else as_device(device)
-        return self._encode(texts, target, self.dtype if dtype is None else dtype)
-
-    def _encode(self, texts: Texts, device: torch.device, dtype: torch.dtype) -> GlyphEmbeds:
-        """The embeddings of B images: given ones, and those of the texts."""
+        to = self.dtype if dtype is None else dtype
         positive, negative = texts.prompt_embeds, texts.negative_prompt_embeds
         count, wanted = len(texts.prompts), [*texts.prompts, *texts.negatives]
         if wanted:
@@ -322,7 +319,7 @@ class GlmImagePipeline(Pipeline):
             negative = _cut(embeds, mask, count, len(wanted)) if texts.negatives else negative
 
         def repeated(x: Tensor) -> Tensor:
-            return x.to(device, dtype).repeat_interleave(texts.images_per_prompt, dim=0)
+            return x.to(target, to).repeat_interleave(texts.images_per_prompt, dim=0)
 
         assert positive is not None
         return GlyphEmbeds(repeated(positive), None if negative is None else repeated(negative))

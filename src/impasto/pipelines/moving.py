@@ -1,7 +1,7 @@
-"""A part's weights, copied to a device for as long as they are needed there: all of them, or a few blocks at a time.
+"""A component's weights, copied to a device while they are needed there: all of them, or a few blocks at a time.
 
-Weights at home are what counts: what comes to the device is a copy of them, and is dropped, never copied back.
-Afterwards nothing is left in the part.
+Weights on the host are what counts: what comes to the device is a copy of them, and is dropped, never copied back.
+Afterwards nothing is left in the component.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ WITHOUT_STREAMS = ("cpu", "mps", "meta")
 
 @dataclass(frozen=True)
 class Visit:
-    """How a part comes to the device."""
+    """How a component comes to the device."""
 
     blocks: int | None = None  # how many of its blocks are there at a time; None: all
     ahead: bool = False  # copy the next blocks while these compute
 
 
 class Slot(NamedTuple):
-    """A parameter or buffer of a part, and where it is kept."""
+    """A parameter or buffer of a component, and where it is kept."""
 
     owner: nn.Module
     key: str
-    name: str  # in the part
+    name: str  # in the component
     parameter: nn.Parameter | None  # None for a buffer
 
     def read(self) -> Tensor:
@@ -78,7 +78,7 @@ class Group:
         self._slots, self._device = slots, device
         self._copies: list[Tensor] | None = None
         self._ready: torch.Event | None = None  # when the copies may be read, where they are made aside
-        self._home: list[tuple[Slot, Tensor]] = []
+        self._on_host: list[tuple[Slot, Tensor]] = []
 
     def fetch(self, stream: torch.Stream | None = None) -> None:
         """Copy to the device, on a stream of its own if there is one, without waiting."""
@@ -101,13 +101,13 @@ class Group:
             torch.accelerator.current_stream(self._device).wait_event(self._ready)
         with torch.inference_mode(False), torch.no_grad():
             for slot, copy in zip(self._slots, self._copies, strict=True):
-                home = slot.read()
-                if not _is_the_same(copy, home):
-                    self._home.append((slot, home))
+                host = slot.read()
+                if not _is_the_same(copy, host):
+                    self._on_host.append((slot, host))
                     slot.write(copy)
 
     def leave(self, stream: torch.Stream | None = None) -> None:
-        """Have the modules read what is at home again, and drop the copies.
+        """Have the modules read what is on the host again, and drop the copies.
 
         ``stream``, on which the copies were made, waits for what still computes with them. Their memory is of that
         stream, and only it writes there next: so there is never more of it than what is counted here.
@@ -115,13 +115,13 @@ class Group:
         if stream is not None and self._copies is not None:
             stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
         with torch.inference_mode(False), torch.no_grad():
-            for slot, home in self._home:
-                slot.write(home)
-        self._home, self._copies, self._ready = [], None, None
+            for slot, host in self._on_host:
+                slot.write(host)
+        self._on_host, self._copies, self._ready = [], None, None
 
 
 class Stay:
-    """A part on the device from ``begin`` to ``end``: whole, or its blocks in turns and the rest of it whole."""
+    """A component on the device from ``begin`` to ``end``: whole, or its blocks in turns and the rest of it whole."""
 
     def __init__(self, part: nn.Module, device: torch.device, visit: Visit):
         inner = unwrapped(part)
@@ -198,7 +198,7 @@ class Stay:
 
 
 def block_lists(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of repeated blocks, outermost ones only, with their names; none in convolutional parts."""
+    """The lists of repeated blocks, outermost ones only, with their names; none in convolutional components."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in part.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
@@ -222,23 +222,23 @@ def methods_of(block: nn.Module) -> list[str]:
 
 
 def pin(part: nn.Module) -> None:
-    """Give a part's weights at home memory that a GPU can read while it computes."""
+    """Give a component's weights on the host memory that a GPU can read while it computes."""
     for slot in slots_of(unwrapped(part)):
         tensor = slot.read()
         if tensor.device.type == "cpu" and not tensor.is_pinned():
             slot.write(tensor.pin_memory())
 
 
-# --- what is known of parts ---
+# --- what is known of components ---
 
 
 def unwrapped(part: Any) -> Any:
-    """The module that ``torch.compile`` has wrapped, or the part itself."""
+    """The module that ``torch.compile`` has wrapped, or the component itself."""
     return getattr(part, "_orig_mod", part)
 
 
 def is_settled(part: nn.Module) -> bool:
-    """Whether another library has quantised a part or given it its devices: it is used as and where it is."""
+    """Whether another library has quantized a component or given it its devices: it is used as and where it is."""
     part = unwrapped(part)
     if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
         return True
@@ -246,9 +246,9 @@ def is_settled(part: nn.Module) -> bool:
     return any(not _is_plain(p) for module in own for p in module._parameters.values() if p is not None)
 
 
-def _is_the_same(copy: Tensor, home: Tensor) -> bool:
+def _is_the_same(copy: Tensor, host: Tensor) -> bool:
     """Whether nothing had to be copied."""
-    return copy is home or (copy.device == home.device and _is_plain(copy) and copy.data_ptr() == home.data_ptr())
+    return copy is host or (copy.device == host.device and _is_plain(copy) and copy.data_ptr() == host.data_ptr())
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ from .compiling import TEXT_MULTIPLE
 from .families import ALPHA, SIGMA, Family, mixtures
 from .foreign_stages import ForeignStages
 from .image import ImageProcessor
-from .request import Texts, read_pixart, read_pixart_texts, read_schedule
+from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Half, Run, denoising_steps, drive, own_scheduler, step_options
 from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 
@@ -163,7 +163,7 @@ class PixArtPipeline(Pipeline):
         self._check_conditions()
         self._warn_of_mixtures()
         with torch.no_grad(), self._calling():
-            embeds = self._encode(request.texts, self.device)
+            embeds = self.encode_prompt(**request.texts.of_pixart)
             noise = self._noise(request, self.transformer.dtype)
             loop = self.denoise(noise, embeds, eta=request.eta, **request.denoising)
             images = self._finish(drive(self, loop, noise, request), request)
@@ -209,16 +209,13 @@ class PixArtPipeline(Pipeline):
         """
         inputs.check_extra(kwargs)
         texts = read_pixart_texts(do_classifier_free_guidance, locals())
-        return self._encode(texts, self.device if device is None else as_device(device))
-
-    def _encode(self, texts: Texts, device: torch.device) -> PromptEmbeds:
-        """The embeddings of B images: given ones, and those of the texts."""
+        target = self.device if device is None else as_device(device)
         given = (texts.prompt_embeds, texts.prompt_attention_mask)
         negative = (texts.negative_prompt_embeds, texts.negative_prompt_attention_mask)
         if texts.prompts or texts.negatives:
             length = texts.length if given[0] is None else given[0].shape[1]
             count = len(texts.prompts)
-            encoded = self._encode_texts([*texts.prompts, *texts.negatives], texts.clean, length, device)
+            encoded = self._encode_texts([*texts.prompts, *texts.negatives], texts.clean, length, target)
             given = (encoded.embeds[:count], encoded.mask[:count]) if texts.prompts else given
             negative = (encoded.embeds[count:], encoded.mask[count:]) if texts.negatives else negative
         components = self.components
@@ -226,7 +223,7 @@ class PixArtPipeline(Pipeline):
         dtype = present[0].dtype if present else None
 
         def repeated(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
-            return None if x is None else x.to(device, dtype).repeat_interleave(texts.images_per_prompt, dim=0)
+            return None if x is None else x.to(target, dtype).repeat_interleave(texts.images_per_prompt, dim=0)
 
         return PromptEmbeds(
             repeated(given[0], dtype), repeated(given[1]), repeated(negative[0], dtype), repeated(negative[1])

@@ -29,6 +29,7 @@ from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
 from ..nn import machine
 from ..nn.machine import default_device, free_memory, process_memory
 from ..nn.module import parse_size
+from ..nn.precision import compute_in_float32
 from ..nn.widening import BLOCK
 from ..transforms.quantize import KEPT, Method, quantize
 from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES
@@ -41,7 +42,7 @@ logger = logging.getLogger("impasto")
 
 RESIDENT, IN_TURN, BLOCKS = "resident", "in turn", "block by block"
 PRIOR = "vision_language_encoder"
-#: Weights of few bits: by which method of ``quantize``, and bytes of each.
+#: Quantized weights: by which method of ``quantize``, and bytes of each.
 QUANTISED: dict[str, tuple[Method, float]] = {"int8": ("int8-weight-only", 1.0), "nf4": ("nf4", 0.5 + 4 / NF4_BLOCK)}
 #: Weights of fewer values stay as they are in the estimate: they are no large linear layers.
 SMALL_WEIGHT = 2**16
@@ -59,12 +60,12 @@ TEXT_TOKENS = 600
 STRIPS = (256 * 2**20, 64 * 2**20, 16 * 2**20)
 #: What a convolution on the CPU takes for itself: its input and its output in an order of its own.
 REORDERED = 0.5
-#: Bytes of a pixel while a picture is resized, scaled and handed out: three numbers in float32, three times.
+#: Bytes of a pixel while an image is resized, scaled and handed out: three numbers in float32, three times.
 PIXEL = 36
 
 
 class Budget(NamedTuple):
-    """A budget for other pictures than a single one of the usual size, or for another device than the default."""
+    """A budget for other images than a single one of the usual size, or for another device than the default."""
 
     size: int | str  # bytes, or such as "8GB"
     device: torch.device | str | None = None
@@ -74,7 +75,7 @@ class Budget(NamedTuple):
 
 
 class BudgetTooSmallError(ResourceError):
-    """A budget within which nothing can be drawn.
+    """A budget within which nothing can be generated.
 
     Attributes:
         smallest: the budget that works, in bytes.
@@ -95,16 +96,16 @@ class Tiling(NamedTuple):
 
 @dataclass(frozen=True)
 class PartPlan:
-    """How a part takes its turn."""
+    """How a component takes its turn."""
 
     name: str
     loaded: str  # dtype of its weights
     dtype: str  # in which it computes, or the kind of quantized weights
     way: str  # RESIDENT, IN_TURN or BLOCKS
-    weights: int  # bytes of the budget that its weights take while it is in use, and if resident always
+    weights: int  # bytes of the budget that its weights take while it is in use, and always if resident
     work: int  # bytes that its computation takes
     moved: int  # bytes that are copied to the device each time it is used
-    tiling: Tiling | None = None  # of the decoder; None: the picture at once
+    tiling: Tiling | None = None  # of the decoder; None: the image at once
 
     def describe(self) -> str:
         widened = f" from {self.loaded}" if self.dtype == "float32" != self.loaded else ""
@@ -121,11 +122,11 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a pipeline draws within a budget."""
+    """How a pipeline generates within a budget."""
 
     device: str
     budget: int  # bytes
-    base: int  # bytes that are taken whatever is drawn
+    base: int  # bytes that are taken whatever is generated
     parts: tuple[PartPlan, ...]
     height: int
     width: int
@@ -134,7 +135,7 @@ class MemoryPlan:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak bytes of the phase of each part."""
+        """Peak bytes of the phase of each component."""
         held = sum(part.weights for part in self.parts if part.way == RESIDENT)
         found = {}
         for part in self.parts:
@@ -168,19 +169,19 @@ def plan_memory(
     """Choose dtypes, placement and tiling; no weights are read.
 
     Args:
-        found: the checkpoint, or those of its parts that will be loaded.
+        found: the checkpoint, or those of its components that will be loaded.
         size: the budget: bytes, or such as "8GB", of the device; on the CPU of the process, without what files back.
-        device: where to compute; the accelerator of this machine if None, or the CPU where there is none.
-        dtypes: of parts that are to compute in a certain one: a name, or "auto" for the stored one; or "int8" or
-            "nf4", for weights of few bits.
-        height, width: of the pictures, in pixels; those of the training by default.
-        pictures: how many are drawn at once.
+        device: where to compute; the accelerator of this machine if None, or the CPU.
+        dtypes: of components whose dtype is given: a name, or "auto" for the stored one; or "int8" or "nf4", for
+            quantized weights.
+        height, width: of the images, in pixels; those of the training by default.
+        pictures: how many images are generated at once.
         limited: count only as much of the budget as is free on this machine.
 
     Raises:
         BudgetTooSmallError: the message has the smallest budget that works.
         ResourceError: this machine has not so much free.
-        CheckpointError: weights that cannot be looked into.
+        CheckpointError: weights whose headers cannot be read.
     """
     chosen = default_device() if device is None else torch.device(device)
     asked = parse_size(size)
@@ -189,10 +190,10 @@ def plan_memory(
     parts = [part for part in found.parts if part.config and (part.tensors or part.pickled)]
     for part in parts:
         if part.pickled or not set(part.dtypes) <= set(FLOATS):
-            kind = "pickled" if part.pickled else f"quantised ({', '.join(part.dtypes)})"
+            kind = "pickled" if part.pickled else f"quantized ({', '.join(part.dtypes)})"
             raise CheckpointError(
-                f"the weights of {part.name} are {kind} and cannot be planned with; give the part to from_pretrained "
-                f"({part.name}=...), or load the pipeline without memory_budget"
+                f"the weights of {part.name} are {kind} and cannot be planned with; give the component to "
+                f"from_pretrained ({part.name}=...), or load the pipeline without memory_budget"
             )
     limit = min(asked, free)
     side = _side(found)
@@ -221,20 +222,20 @@ def plan_memory(
     largest = max(closest.parts, key=lambda part: closest.phases[part.name])
     if asked > free and needed <= asked:
         raise ResourceError(
-            f"{format_size(free)} are free on {chosen}, and {found.model} needs {_up(needed)} for pictures of "
-            f"{width} x {height} px; free some memory, or draw smaller pictures"
+            f"{format_size(free)} are free on {chosen}, and {found.model} needs {_up(needed)} for images of "
+            f"{width} x {height} px; free some memory, or generate smaller images"
         )
     raise BudgetTooSmallError(
-        f"a budget of {format_size(asked)} is too small for {found.model} on {chosen} with pictures of {width} x "
+        f"a budget of {format_size(asked)} is too small for {found.model} on {chosen} with images of {width} x "
         f"{height} px: the smallest that works is {_up(needed)}. Give that, which the {largest.name} takes "
-        f"({largest.dtype}, {largest.way}), or draw smaller pictures.",
+        f"({largest.dtype}, {largest.way}), or generate smaller images.",
         needed,
     )
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """What the ways of all parts depend on."""
+    """What the ways of all components depend on."""
 
     found: Inspection
     device: torch.device
@@ -291,21 +292,21 @@ class _Scene:
         stored, fast = part.dtypes[0], fast_dtype(self.device)
         asked = self._dtype(part) if part.name in self.dtypes else None
         dtypes = [asked or fast]
-        if stored in DTYPES and asked in (None, self._computes(stored)):
+        if stored in DTYPES and asked in (None, "float32", self._computes(stored)):
             dtypes.append(stored)
         if asked is None and len(dtypes) > 1 and fast == "float32":
             del dtypes[0]  # weights are widened as they are used: a cast gains nothing
         for dtype in dict.fromkeys(dtypes):
-            whole = self._whole(part, dtype, RESIDENT)
+            whole = self._whole(part, dtype, RESIDENT, "float32" if asked == "float32" else None)
             yield whole
             if part.name == "vae":
                 yield from self._tiled(whole)
 
-    def _whole(self, part: Part, dtype: str, way: str) -> PartPlan:
+    def _whole(self, part: Part, dtype: str, way: str, computes: str | None = None) -> PartPlan:
         loaded = dtype
         if dtype in QUANTISED:
             loaded = part.dtypes[0] if self.device.type == "cpu" else fast_dtype(self.device)
-        computes = self._computes(loaded)
+        computes = computes or self._computes(loaded)
         weights = self._weights(part, loaded, dtype)
         work = self._work(part, loaded, computes)
         shown = dtype if dtype in QUANTISED else computes
@@ -398,7 +399,7 @@ class _Scene:
         config, itemsize = part.config, DTYPES[dtype]
         if part.name == PRIOR:
             return self._prior_work(config, itemsize)
-        if part.name == "vae":  # one picture after the other
+        if part.name == "vae":  # one image after the other
             if not self.pixels:
                 return 0
             maps = decode_memory(config, *self._latent_sides(), getattr(torch, dtype), tiled=False)
@@ -440,6 +441,8 @@ def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
         module = pipe.components[part.name]
         if part.dtype in QUANTISED:
             quantize(module, QUANTISED[part.dtype][0], keep_originals=False)
+        if part.dtype == "float32" != part.loaded:
+            compute_in_float32(module)
         if part.tiling is not None:
             module.enable_tiling(part.tiling.max_bytes, part.tiling.strip_bytes)
         if part.name == "vae" and plan.pictures > 1:
@@ -461,7 +464,7 @@ def load_dtypes(plan: MemoryPlan) -> dict[str, torch.dtype]:
 
 
 def check_libraries(plan: MemoryPlan) -> None:
-    """Raise now, and not after the weights are loaded, where a library for few bits is missing."""
+    """Raise now, and not after the weights are loaded, if a library for quantized weights is missing."""
     for part in plan.parts:
         if part.dtype in QUANTISED:
             SCHEMES[QUANTISED[part.dtype][0]]().check(torch.device("cpu"), getattr(torch, part.loaded))

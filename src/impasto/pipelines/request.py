@@ -33,6 +33,25 @@ class Texts(NamedTuple):
     length: int  # tokens of a prompt, at most
     clean: bool = False  # whether to clean captions
 
+    @property
+    def of_glm_image(self) -> dict[str, Any]:
+        """Arguments of ``encode_prompt`` of GLM-Image's pipeline."""
+        return {
+            "prompt": self.prompts or None,
+            "do_classifier_free_guidance": bool(self.negatives) or self.negative_prompt_embeds is not None,
+            "negative_prompt": self.negatives or None,
+            "num_images_per_prompt": self.images_per_prompt,
+            "prompt_embeds": self.prompt_embeds,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "max_sequence_length": self.length,
+        }
+
+    @property
+    def of_pixart(self) -> dict[str, Any]:
+        """Arguments of ``encode_prompt`` of the PixArt pipelines."""
+        masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
+        return {**self.of_glm_image, **{n: getattr(self, n) for n in masks}, "clean_caption": self.clean}
+
 
 class Schedule(NamedTuple):
     """The requested steps: their number, or custom timesteps or noise levels."""

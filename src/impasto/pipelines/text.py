@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import shown, whole_number
 from ..errors import InputError
+from ..nn.precision import precision_of
 from . import limits
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.devi
         ids,
         last.device,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        precision_of(text_encoder),
         *((id(p), p.dtype, p.requires_grad, None if p.is_inference() else p._version) for p in parameters),
     )
     kept = _empty_embeds.get(text_encoder)

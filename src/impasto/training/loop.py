@@ -141,7 +141,9 @@ class Run:
 
     def __init__(self, models: nn.Module, recipe: Recipe):
         self.models, self.device = models, next(models.parameters()).device
-        self.masters = Masters(models, fast_dtype(self.device))
+        fast = fast_dtype(self.device)
+        # Gradients underflow in float16.
+        self.masters = Masters(models, torch.float32 if fast == torch.float16 else fast)
         self.optimizers = make_optimizers(self.masters.named, recipe)
         self.ema = EMA(self.masters.named, recipe.ema_decay)
 
