@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from impasto import cli
 from impasto.errors import CheckpointError, InputError, ResourceError
+from impasto.nn import machine
 from impasto.pipelines import planner
 from impasto.pipelines.image import read_settings
 from impasto.pipelines.inspection import Inspection, Part, inspect_model
@@ -81,7 +82,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "PROCESS", 0)
     monkeypatch.setattr(planner, "MARGIN", 0)
     monkeypatch.setattr(planner, "process_memory", lambda: 0)
-    monkeypatch.setattr(planner, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
 
 
 @pytest.fixture
@@ -475,7 +476,9 @@ def test_budgets_that_cannot_be_kept(half: Path, tmp_path: Path) -> None:
     arguments = ("generate", "a red cube", "--model", half, "--device", "cpu", "--output", tmp_path / "x.png")
     result = call(*arguments, "--memory-budget", "60MB")
     assert result.exit_code == 1
-    assert re.search(r"error: a budget of 60 MB is too small for .* the smallest that works is \d+MB", result.stderr)
+    assert re.search(
+        r"error: a budget of 60 MB is too small for .* the smallest that works is [\d.]+[MG]B", result.stderr
+    )
     result = call(*arguments, "--memory-budget", "some")
     assert result.exit_code == 1
     assert "size 'some' is not understood; write it like 5GB" in result.stderr
@@ -484,7 +487,7 @@ def test_budgets_that_cannot_be_kept(half: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_bfloat16")
 def test_info_prints_plans(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
     shown = call("info", half).stdout
     for size in ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB"):
         assert re.search(rf"^{size} +\d.* text_encoder: bfloat16, resident", shown, re.MULTILINE), shown
