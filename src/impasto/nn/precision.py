@@ -13,14 +13,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
-from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from .handle import Handle
 from .machine import is_native
 from .widening import HALVES, Function, Widening, is_narrow
 
@@ -120,7 +120,7 @@ def precision_of(module: nn.Module) -> Choice:
     return _choice(module) if isinstance(module, _Adapted) else "as stored"
 
 
-class Precision:
+class Precision(Handle):
     """The handle of ``compute_in_float32`` and ``compute_as_stored``."""
 
     def __init__(self, module: nn.Module, choice: Choice):
@@ -131,14 +131,6 @@ class Precision:
 
     def remove(self) -> None:
         self.module.__dict__[_CHOICE] = self._before
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _choice(module: nn.Module) -> Choice:

@@ -11,14 +11,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, ResourceError
+from ..nn.handle import Handle
 from ..transforms.packing import PackedWeights, multiplies_bfloat16, pack_weights
 from ..transforms.seam import Seam
 from .moving import block_lists
@@ -154,7 +154,7 @@ def _state_of(model: nn.Module) -> Any:
     return modules, tuple((id(x), x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
 
 
-class Compiled:
+class Compiled(Handle):
     """The handle of ``pipe.compile()``: ``remove()`` undoes it, and so does leaving its ``with`` block.
 
     ``steps`` are the recorded ones, ``packed`` the weights; None where there are none.
@@ -228,14 +228,6 @@ class Compiled:
         self._undo()
         if self._pipe.compiled is self:
             self._pipe.compiled = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, InputError
+from ..nn.handle import Handle
 
 By = Literal["step", "noise"]
 
@@ -52,7 +52,7 @@ def guide_between(pipe: Any, start: float, end: float, by: By = "step") -> Guida
     return interval
 
 
-class GuidanceInterval:
+class GuidanceInterval(Handle):
     """The handle of ``guide_between``."""
 
     def __init__(self, pipe: Any, start: float, end: float, by: By):
@@ -63,14 +63,6 @@ class GuidanceInterval:
         """Guide every step again."""
         if self._pipe.guidance_interval is self:
             self._pipe.guidance_interval = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def scales(self, scheduler: Any, scale: float) -> list[float]:
         """The guidance scale of each step, for a scheduler whose timesteps are set."""

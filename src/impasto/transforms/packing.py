@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import nn
 
 from ..errors import ConfigurationError, InputError, ResourceError
+from ..nn.handle import Handle
 from ..nn.machine import has_onednn_products
 from ..nn.onednn import KEPT, KeptWeight, check_kept_weights
 
@@ -51,7 +50,7 @@ def multiplies_bfloat16(model: nn.Module) -> bool:
     return next(model.parameters()).dtype == torch.bfloat16 and has_onednn_products(torch.bfloat16)
 
 
-class PackedWeights:
+class PackedWeights(Handle):
     """The handle of ``pack_weights``."""
 
     def __init__(self, layers: list[nn.Linear]):
@@ -69,11 +68,3 @@ class PackedWeights:
         for layer in self._layers:
             KEPT.pop(layer, None)
         self._layers.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()

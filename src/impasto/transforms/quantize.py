@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from torch import nn
 
 from ..errors import ConfigurationError, InputError
 from ..nn.fused_linear import FusedLinear
+from ..nn.handle import Handle
 from .quantized_linear import SCHEMES, QuantizedLinear, Scheme
 
 Method = Literal["int8-weight-only", "int8-dynamic", "fp8", "nf4"]
@@ -124,7 +124,7 @@ def dequantize(module: Any) -> None:
         parent._modules[key] = original
 
 
-class Quantization:
+class Quantization(Handle):
     """The handle of ``quantize``; ``layers`` are the names of those that were replaced."""
 
     def __init__(self, module: nn.Module, method: Method, layers: tuple[str, ...]):
@@ -133,14 +133,6 @@ class Quantization:
     def remove(self) -> None:
         """Put the original layers back."""
         dequantize(self.module)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _refuse_unfit(module: nn.Module) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
+from ..nn.handle import Handle
 from . import seam
 
 Method = Literal["first-block", "interval", "taylor"]
@@ -227,7 +227,7 @@ class _Layer:
         return (tokens, *rest) if memory.others else tokens
 
 
-class StepCache:
+class StepCache(Handle):
     """The handle of ``cache_steps``.
 
     ``computed`` and ``reused`` count the steps of all generations so far.
@@ -257,14 +257,6 @@ class StepCache:
         self._detach()
         if getattr(self._target, "step_cache", None) is self:
             self._target.step_cache = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     # --- generations ---
 
