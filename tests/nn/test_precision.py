@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from impasto import PixArtTransformer2DModel, compute_as_stored, compute_in_float32, quantize
+from impasto.errors import InputError
 from impasto.nn import machine, precision, widening
 from impasto.nn.precision import adapt, checkpointed, computing, in_float32, precision_of, without_autocast
 
@@ -463,3 +464,9 @@ def test_the_rules_of_functions_are_kept() -> None:
     with in_float32():
         torch.ones(2).tanh()
     assert torch.Tensor.tanh in widening._RULES
+
+
+@pytest.mark.parametrize("choose", [compute_in_float32, compute_as_stored])
+def test_something_else_than_a_module_is_refused(choose: Any) -> None:
+    with pytest.raises(InputError, match=r"a module such as pipe\.vae, not for 'transformer'"):
+        choose("transformer")

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import shown
+from ..errors import InputError
 from .handle import Handle
 from .machine import is_native
 from .widening import HALVES, Function, Widening, is_narrow
@@ -124,6 +126,8 @@ class Precision(Handle):
     """The handle of ``compute_in_float32`` and ``compute_as_stored``."""
 
     def __init__(self, module: nn.Module, choice: Choice):
+        if not isinstance(module, nn.Module):
+            raise InputError(f"a precision is chosen for a module such as pipe.vae, not for {shown(module)}")
         self.module = getattr(module, "_orig_mod", module)
         self._before = _choice(self.module)
         adapt(self.module)
