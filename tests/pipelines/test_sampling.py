@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from impasto import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
 )
-from impasto.pipelines.sampling import DenoisingStep
+from impasto.pipelines.sampling import DenoisingStep, own_scheduler
 from impasto.transforms.guidance_interval import guide_between
 from impasto.transforms.step_cache import cache_steps
 
@@ -186,22 +187,24 @@ def test_four_threads_share_a_pixart_pipeline(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_four_threads_share_a_glm_image_pipeline(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("calls", [32, pytest.param(8, id="8 with the prior")])
+def test_four_threads_share_a_glm_image_pipeline(calls: int, dtype: torch.dtype) -> None:
     pipe, _ = pipelines()
     pipe.set_progress_bar_config(disable=True)
-    if dtype == torch.float32:
+    prior: dict[str, Tensor] = {"prior_token_ids": torch.zeros(1, 24, dtype=torch.long)}
+    if calls == 8:
+        prior = {}
         for name, part in prior_parts().items():
             setattr(pipe, name, part)
     pipe.to(dtype)
-    prior = {} if dtype == torch.float32 else {"prior_token_ids": torch.zeros(1, 24, dtype=torch.long)}
 
     def call(i: int) -> Callable[[], Tensor]:
         arguments = {"height": 64, "width": 96, "output_type": "pt", "num_inference_steps": 2 + i % 4, **prior}
         return lambda: pipe(f'"{"abc"[i % 3]}"', generator=seeded(i), **arguments).images
 
-    calls = [call(i) for i in range(8 if dtype == torch.float32 else 32)]
-    expected = [one() for one in calls]
-    assert all(map(torch.equal, threaded(calls), expected))
+    each = [call(i) for i in range(calls)]
+    expected = [one() for one in each]
+    assert all(map(torch.equal, threaded(each), expected))
 
 
 def test_under_offload_calls_wait_for_each_other() -> None:
@@ -219,6 +222,19 @@ def test_under_offload_calls_wait_for_each_other() -> None:
     ]
     assert all(map(torch.equal, threaded(calls), expected))
     assert all(len({*inside[i : i + 3]}) == 1 for i in range(0, 18, 3))  # no call in the middle of another
+
+
+def test_a_schedule_may_be_shown_while_a_scheduler_is_copied() -> None:
+    """Many times, with a thread switch at nearly every instruction: the race is a matter of a few of them."""
+    interval, cpu = sys.getswitchinterval(), torch.device("cpu")
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(50):
+            scheduler = DDIMScheduler()
+            copies = threaded([lambda s=scheduler: own_scheduler(s, cpu, num_inference_steps=4) for _ in range(16)])
+            assert all(own.num_inference_steps == 4 for own in [scheduler, *copies])
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # --- interruption ---

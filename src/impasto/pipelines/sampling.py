@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from contextvars import ContextVar
@@ -186,13 +187,18 @@ def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor
     return latents
 
 
+#: Held while a pipeline's scheduler is copied or its schedule shown: a dictionary may not grow while it is copied.
+SHOWING = threading.Lock()
+
+
 def own_scheduler(scheduler: Any, device: torch.device, **arguments: Any) -> Any:
     """A copy of a scheduler for one run, with its timesteps set.
 
     Args:
         arguments: for ``set_timesteps``.
     """
-    own = copy.deepcopy(scheduler)
+    with SHOWING:
+        own = copy.deepcopy(scheduler)
     own.set_timesteps(device=device, **arguments)
     if hasattr(own, "set_begin_index"):  # otherwise the first step is looked up: ambiguous if timesteps repeat
         own.set_begin_index(0)
@@ -202,9 +208,10 @@ def own_scheduler(scheduler: Any, device: torch.device, **arguments: Any) -> Any
 
 def show_schedule(own: Any, scheduler: Any) -> None:
     """Show the schedule of the last run on the pipeline's scheduler. No run reads what is written here."""
-    for name in ("timesteps", "sigmas", "num_inference_steps"):
-        if hasattr(own, name):
-            setattr(scheduler, name, copy.deepcopy(getattr(own, name)))
+    with SHOWING:
+        for name in ("timesteps", "sigmas", "num_inference_steps"):
+            if hasattr(own, name):
+                setattr(scheduler, name, copy.deepcopy(getattr(own, name)))
 
 
 def step_options(scheduler: Any, **options: Any) -> dict[str, Any]:
