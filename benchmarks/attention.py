@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import measure
 from impasto.nn import attention as seam
-from impasto.nn import attention_tiles as tiles
+from impasto.nn.backends import tiles
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ import impasto
 import measure
 import memory
 from impasto import folders
+from impasto import registry as roles
 from impasto.checkpoints import config, stored, values, weights
 from impasto.checkpoints.foreign import configs, from_transformers, tokenizer_files
-from impasto.nn import module
-from impasto.pipelines import loading, roles
+from impasto.models import base as module
+from impasto.pipelines import loading
 
 #: What only checks, or finds out what is checked.
 CHECKS: dict[Any, tuple[str, ...]] = {

@@ -25,7 +25,7 @@ from transformers import T5Config, T5EncoderModel
 import impasto
 import measure
 import picture
-from impasto.nn.module import parse_size
+from impasto.models.base import parse_size
 
 TRANSFORMER = {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False}
 GPU_CALL = """

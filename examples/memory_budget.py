@@ -15,7 +15,7 @@ import torch
 
 import impasto
 from impasto.errors import ImpastoError
-from impasto.pipelines.inspection import resolve_pipeline
+from impasto.memory.inspection import resolve_pipeline
 
 
 def main(argv: list[str] | None = None) -> None:

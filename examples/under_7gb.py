@@ -19,7 +19,7 @@ from transformers import T5EncoderModel
 
 import impasto
 from impasto.errors import ImpastoError, MissingDependencyError
-from impasto.pipelines.inspection import resolve_pipeline
+from impasto.memory.inspection import resolve_pipeline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32

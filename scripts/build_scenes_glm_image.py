@@ -36,8 +36,8 @@ from transformers import (
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 import chunks
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.glm_image import GlmImageTransformer2DModel
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.pipelines.glm_image import GlmImagePipeline
 from impasto.pipelines.glm_image_prior import target_offsets
 from impasto.pipelines.glyphs import encode_glyphs
@@ -49,13 +49,7 @@ from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import Scene, is_held_out, recolour, sample_arrangement
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.flow_matching import (
-    Batch,
-    FlowMatchingRecipe,
-    Reference,
-    initialize,
-    train_flow_matching,
-)
+from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
 from impasto.training.loop import Recipe
 from impasto.training.prior import Sequences, join, train_prior
 from impasto.training.state import load_state, save_state

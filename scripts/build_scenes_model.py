@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import chunks
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from impasto.files import write_file
-from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.nn.machine import fast_dtype
 
 

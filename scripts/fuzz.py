@@ -70,9 +70,9 @@ def build_targets(root: Path) -> dict[str, Target]:
 
     import impasto
     from impasto.checkpoints.weights import save_weights
+    from impasto.memory.inspection import inspect_model
     from impasto.pipelines.embedding_cache import EmbeddingCache
     from impasto.pipelines.image import GenerationSettings, save_picture
-    from impasto.pipelines.inspection import inspect_model
     from impasto.training.state import save_state
 
     pixart = tiny.write_pipeline(root / "pixart")

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from impasto import cli
 from impasto.errors import CheckpointNotFoundError
+from impasto.memory.inspection import inspect_model, picture_size
 from impasto.nn.machine import is_native
 from impasto.pipelines.image import check_picture_path, read_settings
-from impasto.pipelines.inspection import inspect_model, picture_size
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from impasto.scenes.evaluate import held_out_prompts
 from impasto.scenes.judge import read

@@ -22,23 +22,27 @@ FLOORS = {
     "folders": 0,
     "nn": 0,
     "checkpoints": 0,
+    "family": 1,
     "models": 1,
     "schedulers": 1,
     "transforms": 1,
-    "pipelines": 2,
-    "training": 3,
-    "serving": 3,
-    "scenes": 3,
-    "cli": 4,
-    "__init__": 4,
-    "__main__": 4,
+    "registry": 2,
+    "memory": 2,
+    "pipelines": 3,
+    "training": 4,
+    "serving": 4,
+    "scenes": 4,
+    "cli": 5,
+    "__init__": 5,
+    "__main__": 5,
 }
-#: What every file may import.
+#: What every file may import, and what those of one floor may.
 OPEN = {"errors", "checks", "files", "folders"}
-#: The one file that reaches into another folder of its own floor: a model's base class loads and saves.
-NEIGHBOURS = {"nn.module": "checkpoints"}
-#: Folders whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.
-KINDS = {"models": "Model", "schedulers": "Scheduler"}
+OPEN_ON_FLOOR = {1: {"family"}, 2: {"registry"}}
+#: A folder whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.
+KINDS = {"schedulers": "Scheduler"}
+#: A folder of folders that do not know each other. base.py holds what they share.
+FAMILIES = "models"
 #: The oracle of the tests, and a library whose installation replaces torch.
 FORBIDDEN = {"diffusers", "torchvision"}
 
@@ -118,14 +122,22 @@ def violations(source: Path) -> list[str]:
             if target_folder in OPEN or target_folder not in FLOORS:
                 continue
             own, other = FLOORS[folder], FLOORS[target_folder]
-            same_folder = folder == target_folder or own == other == 4  # the doors lie side by side
+            same_folder = folder == target_folder or own == other == 5  # the doors lie next to each other
             if other > own:
                 problems.append(f"{where}: floor {own} imports {target} of floor {other}")
-            elif other == own and not same_folder and NEIGHBOURS.get(module) != target_folder:
+            elif other == own and not same_folder and target_folder not in OPEN_ON_FLOOR.get(own, ()):
                 problems.append(f"{where}: imports {target} of another folder of its floor")
+            elif folder == target_folder == FAMILIES and other_family(module, target):
+                problems.append(f"{where}: one family of models imports another, {target}; share through base.py or nn")
             elif same_folder and target in solitary and target != module and module != f"{folder}.__init__":
                 problems.append(f"{where}: one of {folder} imports another, {target}; share through a helper file")
     return problems + [f"circle: {' -> '.join(circle)}" for circle in circles(edges)]
+
+
+def other_family(module: str, target: str) -> bool:
+    """``models.pixart.model`` and ``models.autoencoder.model``, but not ``models.base``."""
+    steps, others = module.split("."), target.split(".")
+    return len(steps) > 2 and len(others) > 2 and steps[1] != others[1]
 
 
 def find_file(imported: str, package: str, files: dict[str, Path]) -> str | None:
@@ -169,9 +181,9 @@ def test_the_house_stands() -> None:
 
 def test_the_house_is_the_one_looked_at() -> None:
     """The checker reads real imports: these two are known to be there."""
-    files = {"nn.module": SOURCE / "nn" / "module.py"}
-    tree = ast.parse(files["nn.module"].read_text(encoding="utf-8"))
-    found = {module for _, module in read_imports(tree, "impasto.nn", {"impasto.checkpoints.hub"})}
+    files = {"models.base": SOURCE / "models" / "base.py"}
+    tree = ast.parse(files["models.base"].read_text(encoding="utf-8"))
+    found = {module for _, module in read_imports(tree, "impasto.models", {"impasto.checkpoints.hub"})}
     assert {"impasto.checkpoints.hub", "impasto.errors", "torch"} <= found
 
 
@@ -179,20 +191,23 @@ def test_what_the_house_allows(tmp_path: Path) -> None:
     source = build(
         tmp_path,
         {
-            "__init__.py": "from .models.one import One",
+            "__init__.py": "from .models.one.model import One",
             "__main__.py": "from .cli import main",
             "cli.py": "from . import One, errors\nfrom .serving.app import x\nfrom .training.loop import y",
-            "nn/module.py": "from ..checkpoints.weights import load\nimport torch",
             "nn/layers.py": "from impasto.nn.attention import attention\nfrom ..errors import ImpastoError",
             "nn/attention.py": "import torchvisionary  # not torchvision",
             "checkpoints/weights.py": "from .config import read",
             "checkpoints/config.py": "",
-            "models/one.py": "from ..nn.module import Model\nfrom .shared import z\nclass One(Model): ...",
-            "models/shared.py": "import impasto.nn.layers",
-            "models/__init__.py": "from .one import One",
+            "models/base.py": "from ..checkpoints.weights import load\nimport torch\nclass Model: ...",
+            "models/one/model.py": "from ..base import Model\nfrom .blocks import z\nclass One(Model): ...",
+            "models/one/blocks.py": "import impasto.nn.layers\nfrom ...family import fact",
+            "family.py": "",
+            "registry.py": "def f():\n    from .models.one.model import One",
+            "memory/plan.py": "from ..registry import f\nfrom ..family import fact",
             "schedulers/base.py": "class Scheduler: ...\nclass Counting(Scheduler): ...",
             "schedulers/ddim.py": "from . import base\nclass DDIM(base.Scheduler): ...",
-            "pipelines/pixart.py": "from ..models.one import One\nfrom ..schedulers.ddim import DDIM",
+            "pipelines/base.py": "from ..memory.plan import g",
+            "pipelines/pixart.py": "from ..models.one.model import One\nfrom ..schedulers.ddim import DDIM",
             "training/loop.py": "def y():\n    from ..pipelines.pixart import p",
             "serving/app.py": "from ..pipelines import pixart",
         },
@@ -200,7 +215,6 @@ def test_what_the_house_allows(tmp_path: Path) -> None:
     assert violations(source) == []
 
 
-MODEL = "from ..nn.module import Model\nclass {}(Model): ...\n"
 SCHEDULER = "from .base import Scheduler\nclass {}(Scheduler): ...\n"
 
 
@@ -222,7 +236,7 @@ SCHEDULER = "from .base import Scheduler\nclass {}(Scheduler): ...\n"
                 "models/one.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..pipelines import base",
                 "pipelines/base.py": "",
             },
-            "models.one:3: floor 1 imports pipelines.base of floor 2",
+            "models.one:3: floor 1 imports pipelines.base of floor 3",
             id="upwards, for types only",
         ),
         pytest.param(
@@ -230,18 +244,18 @@ SCHEDULER = "from .base import Scheduler\nclass {}(Scheduler): ...\n"
                 "pipelines/base.py": "import importlib\nimportlib.import_module('..training.loop', __package__)",
                 "training/loop.py": "",
             },
-            "pipelines.base:2: floor 2 imports training.loop of floor 3",
+            "pipelines.base:2: floor 3 imports training.loop of floor 4",
             id="upwards, by import_module",
         ),
         pytest.param(
             {"nn/layers.py": "from .. import __version__"},
-            "nn.layers:1: floor 0 imports __init__ of floor 4",
+            "nn.layers:1: floor 0 imports __init__ of floor 5",
             id="upwards, to the door",
         ),
         pytest.param(
             {"nn/layers.py": "from ..checkpoints import hub", "checkpoints/hub.py": ""},
             "nn.layers:1: imports checkpoints.hub of another folder of its floor",
-            id="only nn/module.py knows checkpoints",
+            id="nn knows no checkpoints",
         ),
         pytest.param(
             {"checkpoints/hub.py": "from ..nn import layers", "nn/layers.py": ""},
@@ -264,8 +278,8 @@ SCHEDULER = "from .base import Scheduler\nclass {}(Scheduler): ...\n"
             id="training knows no scenes",
         ),
         pytest.param(
-            {"nn/module.py": "", "models/a.py": MODEL.format("A"), "models/b.py": "from .a import A"},
-            "models.b:1: one of models imports another, models.a; share through a helper file",
+            {"models/a/model.py": "", "models/b/model.py": "from ..a.model import A"},
+            "models.b.model:1: one family of models imports another, models.a.model; share through base.py or nn",
             id="no model imports a model",
         ),
         pytest.param(

@@ -14,8 +14,8 @@ import sentencepiece
 import torch
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.base import Pipeline
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler

@@ -27,10 +27,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .models.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
-    from .models.glm_image import GlmImageKVCache, GlmImageTransformer2DModel
-    from .models.pixart import PixArtTransformer2DModel
-    from .models.pixart import PixArtTransformer2DModel as Transformer2DModel
+    from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+    from .models.glm_image.model import GlmImageKVCache, GlmImageTransformer2DModel
+    from .models.pixart.model import PixArtTransformer2DModel
+    from .models.pixart.model import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
     from .nn.precision import compute_as_stored, compute_in_float32
@@ -95,27 +95,27 @@ __all__ = [
 
 #: Where each lazy name is defined. The old checkpoints' ``Transformer2DModel`` is the PixArt transformer.
 _HOMES = {
-    "AutoencoderKL": ".models.autoencoder_kl:AutoencoderKL",
-    "AutoencoderKLOutput": ".models.autoencoder_kl:AutoencoderKLOutput",
+    "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
+    "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
     "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
     "DDIMSchedulerOutput": ".schedulers.ddim:DDIMSchedulerOutput",
     "DDPMScheduler": ".schedulers.ddpm:DDPMScheduler",
     "DDPMSchedulerOutput": ".schedulers.ddpm:DDPMSchedulerOutput",
     "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
-    "DecoderOutput": ".models.autoencoder_kl:DecoderOutput",
+    "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
-    "GlmImageKVCache": ".models.glm_image:GlmImageKVCache",
+    "GlmImageKVCache": ".models.glm_image.model:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
-    "GlmImageTransformer2DModel": ".models.glm_image:GlmImageTransformer2DModel",
+    "GlmImageTransformer2DModel": ".models.glm_image.model:GlmImageTransformer2DModel",
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",
     "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",
     "PixArtAlphaPipeline": ".pipelines.pixart:PixArtAlphaPipeline",
     "PixArtSigmaPipeline": ".pipelines.pixart:PixArtSigmaPipeline",
-    "PixArtTransformer2DModel": ".models.pixart:PixArtTransformer2DModel",
+    "PixArtTransformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",
-    "Transformer2DModel": ".models.pixart:PixArtTransformer2DModel",
+    "Transformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
     "cache_steps": ".transforms.step_cache:cache_steps",
     "compute_as_stored": ".nn.precision:compute_as_stored",

@@ -11,7 +11,7 @@ import pytest
 
 from impasto.checkpoints.config import Config, Configurable, read_json, records_config, write_json
 from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 
 
 class Thing(Configurable):

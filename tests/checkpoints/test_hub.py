@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from impasto.checkpoints import hub
 from impasto.errors import CheckpointNotFoundError, HubError, InputError
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:

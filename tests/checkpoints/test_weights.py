@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from impasto.checkpoints import stored, weights
 from impasto.checkpoints.config import write_json
 from impasto.errors import CheckpointError, CheckpointNotFoundError, OutputError, WeightsMismatchError
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training.state import save_state
 
 CONFIG: dict[str, Any] = {

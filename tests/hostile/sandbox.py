@@ -146,7 +146,7 @@ def serve() -> None:
 
     import impasto
     import impasto.cli
-    import impasto.pipelines.planner
+    import impasto.memory.planner
 
     for name in impasto.__all__:
         getattr(impasto, name)

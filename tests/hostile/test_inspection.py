@@ -16,7 +16,7 @@ from tests.hostile.sandbox import copy_of, edit_json, refused, run
 from tests.tiny import tiny_pipeline
 
 import impasto
-from impasto.pipelines.inspection import inspect_model, picture_size
+from impasto.memory.inspection import inspect_model, picture_size
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 ALL = {

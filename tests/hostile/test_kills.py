@@ -26,8 +26,8 @@ from PIL import Image
 import impasto.checkpoints.weights
 from impasto import folders
 from impasto.errors import CheckpointError
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.image import save_picture
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.state import append_log, load_state, save_state, trim_log
@@ -215,7 +215,7 @@ def glm_models() -> dict[str, Any]:
 
 def look_by_commands(folder: Path) -> set[float]:
     """What the commands read ahead of loading, before anything else has looked: the size of the images."""
-    from impasto.pipelines.inspection import read_part_configs, resolve_pipeline
+    from impasto.memory.inspection import read_part_configs, resolve_pipeline
 
     found, _ = resolve_pipeline(str(folder))
     (transformer,) = read_part_configs(found, "transformer")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.autoencoder.model import AutoencoderKL
 
 
 def tiny(**options: Any) -> AutoencoderKL:

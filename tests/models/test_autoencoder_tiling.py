@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from impasto.errors import InputError
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.autoencoder_memory import decode_memory, decoder_layers, encode_memory, make_plan
-from impasto.models.autoencoder_tiling import Statistics, convolve, halve, normaliser
+from impasto.models.autoencoder.memory import decode_memory, decoder_layers, encode_memory, make_plan
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normaliser
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_vae
@@ -254,7 +254,7 @@ def test_convolutions_of_strips(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_statistics_of_values_far_from_zero(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("impasto.models.autoencoder_tiling.STATISTICS_BLOCK", 8 * 6 * 2)
+    monkeypatch.setattr("impasto.models.autoencoder.tiling.STATISTICS_BLOCK", 8 * 6 * 2)
     torch.manual_seed(0)
     x = torch.randn(1, 8, 23, 6) * 0.1 + torch.linspace(-300, 300, 8).view(1, 8, 1, 1)
     if channels_last:
@@ -366,7 +366,7 @@ def test_sizes_that_nothing_has(estimate: Callable[..., int], size: tuple[int, i
 
 DECODE_4096 = f"""
 import resource, sys, torch
-from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.autoencoder.model import AutoencoderKL
 torch.manual_seed(0)
 torch.set_default_dtype(torch.bfloat16)
 model = AutoencoderKL(**{SDXL!r}).eval().to(memory_format=torch.channels_last)

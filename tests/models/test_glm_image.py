@@ -11,7 +11,7 @@ from torch import Tensor
 
 from impasto import GlmImageKVCache, GlmImageTransformer2DModel
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.glm_image import GlmImageContext, GlmImageModulation, GlmImageReferences
+from impasto.models.glm_image.model import GlmImageContext, GlmImageModulation, GlmImageReferences
 
 SMALL = {
     "in_channels": 4,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.pixart import Modulation, PixArtContext, PixArtTransformer2DModel
+from impasto.models.pixart.model import Modulation, PixArtContext, PixArtTransformer2DModel
 from impasto.nn.plain import is_plain_linear
 
 CONFIG: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_every_way_to_hold_the_text_agrees(
     model, inputs = tiny(attention_bias=bias), arguments()
     expected = model(**inputs, encoder_attention_mask=mask).sample
     if way == "by row":
-        monkeypatch.setattr("impasto.models.pixart_blocks.Attention.can_absorb", lambda *_: False)
+        monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
     with torch.no_grad():
         if way == "padded":  # as on an accelerator
             monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
@@ -185,7 +185,7 @@ def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monke
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
     model.bfloat16()
     absorbed = distance(predict(model, **inputs).double(), exact)
-    monkeypatch.setattr("impasto.models.pixart_blocks.Attention.can_absorb", lambda *_: False)
+    monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
     assert absorbed <= 1.2 * distance(predict(model, **inputs).double(), exact)
 
 

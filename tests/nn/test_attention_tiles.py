@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from impasto.nn import attention_tiles as tiles
 from impasto.nn.attention import attention_formula
+from impasto.nn.backends import tiles
 from impasto.nn.machine import has_onednn_products
 
 needs_epilogues = pytest.mark.skipif(

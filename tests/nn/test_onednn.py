@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from impasto.nn import onednn
+from impasto.nn.backends import onednn
+from impasto.nn.backends.onednn import linear_gelu
 from impasto.nn.layers import FeedForward
 from impasto.nn.machine import has_onednn_products
-from impasto.nn.onednn import linear_gelu
 from impasto.nn.precision import in_float32
 
 needs_products = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.autoencoder.model import AutoencoderKL
 
 
 def tiny(levels: int = 2, **options: Any) -> dict[str, Any]:

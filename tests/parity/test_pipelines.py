@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from impasto.models.autoencoder_kl import AutoencoderKL
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.ddpm import DDPMScheduler

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 
 BASE = {
     "num_attention_heads": 2,

@@ -25,11 +25,11 @@ from impasto.errors import (
     ResourceError,
     WeightsMismatchError,
 )
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.memory.placement import OneAtATime, Resident, offload_device
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines import loading
 from impasto.pipelines.base import ImagePipelineOutput
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
-from impasto.pipelines.placement import OneAtATime, Resident, offload_device
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 

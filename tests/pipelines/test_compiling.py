@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from impasto import cache_steps
 from impasto.errors import ConfigurationError, InputError, ResourceError
-from impasto.nn import onednn
+from impasto.nn.backends import onednn
 from impasto.nn.machine import has_onednn_products
 from impasto.pipelines import compiling
 from impasto.pipelines.compiling import RecordedSteps

@@ -15,8 +15,9 @@ from PIL import Image
 from impasto import GlmImagePipeline
 from impasto.checkpoints.foreign import from_transformers
 from impasto.errors import InputError, MissingDependencyError
+from impasto.family import small_grid, tokens_to_generate
 from impasto.nn.machine import is_native
-from impasto.pipelines.glm_image_prior import reference_picture, small_grid, tokens_to_generate
+from impasto.pipelines.glm_image_prior import reference_picture
 
 from ..tiny_glm import pipelines, prior_parts
 

@@ -12,13 +12,7 @@ from PIL import Image
 
 from impasto.errors import InputError, OutputError
 from impasto.pipelines import image as image_module
-from impasto.pipelines.image import (
-    GenerationSettings,
-    ImageProcessor,
-    check_picture_path,
-    read_settings,
-    save_picture,
-)
+from impasto.pipelines.image import GenerationSettings, ImageProcessor, check_picture_path, read_settings, save_picture
 
 SETTINGS = GenerationSettings(
     prompt="a red cube on top of a blue sphere",

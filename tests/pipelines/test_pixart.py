@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from impasto.errors import InputError
-from impasto.models.pixart import PixArtTransformer2DModel
-from impasto.models.pixart_context import PixArtContext
+from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.models.pixart.text import PixArtContext
 from impasto.nn.machine import is_native
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline, PromptEmbeds
 from impasto.schedulers.ddim import DDIMScheduler

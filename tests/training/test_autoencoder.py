@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from impasto.models.autoencoder_kl import AutoencoderKL
+from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.training.autoencoder import AutoencoderRecipe, psnr, train_autoencoder
 
 from ..tiny import tiny_vae

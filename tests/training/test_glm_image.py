@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from impasto.models.glm_image import GlmImageTransformer2DModel
+from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.pipelines.glm_image_prior import target_offsets
 from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
 from impasto.training.loop import Recipe

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impasto.models.glm_image import GlmImageTransformer2DModel
+from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.training import autoencoder, flow_matching, prior, text_encoder, text_to_image, visual_codebook
 from impasto.training.loop import Recipe
 from impasto.training.state import load_state, save_state

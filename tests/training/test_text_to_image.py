@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import InputError
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training.randomness import Randomness
 from impasto.training.state import load_state
 from impasto.training.text_to_image import (

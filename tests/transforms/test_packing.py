@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from impasto import PixArtTransformer2DModel, pack_weights
 from impasto.errors import ConfigurationError, InputError, ResourceError
-from impasto.nn import onednn
+from impasto.nn.backends import onednn
 from impasto.nn.machine import has_onednn_products
 from impasto.transforms import packing
 

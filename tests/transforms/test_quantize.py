@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, MissingDependencyError, ResourceError
-from impasto.models.pixart import PixArtTransformer2DModel
+from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.nn.machine import multiplies_int8_exactly
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.transforms import quantized_linear

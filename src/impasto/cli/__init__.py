@@ -12,8 +12,8 @@ import typer
 from ..checks import finite, shown, text, whole_number
 from ..errors import CheckpointError, InputError, OutputError, ResourceError
 from ..files import make_folder
+from ..memory.inspection import inspect_model, picture_size, read_part_configs, resolve_pipeline
 from ..pipelines import limits
-from ..pipelines.inspection import inspect_model, picture_size, read_part_configs, resolve_pipeline
 from .describe import GLM_IMAGE, describe
 from .entry import Commands, say
 from .places import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from ..pipelines.planner import Budget
+    from ..memory.planner import Budget
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", GLM_IMAGE)
 #: Steps and guidance where they are not given.
@@ -141,7 +141,7 @@ def generate(
         if side is not None:
             whole_number(option, side, most=limits.SIDE)
     if memory_budget is not None:
-        from ..nn.module import parse_size
+        from ..models.base import parse_size
 
         try:
             parse_size(memory_budget)
@@ -179,7 +179,7 @@ def generate(
     if memory_budget is None:
         pipe = _load(model, class_name, chosen, chosen_dtype, scheduler)
     else:
-        from ..pipelines.planner import Budget
+        from ..memory.planner import Budget
 
         batch_size = batch_size or 1
         if references:  # whose size the images have

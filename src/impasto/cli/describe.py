@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..pipelines.inspection import DTYPES, Inspection, picture_size
+from ..memory.inspection import DTYPES, Inspection, picture_size
 
 #: What plans are printed for.
 BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
@@ -49,8 +49,8 @@ def describe(found: Inspection) -> Iterator[str]:
 
 def _describe_plans(found: Inspection) -> Iterator[str]:
     """How memory budgets would be kept on this machine."""
+    from ..memory import planner
     from ..nn.machine import default_device
-    from ..pipelines import planner
 
     device = default_device()
     rows: list[tuple[str, ...]] = [("memory budget", "peak", "plan")]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_tiles import tiled_attention, tiled_attention_in_graphs
+from .backends.tiles import tiled_attention, tiled_attention_in_graphs
 from .machine import processor_has
 
 #: Above so many scores the products would not stay in cache, and they would take too much memory.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import shown
 from ..errors import ConfigurationError
-from .onednn import Product, linear_gelu, multiplies, product
+from .backends.onednn import Product, linear_gelu, multiplies, product
 from .plain import is_idle_dropout, is_watched
 
 

@@ -19,28 +19,22 @@ from ..checkpoints.stored import non_finite_parameter
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, ConfigurationError, InputError
 from ..files import plain_path
+from ..memory import inspection, planner
+from ..memory.placement import OneAtATime, PerPart, Resident, check_dtype, spread
+from ..memory.placement import offload_device as _offload_device
+from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32, unwrapped
+from ..models.base import parse_dtype, parse_size
+from ..nn.backends.onednn import check_kept_weights
 from ..nn.devices import as_device, check_device, require_device
-from ..nn.module import parse_dtype, parse_size
 from ..nn.noise import draw_noise
-from ..nn.onednn import check_kept_weights
 from ..nn.outputs import keyed
 from ..nn.precision import adapt, in_float32, without_autocast
 from ..transforms.guidance_interval import GuidanceInterval
 from ..transforms.step_cache import StepCache
-from . import inspection, loading, planner, saving
+from . import loading, saving
 from .compiling import Compiled
 from .embedding_cache import EmbeddingCache
 from .image import ImageProcessor
-from .moving import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32
-from .moving import unwrapped as unwrapped
-from .placement import (
-    OneAtATime,
-    PerPart,
-    Resident,
-    check_dtype,
-    spread,
-)
-from .placement import offload_device as _offload_device
 from .request import Request
 from .resolution import resize_and_crop
 from .sampling import Stop, calling

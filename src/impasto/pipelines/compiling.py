@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigurationError, ResourceError
+from ..memory.streaming import block_lists
 from ..nn.handle import Handle
 from ..transforms.packing import PackedWeights, multiplies_bfloat16, pack_weights
 from ..transforms.seam import Seam
-from .moving import block_lists
 
 #: Text is padded (and the padding masked) to a multiple of this, so that prompts of most lengths share a recording.
 TEXT_MULTIPLE = 64

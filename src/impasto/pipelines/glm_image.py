@@ -17,17 +17,18 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..errors import InputError
-from ..models.glm_image import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
+from ..family import tokens_to_generate
+from ..memory.placement import OneAtATime, check_dtype
+from ..memory.streaming import unwrapped
+from ..models.base import parse_dtype
+from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
 from ..nn.devices import as_device, check_device
-from ..nn.module import parse_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .glm_image_inputs import check_sides, images_of_prompts, read_prompts
-from .glm_image_prior import PriorTokens, generate_prior, reference_picture, tokens_to_generate
+from .glm_image_prior import PriorTokens, generate_prior, reference_picture
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
-from .moving import unwrapped
-from .placement import OneAtATime, check_dtype
 from .request import Schedule, read_glm_image, read_glm_image_texts, read_schedule
 from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
 from .text import EncodedTexts

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..errors import InputError
+from ..family import PRIOR_PIXELS
 from . import inputs, limits
-from .glm_image_prior import PRIOR_PIXELS, PriorTokens
+from .glm_image_prior import PriorTokens
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
 _SIZE = re.compile(r"<sop>\s*(\d{1,9})\s+(\d{1,9})\s*<eop>")

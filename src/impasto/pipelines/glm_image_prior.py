@@ -6,7 +6,6 @@ of 32 x 32 pixels; the transformer's are of 16 x 16, so each stands for four of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,13 +20,11 @@ from torch import Generator, Tensor
 from ..checkpoints.foreign.errors import translated
 from ..checks import shown
 from ..errors import InputError
+from ..family import PRIOR_PIXELS
 from ..nn.precision import computing
 from .image_inputs import as_batch, normalize, to_rgb
 from .prior_decoder import PriorDecoder, Sampling
 from .text import TOKENIZING
-
-#: Pixels to a token of the prior along a side; two of the transformer's.
-PRIOR_PIXELS = 32
 
 #: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
 _AT_ONCE = 8
@@ -45,18 +42,6 @@ class PriorTokens(NamedTuple):
     prior_token_ids: Tensor  # [B, N]
     prior_token_image_ids: list[Tensor] | None = None  # P of [tokens of all of a prompt's images]
     source_image_grid_thw: list[Tensor] | None = None  # P of [images, 3]: 1, and the rows and columns of each
-
-
-def small_grid(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of the small picture that comes before one of so many rows and columns of tokens."""
-    ratio = rows / columns
-    return int(math.sqrt(ratio) * 16), int(math.sqrt(1 / ratio) * 16)
-
-
-def tokens_to_generate(height: int, width: int, with_images: bool) -> int:
-    """How many tokens the prior makes of a picture, the small one's included."""
-    rows, columns = height // PRIOR_PIXELS, width // PRIOR_PIXELS
-    return rows * columns + (0 if with_images else math.prod(small_grid(rows, columns)))
 
 
 def reference_picture(image: Any) -> Image.Image:

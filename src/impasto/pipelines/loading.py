@@ -19,32 +19,12 @@ from ..checkpoints.layout import INDEX_NAME
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
-from ..models.autoencoder_kl import AutoencoderKL
-from ..models.glm_image import GlmImageTransformer2DModel
-from ..models.pixart import PixArtTransformer2DModel
-from ..nn.module import Model, parse_dtype
+from ..models.base import parse_dtype
+from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 from ..schedulers.base import Scheduler
-from ..schedulers.ddim import DDIMScheduler
-from ..schedulers.ddpm import DDPMScheduler
-from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
-from ..schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from ..schedulers.lcm import LCMScheduler
-from .roles import LANGUAGE_MODELS, READERS, accepted_classes, check_role, component_entries
 
 logger = logging.getLogger("impasto")
 
-#: Class names in ``model_index.json`` -> our classes. Early PixArt repositories have the name of a base class.
-OURS: dict[str, type[Model] | type[Scheduler]] = {
-    "PixArtTransformer2DModel": PixArtTransformer2DModel,
-    "Transformer2DModel": PixArtTransformer2DModel,
-    "GlmImageTransformer2DModel": GlmImageTransformer2DModel,
-    "AutoencoderKL": AutoencoderKL,
-    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
-    "DDIMScheduler": DDIMScheduler,
-    "DDPMScheduler": DDPMScheduler,
-    "LCMScheduler": LCMScheduler,
-    "FlowMatchEulerDiscreteScheduler": FlowMatchEulerDiscreteScheduler,
-}
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
 
@@ -178,7 +158,7 @@ def load_part(
         return from_transformers.load_model(name, folder, dtype, variant, use_safetensors)
     if name in READERS:
         return from_transformers.load_reader(name, folder)
-    found = OURS[name]
+    found = class_of(name)
     if issubclass(found, Scheduler):
         stored = found.load_config(folder).get("_class_name", name)
         if stored != name:

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.pixart import PixArtContext, PixArtTransformer2DModel
+from ..family import ALPHA, SIGMA, Family, mixtures
+from ..memory.streaming import unwrapped
+from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
 from ..nn.devices import as_device
 from . import inputs
-from .base import ImagePipelineOutput, Pipeline, unwrapped
+from .base import ImagePipelineOutput, Pipeline
 from .compiling import TEXT_MULTIPLE
-from .families import ALPHA, SIGMA, Family, mixtures
 from .foreign_stages import ForeignStages
 from .image import ImageProcessor
 from .request import read_pixart, read_pixart_texts, read_schedule

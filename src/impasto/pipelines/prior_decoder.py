@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.onednn import Product, joined_product
+from ..nn.backends.onednn import Product, joined_product
 from ..nn.plain import is_plain_linear, is_watched
 from .compiling import CudaGraphs, Recorder
 

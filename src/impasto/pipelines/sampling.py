@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory.streaming import unwrapped
 from ..nn.precision import adapt
 from ..transforms.step_cache import Memory
 from .inputs import call_back
-from .moving import unwrapped
 from .request import Request
 
 

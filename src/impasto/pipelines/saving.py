@@ -13,7 +13,7 @@ from ..checkpoints.layout import INDEX_NAME, superseded
 from ..checkpoints.stored import with_variant
 from ..checkpoints.weights import disk_errors
 from ..folders import saving
-from ..nn.module import Model
+from ..models.base import Model
 from ..schedulers.base import Scheduler
 
 #: The version of diffusers whose format is written.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..checkpoints.config import records_config
 from ..checkpoints.values import Count
 from ..errors import InputError
-from ..nn.module import Model
+from ..models.base import Model
 from ..nn.outputs import keyed
 from .reading import ARRANGEMENTS, Reading
 from .world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZES, Solid

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.autoencoder_kl import AutoencoderKL
+from ..models.autoencoder.model import AutoencoderKL
 from .loop import Loss, Recipe, train
 from .randomness import Randomness
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.glm_image import GlmImageTransformer2DModel
+from ..models.glm_image.model import GlmImageTransformer2DModel
 from .loop import Loss, Recipe, train
 from .randomness import Randomness
 

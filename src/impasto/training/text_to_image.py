@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.pixart import PixArtTransformer2DModel
+from ..models.pixart.model import PixArtTransformer2DModel
 from ..nn.layers import unpatchify
 from .diffusion_loss import DiffusionLoss
 from .loop import Loss, Recipe, train

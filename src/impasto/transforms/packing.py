@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError, InputError, ResourceError
+from ..nn.backends.onednn import KEPT, KeptWeight, check_kept_weights
 from ..nn.handle import Handle
 from ..nn.machine import has_onednn_products
-from ..nn.onednn import KEPT, KeptWeight, check_kept_weights
 
 
 def pack_weights(model: nn.Module) -> PackedWeights:

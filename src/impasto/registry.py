@@ -1,12 +1,16 @@
-"""Which classes fit each role in a pipeline, by the names that ``model_index.json`` gives them."""
+"""The classes that ``model_index.json`` names: which fit each role in a pipeline, and ours, imported when asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checks import printable, shown
-from ..errors import CheckpointError
+from .checks import printable, shown
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .models.base import Model
+    from .schedulers.base import Scheduler
 
 LANGUAGE_MODELS = ("T5EncoderModel", "GlmImageForConditionalGeneration")
 PROCESSORS = ("GlmImageProcessor",)
@@ -32,6 +36,51 @@ _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
 #: What turns prompts and images into numbers.
 READERS = (*TOKENIZERS, *PROCESSORS)
 _OF_TRANSFORMERS = (*LANGUAGE_MODELS, *READERS)
+
+#: Early PixArt repositories have the name of a base class.
+_ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
+
+
+def class_of(name: str) -> type[Model] | type[Scheduler]:
+    """Our class of this name, of a model or a scheduler.
+
+    Raises:
+        KeyError: there is none.
+    """
+    match _ALIASES.get(name, name):
+        case "PixArtTransformer2DModel":
+            from .models.pixart.model import PixArtTransformer2DModel
+
+            return PixArtTransformer2DModel
+        case "GlmImageTransformer2DModel":
+            from .models.glm_image.model import GlmImageTransformer2DModel
+
+            return GlmImageTransformer2DModel
+        case "AutoencoderKL":
+            from .models.autoencoder.model import AutoencoderKL
+
+            return AutoencoderKL
+        case "DPMSolverMultistepScheduler":
+            from .schedulers.dpm_solver import DPMSolverMultistepScheduler
+
+            return DPMSolverMultistepScheduler
+        case "DDIMScheduler":
+            from .schedulers.ddim import DDIMScheduler
+
+            return DDIMScheduler
+        case "DDPMScheduler":
+            from .schedulers.ddpm import DDPMScheduler
+
+            return DDPMScheduler
+        case "LCMScheduler":
+            from .schedulers.lcm import LCMScheduler
+
+            return LCMScheduler
+        case "FlowMatchEulerDiscreteScheduler":
+            from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+
+            return FlowMatchEulerDiscreteScheduler
+    raise KeyError(name)
 
 
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .machine import has_onednn_products
+from ..machine import has_onednn_products
 
 #: Scores of one tile: 4 MB in bfloat16, which two cores hold in their caches.
 _TILE_SCORES = 2**21

@@ -14,12 +14,14 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Con
 
 from impasto import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
 from impasto.errors import InputError, MissingDependencyError
-from impasto.nn.module import Model, parse_size
-from impasto.pipelines import loading, moving, planner
-from impasto.pipelines.inspection import Inspection, Part, inspect_model
-from impasto.pipelines.moving import Group, is_settled
-from impasto.pipelines.placement import OneAtATime
-from impasto.pipelines.planner import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.memory import planner
+from impasto.memory import streaming as moving
+from impasto.memory.inspection import Inspection, Part, inspect_model
+from impasto.memory.placement import OneAtATime
+from impasto.memory.planner import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.memory.streaming import Group, is_settled
+from impasto.models.base import Model, parse_size
+from impasto.pipelines import loading
 from impasto.transforms.quantized_linear import QuantizedLinear
 
 from ..tiny_glm import pipelines, prior_parts

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..errors import InputError
+from ...errors import InputError
 
 #: Strips this large keep the rows that a convolution computes twice below a tenth at 4096 px.
 STRIP_BYTES = 256 * 2**20

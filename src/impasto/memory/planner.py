@@ -25,18 +25,18 @@ from torch import nn
 
 from ..checkpoints.stored import FLOATS
 from ..errors import CheckpointError, InputError, ResourceError
-from ..models.autoencoder_memory import decode_memory, decoder_layers, make_plan
+from ..family import PRIOR_PIXELS, tokens_to_generate
+from ..models.autoencoder.memory import decode_memory, decoder_layers, make_plan
+from ..models.base import parse_size
 from ..nn import machine
 from ..nn.machine import default_device, free_memory, process_memory
-from ..nn.module import parse_size
 from ..nn.precision import compute_in_float32
 from ..nn.widening import BLOCK
 from ..transforms.quantize import KEPT, Method, quantize
 from ..transforms.quantized_linear import NF4_BLOCK, SCHEMES
-from .glm_image_prior import PRIOR_PIXELS, tokens_to_generate
 from .inspection import DTYPES, USUAL_VAE, Inspection, Part, picture_size
-from .moving import Visit, is_settled
 from .placement import OneAtATime, Resident
+from .streaming import Visit, is_settled
 
 logger = logging.getLogger("impasto")
 

@@ -1,7 +1,8 @@
-"""What tells PixArt-α and PixArt-Σ apart, and the parts of one that were put into the other."""
+"""The facts of each model family, and components of one family that were put into another."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -57,3 +58,21 @@ def mixtures(parts: Mapping[str, Any], family: Family) -> Iterator[str]:
         )
     if config.get("use_additional_conditions") and not family.micro_conditions:
         yield f"the transformer takes micro-conditions, as those of {other.name}; use that pipeline for it"
+
+
+# --- GLM-Image's prior ---
+
+#: Pixels to a token of the prior along a side; two of the transformer's.
+PRIOR_PIXELS = 32
+
+
+def small_grid(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of the small image that comes before one of so many rows and columns of tokens."""
+    ratio = rows / columns
+    return int(math.sqrt(ratio) * 16), int(math.sqrt(1 / ratio) * 16)
+
+
+def tokens_to_generate(height: int, width: int, with_images: bool) -> int:
+    """How many tokens the prior generates for an image, those of the small image included."""
+    rows, columns = height // PRIOR_PIXELS, width // PRIOR_PIXELS
+    return rows * columns + (0 if with_images else math.prod(small_grid(rows, columns)))

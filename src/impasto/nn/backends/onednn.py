@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .machine import has_epilogues, has_onednn_products
-from .plain import is_plain_linear
+from ..machine import has_epilogues, has_onednn_products
+from ..plain import is_plain_linear
 
 #: From so many rows on, packing a weight for one call of a model takes less time than its products then save.
 PACKING_PAYS = 4096

@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..checkpoints.config import records_config
-from ..checkpoints.values import Count, Levels, Scale, Shift
-from ..checks import shown
-from ..errors import ConfigurationError, InputError
-from ..nn.attention import attention
-from ..nn.gaussian import DiagonalGaussianDistribution
-from ..nn.module import Model
-from ..nn.outputs import keyed
-from ..nn.precision import checkpointed
-from .autoencoder_tiling import Tiling
+from ...checkpoints.config import records_config
+from ...checkpoints.values import Count, Levels, Scale, Shift
+from ...checks import shown
+from ...errors import ConfigurationError, InputError
+from ...nn.attention import attention
+from ...nn.gaussian import DiagonalGaussianDistribution
+from ...nn.outputs import keyed
+from ...nn.precision import checkpointed
+from ..base import Model
+from .tiling import Tiling
 
 
 @keyed

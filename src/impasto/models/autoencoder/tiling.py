@@ -23,17 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.config import Config
-from ..errors import InputError
-from .autoencoder_memory import (
-    STATISTICS_BLOCK,
-    STRIP_BYTES,
-    Layer,
-    Stage,
-    decoder_layers,
-    encoder_layers,
-    make_plan,
-)
+from ...checkpoints.config import Config
+from ...errors import InputError
+from .memory import STATISTICS_BLOCK, STRIP_BYTES, Layer, Stage, decoder_layers, encoder_layers, make_plan
 
 
 class Tiling:

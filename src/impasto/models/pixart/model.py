@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.config import records_config
-from ..checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
-from ..checks import shown
-from ..errors import ConfigurationError, InputError
-from ..nn.embeddings import sincos_2d
-from ..nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
-from ..nn.masks import text_bias
-from ..nn.module import Model
-from ..nn.outputs import Transformer2DModelOutput
-from ..nn.precision import checkpointed
-from .pixart_blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
-from .pixart_context import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
+from ...checkpoints.config import records_config
+from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
+from ...checks import shown
+from ...errors import ConfigurationError, InputError
+from ...nn.embeddings import sincos_2d
+from ...nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
+from ...nn.masks import text_bias
+from ...nn.outputs import Transformer2DModelOutput
+from ...nn.precision import checkpointed
+from ..base import Model
+from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
+from .text import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
 
 __all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
+from impasto.memory import placement as placement_module
+from impasto.memory.placement import OneAtATime, PerPart, Resident, spread
+from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, is_settled, methods_of
 from impasto.nn.devices import require_device
-from impasto.pipelines import placement as placement_module
-from impasto.pipelines.moving import Group, Slot, Stay, Visit, block_lists, is_settled, methods_of
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
-from impasto.pipelines.placement import OneAtATime, PerPart, Resident, spread
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_transformer, tiny_vae, write_pipeline
 
@@ -211,7 +211,7 @@ def test_too_little_memory_leaves_everything_at_home(monkeypatch: pytest.MonkeyP
     def fail(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("impasto.pipelines.moving.Group._copy", fail)
+    monkeypatch.setattr("impasto.memory.streaming.Group._copy", fail)
     with pytest.raises(torch.OutOfMemoryError), placement.using(transformer):
         pass
     monkeypatch.undo()

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.attention import attention
-from ..nn.embeddings import apply_rotary, timestep_features
-from ..nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
+from ...nn.attention import attention
+from ...nn.embeddings import apply_rotary, timestep_features
+from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
 
 _EPS = 1e-5
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from ..errors import InputError, ResourceError
+from ..models.base import parse_size
 from ..nn.devices import as_device
-from ..nn.module import parse_size
-from .moving import Stay, Visit, device_of, is_settled
+from .streaming import Stay, Visit, device_of, is_settled
 
 #: The share of a device's free memory that ``device_map`` gives to weights; the rest is for the computation.
 SHARE = 0.85

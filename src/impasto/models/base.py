@@ -18,8 +18,8 @@ from ..checkpoints.stored import Stored, describe, find_weight_files
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
 from ..folders import reading, saving
-from .devices import check_device
-from .precision import adapt
+from ..nn.devices import check_device
+from ..nn.precision import adapt
 
 
 class Model(Configurable, nn.Module):

@@ -18,13 +18,10 @@ from typer.testing import CliRunner
 
 from impasto import cli
 from impasto.errors import CheckpointError, InputError, ResourceError
-from impasto.nn import machine
-from impasto.pipelines import planner
-from impasto.pipelines.image import read_settings
-from impasto.pipelines.inspection import Inspection, Part, inspect_model
-from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.pipelines.placement import OneAtATime, Resident
-from impasto.pipelines.planner import (
+from impasto.memory import planner
+from impasto.memory.inspection import Inspection, Part, inspect_model
+from impasto.memory.placement import OneAtATime, Resident
+from impasto.memory.planner import (
     BLOCKS,
     IN_TURN,
     RESIDENT,
@@ -34,6 +31,9 @@ from impasto.pipelines.planner import (
     PartPlan,
     plan_memory,
 )
+from impasto.nn import machine
+from impasto.pipelines.image import read_settings
+from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_vae, write_pipeline
 
@@ -392,7 +392,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text encoder of 170 MB and a transformer of 60, in float32."""
     from transformers import T5Config, T5EncoderModel
 
-    from impasto.models.pixart import PixArtTransformer2DModel
+    from impasto.models.pixart.model import PixArtTransformer2DModel
 
     config = T5Config(
         vocab_size=200, d_model=768, d_kv=64, d_ff=2048, num_layers=6, num_heads=12, feed_forward_proj="gated-gelu"

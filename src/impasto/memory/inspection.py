@@ -20,7 +20,7 @@ from ..checkpoints.layout import INDEX_NAME, WEIGHTS
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
 from ..folders import reading
-from .roles import LANGUAGE_MODELS, READERS, accepted_classes, check_role, component_entries
+from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
@@ -237,16 +237,15 @@ def inspect_parts(
 
 def _inspect_part(folder: Path, class_name: str, variant: str | None) -> Part:
     from ..checkpoints.foreign import from_transformers
-    from ..nn.module import Model
-    from .loading import OURS
+    from ..models.base import Model
 
     config: Mapping[str, Any] = {}
     stored: Stored = {}
     chosen = _variant_there(folder) if variant is None else variant
     if class_name in LANGUAGE_MODELS:
         config, _, stored = from_transformers.check_model(class_name, folder, chosen, None)
-    elif class_name in OURS:
-        cls = OURS[class_name]
+    elif class_name not in READERS:
+        cls = class_of(class_name)
         if issubclass(cls, Model):
             skeleton, stored = cls.skeleton(folder, variant=chosen)
             config = skeleton.config

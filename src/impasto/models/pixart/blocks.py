@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..nn.attention import attention
-from ..nn.embeddings import timestep_features
-from ..nn.fused_linear import FusedLinear
-from ..nn.layers import FeedForward, TwoLayerMLP, modulated_norm
-from ..nn.onednn import linear
-from ..nn.plain import is_idle_dropout, is_plain_linear, is_watched
-from .pixart_context import AbsorbedText, Modulation, TextKeys
+from ...errors import InputError
+from ...nn.attention import attention
+from ...nn.backends.onednn import linear
+from ...nn.embeddings import timestep_features
+from ...nn.fused_linear import FusedLinear
+from ...nn.layers import FeedForward, TwoLayerMLP, modulated_norm
+from ...nn.plain import is_idle_dropout, is_plain_linear, is_watched
+from .text import AbsorbedText, Modulation, TextKeys
 
 
 class PatchEmbed(nn.Module):

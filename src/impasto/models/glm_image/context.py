@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigurationError, InputError
+from ...errors import ConfigurationError, InputError
 
 Mode = Literal["write", "read", "skip"]
 

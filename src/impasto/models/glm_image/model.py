@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.config import records_config
-from ..checkpoints.values import MOST_CHANNELS, Count, Patch
-from ..errors import ConfigurationError, InputError
-from ..nn.embeddings import rotary_2d
-from ..nn.layers import FeedForward, unpatchify_channels_first
-from ..nn.masks import text_bias
-from ..nn.module import Model
-from ..nn.outputs import Transformer2DModelOutput
-from ..nn.precision import checkpointed
-from .glm_image_blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
-from .glm_image_context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
+from ...checkpoints.config import records_config
+from ...checkpoints.values import MOST_CHANNELS, Count, Patch
+from ...errors import ConfigurationError, InputError
+from ...nn.embeddings import rotary_2d
+from ...nn.layers import FeedForward, unpatchify_channels_first
+from ...nn.masks import text_bias
+from ...nn.outputs import Transformer2DModelOutput
+from ...nn.precision import checkpointed
+from ..base import Model
+from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
+from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
 
 __all__ = [
     "GlmImageContext",
