@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart.model import Modulation, PixArtContext, PixArtTransformer2DModel
+from impasto.models.pixart.text import TextKeys
+from impasto.nn.backends.absorbed import AbsorbedText
 from impasto.nn.plain import is_plain_linear
 
 CONFIG: dict[str, Any] = {
@@ -61,7 +63,7 @@ def test_stages_compose_to_forward(grad: bool) -> None:
         modulation = model.modulate(inputs["timestep"])
         staged = model.denoise(inputs["hidden_states"], context, modulation)
         given = model(inputs["hidden_states"], context, modulation).sample
-    assert (context.text is not None) == grad
+    assert (context.layers is None) == grad
     assert torch.equal(staged, expected)
     assert torch.equal(given, expected)
 
@@ -71,8 +73,8 @@ def test_discarded_tokens_are_left_out() -> None:
     mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
     with torch.no_grad():
         context = model.encode_context(inputs["encoder_hidden_states"], mask)
-    assert context.by_row is not None
-    assert [[layer.values.shape for layer in row] for row in context.by_row] == [[(4, 24)] * 2, [(1, 24)] * 2]
+    assert context.layers is not None
+    assert [[row.values.shape for row in layer] for layer in context.layers] == [[(4, 24), (1, 24)]] * 2
 
 
 MASKS = {
@@ -94,12 +96,14 @@ def test_every_way_to_hold_the_text_agrees(
     model, inputs = tiny(attention_bias=bias), arguments()
     expected = model(**inputs, encoder_attention_mask=mask).sample
     if way == "by row":
-        monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
+        monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
     with torch.no_grad():
         if way == "padded":  # as on an accelerator
-            monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+            monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
         context = model.encode_context(inputs["encoder_hidden_states"], mask)
-        assert (context.keys is not None) == (way == "padded")
+        assert context.layers is not None
+        kind = {"absorbed": AbsorbedText, "by row": TextKeys, "padded": TextKeys}[way]
+        assert all(isinstance(text if way == "padded" else text[0], kind) for text in context.layers)
         given = model(**{**inputs, "encoder_hidden_states": context}).sample
     assert distance(given, expected) <= 1e-6
 
@@ -111,7 +115,7 @@ def test_texts_held_in_different_ways_can_be_joined(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         expected = model(**inputs, encoder_attention_mask=mask).sample
         parts = [model.encode_context(text[:1], mask[:1])]
-        monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+        monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
         parts.append(model.encode_context(text[1:], mask[1:]))
         joined = PixArtContext.concat(parts)
         assert joined.rows == 3
@@ -185,7 +189,7 @@ def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monke
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
     model.bfloat16()
     absorbed = distance(predict(model, **inputs).double(), exact)
-    monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
+    monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
     assert absorbed <= 1.2 * distance(predict(model, **inputs).double(), exact)
 
 
@@ -213,8 +217,8 @@ def test_concat_of_projected_text_pads_with_discarded_tokens() -> None:
     model, inputs = tiny(), arguments()
     text = inputs["encoder_hidden_states"]
     joined = PixArtContext.concat([model.encode_context(text[:1, :2]), model.encode_context(text[1:])])
-    assert joined.text is not None
-    assert joined.text.shape == (2, 5, 24)
+    assert joined.projected.text is not None
+    assert joined.projected.text.shape == (2, 5, 24)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     expected = model(**inputs, encoder_attention_mask=mask).sample
     given = model(**{**inputs, "encoder_hidden_states": joined}).sample
@@ -461,7 +465,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"encoder_hidden_states": torch.zeros(2, 5, 11)},
         r"encoder_hidden_states has shape \[2, 5, 11\]; expected \[batch, tokens, 10\]",
     ),
-    "text of another batch": ({}, {"encoder_hidden_states": torch.zeros(3, 5, 10)}, "holds 3 texts for 2 pictures"),
+    "text of another batch": ({}, {"encoder_hidden_states": torch.zeros(3, 5, 10)}, "holds 3 texts for 2 images"),
     "flat text": ({}, {"encoder_hidden_states": torch.zeros(5, 10)}, r"expected \[batch, tokens, 10\]"),
     "mask of another length": (
         {},
@@ -481,7 +485,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"encoder_attention_mask masks the image tokens: expected \[2, 16\]",
     ),
     "no timestep": ({}, {"timestep": None}, "timestep is None; give one number for the batch or one for each"),
-    "timesteps": ({}, {"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 values for 2 pictures; give 1 or 2"),
+    "timesteps": ({}, {"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 values for 2 images; give 1 or 2"),
     "no micro-conditions": ({"use_additional_conditions": True}, {}, "takes micro-conditions: give added_cond_kwargs"),
     "micro-conditions of None": (
         {"use_additional_conditions": True},
@@ -513,10 +517,10 @@ def test_prepared_inputs_of_another_batch_are_refused() -> None:
     model, inputs = tiny(), arguments()
     with torch.no_grad():
         context = model.encode_context(torch.randn(3, 5, 10))
-        with pytest.raises(InputError, match="holds 3 texts for 2 pictures"):
+        with pytest.raises(InputError, match="holds 3 texts for 2 images"):
             model(inputs["hidden_states"], context, inputs["timestep"])
         modulation = model.modulate(torch.tensor([1, 2, 3]))
-        with pytest.raises(InputError, match="timestep holds 3 rows for 2 pictures; give 1 or 2"):
+        with pytest.raises(InputError, match="timestep holds 3 rows for 2 images; give 1 or 2"):
             model(inputs["hidden_states"], inputs["encoder_hidden_states"], modulation)
 
 

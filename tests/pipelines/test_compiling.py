@@ -194,7 +194,7 @@ def test_prompts_of_other_lengths_share_a_recording_on_accelerators(
     pipe: PixArtSigmaPipeline, tape: Tape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded keys instead of rows of their own lengths, as on a GPU; the padding is masked."""
-    monkeypatch.setattr(type(pipe.transformer), "_holds_rows", staticmethod(lambda text: False))
+    monkeypatch.setattr(type(pipe.transformer), "_keeps_rows", staticmethod(lambda text: False))
     plain = tiny_pipeline(PixArtSigmaPipeline)
     for prompt in ("a cube", "a very large red cube on a blue ball", ""):
         torch.testing.assert_close(draw(pipe, prompt=prompt), draw(plain, prompt=prompt), rtol=1e-4, atol=1e-5)

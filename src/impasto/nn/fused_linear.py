@@ -67,3 +67,10 @@ class FusedLinear:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinear:
         return FusedLinear(copy.deepcopy(self.layers, memo))  # a copy of a parameter is no view
+
+
+def project(fused: FusedLinear | None, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """``layer(x)`` for each of the layers, in one product if it may stand for them."""
+    if fused is not None and fused.holds(*layers):
+        return fused(x).chunk(len(layers), dim=-1)
+    return [layer(x) for layer in layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .plain import is_idle_dropout, is_watched
+from .tokens import Layout, by_image
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -19,19 +21,28 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
     """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation.
 
     Args:
-        x: [B, N, D].
+        x: [B, N, D], or [T, D] with a layout.
         shift, scale: [B or 1, 1, D].
     """
+    if layout is not None:
+        return by_image(partial(modulated_norm, norm), layout, [x], [shift, scale])
     if type(norm) is not nn.LayerNorm or norm.elementwise_affine or is_watched(norm):
         return modulate(norm(x), shift, scale)
     kind = x.device.type
     if shift.shape[0] > 1 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return modulate(norm(x), shift, scale)
     return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
+
+
+def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None) -> Tensor:
+    """x + gate · change, where x and change are [B, N, D], or [T, D] with a layout; gate [B or 1, 1, D]."""
+    if layout is None:
+        return torch.addcmul(x, gate, change)
+    return by_image(lambda x, change, gate: torch.addcmul(x, gate, change), layout, [x, change], [gate])
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

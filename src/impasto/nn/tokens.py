@@ -1,0 +1,102 @@
+"""Tokens of images of several sizes in one sequence.
+
+A batch of images of one size is a tensor [B, N, D]. A mixed batch is a sequence [T, D]: the images' tokens, one image
+after the other, with a ``Layout``. Linear layers work on all of its tokens at once; modulation and attention work on
+views of it, one for each run of neighbouring images with as many tokens. Inside a compiled graph, which is to serve
+every layout, they use the layout's tensors instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Layout(NamedTuple):
+    """Where the images of a mixed batch lie in its sequence of T tokens."""
+
+    lengths: tuple[int, ...]  # tokens of each image, B numbers; not read inside a compiled graph
+    longest: int
+    rows: Tensor  # [T], the image of each token, 0 to B - 1
+    offsets: Tensor  # [B + 1] in int32, where each image begins, and T
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Layout:
+        counts = torch.tensor([0, *lengths])
+        rows = torch.repeat_interleave(torch.arange(len(lengths)), counts[1:])
+        return cls(tuple(lengths), max(lengths), rows.to(device), counts.cumsum(0).int().to(device))
+
+    def groups(self) -> Iterator[tuple[slice, slice, int]]:
+        """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
+        first = start = 0
+        while first < len(self.lengths):
+            length, last = self.lengths[first], first + 1
+            while last < len(self.lengths) and self.lengths[last] == length:
+                last += 1
+            count = last - first
+            yield slice(first, last), slice(start, start + count * length), count
+            first, start = last, start + count * length
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A view of each image's tokens."""
+        parts: tuple[Tensor, ...] = x.split(self.lengths)
+        return parts
+
+    def bias(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """The bias [1, 1, T, S] with which each token sees the keys of its own image.
+
+        Args:
+            keys: [S], the image of each key.
+        """
+        own = self.rows[:, None] == keys  # [T, S]
+        return torch.zeros(own.shape, dtype=dtype, device=own.device).masked_fill(~own, -torch.inf)[None, None]
+
+
+def by_image(
+    function: Callable[..., Tensor], layout: Layout, tokens: Sequence[Tensor], rows: Sequence[Tensor]
+) -> Tensor:
+    """``function(*tokens, *rows)`` for each image.
+
+    Args:
+        function: of [b, N, ...] for each of ``tokens`` and [b or 1, 1, ...] for each of ``rows``.
+        tokens: [T, ...] each.
+        rows: [B or 1, 1, ...] each.
+
+    Returns:
+        [T, ...]
+    """
+    if torch.compiler.is_compiling():  # fused into one kernel, in which nothing is copied
+        per_token = [row if row.shape[0] == 1 else row[layout.rows] for row in rows]
+        return function(*(x[:, None] for x in tokens), *per_token)[:, 0]
+    results = []
+    for images, place, count in layout.groups():
+        views = [x[place].unflatten(0, (count, -1)) for x in tokens]
+        results.append(function(*views, *(row if row.shape[0] == 1 else row[images] for row in rows)).flatten(0, 1))
+    return torch.cat(results)
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being made that is to serve other values: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether ``block.compile()`` was called."""
+    return type(block._compiled_call_impl).__name__ == "function"
+
+
+def register_methods(modules: Iterable[nn.Module], *names: str) -> None:
+    """Let FSDP gather the parameters of modules for these methods too, as it does for ``forward``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for name in names:
+                if name not in vars(module):
+                    register_fsdp_forward_method(module, name)
