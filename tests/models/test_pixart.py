@@ -451,6 +451,197 @@ def test_compiled_by_inductor() -> None:
     check_compiled("inductor")
 
 
+# Images of several sizes in one forward
+
+
+SIZES = [(8, 8), (4, 12), (12, 4), (8, 8), (16, 6)]
+MIXED_MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1]])
+
+
+def mixed(**options: Any) -> tuple[PixArtTransformer2DModel, list[Tensor], dict[str, Any]]:
+    """A model, latents of several sizes, and the rest of its arguments."""
+    model = tiny(**options)
+    torch.manual_seed(2)
+    latents = [torch.randn(4, *size) for size in SIZES]
+    text = torch.randn(5, 5, 10)
+    return (
+        model,
+        latents,
+        {
+            "encoder_hidden_states": text,
+            "timestep": torch.tensor([3, 998, 500, 3, 77]),
+            "encoder_attention_mask": MIXED_MASK,
+        },
+    )
+
+
+def one_by_one(model: nn.Module, latents: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
+    return [
+        model(image[None], **{name: value[i : i + 1] for name, value in inputs.items()}).sample[0]
+        for i, image in enumerate(latents)
+    ]
+
+
+@pytest.mark.parametrize("way", ["absorbed", "by row", "padded", "projected"])
+@pytest.mark.parametrize("upcast", [False, True], ids=["as it is", "upcast"])
+def test_images_of_several_sizes_share_a_forward(way: str, upcast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latents, inputs = mixed(upcast_attention=upcast)
+    with torch.set_grad_enabled(way == "projected"):
+        expected = one_by_one(model, latents, inputs)
+        if way == "by row":
+            monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
+        if way == "padded":
+            monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
+        together = model(latents, **inputs).sample
+    assert [output.shape for output in together] == [(8, *size) for size in SIZES]
+    assert max(map(distance, together, expected)) <= 1e-6
+
+
+def test_linear_layers_see_all_tokens_of_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latents, inputs = mixed()
+    shapes: list[tuple[int, ...]] = []
+    model.transformer_blocks[1].attn1.to_q.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    predict(model, hidden_states=latents, **inputs)
+    assert shapes == [(16 + 12 + 12 + 16 + 24, 24)]
+
+
+def test_the_gradients_of_a_mixed_batch_are_those_of_its_images() -> None:
+    model, latents, inputs = mixed()
+
+    def gradients(outputs: list[Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        sum(output.square().sum() for output in outputs).backward()
+        grads = [p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "to_k.bias" not in n]
+        assert len(grads) == len([*model.parameters()]) - 4  # the gradient of the keys' bias is 0, but for rounding
+        return grads
+
+    expected = gradients(one_by_one(model, latents, inputs))
+    for _ in range(2):
+        assert max(map(distance, gradients(model(latents, **inputs).sample), expected)) <= 1e-5
+        model.enable_gradient_checkpointing()
+
+
+def test_one_modulation_serves_a_mixed_batch_and_micro_conditions_differ() -> None:
+    model, latents, inputs = mixed(use_additional_conditions=True)
+    sizes = torch.tensor(SIZES, dtype=torch.float32)
+    conditions = {"resolution": sizes * 8, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    for timestep in (inputs["timestep"], inputs["timestep"][:1]):
+        each = timestep.expand(5)
+        with torch.no_grad():
+            expected = [
+                model(
+                    image[None],
+                    inputs["encoder_hidden_states"][i : i + 1],
+                    each[i : i + 1],
+                    {name: value[i : i + 1] for name, value in conditions.items()},
+                    encoder_attention_mask=MIXED_MASK[i : i + 1],
+                ).sample[0]
+                for i, image in enumerate(latents)
+            ]
+            together = model(latents, **{**inputs, "timestep": each}, added_cond_kwargs=conditions).sample
+        assert max(map(distance, together, expected)) <= 1e-6
+    model, latents, inputs = mixed()
+    inputs["timestep"] = torch.tensor([3])
+    expected = one_by_one(model, latents, {**inputs, "timestep": torch.tensor([3] * 5)})
+    assert max(map(distance, predict(model, hidden_states=latents, **inputs), expected)) <= 1e-6
+
+
+def test_without_text_a_mixed_batch_attends_to_its_own_images() -> None:
+    model, latents, inputs = mixed(caption_channels=None)
+    rest = {"timestep": inputs["timestep"]}
+    with torch.no_grad():
+        expected = one_by_one(model, latents, rest)
+        assert max(map(distance, model(latents, **rest).sample, expected)) <= 1e-6
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert max(map(distance, compiled(latents, **rest).sample, expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "its blocks"])
+def test_one_graph_serves_every_layout(whole: bool) -> None:
+    model, latents, inputs = mixed()
+    expected = one_by_one(model, latents, inputs)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    called: Any = model
+    if whole:
+        called = torch.compile(model, **options)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(**options)
+    counts = []
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [1, 0, 4, 3, 2], [2, 4, 3]):
+        some = [latents[i] for i in order]
+        rest = {name: value[order] for name, value in inputs.items()}
+        with torch.no_grad():
+            together = called(some, **rest).sample
+        assert max(map(distance, together, [expected[i] for i in order])) <= 1e-5
+        counts.append(len(graphs))
+    if not whole:  # the first layout and the next one, in which numbers are seen to change, may each make a graph
+        assert counts[1:] == [counts[1]] * 3
+
+
+def test_hooks_on_attentions_fire_and_see_halves_and_text() -> None:
+    """And the batch is [B, N, D], whatever sizes it holds."""
+    model, inputs = tiny(), arguments() | {"encoder_attention_mask": RAGGED}
+    expected = predict(model, **inputs)
+    seen: list[list[Any]] = []
+
+    def look(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
+        values = [*args, *kwargs.values()]
+        seen.append([None if value is None else tuple(value.shape) for value in values])
+
+    with torch.no_grad():
+        before = model.encode_context(inputs["encoder_hidden_states"], RAGGED)
+    handles = [
+        getattr(model.transformer_blocks[0], n).register_forward_hook(look, with_kwargs=True)
+        for n in ("attn1", "attn2")
+    ]
+    assert distance(predict(model, **inputs), expected) <= 1e-6
+    assert seen == [[(2, 16, 24), None, None], [(2, 16, 24), (2, 5, 24), (2, 1, 5)]]
+    seen.clear()
+    again = predict(model, **inputs | {"encoder_hidden_states": before, "encoder_attention_mask": None})
+    assert distance(again, expected) <= 1e-6
+    assert seen == [[(2, 16, 24), None, None], [(2, 16, 24), (2, 5, 24), (2, 1, 5)]]
+    seen.clear()
+    _, latents, rest = mixed()
+    together = predict(model, hidden_states=latents, **rest)
+    assert len(seen) == 10
+    assert all(one[0][0] == 1 for one in seen)
+    for handle in handles:
+        handle.remove()
+    assert max(map(distance, together, one_by_one(model, latents, rest))) <= 1e-6
+
+
+def test_an_attention_with_another_forward_is_called() -> None:
+    model, inputs = tiny(), arguments()
+
+    def nothing(hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    for block in model.transformer_blocks:
+        block.attn2.forward = nothing
+    bare = tiny()
+    for block in bare.transformer_blocks:
+        for parameter in block.attn2.to_out.parameters():
+            parameter.data.zero_()
+    assert distance(predict(model, **inputs), predict(bare, **inputs)) <= 1e-6
+
+
+def test_bad_mixed_batches() -> None:
+    model, latents, inputs = mixed()
+    with pytest.raises(InputError, match=r"hidden_states has shape \[1, 4, 7, 8\]"):
+        predict(model, hidden_states=[*latents[:4], torch.randn(4, 7, 8)], **inputs)
+    with pytest.raises(InputError, match="holds 5 texts for 4 images"):
+        predict(model, hidden_states=latents[:4], **inputs | {"timestep": inputs["timestep"][:4]})
+    with pytest.raises(InputError, match="attention_mask masks the tokens of images of one size"):
+        predict(model, hidden_states=latents, **inputs, attention_mask=torch.ones(5, 16))
+
+
 # Bad input
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,13 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Layout:
-        counts = torch.tensor([0, *lengths])
-        rows = torch.repeat_interleave(torch.arange(len(lengths)), counts[1:])
-        return cls(tuple(lengths), max(lengths), rows.to(device), counts.cumsum(0).int().to(device))
+        rows = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), max(lengths), rows.to(device), ends.to(device))
+
+    def as_tensors(self) -> Layout:
+        """The same without the numbers, each of which a compiled graph would be specialized for."""
+        return self._replace(lengths=())
 
     def groups(self) -> Iterator[tuple[slice, slice, int]]:
         """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""

@@ -101,7 +101,7 @@ class PixArtBlock(nn.Module):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
-        self.attn1 = Attention(width, width, heads, attention_bias, dropout, upcast_attention)
+        self.attn1 = Attention(width, None, heads, attention_bias, dropout, upcast_attention)
         self.attn2 = (
             None
             if cross_attention_dim is None
@@ -113,12 +113,6 @@ class PixArtBlock(nn.Module):
     def encode_text(self, rows: Sequence[Tensor], biases: Sequence[Tensor | None], separate: bool = False) -> LayerText:
         """The projected texts [M, D] of B images with their biases [M] in this layer; see ``encode_layer``."""
         return encode_layer(self.attn2, rows, biases, separate)
-
-    def fuse(self) -> None:
-        """One product for query, key and value of each attention."""
-        self.attn1.fuse(cross=False)
-        if self.attn2 is not None:
-            self.attn2.fuse(cross=True)
 
     def forward(
         self,
@@ -141,13 +135,14 @@ class PixArtBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of image tokens to themselves or to the text."""
 
-    def __init__(self, width: int, context_dim: int, heads: int, bias: bool, dropout: float, upcast: bool):
+    def __init__(self, width: int, context_dim: int | None, heads: int, bias: bool, dropout: float, upcast: bool):
         super().__init__()
+        self.is_cross = context_dim is not None
         self.heads = heads
         self.upcast = upcast
         self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context_dim, width, bias=bias)
-        self.to_v = nn.Linear(context_dim, width, bias=bias)
+        self.to_k = nn.Linear(context_dim or width, width, bias=bias)
+        self.to_v = nn.Linear(context_dim or width, width, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
         self._fused: FusedLinear | None = None
 
@@ -193,13 +188,11 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
 
-    def fuse(self, cross: bool) -> None:
-        """Compute key and value (and in self-attention the query) in one product."""
-        layers = [self.to_k, self.to_v] if cross else [self.to_q, self.to_k, self.to_v]
-        self._fused = FusedLinear(layers)
-
-    def unfuse(self) -> None:
-        self._fused = None
+    @property
+    def fusible(self) -> list[nn.Module]:
+        """The projections of one input: of self-attention all three, of cross-attention those of the text."""
+        layers: list[nn.Module] = [self.to_k, self.to_v]
+        return layers if self.is_cross else [self.to_q, *layers]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or casting gives every projection storage of its own again.

@@ -30,13 +30,15 @@ from ...nn.plain import is_watched
 from ...nn.precision import checkpointed
 from ...nn.tokens import Layout, is_compiled, is_tracing, register_methods
 from ..base import Model
-from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
+from ..compat import FusedProjections, GradientCheckpointing
+from ..inputs import as_batches, as_timesteps, check_text
+from .blocks import AdaLayerNormSingle, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
 __all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
 
 
-class PixArtTransformer2DModel(Model):
+class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     """Predicts the noise (and, with twice the channels, its variance) in latents, given text and timestep.
 
     α and Σ differ by config alone. Arguments are those of the diffusers class of this name.
@@ -142,7 +144,6 @@ class PixArtTransformer2DModel(Model):
         self.base_size = sample_size // patch_size
         self.interpolation_scale = max(sample_size // 64, 1) if interpolation_scale is None else interpolation_scale
         self.use_additional_conditions = use_additional_conditions
-        self.gradient_checkpointing = False
 
         self.pos_embed = PatchEmbed(in_channels, width, patch_size)
         self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions)
@@ -190,7 +191,7 @@ class PixArtTransformer2DModel(Model):
                     "(those of the empty prompt for an unconditional image)"
                 )
             return PixArtContext(ProjectedText(None, None if mask is None else text_bias(mask)[:, 0]))
-        self._check_text(text_embeds, mask)
+        check_text(text_embeds, mask, self.text_channels, "encoder_attention_mask")
         if not self.has_cross_attention:
             return PixArtContext(ProjectedText(None, None))
         bias = None if mask is None else text_bias(mask)[:, 0]  # [B, 1, M]
@@ -278,19 +279,19 @@ class PixArtTransformer2DModel(Model):
         p = self.patch_size
         grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
         embedded = [self._embed(latents, *grid) for latents, grid in zip(batches, grids, strict=True)]
-        layout = (
-            None if len(batches) == 1 else Layout.of([rows * columns for rows, columns in grids], batches[0].device)
-        )
-        x = embedded[0] if layout is None else torch.cat(embedded, dim=1)[0]  # [B, N, D] or [T, D]
+        counts = [rows * columns for rows, columns in grids]
+        layout = None if len(batches) == 1 else Layout.of(counts, batches[0].device)
+        x = embedded[0] if layout is None else torch.cat([tokens[0] for tokens in embedded])  # [B, N, D] or [T, D]
 
         bias = image_bias(attention_mask, x)  # [B, 1, N]
         if self._is_watched():
             context = PixArtContext(context.projected)
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
         texts = context.of_layers(len(self.transformer_blocks), layout, dynamic)
+        places = layout.as_tensors() if layout is not None and dynamic else layout
         for block, text in zip(self.transformer_blocks, texts, strict=True):
             run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
-            x = run(x, modulation.shared, text, bias, layout)
+            x = run(x, modulation.shared, text, bias, places)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
         x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout))
@@ -334,14 +335,12 @@ class PixArtTransformer2DModel(Model):
         Raises:
             InputError: a shape that does not fit, with the shape that would.
         """
-        batched = [hidden_states] if isinstance(hidden_states, Tensor) else [image[None] for image in hidden_states]
-        for latents in batched:
-            self._check_latents(latents)
+        batches = as_batches(hidden_states, self.in_channels, self.patch_size)
         if cross_attention_kwargs and set(cross_attention_kwargs) - {"scale"}:
             raise InputError(
                 f"cross_attention_kwargs {sorted(cross_attention_kwargs)}: PixArt's attention takes none of them"
             )
-        batch = sum(map(len, batched))
+        batch = sum(map(len, batches))
         if isinstance(encoder_hidden_states, PixArtContext):
             context = encoder_hidden_states
         else:
@@ -349,84 +348,34 @@ class PixArtTransformer2DModel(Model):
         if isinstance(timestep, Modulation):
             modulation = timestep
         else:
-            modulation = self.modulate(_timesteps(timestep, batch, batched[0].device), added_cond_kwargs)
-        self._check_rows(batched, context, modulation)
+            modulation = self.modulate(as_timesteps(timestep, batch, batches[0].device), added_cond_kwargs)
+        self._check_rows(batches, context, modulation)
         if attention_mask is not None and not isinstance(hidden_states, Tensor):
             raise InputError("attention_mask masks the tokens of images of one size: give their latents as one tensor")
         output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    # Documented switches
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass, to save memory."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-
-    def fuse_qkv_projections(self) -> None:
-        """One product for query, key and value of self-attention, and one for key and value of cross-attention.
-
-        The state dict stays as it is. Raises ``ConfigurationError`` where an adapter wraps a projection.
-        """
-        try:
-            for block in self.transformer_blocks:
-                cast(PixArtBlock, block).fuse()
-        except ConfigurationError:
-            self.unfuse_qkv_projections()
-            raise
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undo ``fuse_qkv_projections``."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.unfuse()
-
-    def set_default_attn_processor(self) -> None:
-        """Go back to the default attention: that is, undo ``fuse_qkv_projections``."""
-        self.unfuse_qkv_projections()
-
     # Checks and loading
 
-    def _check_latents(self, latents: Tensor) -> None:
-        expected = f"[batch, {self.in_channels}, height, width] with sides that {self.patch_size} divides"
-        if latents.ndim != 4 or latents.shape[1] != self.in_channels:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-        if latents.shape[2] % self.patch_size or latents.shape[3] % self.patch_size or 0 in latents.shape[2:]:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-
-    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
-        if text.ndim != 3 or self.text_channels not in (None, text.shape[2]):
-            raise InputError(
-                f"encoder_hidden_states has shape {list(text.shape)}; expected [batch, tokens, {self.text_channels}]"
-            )
-        batch, tokens = text.shape[:2]
-        if mask is not None and tuple(mask.shape) not in {(batch, tokens), (batch, 1, tokens)}:
-            raise InputError(
-                f"encoder_attention_mask has shape {list(mask.shape)}; expected {[batch, tokens]} (1 keeps) "
-                f"or {[batch, 1, tokens]} (a bias)"
-            )
-
-    def _check_rows(self, batched: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
-        batch = sum(map(len, batched))
-        if context.rows not in (None, batch):
-            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
+    def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
+        batch, rows, bias = sum(map(len, batches)), context.rows, context.projected.bias
+        if rows is not None and rows != batch:
+            raise InputError(f"encoder_hidden_states holds {rows} texts for {batch} images")
         if torch.is_grad_enabled() and context.layers is not None and self._learns():
             raise InputError(
                 "encoder_hidden_states is a context that was made without gradients, and gradients are recorded: make "
                 "it where they are, or call the model under torch.no_grad()"
             )
-        bias = context.projected.bias
-        if context.rows is None and bias is not None and self.has_cross_attention:
-            tokens = batched[0].shape[2] // self.patch_size * (batched[0].shape[3] // self.patch_size)
-            if len(batched) > 1 or tuple(bias.shape) != (batch, 1, tokens):
+        if rows is None and bias is not None and self.has_cross_attention:
+            tokens = batches[0].shape[2] // self.patch_size * (batches[0].shape[3] // self.patch_size)
+            if len(batches) > 1 or bias.shape != (batch, 1, tokens):
                 raise InputError(
                     f"without text, encoder_attention_mask masks the image tokens: expected {[batch, tokens]} "
                     f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
                 )
-        if modulation.shared.shape[0] not in (1, batch):
-            raise InputError(f"timestep holds {modulation.shared.shape[0]} rows for {batch} images; give 1 or {batch}")
+        steps = len(modulation.shared)
+        if steps != 1 and steps != batch:
+            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
 
     def _learns(self) -> bool:
         return any(p.requires_grad for p in self.transformer_blocks.parameters())
@@ -438,12 +387,3 @@ class PixArtTransformer2DModel(Model):
             found = any(name.startswith("adaln_single.emb.resolution_embedder") for name in stored_names)
             config = {**config, "use_additional_conditions": found}
         return config
-
-
-def _timesteps(timestep: Tensor | float | None, batch: int, device: torch.device) -> Tensor:
-    if timestep is None:
-        raise InputError("timestep is None; give one number for the batch or one for each image")
-    timesteps = torch.as_tensor(timestep, device=device).reshape(-1)
-    if timesteps.shape[0] not in (1, batch):
-        raise InputError(f"timestep has {timesteps.shape[0]} values for {batch} images; give 1 or {batch}")
-    return timesteps

@@ -35,6 +35,13 @@ class ProjectedText(NamedTuple):
     def select(self, rows: slice | Tensor | list[int]) -> ProjectedText:
         return ProjectedText(*(None if x is None else x[rows] for x in self))
 
+    def padded(self, length: int) -> ProjectedText:
+        """The same with discarded tokens up to a length."""
+        assert self.text is not None
+        more = length - self.text.shape[1]
+        bias = self.text.new_zeros(len(self.text), 1, self.text.shape[1]) if self.bias is None else self.bias
+        return ProjectedText(F.pad(self.text, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf))
+
 
 class TextKeys(NamedTuple):
     """A layer's keys and values of the text, padded to one length."""
@@ -63,14 +70,12 @@ class TextKeys(NamedTuple):
             if row.bias is not None
         ]
 
-    def padded(self, length: int, with_bias: bool = True) -> TextKeys:
+    def padded(self, length: int) -> TextKeys:
         """The same with discarded tokens up to a length."""
         more = length - self.key.shape[2]
+        bias = self.key.new_zeros(len(self.key), 1, 1, self.key.shape[2]) if self.bias is None else self.bias
         key, value = (F.pad(x, (0, 0, 0, more)) for x in (self.key, self.value))
-        bias = self.bias
-        if bias is None and with_bias:
-            bias = key.new_zeros(len(key), 1, 1, self.key.shape[2])
-        return TextKeys(key, value, None if bias is None else F.pad(bias, (0, more), value=-torch.inf).to(key.dtype))
+        return TextKeys(key, value, F.pad(bias, (0, more), value=-torch.inf).to(key.dtype))
 
 
 #: The text in one layer, of a batch or of each image by itself.
@@ -211,7 +216,7 @@ class PixArtContext(NamedTuple):
             return self
         keys = [text for text in self.layers if isinstance(text, TextKeys)]
         length = -(-keys[0].key.shape[2] // multiple) * multiple
-        return self._replace(layers=tuple(text.padded(length) for text in keys))
+        return PixArtContext(self.projected.padded(length), tuple(text.padded(length) for text in keys))
 
     @property
     def _kind(self) -> str:
@@ -228,13 +233,11 @@ def _joined(parts: Sequence[ProjectedText]) -> ProjectedText:
             raise InputError("contexts without text can only be joined if all of them have a mask, or none")
         return ProjectedText(None, torch.cat(biases) if biases else None)
     longest = max(text.shape[1] for text in texts)
-    bias = None
     if biases or len({text.shape[1] for text in texts}) > 1:
-        rows = [
-            text.new_zeros(len(text), 1, text.shape[1]) if p.bias is None else p.bias for p, text in zip(parts, texts)
-        ]
-        bias = torch.cat([F.pad(row, (0, longest - row.shape[2]), value=-torch.inf) for row in rows])
-    return ProjectedText(torch.cat([F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]), bias)
+        padded = [part.padded(longest) for part in parts]
+        texts = [part.text for part in padded if part.text is not None]
+        biases = [part.bias for part in padded if part.bias is not None]
+    return ProjectedText(torch.cat(texts), torch.cat(biases) if biases else None)
 
 
 def _join_layer(texts: Sequence[LayerText]) -> LayerText:
@@ -243,10 +246,10 @@ def _join_layer(texts: Sequence[LayerText]) -> LayerText:
         each = [text.separate() if isinstance(text, TextKeys) else text for text in texts]
         return [one for row in each if isinstance(row, list) for one in row if not isinstance(one, ProjectedText)]
     lengths = {text.key.shape[2] for text in keys}
-    with_bias = len(lengths) > 1 or any(text.bias is not None for text in keys)
-    padded = [text.padded(max(lengths), with_bias) for text in keys]
-    biases = [text.bias for text in padded if text.bias is not None]
-    key, value = torch.cat([text.key for text in padded]), torch.cat([text.value for text in padded])
+    if len(lengths) > 1 or any(text.bias is not None for text in keys):
+        keys = [text.padded(max(lengths)) for text in keys]
+    biases = [text.bias for text in keys if text.bias is not None]
+    key, value = torch.cat([text.key for text in keys]), torch.cat([text.value for text in keys])
     return TextKeys(key, value, torch.cat(biases) if biases else None)
 
 
@@ -270,7 +273,7 @@ def image_bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """The bias [B, 1, N] of self-attention of x [B, N, D]. A row that discards every token keeps them all."""
     if mask is None:
         return None
-    if tuple(mask.shape) not in {(x.shape[0], x.shape[1]), (x.shape[0], 1, x.shape[1])}:
+    if mask.shape != x.shape[:2] and mask.shape != (x.shape[0], 1, x.shape[1]):
         raise InputError(
             f"attention_mask has shape {list(mask.shape)}; it masks image tokens: expected {list(x.shape[:2])} "
             f"(1 keeps) or {[x.shape[0], 1, x.shape[1]]} (a bias)"
