@@ -28,7 +28,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
-    from .models.glm_image.model import GlmImageKVCache, GlmImageTransformer2DModel
+    from .models.glm_image.context import GlmImageKVCache
+    from .models.glm_image.model import GlmImageTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
@@ -105,7 +106,7 @@ _HOMES = {
     "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
-    "GlmImageKVCache": ".models.glm_image.model:GlmImageKVCache",
+    "GlmImageKVCache": ".models.glm_image.context:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
     "GlmImageTransformer2DModel": ".models.glm_image.model:GlmImageTransformer2DModel",
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.pixart.model import Modulation, PixArtContext, PixArtTransformer2DModel
-from impasto.models.pixart.text import TextKeys
+from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.models.pixart.text import Modulation, PixArtContext, TextKeys
 from impasto.nn.backends.absorbed import AbsorbedText
 from impasto.nn.plain import is_plain_linear
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,36 +12,36 @@ from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .plain import is_idle_dropout, is_watched
-from .tokens import Layout, by_image
+from .tokens import Layout, addcmul_by_image
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer normalisation's affine part (DiT, 2212.09748): x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
-    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation.
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
+    """Adaptive layer normalization's affine part (DiT, 2212.09748): x (1 + scale) + shift.
 
     Args:
         x: [B, N, D], or [T, D] with a layout.
         shift, scale: [B or 1, 1, D].
     """
-    if layout is not None:
-        return by_image(partial(modulated_norm, norm), layout, [x], [shift, scale])
-    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or is_watched(norm):
-        return modulate(norm(x), shift, scale)
-    kind = x.device.type
-    if shift.shape[0] > 1 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return modulate(norm(x), shift, scale)
-    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
+    return torch.addcmul(shift, x, 1 + scale) if layout is None else addcmul_by_image(layout, shift, x, 1 + scale)
 
 
 def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None) -> Tensor:
-    """x + gate · change, where x and change are [B, N, D], or [T, D] with a layout; gate [B or 1, 1, D]."""
-    if layout is None:
-        return torch.addcmul(x, gate, change)
-    return by_image(lambda x, change, gate: torch.addcmul(x, gate, change), layout, [x, change], [gate])
+    """x + gate · change; x and change as in ``modulate``, gate [B or 1, 1, D]."""
+    return torch.addcmul(x, gate, change) if layout is None else addcmul_by_image(layout, x, gate, change)
+
+
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
+    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation."""
+    plain = type(norm) is nn.LayerNorm and not norm.elementwise_affine and not is_watched(norm)
+    kind = x.device.type
+    if not plain or layout is not None or shift.shape[0] > 1 or _is_autocast(kind):
+        return modulate(norm(x), shift, scale, layout)
+    assert isinstance(norm, nn.LayerNorm)
+    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

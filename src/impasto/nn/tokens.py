@@ -9,7 +9,7 @@ every layout, they use the layout's tensors instead.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -61,27 +61,27 @@ class Layout(NamedTuple):
         return torch.zeros(own.shape, dtype=dtype, device=own.device).masked_fill(~own, -torch.inf)[None, None]
 
 
-def by_image(
-    function: Callable[..., Tensor], layout: Layout, tokens: Sequence[Tensor], rows: Sequence[Tensor]
-) -> Tensor:
-    """``function(*tokens, *rows)`` for each image.
-
-    Args:
-        function: of [b, N, ...] for each of ``tokens`` and [b or 1, 1, ...] for each of ``rows``.
-        tokens: [T, ...] each.
-        rows: [B or 1, 1, ...] each.
+def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
+    """a + b · c, where some of the three are of the tokens, [T, D], and the others of the images, [B or 1, 1, D].
 
     Returns:
-        [T, ...]
+        [T, D]
     """
-    if torch.compiler.is_compiling():  # fused into one kernel, in which nothing is copied
-        per_token = [row if row.shape[0] == 1 else row[layout.rows] for row in rows]
-        return function(*(x[:, None] for x in tokens), *per_token)[:, 0]
+    if torch.compiler.is_compiling():  # becomes one kernel, in which nothing is copied
+        return torch.addcmul(*(x if x.ndim == 2 else (x[0] if len(x) == 1 else x[layout.rows, 0]) for x in factors))
+    like = next(x for x in factors if x.ndim == 2)
+    needs_grad = torch.is_grad_enabled()
+    out = None if needs_grad else torch.empty_like(like)
     results = []
     for images, place, count in layout.groups():
-        views = [x[place].unflatten(0, (count, -1)) for x in tokens]
-        results.append(function(*views, *(row if row.shape[0] == 1 else row[images] for row in rows)).flatten(0, 1))
-    return torch.cat(results)
+        own = [
+            x[place].unflatten(0, (count, -1)) if x.ndim == 2 else (x if len(x) == 1 else x[images]) for x in factors
+        ]
+        if out is None:
+            results.append(torch.addcmul(*own).flatten(0, 1))
+        else:
+            torch.addcmul(*own, out=out[place].unflatten(0, (count, -1)))
+    return torch.cat(results) if out is None else out
 
 
 def is_tracing() -> bool:

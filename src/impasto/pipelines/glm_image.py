@@ -21,7 +21,8 @@ from ..family import tokens_to_generate
 from ..memory.placement import OneAtATime, check_dtype
 from ..memory.streaming import unwrapped
 from ..models.base import parse_dtype
-from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
+from ..models.glm_image.context import GlmImageContext, GlmImageReferences
+from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..nn.devices import as_device, check_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline

@@ -35,8 +35,6 @@ from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormSingle, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
-__all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
-
 
 class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     """Predicts the noise (and, with twice the channels, its variance) in latents, given text and timestep.
