@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+#: In a sequence of so few tokens a modulation may be copied for each token, and tokens of all images be compared.
+_FEW_TOKENS = 128
+
 
 class Layout(NamedTuple):
     """Where the images of a mixed batch lie in its sequence of T tokens."""
@@ -34,6 +37,11 @@ class Layout(NamedTuple):
     def as_tensors(self) -> Layout:
         """The same without the numbers, each of which a compiled graph would be specialized for."""
         return self._replace(lengths=())
+
+    @property
+    def by_tensors(self) -> bool:
+        """Whether to use the tensors: in a compiled graph, and for so few tokens that copies cost less than calls."""
+        return torch.compiler.is_compiling() or len(self.rows) <= _FEW_TOKENS
 
     def groups(self) -> Iterator[tuple[slice, slice, int]]:
         """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
@@ -67,7 +75,7 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     Returns:
         [T, D]
     """
-    if torch.compiler.is_compiling():  # becomes one kernel, in which nothing is copied
+    if layout.by_tensors:  # compiled, it becomes one kernel, in which nothing is copied
         return torch.addcmul(*(x if x.ndim == 2 else (x[0] if len(x) == 1 else x[layout.rows, 0]) for x in factors))
     like = next(x for x in factors if x.ndim == 2)
     needs_grad = torch.is_grad_enabled()
