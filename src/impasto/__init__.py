@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from .pipelines.base import ImagePipelineOutput
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+    from .pipelines.pixart_edits import (
+        PixArtAlphaImg2ImgPipeline,
+        PixArtAlphaInpaintPipeline,
+        PixArtSigmaImg2ImgPipeline,
+        PixArtSigmaInpaintPipeline,
+    )
     from .schedulers.base import SchedulerOutput
     from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
     from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
@@ -75,7 +81,11 @@ __all__ = [
     "LCMSchedulerOutput",
     "MissingDependencyError",
     "OutputError",
+    "PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline",
     "PixArtTransformer2DModel",
     "ResourceError",
@@ -111,7 +121,11 @@ _HOMES = {
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",
     "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",
+    "PixArtAlphaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline": ".pipelines.pixart_edits:PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline": ".pipelines.pixart:PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline": ".pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline": ".pipelines.pixart:PixArtSigmaPipeline",
     "PixArtTransformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",

@@ -57,6 +57,8 @@ class Pipeline:
     Any of them may be None, reassigned, or deleted (``del pipe.transformer``).
     """
 
+    #: The class that ``model_index.json`` names for these components; this one if None.
+    saved_as: ClassVar[str | None] = None
     #: Components that always move to the device whole, however the others move.
     never_in_blocks: ClassVar[tuple[str, ...]] = ()
 
@@ -168,7 +170,7 @@ class Pipeline:
         )
         plan = None
         with source.opened() as opened:
-            index = opened.read_index(cls.__name__)
+            index = opened.read_index(cls.saved_as or cls.__name__)
             wanted = [name for name in names if name not in components]
             folder = opened.fetch(index, wanted, cls.__name__)
             if memory_budget is not None:
@@ -218,7 +220,8 @@ class Pipeline:
             raise InputError("safe_serialization=False would write pickles; only safetensors are written")
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         components = {name: unwrapped(component) for name, component in self.components.items()}
-        saving.save_components(components, plain_path(save_directory), type(self).__name__, variant, shard_bytes)
+        name = self.saved_as or type(self).__name__
+        saving.save_components(components, plain_path(save_directory), name, variant, shard_bytes)
 
     @classmethod
     def from_pipe(
@@ -356,14 +359,19 @@ class Pipeline:
 
     def _finish(self, latents: Tensor, request: Request) -> list[Image.Image] | np.ndarray[Any, Any] | Tensor:
         """The images of the last latents, in the requested form and size."""
-        self._check_output("transformer", latents)
         if request.output_type == "latent":
+            self._check_output("transformer", latents)
             return latents
-        images = self.decode(latents)  # [B, 3, H, W]
-        self._check_output("vae", images)
+        images = self._decode_checked(latents)  # [B, 3, H, W]
         if request.final_size is not None:
             images = resize_and_crop(images, *request.final_size)
         return self.image_processor.postprocess(images, output_type=request.output_type)
+
+    def _decode_checked(self, latents: Tensor) -> Tensor:
+        self._check_output("transformer", latents)
+        images = self.decode(latents)
+        self._check_output("vae", images)
+        return images
 
     def _check_output(self, name: str, output: Tensor) -> None:
         """Attribute NaN and infinite values to the component of this name if its weights contain some.

@@ -198,3 +198,11 @@ def normalize(images: Tensor) -> Tensor:
         logger.warning("images to encode should be in [0, 1]; these have negative values, taken as in [-1, 1]")
         return images
     return 2.0 * images - 1.0
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Images in [0, 1], from what ``normalize`` takes; floats that are in [0, 1] are returned unchanged."""
+    signed = normalize(images)
+    if not images.is_floating_point():
+        return images.float() / 255
+    return images if bool((images >= 0).all()) else signed * 0.5 + 0.5
