@@ -100,6 +100,9 @@ def read_originals(pipe: Any, arguments: Mapping[str, Any]) -> Originals:
         InputError: something that is not an image or a mask, sizes that do not match, or a mask that selects nothing.
     """
     config, factor = pipe._require("transformer").config, pipe.vae_scale_factor
+    scheduler = pipe._require("scheduler")
+    if not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+        raise InputError(f"{type(scheduler).__name__} has no add_noise, which edits need; use another scheduler")
     images, latents = read_images(arguments["image"], config["in_channels"])
     sides = (arguments["height"], arguments["width"])
     padding, overlay = arguments.get("padding_mask_crop"), bool(arguments.get("overlay"))
