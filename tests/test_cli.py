@@ -16,6 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import cli
+from impasto.cli import pipelines
+from impasto.cli.generate import IMAGE_EXTENSIONS
+from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError
 from impasto.memory.inspection import inspect_model, picture_size
 from impasto.nn.machine import is_native
@@ -130,7 +133,7 @@ def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_dtypes(model: Path, tmp_path: Path) -> None:
-    assert cli._choose_dtype(cli.DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
+    assert pipelines.choose_dtype(DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
     for dtype in ("bfloat16", "float32"):
         generate(model, "a red cube", "--dtype", dtype, "--seed", 1, "--output", tmp_path / "x.png")
         assert read_settings(tmp_path / "x.png").extra["Dtype"] == dtype
@@ -166,7 +169,7 @@ def test_a_mistake_is_one_line_and_costs_no_loading(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "model.1").touch()
     result = generate(model, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 1
@@ -197,7 +200,7 @@ def test_an_interruption_has_status_130(model: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(pipelines, "load", interrupt)
     result = generate(model, "x", "--output", tmp_path / "x.png")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
@@ -214,7 +217,7 @@ def test_running_out_of_memory_is_explained(model: Path, monkeypatch: pytest.Mon
 
 
 def test_the_extensions_are_those_that_can_be_written(tmp_path: Path) -> None:
-    for extension in cli.IMAGE_EXTENSIONS:
+    for extension in IMAGE_EXTENSIONS:
         check_picture_path(tmp_path / f"x{extension}")
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import GlmImagePipeline, cli
+from impasto.cli import pipelines as cli_pipelines
 from impasto.pipelines.image import read_settings
 
 from .tiny_glm import pipelines, prior_parts
@@ -73,7 +74,7 @@ def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
 def test_a_mistake_costs_no_loading(
     model: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_pipelines, "load", lambda *_: pytest.fail("loaded"))
     result = generate(model, "a cube", *arguments)
     assert result.exit_code == 1
     assert message in result.stderr

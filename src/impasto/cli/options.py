@@ -1,0 +1,54 @@
+"""Options that several commands have, and checks of their values that need no model."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import typer
+
+from ..checks import finite, whole_number
+from ..pipelines import limits
+
+Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A folder, a hub id, or builtin:scenes.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", metavar="N", help="Denoising steps; 20 by default, 50 for GLM-Image.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", metavar="W", help="4.5 by default, 1.5 for GLM-Image; 1 or less: no guidance."),
+]
+
+
+class Solver(enum.StrEnum):
+    """The values of ``--scheduler``."""
+
+    DPM = "dpm++"
+    DDIM = "ddim"
+    DDPM = "ddpm"
+    LCM = "lcm"
+
+
+class DType(enum.StrEnum):
+    """The values of ``--dtype``."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def check_numbers(seed: int | None, steps: int | None, guidance_scale: float | None, batch_size: int | None) -> None:
+    """Refuse numbers that no model takes.
+
+    Raises:
+        InputError: the message names the option.
+    """
+    if seed is not None:
+        whole_number("--seed", seed, 0, 2**63 - 1)  # torch takes up to 2**64 - 1, which leaves room for seed + i
+    if steps is not None:
+        whole_number("--steps", steps, most=limits.STEPS)
+    if guidance_scale is not None:
+        finite("--guidance-scale", guidance_scale, -limits.GUIDANCE, limits.GUIDANCE)
+    if batch_size is not None:
+        whole_number("--batch-size", batch_size, most=limits.IMAGES)
