@@ -25,11 +25,11 @@ from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmIma
 from ..nn.devices import as_device, check_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_inputs import check_sides, images_of_prompts, read_prompts
+from .glm_image_inputs import check_sides, images_of_prompts, read_glm_image, read_glm_image_texts, read_prompts
 from .glm_image_prior import PriorTokens, generate_prior, reference_picture
 from .glyphs import encode_glyphs, most_tokens
 from .image import ImageProcessor
-from .request import Schedule, read_glm_image, read_glm_image_texts, read_schedule
+from .request import Schedule, read_schedule
 from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
 from .text import EncodedTexts
 
