@@ -9,6 +9,7 @@ import typer
 
 from ..checks import whole_number
 from ..errors import OutputError
+from ..family import family_of
 from ..pipelines import limits
 from . import pipelines
 from .entry import say
@@ -41,7 +42,9 @@ def evaluate(
     from ..checkpoints.config import write_json
     from ..scenes.evaluate import evaluate as judge
 
-    steps, guidance_scale = pipelines.with_defaults(class_name, steps, guidance_scale)
+    family = family_of(class_name)
+    steps = family.steps if steps is None else steps
+    guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
     device = pipelines.choose_device(None)
     pipe = pipelines.load(model, class_name, device, pipelines.choose_dtype(DType.FLOAT32, device))
     pipe.set_progress_bar_config(disable=True)

@@ -10,13 +10,13 @@ import typer
 
 from ..checks import text, whole_number
 from ..errors import InputError, OutputError
+from ..family import GLM_IMAGE, PRIOR_PIXELS, Family, family_of
 from ..files import make_folder
 from ..memory.inspection import picture_size, read_part_configs
 from ..pipelines import limits
 from . import pipelines
 from .entry import say
 from .options import DType, Guidance, Model, Solver, Steps, check_numbers
-from .pipelines import GLM_IMAGE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,15 +84,17 @@ def generate(
     from ..pipelines import image as image_files
     from ..pipelines.image_inputs import open_image
 
-    steps, guidance_scale = pipelines.with_defaults(class_name, steps, guidance_scale)
-    if class_name != GLM_IMAGE and image:
+    family = family_of(class_name)
+    steps = family.steps if steps is None else steps
+    guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
+    if family is not GLM_IMAGE and image:
         raise InputError(f"{model} takes text alone; --image is for GLM-Image")
-    if class_name == GLM_IMAGE and scheduler is not None:
+    if family is GLM_IMAGE and scheduler is not None:
         raise InputError(f"--scheduler is for PixArt; {model} has a scheduler of its own")
     references = [open_image(path) for path in image or ()]
     chosen = pipelines.choose_device(device)
     chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
-    _check_size(folder, class_name, height, width)
+    _check_size(folder, family, height, width)
     if files[0] != Path(output):
         make_folder(Path(output))
     for file in files:
@@ -105,7 +107,7 @@ def generate(
 
         batch_size = batch_size or 1
         if references:  # the images have the size of the first one
-            sides = [side // 32 * 32 or None for side in references[0].size]
+            sides = [side // PRIOR_PIXELS * PRIOR_PIXELS or None for side in references[0].size]
             height, width = height or sides[1], width or sides[0]
         budget = Budget(memory_budget, chosen, height, width, batch_size)
         pipe = pipelines.load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
@@ -140,7 +142,7 @@ def generate(
         "height": height,
         "width": width,
         # PixArt's default is an empty negative prompt, GLM-Image's is none.
-        "negative_prompt": negative_prompt or (None if class_name == GLM_IMAGE else ""),
+        "negative_prompt": negative_prompt or (None if family is GLM_IMAGE else ""),
     }
     jobs = list(zip([prompt for prompt in prompts for _ in range(num_images)], files))
     for start in range(0, len(jobs), batch_size):
@@ -177,9 +179,9 @@ def plan_files(output: str, count: int) -> list[Path]:
     return [path / f"{i:04d}.png" for i in range(count)]
 
 
-def _check_size(folder: Path, class_name: str, height: int | None, width: int | None) -> None:
+def _check_size(folder: Path, family: Family, height: int | None, width: int | None) -> None:
     """Refuse sides that the pipeline would refuse, before a large model is loaded."""
-    if class_name == GLM_IMAGE:
+    if family is GLM_IMAGE:
         from ..pipelines.glm_image_inputs import check_sides
 
         check_sides(height, width)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..family import GLM_IMAGE, PRIOR_PIXELS, family_of
 from ..memory.inspection import DTYPES, Inspection, inspect_model, picture_size
 from .entry import say
-from .pipelines import GLM_IMAGE
 
 #: The memory budgets that plans are printed for.
 BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
@@ -31,7 +31,7 @@ def describe(found: Inspection) -> Iterator[str]:
     side = 0
     if "transformer" in by_name and "vae" in by_name:
         side, unit = picture_size(by_name["transformer"].config, by_name["vae"].config)
-        unit = 32 if found.class_name == GLM_IMAGE else unit  # a token of its prior
+        unit = PRIOR_PIXELS if family_of(found.class_name) is GLM_IMAGE else unit
         yield f"images of {side} x {side} px; sides are multiples of {unit}"
     yield ""
     rows: list[tuple[str, ...]] = [("component", "class", "parameters", "stored as", "on disk")]

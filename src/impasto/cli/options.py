@@ -8,15 +8,23 @@ from typing import Annotated
 import typer
 
 from ..checks import finite, whole_number
+from ..family import GLM_IMAGE, SIGMA
 from ..pipelines import limits
 
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A folder, a hub id, or builtin:scenes.")]
 Steps = Annotated[
-    int | None, typer.Option("--steps", metavar="N", help="Denoising steps; 20 by default, 50 for GLM-Image.")
+    int | None,
+    typer.Option(
+        "--steps", metavar="N", help=f"Denoising steps; {SIGMA.steps} by default, {GLM_IMAGE.steps} for GLM-Image."
+    ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance-scale", metavar="W", help="4.5 by default, 1.5 for GLM-Image; 1 or less: no guidance."),
+    typer.Option(
+        "--guidance-scale",
+        metavar="W",
+        help=f"{SIGMA.guidance_scale} by default, {GLM_IMAGE.guidance_scale} for GLM-Image; 1 or less: no guidance.",
+    ),
 ]
 
 

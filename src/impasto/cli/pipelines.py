@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from ..memory.planner import Budget
 
-GLM_IMAGE = "GlmImagePipeline"
-PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", GLM_IMAGE)
+PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 SOLVERS = {
     Solver.DPM: "DPMSolverMultistepScheduler",
     Solver.DDIM: "DDIMScheduler",
@@ -36,12 +35,6 @@ def resolve(model: str) -> tuple[Path, str]:
     if name not in PIPELINES:
         raise CheckpointError(f"{model} is a {shown(name)}; known pipelines are {', '.join(PIPELINES)}")
     return folder, name
-
-
-def with_defaults(class_name: str, steps: int | None, guidance_scale: float | None) -> tuple[int, float]:
-    """Steps and guidance scale: the given ones, or the defaults of the family."""
-    default = (50, 1.5) if class_name == GLM_IMAGE else (20, 4.5)
-    return default[0] if steps is None else steps, default[1] if guidance_scale is None else guidance_scale
 
 
 def choose_device(name: str | None) -> torch.device:
