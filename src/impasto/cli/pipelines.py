@@ -44,8 +44,7 @@ def choose_device(name: str | None) -> torch.device:
         InputError: not the name of a device.
         ResourceError: this machine does not have it.
     """
-    from ..nn.devices import require_device
-    from ..nn.machine import CPU, default_device
+    from ..nn.machine import CPU, default_device, require_device
 
     if name is None:
         device = default_device()

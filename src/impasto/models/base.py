@@ -6,20 +6,19 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from ..checkpoints import hub, weights
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.layout import superseded
-from ..checkpoints.stored import Stored, describe, find_weight_files
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
-from ..folders import reading, saving
-from ..nn.devices import check_device
+from ..nn.machine import check_device
 from ..nn.precision import adapt
+
+if TYPE_CHECKING:
+    from ..checkpoints.stored import Stored
 
 
 class Model(Configurable, nn.Module):
@@ -88,6 +87,9 @@ class Model(Configurable, nn.Module):
             ConfigurationError: the config holds values that cannot be used.
             ResourceError: ``device`` is not there.
         """
+        from ..checkpoints import hub, weights
+        from ..folders import reading
+
         target = check_device(device)
         root = hub.resolve(
             pretrained_model_name_or_path,
@@ -113,15 +115,18 @@ class Model(Configurable, nn.Module):
         Raises:
             CheckpointError, ConfigurationError: as ``from_pretrained``.
         """
+        from ..checkpoints import stored as files
+        from ..checkpoints.weights import check_fit
+
         cls.checked_arguments({}, **overrides)
         config = cls.load_config(folder)
-        stored = describe(find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
+        stored = files.describe(files.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
         names = {cls._rename_key(name) for name in stored}
         config = cls._fit_config(config, names)
         with naming(folder / cls.config_name), torch.device("meta"):
             cls._check_lists(cls.checked_arguments(config, **overrides), names, folder)
             model = cls.from_config(config, **overrides)
-        weights.check_fit(model, stored, cls._rename_key)
+        check_fit(model, stored, cls._rename_key)
         return model, stored
 
     @classmethod
@@ -153,9 +158,13 @@ class Model(Configurable, nn.Module):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False would write a pickle; only safetensors are written")
+        from ..checkpoints.layout import superseded
+        from ..checkpoints.weights import write_weights
+        from ..folders import saving
+
         size = parse_size(max_shard_size)
         with saving(save_directory, superseded) as staging:
-            weights.write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
+            write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
 
 

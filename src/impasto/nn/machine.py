@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import shown
+from ..errors import InputError, ResourceError
+
 #: What torch and oneDNN call the instructions that multiply a dtype, by the names of ``torch.cpu.get_capabilities``.
 _PRODUCTS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
@@ -28,6 +31,51 @@ CPU = torch.device("cpu")
 def default_device() -> torch.device:
     """The accelerator of this machine, or the CPU if it has none."""
     return torch.accelerator.current_accelerator(check_available=True) or CPU
+
+
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device of this name or number, whether this machine has it or not.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: no device has this number.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as problem:
+        error = ResourceError if isinstance(device, int) else InputError
+        raise error(f"there is no device {shown(device)}; this machine has {', '.join(_devices())}") from problem
+
+
+def require_device(device: torch.device | str | int) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: it does not; the message lists those that it has.
+    """
+    chosen = as_device(device)
+    if chosen.type not in ("cpu", "meta") and f"{chosen.type}:{chosen.index or 0}" not in _devices():
+        raise ResourceError(f"the device {chosen} is not available; this machine has {', '.join(_devices())}")
+    return chosen
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """The device, if this machine has it or another library provides it: checked before anything is computed or moved.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: an accelerator that this machine does not have; the message lists those that it has.
+    """
+    chosen = as_device(device)
+    return require_device(chosen) if chosen.type in ("cuda", "mps", "xpu") else chosen
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def is_native(dtype: torch.dtype, device: torch.device = CPU) -> bool:

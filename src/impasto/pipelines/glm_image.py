@@ -22,7 +22,7 @@ from ..memory.placement import OneAtATime, check_dtype
 from ..memory.streaming import unwrapped
 from ..models.base import parse_dtype
 from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
-from ..nn.devices import as_device, check_device
+from ..nn.machine import as_device, check_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .glm_image_inputs import check_sides, images_of_prompts, read_glm_image, read_glm_image_texts, read_prompts

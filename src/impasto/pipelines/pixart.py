@@ -21,10 +21,9 @@ from ..errors import InputError
 from ..family import ALPHA, SIGMA, Family, mixtures
 from ..memory.streaming import unwrapped
 from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
-from ..nn.devices import as_device
+from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .compiling import TEXT_MULTIPLE
 from .foreign_stages import ForeignStages
 from .image import ImageProcessor
 from .request import read_pixart, read_pixart_texts, read_schedule
@@ -273,7 +272,9 @@ class PixArtPipeline(Pipeline):
         def begin() -> Run:
             transformer, device = self._require("transformer"), self.device
             call = self._replaying(transformer)
-            multiple = 1 if call is transformer else TEXT_MULTIPLE
+            multiple = 1
+            if call is not transformer:  # a captured CUDA graph, which serves texts of several lengths
+                from .compiling import TEXT_MULTIPLE as multiple
             model = transformer
             if not _is_staged(transformer):
                 model = call = ForeignStages(transformer, call)

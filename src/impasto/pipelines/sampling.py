@@ -15,16 +15,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..memory.streaming import unwrapped
 from ..nn.precision import adapt
-from ..transforms.step_cache import Memory
 from .inputs import call_back
 from .request import Request
+
+if TYPE_CHECKING:
+    from ..transforms.step_cache import Memory
 
 
 class Stop:
