@@ -22,7 +22,7 @@ from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError
 from impasto.memory.inspection import inspect_model, picture_size
 from impasto.nn.machine import is_native
-from impasto.pipelines.image import check_picture_path, read_settings
+from impasto.pipelines.image_files import check_image_path, read_settings
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from impasto.scenes.evaluate import held_out_prompts
 from impasto.scenes.judge import read
@@ -218,7 +218,7 @@ def test_running_out_of_memory_is_explained(model: Path, monkeypatch: pytest.Mon
 
 def test_the_extensions_are_those_that_can_be_written(tmp_path: Path) -> None:
     for extension in IMAGE_EXTENSIONS:
-        check_picture_path(tmp_path / f"x{extension}")
+        check_image_path(tmp_path / f"x{extension}")
 
 
 # --- info ---

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from impasto import GlmImagePipeline, cli
 from impasto.cli import pipelines as cli_pipelines
-from impasto.pipelines.image import read_settings
+from impasto.pipelines.image_files import read_settings
 
 from .tiny_glm import pipelines, prior_parts
 

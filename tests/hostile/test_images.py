@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from impasto.pipelines import image_inputs, limits
+from impasto.pipelines import image_files, limits
 from impasto.pipelines.glm_image_prior import reference_picture
-from impasto.pipelines.image import GenerationSettings, ImageProcessor, read_settings, save_picture
-from impasto.pipelines.image_inputs import open_image, to_rgb
+from impasto.pipelines.image_files import GenerationSettings, open_image, read_settings, save_image
+from impasto.pipelines.images import ImageProcessor, to_rgb
 
 from .sandbox import refused, run
 
@@ -183,7 +183,7 @@ def test_what_is_no_path(path: Any, function: Callable[[str], Any]) -> None:
 
 def saved(case: str) -> None:
     image, path = {"path": (RAMP, 3), "image": (None, "/tmp/a.png"), "long": (RAMP, "/tmp/" + "x" * 300 + ".png")}[case]
-    save_picture(image, path)  # type: ignore[arg-type]
+    save_image(image, path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_what_cannot_be_saved(case: str, error: str, named: str) -> None:
 def swapped(path: str) -> None:
     """A file that another process replaces after it was looked at."""
     regular = os.stat(__file__)
-    image_inputs.os = types.SimpleNamespace(**{**vars(os), "stat": lambda _: regular})  # type: ignore[attr-defined]
+    image_files.os = types.SimpleNamespace(**{**vars(os), "stat": lambda _: regular})  # type: ignore[attr-defined]
     open_image(path)
 
 

@@ -81,8 +81,7 @@ def generate(
     files = plan_files(output, len(prompts) * num_images)
     folder, class_name = pipelines.resolve(model)
 
-    from ..pipelines import image as image_files
-    from ..pipelines.image_inputs import open_image
+    from ..pipelines import image_files
 
     family = family_of(class_name)
     steps = family.steps if steps is None else steps
@@ -91,14 +90,14 @@ def generate(
         raise InputError(f"{model} takes text alone; --image is for GLM-Image")
     if family is GLM_IMAGE and scheduler is not None:
         raise InputError(f"--scheduler is for PixArt; {model} has a scheduler of its own")
-    references = [open_image(path) for path in image or ()]
+    references = [image_files.open_image(path) for path in image or ()]
     chosen = pipelines.choose_device(device)
     chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
     _check_size(folder, family, height, width)
     if files[0] != Path(output):
         make_folder(Path(output))
     for file in files:
-        image_files.check_picture_path(file)
+        image_files.check_image_path(file)
 
     if memory_budget is None:
         pipe = pipelines.load(model, class_name, chosen, chosen_dtype, scheduler)
@@ -133,7 +132,7 @@ def generate(
             model=model,
             extra={"Dtype": str(chosen_dtype).removeprefix("torch."), "Version": pipelines.version()},
         )
-        image_files.save_picture(image, file, settings)
+        image_files.save_image(image, file, settings)
         say(str(file))
 
     options: dict[str, Any] = {

@@ -21,7 +21,7 @@ from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from ..nn.precision import adapt, in_float32, without_autocast
 from .components import Components
-from .image import ImageProcessor
+from .images import ImageProcessor
 from .request import Request
 from .resolution import resize_and_crop
 from .sampling import Stop, calling
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..transforms.guidance_interval import GuidanceInterval
     from ..transforms.step_cache import StepCache
     from .compiling import Compiled
-    from .embedding_cache import EmbeddingCache
+    from .prompt_cache import PromptCache
 
 
 @keyed
@@ -45,7 +45,7 @@ class Pipeline(Components):
 
     image_processor: ImageProcessor
     #: Prompt embeddings on disk; None unless ``enable_prompt_cache`` was called.
-    prompt_cache: EmbeddingCache | None
+    prompt_cache: PromptCache | None
     #: The handles of ``compile``, ``cache_steps`` and ``guide_between``; None unless they were called.
     compiled: Compiled | None
     step_cache: StepCache | None
@@ -230,10 +230,10 @@ class Pipeline(Components):
             OutputError: the folder cannot be created.
         """
         from ..files import plain_path
-        from .embedding_cache import EmbeddingCache
+        from .prompt_cache import PromptCache
 
         limit = None if max_bytes is None else parse_size(max_bytes)
-        self.prompt_cache = EmbeddingCache(plain_path(folder), limit, self._source)
+        self.prompt_cache = PromptCache(plain_path(folder), limit, self._source)
 
     def disable_prompt_cache(self) -> None:
         """Encode every prompt again. The files in the folder are kept."""

@@ -28,10 +28,10 @@ from .base import ImagePipelineOutput, Pipeline
 from .glm_image_inputs import check_sides, images_of_prompts, read_glm_image, read_glm_image_texts, read_prompts
 from .glm_image_prior import PriorTokens, generate_prior, reference_picture
 from .glyphs import encode_glyphs, most_tokens
-from .image import ImageProcessor
+from .images import ImageProcessor
+from .prompts import EncodedTexts
 from .request import Schedule, read_schedule
 from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
-from .text import EncodedTexts
 
 
 class GlyphEmbeds(NamedTuple):

@@ -22,9 +22,9 @@ from ..checks import shown
 from ..errors import InputError
 from ..family import PRIOR_PIXELS
 from ..nn.precision import computing
-from .image_inputs import as_batch, normalize, to_rgb
+from .images import as_batch, normalize, to_rgb
 from .prior_decoder import PriorDecoder, Sampling
-from .text import TOKENIZING
+from .prompts import TOKENIZING
 
 #: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
 _AT_ONCE = 8

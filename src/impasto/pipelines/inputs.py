@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from ..checks import finite, shown, text, whole_number
 from ..errors import InputError
 from . import limits
-from .image import check_output_type
+from .images import check_output_type
 from .resolution import bins_for, nearest_bin
 
 

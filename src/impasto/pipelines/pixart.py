@@ -25,10 +25,10 @@ from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .foreign_stages import ForeignStages
-from .image import ImageProcessor
+from .images import ImageProcessor
+from .prompts import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Half, Run, denoising_steps, drive, own_scheduler, step_options
-from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 
 logger = logging.getLogger("impasto")
 

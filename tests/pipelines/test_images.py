@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from impasto.errors import InputError, OutputError
-from impasto.pipelines import image as image_module
-from impasto.pipelines.image import GenerationSettings, ImageProcessor, check_picture_path, read_settings, save_picture
+from impasto.pipelines import image_files
+from impasto.pipelines.image_files import GenerationSettings, check_image_path, read_settings, save_image
+from impasto.pipelines.images import ImageProcessor
 
 SETTINGS = GenerationSettings(
     prompt="a red cube on top of a blue sphere",
@@ -224,7 +225,7 @@ def test_pictures_carry_their_settings(tmp_path: Path, extension: str, prompt: s
     settings = GenerationSettings(prompt=prompt, steps=20, seed=7)
     path = tmp_path / f"picture.{extension}"
     source = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
-    save_picture(source, path, settings)
+    save_image(source, path, settings)
     assert read_settings(path) == settings
     assert os.listdir(tmp_path) == [path.name]
     with Image.open(path) as stored:
@@ -240,26 +241,26 @@ def test_pictures_carry_their_settings(tmp_path: Path, extension: str, prompt: s
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
 def test_pictures_of_other_modes_are_written(tmp_path: Path, extension: str, mode: str) -> None:
     path = tmp_path / f"picture.{extension}"
-    save_picture(picture(mode), path)
+    save_image(picture(mode), path)
     with Image.open(path) as stored:
         assert stored.size == (24, 16)
         assert stored.mode == ("RGB" if extension == "jpg" and mode != "L" else stored.mode)
 
 
 def test_undecodable_characters_do_not_cost_the_picture(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="caf\udce9", steps=1))
+    save_image(picture(), tmp_path / "a.png", GenerationSettings(prompt="caf\udce9", steps=1))
     assert read_settings(tmp_path / "a.png").prompt == "caf?"
 
 
 def test_new_files_have_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    save_picture(picture(), tmp_path / "a.png")
+    save_image(picture(), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_old_picture_is_replaced(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="old", steps=1))
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="new", steps=1))
+    save_image(picture(), tmp_path / "a.png", GenerationSettings(prompt="old", steps=1))
+    save_image(picture(), tmp_path / "a.png", GenerationSettings(prompt="new", steps=1))
     assert read_settings(tmp_path / "a.png").prompt == "new"
     assert os.listdir(tmp_path) == ["a.png"]
 
@@ -272,9 +273,9 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def fails(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_module.os, "fsync" if step == "write" else "replace", fails)
+    monkeypatch.setattr(image_files.os, "fsync" if step == "write" else "replace", fails)
     with pytest.raises(OutputError, match="No space left"):
-        save_picture(picture(), path)
+        save_image(picture(), path)
     assert os.listdir(tmp_path) == ["a.png"]
     assert path.read_bytes() == b"old"
 
@@ -283,9 +284,9 @@ def test_an_interruption_leaves_nothing_either(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_module.os, "fsync", interrupted)
+    monkeypatch.setattr(image_files.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_picture(picture(), tmp_path / "a.png")
+        save_image(picture(), tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
 
 
@@ -303,25 +304,25 @@ def test_paths_that_cannot_be_written(tmp_path: Path, name: str, message: str) -
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=message):
-        check_picture_path(tmp_path / name)
+        check_image_path(tmp_path / name)
     with pytest.raises(OutputError, match=message):
-        save_picture(picture(), tmp_path / name)
+        save_image(picture(), tmp_path / name)
 
 
 def test_an_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module.os, "access", lambda *args: False)  # root may write everywhere
+    monkeypatch.setattr(image_files.os, "access", lambda *args: False)  # root may write everywhere
     with pytest.raises(OutputError, match="not writable"):
-        save_picture(picture(), tmp_path / "a.png")
+        save_image(picture(), tmp_path / "a.png")
 
 
 def test_a_picture_too_large_for_its_format(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"try \.png"):
-        save_picture(Image.new("RGB", (17000, 1)), tmp_path / "a.webp")
+        save_image(Image.new("RGB", (17000, 1)), tmp_path / "a.webp")
     assert os.listdir(tmp_path) == []
 
 
 def test_files_without_settings_are_refused(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png")
+    save_image(picture(), tmp_path / "a.png")
     with pytest.raises(InputError, match="holds no generation settings"):
         read_settings(tmp_path / "a.png")
     with pytest.raises(InputError, match="No such file"):
