@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from impasto.pipelines import image_files, limits
+from impasto.checks import MAX_CHARACTERS, MAX_FILE_BYTES
+from impasto.pipelines import image_files
 from impasto.pipelines.glm_image_prior import reference_picture
 from impasto.pipelines.image_files import GenerationSettings, open_image, read_settings, save_image
 from impasto.pipelines.images import ImageProcessor, to_rgb
@@ -104,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "link to nothing.png").symlink_to("nothing")
     (folder / "loop.png").symlink_to("loop.png")
     with (folder / "huge.png").open("wb") as file:
-        file.truncate(limits.FILE_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     server = socket.socket(socket.AF_UNIX)
     place = os.getcwd()
     os.chdir(folder)  # the path of a socket may have 107 bytes
@@ -148,9 +149,9 @@ LINES = {
     "no colon": "a" * 1_000_000,
     "colons": "a: " * 400_000,
     "quotes": 'a: "' * 300_000,
-    "just short enough": "a" * limits.CHARACTERS,
-    "short colons": "a: b:" * (limits.CHARACTERS // 5),
-    "commas": "a," * (limits.CHARACTERS // 2),
+    "just short enough": "a" * MAX_CHARACTERS,
+    "short colons": "a: b:" * (MAX_CHARACTERS // 5),
+    "commas": "a," * (MAX_CHARACTERS // 2),
     "5,000 digits": "Steps: " + "9" * 5000,
     "a far line": "Steps: 1, Negative prompt from line: many",
     "half an escape": 'Steps: 3, X: "\\u12"',

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checks import whole_number
+from ..checks import MAX_IMAGES, whole_number
 from ..errors import OutputError
 from ..family import family_of
-from ..pipelines import limits
 from . import pipelines
 from .entry import say
 from .options import DType, Guidance, Model, Steps, check_numbers
@@ -31,7 +30,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers and verdicts as JSON.")] = None,
 ) -> None:
     """Print how well MODEL follows held-out prompts."""
-    whole_number("--n", n, most=limits.IMAGES)
+    whole_number("--n", n, most=MAX_IMAGES)
     check_numbers(seed, steps, guidance_scale, batch_size)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise OutputError(f"{output} cannot be written: name a file in an existing folder")

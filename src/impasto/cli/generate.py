@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import text, whole_number
+from ..checks import MAX_CHARACTERS, MAX_IMAGES, MAX_SIDE, text, whole_number
 from ..errors import InputError, OutputError
 from ..family import GLM_IMAGE, PRIOR_PIXELS, Family, family_of
 from ..files import make_folder
 from ..memory.inspection import picture_size, read_part_configs
-from ..pipelines import limits
 from . import pipelines
 from .entry import say
 from .options import DType, Guidance, Model, Solver, Steps, check_numbers
@@ -62,14 +61,14 @@ def generate(
     Several images are saved as 0000.png, 0001.png, ... in the folder --output.
     """
     for prompt in (*prompts, negative_prompt):
-        text("a prompt", prompt, limits.CHARACTERS)
+        text("a prompt", prompt, MAX_CHARACTERS)
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty; say what to show, in quotes")
-    whole_number("--num-images", num_images, most=max(1, limits.IMAGES // len(prompts)))
+    whole_number("--num-images", num_images, most=max(1, MAX_IMAGES // len(prompts)))
     check_numbers(seed, steps, guidance_scale, batch_size)
     for option, side in (("--height", height), ("--width", width)):
         if side is not None:
-            whole_number(option, side, most=limits.SIDE)
+            whole_number(option, side, most=MAX_SIDE)
     if memory_budget is not None:
         from ..models.base import parse_size
 

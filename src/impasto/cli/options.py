@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..checks import finite, whole_number
+from ..checks import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, finite, whole_number
 from ..family import GLM_IMAGE, SIGMA
-from ..pipelines import limits
 
 Model = Annotated[str, typer.Option("--model", metavar="MODEL", help="A folder, a hub id, or builtin:scenes.")]
 Steps = Annotated[
@@ -55,8 +54,8 @@ def check_numbers(seed: int | None, steps: int | None, guidance_scale: float | N
     if seed is not None:
         whole_number("--seed", seed, 0, 2**63 - 1)  # torch takes up to 2**64 - 1, which leaves room for seed + i
     if steps is not None:
-        whole_number("--steps", steps, most=limits.STEPS)
+        whole_number("--steps", steps, most=MAX_STEPS)
     if guidance_scale is not None:
-        finite("--guidance-scale", guidance_scale, -limits.GUIDANCE, limits.GUIDANCE)
+        finite("--guidance-scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE)
     if batch_size is not None:
-        whole_number("--batch-size", batch_size, most=limits.IMAGES)
+        whole_number("--batch-size", batch_size, most=MAX_IMAGES)

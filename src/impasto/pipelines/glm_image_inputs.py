@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import shown, whole_number
+from ..checks import MAX_SIDE, MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..family import PRIOR_PIXELS
-from . import inputs, limits
+from . import inputs
 from .glm_image_prior import PriorTokens, reference_picture
 from .request import Request, Texts, shared_fields
 
@@ -50,7 +50,7 @@ def read_glm_image_texts(pipe: Any, prompts: Sequence[str], guided: bool, argume
     embeds, negative_embeds = arguments["prompt_embeds"], arguments["negative_prompt_embeds"]
     negative_prompt = arguments["negative_prompt"]
     count = len(prompts) or len(embeds)
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=limits.TOKENS)
+    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
     images_per_prompt, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
     negatives = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
     if guided and negative_prompt and negative_embeds is not None:
@@ -192,7 +192,7 @@ def check_sides(height: Any, width: Any) -> None:
         InputError: the message has the nearest valid sides.
     """
     sides = (("height", height), ("width", width))
-    given = {name: whole_number(name, side, most=limits.SIDE) for name, side in sides if side is not None}
+    given = {name: whole_number(name, side, most=MAX_SIDE) for name, side in sides if side is not None}
     if any(side % PRIOR_PIXELS for side in given.values()):
         nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
         raise InputError(

@@ -17,10 +17,9 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
-from ..checks import finite, shown, whole_number
+from ..checks import MAX_CHARACTERS, MAX_FILE_BYTES, MAX_PIXELS, MAX_STEPS, finite, shown, whole_number
 from ..errors import InputError, OutputError
 from ..files import plain_path, write_file
-from . import limits
 from .images import check_pixels, reason, to_rgb
 
 #: What is read. All are decoded inside this process: no EPS, which starts Ghostscript, no TIFF with dozens of codecs.
@@ -81,8 +80,8 @@ def _regular_file(path: Path) -> BinaryIO:
 def _check_file(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'not a file')}; give a file")
-    if found.st_size > limits.FILE_BYTES:
-        raise InputError(f"it has {found.st_size:,} bytes, and at most {limits.FILE_BYTES:,} are read")
+    if found.st_size > MAX_FILE_BYTES:
+        raise InputError(f"it has {found.st_size:,} bytes, and at most {MAX_FILE_BYTES:,} are read")
 
 
 # --- writing ---
@@ -200,11 +199,11 @@ class GenerationSettings:
     def from_text(cls, text: str) -> GenerationSettings:
         """The inverse of :meth:`to_text`. Raises InputError if the text has no line of settings."""
         *lines, last = text.rstrip("\n").split("\n")
-        if len(last) > limits.CHARACTERS:
+        if len(last) > MAX_CHARACTERS:
             raise InputError(f"the text holds no settings: its last line has {len(last):,} characters")
         try:
             entries = {name.strip(): _unquoted(value) for name, value in _ENTRY.findall(last)}
-            steps = whole_number("Steps", int(entries.pop("Steps")), 0, limits.STEPS)
+            steps = whole_number("Steps", int(entries.pop("Steps")), 0, MAX_STEPS)
             guidance_scale = entries.pop("CFG scale", None)
             seed = entries.pop("Seed", None)
             width, _, height = entries.pop("Size", "").partition("x")
@@ -216,8 +215,8 @@ class GenerationSettings:
                 sampler=entries.pop("Sampler", None),
                 guidance_scale=None if guidance_scale is None else finite("CFG scale", float(guidance_scale)),
                 seed=None if seed is None else whole_number("Seed", int(seed), -(2**63), 2**64 - 1),
-                height=whole_number("Size", int(height), most=limits.PIXELS) if height else None,
-                width=whole_number("Size", int(width), most=limits.PIXELS) if width else None,
+                height=whole_number("Size", int(height), most=MAX_PIXELS) if height else None,
+                width=whole_number("Size", int(width), most=MAX_PIXELS) if width else None,
                 model=entries.pop("Model", None),
                 extra=entries,
             )

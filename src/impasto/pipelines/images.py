@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
-from ..checks import shown, whole_number
+from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
 from ..errors import ImpastoError, InputError
-from . import limits
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
@@ -26,7 +25,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 #: How far floats may lie outside of their range, by rounding.
 _ROUNDING = 0.01
 #: Values in all images of a call: eight of the largest, in grey.
-_MOST_VALUES = 8 * limits.PIXELS
+_MOST_VALUES = 8 * MAX_PIXELS
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
@@ -127,8 +126,8 @@ class ImageProcessor(Configurable):
 
     def _size(self, old: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         factor = self.config.vae_scale_factor
-        height = old[0] if height is None else whole_number("height", height, most=limits.SIDE)
-        width = old[1] if width is None else whole_number("width", width, most=limits.SIDE)
+        height = old[0] if height is None else whole_number("height", height, most=MAX_SIDE)
+        width = old[1] if width is None else whole_number("width", width, most=MAX_SIDE)
         if height < factor or width < factor:
             raise InputError(f"an image of {height} x {width} pixels is smaller than a latent of {factor} x {factor}")
         return height - height % factor, width - width % factor
@@ -303,8 +302,8 @@ def normalize(images: Tensor) -> Tensor:
 
 def check_pixels(size: tuple[int, int]) -> None:
     """Refuse an image of too many pixels, by its width and height."""
-    if size[0] * size[1] > limits.PIXELS:
-        raise InputError(f"an image of {size[0]} x {size[1]} pixels is too large; scale it to {limits.PIXELS:,} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise InputError(f"an image of {size[0]} x {size[1]} pixels is too large; scale it to {MAX_PIXELS:,} pixels")
 
 
 def reason(error: Exception) -> str:

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import shown, whole_number
+from ..checks import MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..nn.precision import precision_of
-from . import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -196,7 +195,7 @@ def encode_texts(
     """
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"expected a list of one or more texts to encode, not {shown(texts)}")
-    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
+    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=MAX_TOKENS)
 
     tokens = _tokenize(tokenizer, texts, max_sequence_length)
     empty = next((ids for ids, text in zip(tokens, texts) if text == ""), None)

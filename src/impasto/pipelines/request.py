@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from ..checks import finite, shown, whole_number
+from ..checks import MAX_TOKENS, finite, shown, whole_number
 from ..errors import InputError
-from . import inputs, limits
+from . import inputs
 
 PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
 
@@ -123,7 +123,7 @@ def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
             )
         if found[0] != count:
             raise InputError(f"negative_prompt_embeds has {found[0]} rows for {count} prompts; give one for each")
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=limits.TOKENS)
+    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
     each, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
     if not guided:
         negatives, negative_embeds, negative_mask = [], None, None
