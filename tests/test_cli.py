@@ -45,8 +45,8 @@ def generate(model: Path, *arguments: Any) -> Result:
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def fresh(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ NATIVE = is_native(torch.bfloat16)
 # --- generate ---
 
 
-def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
+def test_one_image_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cube.png"
     options = ("--seed", 7, "--guidance-scale", 3.5, "--negative-prompt", "grey, blue", "--scheduler", "ddim")
     result = generate(model, "a red cube", "--output", path, "--height", 16, "--width", 24, *options)
@@ -75,8 +75,8 @@ def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp
     assert pixels(path).shape == (16, 24, 3)
 
 
-def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
-    """Order of the files, seeds, and the picture itself: made together, in other batches, and alone."""
+def test_an_image_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
+    """Order of the files, seeds, and the image itself: generated together, in other batches, and alone."""
     prompts = ["a red cube", "a blue sphere"]
     made = {}
     for batch in (3, 4):
@@ -96,7 +96,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> 
     assert abs(pixels(made[4][3]) - alone).max() > 5
 
 
-def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+def test_the_images_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     generate(model, "a red cube", "--seed", 3, "--scheduler", "lcm", "--output", tmp_path / "x.png")
     pipe = PixArtSigmaPipeline.from_pretrained(model, dtype=torch.bfloat16 if NATIVE else torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -105,7 +105,7 @@ def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> 
     assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: Path) -> None:
+def test_a_random_seed_is_printed_and_generates_the_same_again(model: Path, tmp_path: Path) -> None:
     first = generate(model, "a red cube", "--output", f"{tmp_path}/new/folder/")
     path = tmp_path / "new" / "folder" / "0000.png"
     assert first.stdout == f"{path}\n"
@@ -117,7 +117,7 @@ def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: P
     assert f"seed {seed}\n" not in other.stderr
 
 
-def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alpha_is_generated_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = write_pipeline(tmp_path / "alpha", PixArtAlphaPipeline)
     lengths = []
     encode = PixArtAlphaPipeline.encode_prompt
@@ -324,7 +324,7 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     settings = read_settings(path)
     assert (settings.model, settings.steps, settings.guidance_scale, settings.seed) == ("builtin:scenes", 20, 4.5, 7)
     assert pixels(path).shape == (64, 64, 3)
-    with Image.open(path) as picture:  # what `make demo` draws
-        (reading,) = read([picture])
+    with Image.open(path) as image:  # what `make demo` generates
+        (reading,) = read([image])
     assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]
     assert reading.relations == ("on top of",)

@@ -67,7 +67,7 @@ def test_arguments_are_those_of_the_documents(cls: type[Any], tokens: int, metho
 
 def test_documented_parts() -> None:
     for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline):
-        assert cls.part_names() == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
+        assert cls.component_names() == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
 
 
 @pytest.mark.parametrize(("cls", "tokens"), [(PixArtAlphaPipeline, 120), (PixArtSigmaPipeline, 300)])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..transforms.quantized_linear import QuantizedLinear
 
 #: What models call the list of their repeated blocks.
 BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
@@ -239,6 +238,8 @@ def unwrapped(part: Any) -> Any:
 
 def is_settled(part: nn.Module) -> bool:
     """Whether another library has quantized a component or given it its devices: it is used as and where it is."""
+    from ..transforms.quantized_linear import QuantizedLinear
+
     part = unwrapped(part)
     if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
         return True

@@ -45,14 +45,14 @@ class Components:
         self._source: Path | None = None  # the folder that the components were loaded from
 
     @classmethod
-    def part_names(cls) -> list[str]:
+    def component_names(cls) -> list[str]:
         """The names of the components."""
         return list(inspect.signature(cls.__init__).parameters)[1:]
 
     @property
     def components(self) -> dict[str, Any]:
         """The components by name; None for missing ones. ``OtherPipeline(**pipe.components)`` shares them."""
-        return {name: vars(self).get(name) for name in self.part_names()}
+        return {name: vars(self).get(name) for name in self.component_names()}
 
     def _modules(self) -> list[nn.Module]:
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
@@ -130,7 +130,7 @@ class Components:
             token=token,
         )
         requested = dtype if dtype is not None else torch_dtype
-        names = cls.part_names()
+        names = cls.component_names()
         loaded, plan, folder = load_components(source, cls.__name__, names, components, requested, memory_budget)
         pipe = cls(**loaded)
         pipe._source = folder
@@ -163,7 +163,7 @@ class Components:
         if not safe_serialization:
             raise InputError("safe_serialization=False would write pickles; only safetensors are written")
         from ..files import plain_path
-        from .saving import save_components
+        from .loading import save_components
 
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         components = {name: unwrapped(component) for name, component in self.components.items()}
@@ -185,7 +185,7 @@ class Components:
             dtype, torch_dtype: cast the components, also for the other pipeline; None leaves them unchanged.
             components: components that replace those of the other pipeline.
         """
-        names = cls.part_names()
+        names = cls.component_names()
         for name in components:
             if name not in names:
                 raise InputError(f"{cls.__name__} has no component {name!r}; it has: {', '.join(names)}")
@@ -197,7 +197,7 @@ class Components:
         return new if wanted is None else new.to(dtype=parse_dtype(wanted))
 
     def _share(self, other: Components) -> None:
-        """Take over from a pipeline with the same components what is known of them."""
+        """Adopt placement, plan and source of a pipeline with the same components."""
         self.placement, self.plan, self._source = other.placement, other.plan, other._source
 
     # --- device, dtype, placement ---
@@ -247,7 +247,7 @@ class Components:
         return self
 
     def _weights_moved(self) -> None:
-        """Called when weights are elsewhere, or others, than before."""
+        """Called after weights have moved or changed their dtype."""
 
     # --- offloading, device maps ---
 

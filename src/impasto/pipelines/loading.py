@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
@@ -30,6 +32,8 @@ logger = logging.getLogger("impasto")
 
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
+#: The version of diffusers whose format is written.
+FORMAT_VERSION = "0.42.1"
 
 
 def dtype_of_each(names: Sequence[str], dtype: DTypes) -> dict[str, torch.dtype | None]:
@@ -280,3 +284,45 @@ def check_vocabularies(components: Mapping[str, Any]) -> None:
     for reader, model in (("tokenizer", "text_encoder"), ("processor", "vision_language_encoder")):
         if components.get(reader) is not None and components.get(model) is not None:
             from_transformers.check_vocabulary(reader, components[reader], model, components[model])
+
+
+# --- saving ---
+
+
+def _index_entry(component: Any) -> list[str | None]:
+    """Library and class of a component in ``model_index.json``; ours have the names that diffusers gives them."""
+    if component is None:
+        return [None, None]
+    from ..models.base import Model
+    from ..schedulers.base import Scheduler
+
+    cls = type(component)
+    library = "diffusers" if isinstance(component, Model | Scheduler) else cls.__module__.split(".")[0]
+    return [library, cls.__name__]
+
+
+def save_components(
+    components: Mapping[str, Any], root: Path, pipeline: str, variant: str | None, max_shard_bytes: int
+) -> None:
+    """Write each component into its own folder, and the index; together they replace what an earlier save wrote.
+
+    Raises:
+        InputError: a variant that cannot be part of a file name.
+        OutputError: the folder cannot be written. It is then unchanged.
+    """
+    from ..checkpoints.layout import superseded
+    from ..checkpoints.stored import with_variant
+    from ..checkpoints.weights import disk_errors
+    from ..folders import saving
+
+    with_variant(".safetensors", variant)  # refused before anything is written
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION}
+    with saving(root, superseded) as staging, disk_errors():
+        for name, component in components.items():
+            index[name] = _index_entry(component)
+            if component is not None:
+                # Only components with weights have these options, also those of transformers and diffusers.
+                has_weights = isinstance(component, nn.Module)
+                options = {"variant": variant, "max_shard_size": max_shard_bytes} if has_weights else {}
+                component.save_pretrained(staging / name, **options)
+        (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

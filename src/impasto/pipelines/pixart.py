@@ -24,7 +24,6 @@ from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .foreign_stages import ForeignStages
 from .images import ImageProcessor
 from .prompts import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 from .request import read_pixart, read_pixart_texts, read_schedule
@@ -277,6 +276,8 @@ class PixArtPipeline(Pipeline):
                 from .compiling import TEXT_MULTIPLE as multiple
             model = transformer
             if not _is_staged(transformer):
+                from .foreign_stages import ForeignStages
+
                 model = call = ForeignStages(transformer, call)
             scheduler = own_scheduler(self.scheduler, device, **schedule.arguments)
             latents = noise.to(device, model.dtype) * scheduler.init_noise_sigma  # [B, C, h, w]
