@@ -1,4 +1,4 @@
-"""The base of every model: config, load, save, dtype, device."""
+"""The base class of every model: config, loading, saving, dtype, device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Model(Configurable, nn.Module):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
-    #: Which list of blocks an argument (a number, or a list) gives the length of, by its path in the names of tensors.
+    #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
     stored_lists: ClassVar[Mapping[str, str]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the (first floating-point) parameters."""
+        """The dtype of the first floating-point parameter."""
         for parameter in self.parameters():
             if parameter.is_floating_point():
                 return parameter.dtype
@@ -37,7 +37,7 @@ class Model(Configurable, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def num_parameters(self) -> int:
@@ -45,12 +45,12 @@ class Model(Configurable, nn.Module):
 
     @classmethod
     def _rename_key(cls, name: str) -> str:
-        """A stored tensor's name -> the name in this class. Models with older layouts override it."""
+        """The name of a stored tensor -> its name in this class; for models with older layouts."""
         return name
 
     @classmethod
     def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:
-        """A chance to let the stored tensors decide what an old config leaves open."""
+        """Complete an old config from the names of the stored tensors."""
         return config
 
     @classmethod
@@ -74,18 +74,18 @@ class Model(Configurable, nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder, ``builtin:scenes``, or a hub id.
-            subfolder: where in it the model lies, for example ``"transformer"``.
+            subfolder: the folder of the model in it, for example ``"transformer"``.
             dtype, torch_dtype: of the weights: a ``torch.dtype``, its name, or ``"auto"`` for the stored one;
                 float32 by default.
             variant: ``"fp16"`` loads ``diffusion_pytorch_model.fp16.safetensors``.
-            use_safetensors: True: only safetensors; False: only ``.bin``; None: the first that is there. A
-                ``.bin`` may hold tensors only.
+            use_safetensors: True: only safetensors; False: only ``.bin``; None: whichever is found first. A
+                ``.bin`` may hold only tensors.
             overrides: values that replace those of the config.
 
         Raises:
-            CheckpointError: the folder or a file is missing or damaged, or weights and config do not fit.
-            ConfigurationError: the config holds values that cannot be used.
-            ResourceError: ``device`` is not there.
+            CheckpointError: the folder or a file is missing or damaged, or weights and config do not match.
+            ConfigurationError: the config has values that cannot be used.
+            ResourceError: ``device`` does not exist.
         """
         from ..checkpoints import hub, weights
         from ..folders import reading
@@ -110,7 +110,7 @@ class Model(Configurable, nn.Module):
     def skeleton(
         cls, folder: Path, *, variant: str | None = None, use_safetensors: bool | None = None, **overrides: Any
     ) -> tuple[Self, Stored]:
-        """The model on the meta device and the stored tensors, which fit it: loading's checks, and none of its cost.
+        """The model on the meta device, and the stored tensors, which match it: the checks of loading without its cost.
 
         Raises:
             CheckpointError, ConfigurationError: as ``from_pretrained``.
@@ -131,7 +131,7 @@ class Model(Configurable, nn.Module):
 
     @classmethod
     def _check_lists(cls, arguments: Mapping[str, Any], names: set[str], folder: Path) -> None:
-        """Compare the config's numbers of blocks with those stored: a billion of them would take for ever to build."""
+        """Compare the config's numbers of blocks with those stored, before building a billion of them."""
         for argument, path in cls.stored_lists.items():
             indices = {name.removeprefix(f"{path}.").split(".", 1)[0] for name in names if name.startswith(f"{path}.")}
             value = arguments[argument]
@@ -169,7 +169,7 @@ class Model(Configurable, nn.Module):
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:
-    """A ``torch.dtype`` or its name; ``"auto"`` is None (as stored); None is ``default``."""
+    """The dtype for a ``torch.dtype`` or its name; None for ``"auto"`` (as stored); ``default`` for None."""
     if dtype is None:
         return default
     if isinstance(dtype, torch.dtype):
@@ -186,7 +186,7 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = t
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text like ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
+    """Bytes from a number, or a text such as ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
     if isinstance(size, int):
         found = size
     else:
