@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from ..checks import finite, shown, whole_number
 from ..errors import InputError
+from ..models.glm_image.prior import PriorTokens
 from . import glm_image_inputs, inputs, limits
-from .glm_image_prior import PriorTokens, reference_picture
 
 PRIOR_FIELDS = ("prior_token_ids", "prior_token_image_ids", "source_image_grid_thw")
 PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
@@ -286,7 +286,7 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     elif not prompts:
         raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
     elif images is not None:
-        images = [[reference_picture(one) for one in row] for row in images]
+        images = [[glm_image_inputs.reference_image(one) for one in row] for row in images]
     needed = ["vae"] if images is not None else []
     if texts.prompts or texts.negatives:
         needed += ["tokenizer"] if pipe.prompt_cache is not None else ["tokenizer", "text_encoder"]

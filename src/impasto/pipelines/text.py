@@ -6,7 +6,6 @@ import functools
 import html
 import logging
 import re
-import threading
 import urllib.parse
 import weakref
 from collections import defaultdict
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoints.foreign.errors import TOKENIZING
 from ..checks import shown, whole_number
 from ..errors import InputError
 from ..nn.precision import precision_of
@@ -219,9 +219,6 @@ def encode_texts(
 
 
 Tokens = tuple[int, ...]
-
-#: Held while a tokenizer works: the truncation of a call stays in it until the next, which may be another thread's.
-TOKENIZING = threading.Lock()
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[Tokens]:
