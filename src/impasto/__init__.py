@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
-    from .transforms.packing import pack_weights
     from .transforms.quantize import dequantize, quantize
     from .transforms.step_cache import cache_steps
 
@@ -89,7 +88,6 @@ __all__ = [
     "compute_in_float32",
     "dequantize",
     "guide_between",
-    "pack_weights",
     "quantize",
 ]
 
@@ -122,7 +120,6 @@ _HOMES = {
     "compute_in_float32": ".nn.precision:compute_in_float32",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
-    "pack_weights": ".transforms.packing:pack_weights",
     "quantize": ".transforms.quantize:quantize",
 }
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import impasto
-from impasto.pipelines.glm_image_prior import _read
+from impasto.models.glm_image.prior import _read
 
 from . import sandbox
 from .loading import accepted, copy_components, edit_nested, outcome_of

@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from impasto.checks import MAX_CHARACTERS, MAX_FILE_BYTES
 from impasto.pipelines import image_files
-from impasto.pipelines.glm_image_prior import reference_picture
+from impasto.pipelines.glm_image_inputs import reference_image
 from impasto.pipelines.image_files import GenerationSettings, open_image, read_settings, save_image
 from impasto.pipelines.images import ImageProcessor, to_rgb
 
@@ -257,7 +257,7 @@ def preprocessed(case: str) -> None:
 
 
 def referred_to(case: str) -> None:
-    reference_picture(BAD[case]())
+    reference_image(BAD[case]())
 
 
 @pytest.mark.parametrize("function", [preprocessed, referred_to])
@@ -380,9 +380,9 @@ def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
 
 def test_floats_in_both_ranges_and_integers_are_the_same_image(caplog: pytest.LogCaptureFixture) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    expected = np.asarray(reference_picture(Image.fromarray(levels)))
+    expected = np.asarray(reference_image(Image.fromarray(levels)))
     for same in (levels, levels.astype(np.int64), levels / 255, levels / 127.5 - 1, levels.astype(">u2")):
-        assert np.array_equal(np.asarray(reference_picture(same)), expected)
+        assert np.array_equal(np.asarray(reference_image(same)), expected)
     assert caplog.text.count("taken as in [-1, 1]") == 1
 
 

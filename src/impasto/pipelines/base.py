@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, ConfigurationError, InputError
 from ..memory.placement import OneAtATime
-from ..memory.streaming import unwrapped
 from ..models.base import parse_size
-from ..nn.backends.onednn import check_kept_weights
+from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from ..nn.precision import adapt, in_float32, without_autocast
@@ -170,19 +169,17 @@ class Pipeline(Components):
 
     # --- compilation ---
 
-    def compile(self, *, vae: bool = False, record: bool | None = None, **options: Any) -> Compiled:
-        """Make the transformer faster: compiled blocks and captured CUDA graphs on a GPU, packed weights on a CPU.
+    def compile(self, *, vae: bool = False, cuda_graphs: bool | None = None, **options: Any) -> Compiled:
+        """Make the transformer faster: compile its blocks and, on a CUDA device, capture steps as CUDA graphs.
 
-        On a CUDA device the blocks are compiled; they are alike, so one graph serves all. Whole steps are captured and
-        replayed as CUDA graphs. The first image of a size takes longer. Steps of an offloaded transformer are not
-        captured. On a CPU that multiplies bfloat16, compiled blocks gain nothing (docs/performance.md), but
-        ``pack_weights`` does: it gives bit-identical images and needs as much memory again as the transformer's
-        weights. Options of ``torch.compile``, if given, apply on the CPU too. To compile a transformer that is
-        assigned later, call ``pipe.compiled.remove()`` first.
+        The blocks are alike, so one compiled graph serves all. On a CUDA device whole steps are captured and replayed;
+        the first image of a size takes longer. Steps of an offloaded transformer are not captured. On a CPU that
+        multiplies bfloat16 natively, compiled blocks are no faster (docs/performance.md). To compile a transformer that
+        is assigned later, call ``pipe.compiled.remove()`` first.
 
         Args:
             vae: compile the autoencoder's decoder too.
-            record: capture and replay steps; None: if the transformer is on a CUDA device; False: never.
+            cuda_graphs: capture and replay steps; None: if the transformer is on a CUDA device; False: never.
             options: for ``torch.compile``, such as ``mode="max-autotune-no-cudagraphs"``. ``fullgraph=True`` is the
                 default except on the CPU.
 
@@ -192,27 +189,21 @@ class Pipeline(Components):
         Raises:
             ConfigurationError: the pipeline is compiled already, or the mode captures single blocks.
             InputError: there is no transformer, or no autoencoder with ``vae=True``.
-            ResourceError: ``record=True`` without a CUDA device.
+            ResourceError: ``cuda_graphs=True`` without a CUDA device.
         """
         if self.compiled is not None:
             raise ConfigurationError("this pipeline is compiled already; pipe.compiled.remove() undoes it")
         from .compiling import Compiled
 
         decoder = self._require("vae") if vae else None
-        self.compiled = Compiled(self, self._require("transformer"), decoder, record, **options)
+        self.compiled = Compiled(self, self._require("transformer"), decoder, cuda_graphs, **options)
         return self.compiled
 
     def _replaying(self, model: Any) -> Any:
         """What a loop calls in place of the model: a replay of its captured CUDA graph, or the model."""
-        self._check_packed_weights()
         if self.compiled is None or self.compiled.steps is None or isinstance(self.placement, OneAtATime):
             return model
         return self.compiled.steps.begin(model)
-
-    def _check_packed_weights(self) -> None:
-        transformer = vars(self).get("transformer")
-        if isinstance(transformer, nn.Module):
-            check_kept_weights(transformer)
 
     # --- prompts on disk ---
 

@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..memory.moving import DeviceMap, check_on_host, movable, move, place, read_target
 from ..memory.placement import OneAtATime, PerPart, Resident
 from ..memory.placement import offload_device as choose_device
-from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, unwrapped
+from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin
 from ..models.base import parse_dtype, parse_size
+from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
 
 if TYPE_CHECKING:

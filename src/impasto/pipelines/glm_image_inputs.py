@@ -18,8 +18,9 @@ from torch import Tensor
 from ..checks import MAX_SIDE, MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..family import PRIOR_PIXELS
+from ..models.glm_image.prior import PriorTokens
 from . import inputs
-from .glm_image_prior import PriorTokens, reference_picture
+from .images import as_batch, normalize, to_rgb
 from .request import Request, Texts, shared_fields
 
 PRIOR_FIELDS = ("prior_token_ids", "prior_token_image_ids", "source_image_grid_thw")
@@ -94,7 +95,7 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     elif not prompts:
         raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
     elif images is not None:
-        images = [[reference_picture(one) for one in row] for row in images]
+        images = [[reference_image(one) for one in row] for row in images]
     needed = ["vae"] if images is not None else []
     if texts.prompts or texts.negatives:
         needed += ["tokenizer"] if pipe.prompt_cache is not None else ["tokenizer", "text_encoder"]
@@ -285,3 +286,30 @@ def _is_within(tokens: Any, codes: int) -> bool:
     if not _is_whole(tokens):
         return False
     return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes
+
+
+def reference_image(image: Any) -> Image.Image:
+    """An RGB image whose sides are multiples of 32, so that the prior and the autoencoder see the same.
+
+    Args:
+        image: a PIL image, an array [H, W, C] or a tensor [C, H, W], with the values that ``ImageProcessor`` takes.
+
+    Raises:
+        InputError: something else, or an image that is too small.
+    """
+    if isinstance(image, np.ndarray | Tensor):
+        levels = ((normalize(as_batch(image).detach().cpu()).float() * 0.5 + 0.5) * 255).round().clamp(0, 255)
+        if len(levels) != 1 or levels.shape[1] not in (1, 3):
+            raise InputError(f"image must be one of 1 or 3 channels, not of shape {list(image.shape)}")
+        image = Image.fromarray(levels[0].expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(image).__name__}")
+    size = tuple(side // PRIOR_PIXELS * PRIOR_PIXELS for side in image.size)
+    if 0 in size:
+        raise InputError(
+            f"an image of {image.width} x {image.height} pixels is too small as a reference: at least 32 x 32"
+        )
+    if max(size) > 4 * min(size):
+        raise InputError(f"an image of {image.width} x {image.height} pixels is too long as a reference: at most 4 : 1")
+    rgb = to_rgb(image)
+    return rgb if rgb.size == size else rgb.resize((size[0], size[1]), Image.Resampling.LANCZOS)

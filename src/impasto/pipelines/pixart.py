@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..family import ALPHA, SIGMA, Family, mixtures
-from ..memory.streaming import unwrapped
 from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
+from ..nn.changes import unwrapped
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline

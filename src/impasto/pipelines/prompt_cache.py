@@ -27,7 +27,7 @@ from ..checkpoints.config import read_json
 from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
-from ..memory.streaming import unwrapped
+from ..nn.changes import unwrapped
 from .prompts import EncodedTexts
 
 logger = logging.getLogger("impasto")

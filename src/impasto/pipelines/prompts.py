@@ -6,7 +6,6 @@ import functools
 import html
 import logging
 import re
-import threading
 import urllib.parse
 import weakref
 from collections import defaultdict
@@ -219,11 +218,10 @@ def encode_texts(
 
 Tokens = tuple[int, ...]
 
-#: Held while a tokenizer runs: it keeps the truncation of a call until the next, which may be another thread's.
-TOKENIZING = threading.Lock()
-
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[Tokens]:
+    from ..checkpoints.foreign.errors import TOKENIZING
+
     def tokenize(texts: list[str], **options: Any) -> list[Tokens]:
         with TOKENIZING:
             return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=True, **options)["input_ids"]]

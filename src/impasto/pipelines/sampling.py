@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory.streaming import unwrapped
+from ..nn.changes import unwrapped
 from ..nn.precision import adapt
 from .inputs import call_back
 from .request import Request
@@ -178,7 +178,6 @@ def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor
         for step in loop:
             if request.on_step_end is not None:
                 call_back(pipe, step, request.on_step_end, request.on_step_end_names)
-                pipe._check_packed_weights()
             latents = step.latents
             done = step.index + 1
             warm_up = max(step.count - request.schedule.steps * order, 0)  # calls before the first step (PNDM has some)
