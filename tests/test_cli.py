@@ -16,10 +16,13 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import cli
+from impasto.cli import pipelines
+from impasto.cli.generate import IMAGE_EXTENSIONS
+from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError
 from impasto.memory.inspection import inspect_model, picture_size
 from impasto.nn.machine import is_native
-from impasto.pipelines.image import check_picture_path, read_settings
+from impasto.pipelines.image_files import check_image_path, read_settings
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 from impasto.scenes.evaluate import held_out_prompts
 from impasto.scenes.judge import read
@@ -42,8 +45,8 @@ def generate(model: Path, *arguments: Any) -> Result:
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def fresh(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -58,7 +61,7 @@ NATIVE = is_native(torch.bfloat16)
 # --- generate ---
 
 
-def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
+def test_one_image_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cube.png"
     options = ("--seed", 7, "--guidance-scale", 3.5, "--negative-prompt", "grey, blue", "--scheduler", "ddim")
     result = generate(model, "a red cube", "--output", path, "--height", 16, "--width", 24, *options)
@@ -72,8 +75,8 @@ def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp
     assert pixels(path).shape == (16, 24, 3)
 
 
-def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
-    """Order of the files, seeds, and the picture itself: made together, in other batches, and alone."""
+def test_an_image_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
+    """Order of the files, seeds, and the image itself: generated together, in other batches, and alone."""
     prompts = ["a red cube", "a blue sphere"]
     made = {}
     for batch in (3, 4):
@@ -93,7 +96,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> 
     assert abs(pixels(made[4][3]) - alone).max() > 5
 
 
-def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+def test_the_images_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     generate(model, "a red cube", "--seed", 3, "--scheduler", "lcm", "--output", tmp_path / "x.png")
     pipe = PixArtSigmaPipeline.from_pretrained(model, dtype=torch.bfloat16 if NATIVE else torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +105,7 @@ def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> 
     assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: Path) -> None:
+def test_a_random_seed_is_printed_and_generates_the_same_again(model: Path, tmp_path: Path) -> None:
     first = generate(model, "a red cube", "--output", f"{tmp_path}/new/folder/")
     path = tmp_path / "new" / "folder" / "0000.png"
     assert first.stdout == f"{path}\n"
@@ -114,7 +117,7 @@ def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: P
     assert f"seed {seed}\n" not in other.stderr
 
 
-def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alpha_is_generated_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = write_pipeline(tmp_path / "alpha", PixArtAlphaPipeline)
     lengths = []
     encode = PixArtAlphaPipeline.encode_prompt
@@ -130,7 +133,7 @@ def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_dtypes(model: Path, tmp_path: Path) -> None:
-    assert cli._choose_dtype(cli.DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
+    assert pipelines.choose_dtype(DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
     for dtype in ("bfloat16", "float32"):
         generate(model, "a red cube", "--dtype", dtype, "--seed", 1, "--output", tmp_path / "x.png")
         assert read_settings(tmp_path / "x.png").extra["Dtype"] == dtype
@@ -166,7 +169,7 @@ def test_a_mistake_is_one_line_and_costs_no_loading(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "model.1").touch()
     result = generate(model, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 1
@@ -197,7 +200,7 @@ def test_an_interruption_has_status_130(model: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(pipelines, "load", interrupt)
     result = generate(model, "x", "--output", tmp_path / "x.png")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
@@ -214,8 +217,8 @@ def test_running_out_of_memory_is_explained(model: Path, monkeypatch: pytest.Mon
 
 
 def test_the_extensions_are_those_that_can_be_written(tmp_path: Path) -> None:
-    for extension in cli.IMAGE_EXTENSIONS:
-        check_picture_path(tmp_path / f"x{extension}")
+    for extension in IMAGE_EXTENSIONS:
+        check_image_path(tmp_path / f"x{extension}")
 
 
 # --- info ---
@@ -321,7 +324,7 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     settings = read_settings(path)
     assert (settings.model, settings.steps, settings.guidance_scale, settings.seed) == ("builtin:scenes", 20, 4.5, 7)
     assert pixels(path).shape == (64, 64, 3)
-    with Image.open(path) as picture:  # what `make demo` draws
-        (reading,) = read([picture])
+    with Image.open(path) as image:  # what `make demo` generates
+        (reading,) = read([image])
     assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]
     assert reading.relations == ("on top of",)

@@ -1,11 +1,11 @@
-"""Impasto: the PixArt text-to-image diffusion transformers, run and trained.
+"""Impasto: the PixArt and GLM-Image text-to-image diffusion transformers, run and trained.
 
     from impasto import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained("builtin:scenes")
     pipe("a red cube on top of a blue sphere").images[0].save("cube.png")
 
-Names are resolved when they are first used, so ``import impasto`` and the command line's ``--help`` load no torch.
+Names are resolved on first use, so ``import impasto`` and the ``--help`` of the command line load no torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
-    from .transforms.packing import pack_weights
     from .transforms.quantize import dequantize, quantize
     from .transforms.step_cache import cache_steps
 
@@ -99,11 +98,10 @@ __all__ = [
     "compute_in_float32",
     "dequantize",
     "guide_between",
-    "pack_weights",
     "quantize",
 ]
 
-#: Where each lazy name is defined. The old checkpoints' ``Transformer2DModel`` is the PixArt transformer.
+#: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
@@ -136,7 +134,6 @@ _HOMES = {
     "compute_in_float32": ".nn.precision:compute_in_float32",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
-    "pack_weights": ".transforms.packing:pack_weights",
     "quantize": ".transforms.quantize:quantize",
 }
 
@@ -146,7 +143,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name].split(":")
     value = getattr(import_module(module, __name__), attribute)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # the next access does not come here
     return value
 
 

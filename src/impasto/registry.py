@@ -1,4 +1,4 @@
-"""The classes that ``model_index.json`` names: which fit each role in a pipeline, and ours, imported when asked for."""
+"""The classes that ``model_index.json`` names: which ones fit each component, and ours, imported on demand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import printable, shown
 from .errors import CheckpointError
+from .family import GLM_IMAGE, family_of
 
 if TYPE_CHECKING:
     from .models.base import Model
@@ -30,10 +31,9 @@ _ROLES = {
     "vae": ("AutoencoderKL",),
     "scheduler": SCHEDULERS,
 }
-#: Early PixArt repositories have the name of a base class.
 _PIXART = {**_ROLES, "transformer": ("PixArtTransformer2DModel", "Transformer2DModel")}
 _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
-#: What turns prompts and images into numbers.
+#: Preprocessing: these components have no weights.
 READERS = (*TOKENIZERS, *PROCESSORS)
 _OF_TRANSFORMERS = (*LANGUAGE_MODELS, *READERS)
 
@@ -42,7 +42,7 @@ _ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 
 
 def class_of(name: str) -> type[Model] | type[Scheduler]:
-    """Our class of this name, of a model or a scheduler.
+    """Our model or scheduler class of this name.
 
     Raises:
         KeyError: there is none.
@@ -84,15 +84,15 @@ def class_of(name: str) -> type[Model] | type[Scheduler]:
 
 
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:
-    """The classes that a component of a pipeline may have; none if the pipeline has no such component."""
-    return (_GLM_IMAGE if pipeline.startswith("Glm") else _PIXART).get(component, ())
+    """The classes that a pipeline accepts for a component; empty if it has no such component."""
+    return (_GLM_IMAGE if family_of(pipeline) is GLM_IMAGE else _PIXART).get(component, ())
 
 
 def check_role(pipeline: str, component: str, library_and_class: Any, folder: str) -> None:
-    """That the index gives a component a class that fits its role.
+    """Check that the class of a component in the index is one that the pipeline accepts.
 
     Raises:
-        CheckpointError: it does not; the message says how a foreign component is passed.
+        CheckpointError: it is not; the message explains how to pass a component of another library.
     """
     library, name = library_and_class
     accepted = accepted_classes(pipeline, component)
@@ -107,10 +107,10 @@ def check_role(pipeline: str, component: str, library_and_class: Any, folder: st
 
 
 def component_entries(path: Any, index: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Component -> library and class, of the content of ``model_index.json``; null for both: meant to be absent.
+    """The library and class of each component in ``model_index.json``; both None for one that is left out on purpose.
 
     Raises:
-        CheckpointError: a name that is not a plain name, or an entry of another form.
+        CheckpointError: a component name that is not an identifier, or a malformed entry.
     """
     found = {}
     for name, value in index.items():

@@ -15,7 +15,7 @@ from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.memory import placement as placement_module
 from impasto.memory.placement import OneAtATime, PerPart, Resident, spread
 from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, is_settled, methods_of
-from impasto.nn.devices import require_device
+from impasto.nn.machine import require_device
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_transformer, tiny_vae, write_pipeline

@@ -32,7 +32,7 @@ from impasto.memory.planner import (
     plan_memory,
 )
 from impasto.nn import machine
-from impasto.pipelines.image import read_settings
+from impasto.pipelines.image_files import read_settings
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_vae, write_pipeline

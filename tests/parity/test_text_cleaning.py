@@ -6,7 +6,7 @@ import warnings
 import pytest
 from diffusers import PixArtAlphaPipeline
 
-from impasto.pipelines.text import clean_caption, normalize_caption
+from impasto.pipelines.prompts import clean_caption, normalize_caption
 
 CAPTIONS = [
     "",

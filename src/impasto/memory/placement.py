@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import InputError, ResourceError
 from ..models.base import parse_size
-from ..nn.devices import as_device
+from ..nn.machine import as_device
 from .streaming import Stay, Visit, device_of, is_settled
 
 #: The share of a device's free memory that ``device_map`` gives to weights; the rest is for the computation.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..transforms.quantized_linear import QuantizedLinear
+from ..nn.changes import is_managed_elsewhere, is_plain_tensor, unwrapped
 
 #: What models call the list of their repeated blocks.
 BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
@@ -43,13 +43,14 @@ class Slot(NamedTuple):
 
     def read(self) -> Tensor:
         if self.parameter is not None:
-            return self.parameter.data if _is_plain(self.parameter) else cast(Tensor, self.owner._parameters[self.key])
+            plain = is_plain_tensor(self.parameter)
+            return self.parameter.data if plain else cast(Tensor, self.owner._parameters[self.key])
         buffer = self.owner._buffers[self.key]
         assert buffer is not None
         return buffer
 
     def write(self, tensor: Tensor) -> None:
-        if self.parameter is not None and not _is_plain(self.parameter):
+        if self.parameter is not None and not is_plain_tensor(self.parameter):
             self.owner._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
         elif self.parameter is not None:  # it stays the same object: who holds it sees what it holds now
             self.parameter.data = tensor
@@ -232,27 +233,20 @@ def pin(part: nn.Module) -> None:
 # --- what is known of components ---
 
 
-def unwrapped(part: Any) -> Any:
-    """The module that ``torch.compile`` has wrapped, or the component itself."""
-    return getattr(part, "_orig_mod", part)
-
-
 def is_settled(part: nn.Module) -> bool:
-    """Whether another library has quantized a component or given it its devices: it is used as and where it is."""
+    """Whether another library has quantized or placed a component, which is then used as it is and never moved."""
+    from ..transforms.quantized_linear import QuantizedLinear
+
     part = unwrapped(part)
-    if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
+    if is_managed_elsewhere(part):
         return True
-    own = (module for module in part.modules() if not isinstance(module, QuantizedLinear))  # which can be moved
-    return any(not _is_plain(p) for module in own for p in module._parameters.values() if p is not None)
+    others = (module for module in part.modules() if not isinstance(module, QuantizedLinear))  # which can be moved
+    return any(not is_plain_tensor(p) for module in others for p in module._parameters.values() if p is not None)
 
 
 def _is_the_same(copy: Tensor, host: Tensor) -> bool:
     """Whether nothing had to be copied."""
-    return copy is host or (copy.device == host.device and _is_plain(copy) and copy.data_ptr() == host.data_ptr())
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor)
+    return copy is host or (copy.device == host.device and is_plain_tensor(copy) and copy.data_ptr() == host.data_ptr())
 
 
 def device_of(part: nn.Module) -> torch.device | None:

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..checks import shown, whole_number
+from ..checks import MAX_SIDE, shown, whole_number
 from ..errors import InputError
-from . import inputs, limits
-from .image import ImageProcessor
-from .image_inputs import as_batch, check_arrays, to_rgb, unit_range
+from . import inputs
+from .images import ImageProcessor, as_batch, check_arrays, to_rgb, unit_range
 from .inputs import Canvas
 from .resolution import bins_for
 
@@ -239,7 +238,7 @@ def _plan(
 
 def _bounds(mask: Tensor, padding: Any) -> Box:
     """The smallest box around what a mask [1, H, W] selects, with a padding of so many pixels."""
-    padding = whole_number("padding_mask_crop", padding, least=0, most=limits.SIDE)
+    padding = whole_number("padding_mask_crop", padding, least=0, most=MAX_SIDE)
     selected = mask[0] > 0
     ranges = []
     for lines in (selected.any(1), selected.any(0)):  # rows, columns

@@ -19,19 +19,26 @@ from ..checks import whole_number
 from ..errors import InputError
 from ..family import tokens_to_generate
 from ..memory.placement import OneAtATime, check_dtype
-from ..memory.streaming import unwrapped
 from ..models.base import parse_dtype
 from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
-from ..nn.devices import as_device, check_device
+from ..models.glm_image.prior import PriorTokens, generate_prior
+from ..nn.changes import unwrapped
+from ..nn.machine import as_device, check_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_inputs import check_sides, images_of_prompts, read_prompts
-from .glm_image_prior import PriorTokens, generate_prior, reference_picture
+from .glm_image_inputs import (
+    check_sides,
+    images_of_prompts,
+    read_glm_image,
+    read_glm_image_texts,
+    read_prompts,
+    reference_image,
+)
 from .glyphs import encode_glyphs, most_tokens
-from .image import ImageProcessor
-from .request import Schedule, read_glm_image, read_glm_image_texts, read_schedule
+from .images import ImageProcessor
+from .prompts import EncodedTexts
+from .request import Schedule, read_schedule
 from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
-from .text import EncodedTexts
 
 
 class GlyphEmbeds(NamedTuple):
@@ -239,7 +246,7 @@ class GlmImagePipeline(Pipeline):
         check_sides(height, width)
         num_images_per_prompt, batch = inputs.count_images(len(prompts), num_images_per_prompt)
         images = images_of_prompts(image, len(prompts))
-        images = None if images is None else [[reference_picture(one) for one in row] for row in images]
+        images = None if images is None else [[reference_image(one) for one in row] for row in images]
         generators = inputs.check_generator(generator, batch)
         with self._calling() as stop:
             prior = self._generate_prior(prompts, (height, width), images, generators, num_images_per_prompt, stop)

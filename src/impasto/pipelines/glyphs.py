@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text import TOKENIZING
+from ..checkpoints.foreign.errors import TOKENIZING
 
 #: ' ', “ ”, " " and 「 」, in the order in which the texts of one prompt follow each other.
 _QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"「([^「」]*)」")

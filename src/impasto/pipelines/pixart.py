@@ -19,18 +19,16 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..family import ALPHA, SIGMA, Family, mixtures
-from ..memory.streaming import unwrapped
 from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
-from ..nn.devices import as_device
+from ..nn.changes import unwrapped
+from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .compiling import TEXT_MULTIPLE
-from .foreign_stages import ForeignStages
-from .image import ImageProcessor
+from .images import ImageProcessor
 from .latents import unscaled
+from .prompts import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
-from .text import EncodedTexts, clean_prompt, encode_texts, normalize_caption
 
 logger = logging.getLogger("impasto")
 
@@ -277,9 +275,13 @@ class PixArtPipeline(Pipeline):
         def begin() -> Run:
             transformer, device = self._require("transformer"), self.device
             call = self._replaying(transformer)
-            multiple = 1 if call is transformer else TEXT_MULTIPLE
+            multiple = 1
+            if call is not transformer:  # a captured CUDA graph, which serves texts of several lengths
+                from .compiling import TEXT_MULTIPLE as multiple
             model = transformer
             if not _is_staged(transformer):
+                from .foreign_stages import ForeignStages
+
                 model = call = ForeignStages(transformer, call)
             start = schedule.skipped * getattr(self.scheduler, "order", 1)
             scheduler = own_scheduler(self.scheduler, device, start, **schedule.arguments)

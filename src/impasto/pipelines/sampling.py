@@ -15,17 +15,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..memory.streaming import unwrapped
+from ..nn.changes import unwrapped
 from ..nn.precision import adapt
-from ..transforms.step_cache import Memory
 from .inputs import call_back
 from .request import Request
+
+if TYPE_CHECKING:
+    from ..transforms.step_cache import Memory
 
 
 class Stop:
@@ -204,7 +206,6 @@ def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor
         for step in loop:
             if request.on_step_end is not None:
                 call_back(pipe, step, request.on_step_end, request.on_step_end_names)
-                pipe._check_packed_weights()
             latents = step.latents
             done = step.index + 1
             warm_up = max(step.count - steps * order, 0)  # calls before the first step (PNDM has some)

@@ -1,4 +1,4 @@
-"""Captions cleaned, and texts turned into embeddings by a T5 encoder that sees no padding."""
+"""Prompts -> embeddings: caption cleaning, and a T5 encoder that is run without padding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import html
 import logging
 import re
-import threading
 import urllib.parse
 import weakref
 from collections import defaultdict
@@ -16,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import shown, whole_number
+from ..checks import MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..nn.precision import precision_of
-from . import limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,21 +26,21 @@ logger = logging.getLogger("impasto")
 
 # --- caption cleaning ---------------------------------------------------------------------------------------
 #
-# PixArt's training captions were cleaned of what the web adds to them, and a prompt should look like them.
-# The rules are those of DeepFloyd IF, which PixArt took over: expressions and order are the definition. Where theirs
-# take quadratic time, these take linear time for the same result: an expression that begins with a run of characters
-# is tried where the run begins, since where that fails, every later start in the run fails too.
+# PixArt's training captions were cleaned of the clutter of web pages, and prompts should resemble them. The rules are
+# those of DeepFloyd IF, which PixArt adopted: expressions and order are the definition. Where the originals take
+# quadratic time, these take linear time for the same result: an expression that begins with a run of characters is
+# tried only at the start of the run, since if that fails, every later start in the run fails too.
 
 _LABELS = r"[a-zA-Z0-9.\-]"
 _DOMAIN = rf"{_LABELS}+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
-_MOST_TAGS = 300  # a caption with more "<" is no markup; the parser takes quadratic time for tags without an end
+_MOST_TAGS = 300  # a caption with more "<" is not markup; the parser takes quadratic time for unclosed tags
 _FILE_TYPE = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 
-Rules = tuple[tuple[str, str, str], ...]  # why, expression, replacement
+Rules = tuple[tuple[str, str, str], ...]  # what it matches, expression, replacement
 
 
 def _address(scheme: str) -> str:
-    """An address, or in group 1 what holds none and is kept: the labels up to the next scheme or their end."""
+    """Matches an address, or as group 1, which is kept, labels without one, up to the next scheme."""
     begin = rf"{scheme}:(?:\/{{1,3}}|[a-zA-Z0-9%])"
     return rf"\b(?:{begin}|{_DOMAIN}|((?:(?!\b{begin}){_LABELS})++))"
 
@@ -68,7 +66,7 @@ _AFTER_MARKUP: Rules = (
     ("left-over entity", r"&amp", ""),
     ("IP address", r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
     ("article number at the end, 3:27", r"\d:\d\d\s+$", ""),
-    ("line break spelt out as backslash n", r"\\n", " "),
+    ("line break written as backslash n", r"\\n", " "),
     ("#123", r"#\d{1,3}\b", ""),
     ("#12345 and longer", r"#\d{5,}\b", ""),
     ("123456 and longer", r"\b\d{6,}\b", ""),
@@ -76,18 +74,18 @@ _AFTER_MARKUP: Rules = (
     ("run of quotes", r"[\"\']{2,}", '"'),
     ("run of full stops", r"[\.]{2,}", " "),
     ("decoration", r"[#®•©™&@·º½¾¿¡§~)(\]\[}{|\\/*]+", " "),
-    ("lonely full stop", r"(?<!\s)\s+\.\s+", " "),
+    ("isolated full stop", r"(?<!\s)\s+\.\s+", " "),
 )
 
-_JOINERS = r"[-_]"  # spaces of a this-is-a-cat caption; up to three are left alone
+_JOINERS = r"[-_]"  # spaces of a this-is-a-cat caption; up to three are kept
 
 _AFTER_REPAIR: Rules = (
     ("product number, jc6640", r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),
     ("product number, jc6640vc", r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
     ("product number, 6640vc231", r"\b\d+[a-zA-Z]+\d+\b", ""),
-    ("shop talk", r"(worldwide\s+)?(free\s+)?shipping", ""),
-    ("shop talk", r"(free\s)?download(\sfree)?", ""),
-    ("shop talk", r"\bclick\b\s(?:for|on)\s\w+", ""),
+    ("advertising", r"(worldwide\s+)?(free\s+)?shipping", ""),
+    ("advertising", r"(free\s)?download(\sfree)?", ""),
+    ("advertising", r"\bclick\b\s(?:for|on)\s\w+", ""),
     ("file type", rf"\b{_FILE_TYPE}(\simage[s]?)?", ""),
     ("page number", r"\bpage\s+\d+\b", ""),
     ("random identifier, j2d1a2a", r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),
@@ -96,7 +94,7 @@ _AFTER_REPAIR: Rules = (
     ("no space after punctuation", r"(\D[,\./])\b", r"\1 "),
     ("run of white space", r"\s+", " "),
     ("quotes around everything", r"^[\"\']([\w\W]+)[\"\']$", r"\1"),
-    ("punctuation in front", r"^[\'\_,\-\:;]", ""),
+    ("punctuation at the start", r"^[\'\_,\-\:;]", ""),
     ("punctuation at the end", r"[\'\_,\-\:\-\+]$", ""),
     ("nothing but an extension", r"^\.\S+$", ""),
 )
@@ -114,7 +112,7 @@ def _apply(rules: Rules, caption: str) -> str:
 
 
 def _without_markup(caption: str) -> str:
-    if "<" not in caption and "&" not in caption:  # spares the import, and a warning about "cat.jpg"
+    if "<" not in caption and "&" not in caption:  # avoids the import, and a warning about "cat.jpg"
         return caption
     if caption.count("<") > _MOST_TAGS:
         return caption
@@ -123,14 +121,14 @@ def _without_markup(caption: str) -> str:
 
     try:
         return str(BeautifulSoup(caption, features="html.parser").text)
-    except ParserRejectedMarkup:  # such as "<![": no markup then, but a text
+    except ParserRejectedMarkup:  # such as "<![": it is not markup
         return caption
 
 
 def clean_caption(text: str) -> str:
-    """Lower-case a caption and remove addresses, markup, numbers of products, shop talk and decoration.
+    """Convert a caption to lower case and remove addresses, markup, product numbers, advertising and decoration.
 
-    The pipelines clean twice, as in the training, since what one pass removes may bring together what the next removes.
+    The pipelines clean twice, as in training: what one pass removes may join what the next pass then removes.
     """
     import ftfy
 
@@ -146,19 +144,19 @@ def clean_caption(text: str) -> str:
 
 
 def clean_prompt(text: str) -> str:
-    """A caption cleaned as often as in the training, with a warning where nothing is left of it."""
+    """Clean a caption twice, as in training, and warn if nothing is left of it."""
     cleaned = clean_caption(clean_caption(text))
     if not cleaned and text.strip():
         logger.warning(
-            "cleaning removes all of the prompt %s, as it does with most that are not in Latin script: the image will "
-            "be that of no prompt. Give clean_caption=False to keep the prompt, or write it in English",
+            "cleaning removes all of the prompt %s, as with most that are not in Latin script: the image will be "
+            "that of an empty prompt. Use clean_caption=False to keep the prompt, or write it in English",
             shown(text),
         )
     return cleaned
 
 
 def normalize_caption(text: str) -> str:
-    """What is done to a prompt that is not cleaned: lower case, no white space around it."""
+    """What is done to a prompt that is not cleaned: lower case, no white space at its ends."""
     return text.lower().strip()
 
 
@@ -177,26 +175,26 @@ def encode_texts(
     max_sequence_length: int,
     device: torch.device | str,
 ) -> EncodedTexts:
-    """Tokenise and encode texts.
+    """Tokenize and encode texts.
 
-    The encoder runs on the tokens alone, once for each distinct length, and never twice on the same text: T5
-    has relative positions, so a token's embedding does not depend on padding that a mask hides. The embedding
-    of the empty text is kept between calls, unless gradients are recorded.
+    The encoder runs without padding, once for each length, and never twice on the same text: T5 has relative
+    positions, so the embedding of a token does not depend on masked padding. The embedding of the empty text is
+    kept between calls, unless gradients are recorded.
 
     Args:
-        texts: As they should be encoded: cleaning is the caller's part.
-        max_sequence_length: Tokens of a text, its end token included; a warning quotes what is cut off.
-        device: Of the result. The encoder runs where its weights are.
+        texts: cleaned already, if they are to be cleaned.
+        max_sequence_length: tokens of a text, including its end token; a warning quotes what is cut off.
+        device: of the result. The encoder runs where its weights are.
 
     Returns:
         embeds [B, max_sequence_length, C] in the encoder's dtype; mask [B, max_sequence_length], int64.
 
     Raises:
-        InputError: ``texts`` is empty or holds something else than text, or there is no room for any token.
+        InputError: ``texts`` is empty or is not a list of texts, or ``max_sequence_length`` is out of range.
     """
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"expected a list of one or more texts to encode, not {shown(texts)}")
-    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=limits.TOKENS)
+    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=MAX_TOKENS)
 
     tokens = _tokenize(tokenizer, texts, max_sequence_length)
     empty = next((ids for ids, text in zip(tokens, texts) if text == ""), None)
@@ -220,11 +218,10 @@ def encode_texts(
 
 Tokens = tuple[int, ...]
 
-#: Held while a tokenizer works: the truncation of a call stays in it until the next, which may be another thread's.
-TOKENIZING = threading.Lock()
-
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[Tokens]:
+    from ..checkpoints.foreign.errors import TOKENIZING
+
     def tokenize(texts: list[str], **options: Any) -> list[Tokens]:
         with TOKENIZING:
             return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=True, **options)["input_ids"]]
@@ -232,11 +229,11 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
     tokens = tokenize(texts, truncation=True, max_length=max_length)
     full = list(dict.fromkeys(text for text, ids in zip(texts, tokens) if len(ids) >= max_length))
     if full:
-        # verbose=False: the tokenizer's own warning would say the same with another limit.
+        # verbose=False: the tokenizer's own warning would give another limit.
         for ids in tokenize(full, truncation=False, verbose=False):
             if len(ids) > max_length:
                 logger.warning(
-                    "the prompt is %d tokens long and the text encoder is given %d (max_sequence_length); "
+                    "the prompt is %d tokens long, of which the text encoder reads %d (max_sequence_length); "
                     "this part of it has no effect: %s",
                     len(ids),
                     max_length,
@@ -247,8 +244,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
 
 def _run(text_encoder: PreTrainedModel, batch: list[Tokens], device: torch.device | str) -> Tensor:
     """Encode token sequences of one length: [n, length, C]."""
-    home = text_encoder.device
-    ids = torch.tensor(batch, device=device if home.type == "meta" else home)  # [n, length]
+    own = text_encoder.device
+    ids = torch.tensor(batch, device=device if own.type == "meta" else own)  # [n, length]
     embeds: Tensor = text_encoder(ids, attention_mask=torch.ones_like(ids))[0]
     return embeds.to(text_encoder.dtype)
 
@@ -259,17 +256,16 @@ class _Kept(NamedTuple):
     embeds: Tensor
 
 
-# Weak keys: an encoder that nobody else holds is freed, and its entry with it.
+# Weak keys: an encoder without other references is freed, and its entry with it.
 _empty_embeds: weakref.WeakKeyDictionary[torch.nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.device | str) -> Tensor:
-    """The embedding [length, C] of the empty text, kept as long as the encoder lives and its weights last.
+    """The embedding [length, C] of the empty text, kept as long as the encoder and its weights stay the same.
 
-    Whether they do is read from the identities and version counters of its parameters, which any in-place
-    operation, optimizer step or loading changes, and from the values of the last one (in T5 the final norm),
-    which catch what writes through ``.data``, as moving averages do. Data pointers are left out: offloading
-    changes them every time.
+    Changes are detected by the identities and version counters of the parameters, which in-place operations,
+    optimizer steps and loading change, and by the values of the last one (in T5 the final norm), which reveal writes
+    through ``.data``, such as those of moving averages. Data pointers do not count: offloading changes them.
     """
     parameters = list(text_encoder.parameters())
     last = parameters[-1]
@@ -287,7 +283,7 @@ def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.devi
     if kept is not None and kept.state == state and torch.equal(kept.last_parameter, last):
         return kept.embeds
     embeds = _run(text_encoder, [ids], device)[0]
-    with torch.inference_mode(False):  # ordinary tensors, of use outside of inference mode as well
+    with torch.inference_mode(False):  # ordinary tensors, which outside of inference mode work too
         kept = _Kept(state, last.detach().clone(), embeds.detach().clone())
     _empty_embeds[text_encoder] = kept
     return kept.embeds

@@ -1,14 +1,27 @@
-"""What ``impasto info`` prints."""
+"""``impasto info``: the components of a model, their sizes, and the memory that they need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated
 
-from ..memory.inspection import DTYPES, Inspection, picture_size
+import typer
 
-#: What plans are printed for.
+from ..family import GLM_IMAGE, PRIOR_PIXELS, family_of
+from ..memory.inspection import DTYPES, Inspection, inspect_model, picture_size
+from .entry import say
+
+#: The memory budgets that plans are printed for.
 BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
-GLM_IMAGE = "GlmImagePipeline"
+
+
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:scenes.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read all weights; report NaN and infinite values.")] = False,
+) -> None:
+    """Print the components of MODEL with their sizes, dtypes and memory."""
+    for line in describe(inspect_model(model, deep=deep)):
+        say(line)
 
 
 def describe(found: Inspection) -> Iterator[str]:
@@ -18,7 +31,7 @@ def describe(found: Inspection) -> Iterator[str]:
     side = 0
     if "transformer" in by_name and "vae" in by_name:
         side, unit = picture_size(by_name["transformer"].config, by_name["vae"].config)
-        unit = 32 if found.class_name == GLM_IMAGE else unit  # of its prior
+        unit = PRIOR_PIXELS if family_of(found.class_name) is GLM_IMAGE else unit
         yield f"images of {side} x {side} px; sides are multiples of {unit}"
     yield ""
     rows: list[tuple[str, ...]] = [("component", "class", "parameters", "stored as", "on disk")]
@@ -31,7 +44,7 @@ def describe(found: Inspection) -> Iterator[str]:
     yield from _aligned(rows, left=2)
     yield ""
     if any(part.pickled for part in found.parts):
-        yield "The pickled weights are not opened, and are missing from these numbers."
+        yield "Pickled weights are not opened, and these numbers do not include them."
     memory: list[tuple[str, ...]] = [("memory", *DTYPES)]
     for part in found.parts:
         if part.tensors:
@@ -41,14 +54,14 @@ def describe(found: Inspection) -> Iterator[str]:
         memory.append((title, *peaks))
     yield from _aligned(memory, left=1)
     if side:
-        yield f"Peaks are estimates, and hold what one guided image of {side} x {side} px needs on top of the weights."
+        yield f"Peaks are estimates: the weights, and what generating one guided image of {side} x {side} px needs."
         if not any(part.pickled for part in found.parts):
             yield ""
             yield from _describe_plans(found)
 
 
 def _describe_plans(found: Inspection) -> Iterator[str]:
-    """How memory budgets would be kept on this machine."""
+    """The plans for memory budgets on this machine."""
     from ..memory import planner
     from ..nn.machine import default_device
 
@@ -66,11 +79,11 @@ def _describe_plans(found: Inspection) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for a, b, c in rows:
         yield f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}"
-    yield f"Budgets are for {device}, and are kept with --memory-budget."
+    yield f"Budgets are for {device}; --memory-budget applies one."
 
 
 def _aligned(rows: list[tuple[str, ...]], left: int) -> Iterator[str]:
-    """Columns as wide as their widest cell; the first ``left`` are aligned to the left."""
+    """Columns as wide as their widest cell; the first ``left`` columns are left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]

@@ -1,0 +1,111 @@
+"""The components of a pipeline, moved: to a device and a dtype, or each to the device that a device map gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checks import shown
+from ..errors import InputError
+from ..models.base import parse_dtype
+from ..nn.machine import as_device, check_device, require_device
+from .placement import PerPart, check_dtype, spread
+from .streaming import device_of, is_settled, size_of, stays_float32
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+
+def movable(components: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The components with weights, without those that another library has placed or quantized."""
+    return {n: m for n, m in components.items() if isinstance(m, nn.Module) and not is_settled(m)}
+
+
+def read_target(
+    args: tuple[Any, ...], device: torch.device | str | int | None, dtype: torch.dtype | None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and dtype that ``Pipeline.to`` was given, by position or by name.
+
+    Raises:
+        InputError: an argument of another kind, or one that was given twice.
+        ResourceError: the device does not exist, or does not compute in this dtype.
+    """
+    given = [arg for arg in args if arg is not None]
+    if len(args) > 2 or sum(isinstance(arg, torch.dtype) for arg in given) > 1:
+        raise InputError(f"to takes a device, a dtype, or a device and then a dtype, not {shown(args)}")
+    for arg in given:
+        name, first = ("dtype", dtype) if isinstance(arg, torch.dtype) else ("device", device)
+        if first is not None:
+            raise InputError(f"to was given two values for {name}: {arg} and {first}")
+        if isinstance(arg, torch.dtype):
+            dtype = arg
+        else:
+            device = arg
+    dtype = None if dtype is None else parse_dtype(dtype)
+    target = None if device is None else as_device(device)
+    check_dtype(dtype, target)
+    return None if target is None else check_device(target), dtype
+
+
+def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """``module.to``, except for what stays float32: some parameters, and tables that no checkpoint holds."""
+    kept = {name: p.data.float() for name, p in module.named_parameters() if stays_float32(module, name, dtype)}
+    tables = [
+        (child, name, table)
+        for child in module.modules()
+        for name in child._non_persistent_buffers_set
+        if (table := getattr(child, name, None)) is not None and table.is_floating_point()
+    ]
+    module.to(device=device, dtype=dtype)
+    for child, name, table in tables:  # such as rotary frequencies, which rounding would shift
+        setattr(child, name, table.to(getattr(child, name).device))
+    for name, parameter in module.named_parameters():
+        if name in kept:
+            parameter.data = kept[name].to(parameter.device)
+
+
+def place(
+    components: Mapping[str, Any], device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
+) -> PerPart:
+    """Move each component to its device, where it stays.
+
+    Args:
+        device_map, max_memory: as ``Pipeline.from_pretrained`` documents them.
+
+    Raises:
+        InputError: a name that no component has, or not the name of a device.
+        ResourceError: the device does not exist.
+    """
+    modules = movable(components)
+    if isinstance(device_map, Mapping):
+        unknown = [name for name in device_map if name not in components]
+        if unknown:
+            names = ", ".join(components)
+            raise InputError(f"device_map names an unknown component {unknown[0]!r}; components: {names}")
+        devices = {name: require_device(device_map.get(name, "cpu")) for name in modules}
+    elif device_map in ("auto", "balanced"):
+        devices = spread({name: size_of(module) for name, module in modules.items()}, str(device_map), max_memory)
+    else:
+        devices = dict.fromkeys(modules, require_device(device_map))
+    for name, module in modules.items():
+        move(module, devices[name], None)
+    elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
+    fallback = next(elsewhere, None) or torch.device("cpu")
+    return PerPart(devices.get("transformer", next(iter(devices.values()), fallback)))
+
+
+def check_on_host(components: Mapping[str, Any]) -> None:
+    """Refuse to offload components that are already on a device.
+
+    Raises:
+        InputError: the message names the component and the device.
+    """
+    for name, module in movable(components).items():
+        device = device_of(module)
+        if device is not None and device.type != "cpu":
+            raise InputError(
+                f"the {name} is already on {device}, and offloading keeps weights on the host until they are used: "
+                f"call it right after loading instead of pipe.to({str(device)!r}), or call pipe.to('cpu') first"
+            )
