@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from impasto.errors import InputError
-from impasto.models.autoencoder.memory import decode_memory, decoder_layers, encode_memory, make_plan
+from impasto.models.autoencoder.layers import Coder
+from impasto.models.autoencoder.memory import activation_memory, make_plan, trace
 from impasto.models.autoencoder.model import AutoencoderKL
-from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normaliser
+from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normalizer
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_vae
@@ -30,6 +31,9 @@ SDXL = {
     "out_channels": 3,
     "in_channels": 3,
 }
+
+with torch.device("meta"):
+    PUBLISHED = AutoencoderKL(**SDXL)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -280,7 +284,7 @@ def test_normalisation_with_known_statistics_rounds_once() -> None:
     norm.bfloat16()
     statistics = Statistics()
     statistics.add(x)
-    result = normaliser(norm, statistics)(x)
+    result = normalizer(norm, statistics)(x)
     # The norm rounds, and SiLU rounds what it was given.
     exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), eps=1e-6).bfloat16()
     differing = (result != F.silu(exact)).float().mean()
@@ -303,15 +307,18 @@ def test_memory_is_as_estimated(way: str, dtype: torch.dtype) -> None:
     # In bfloat16 the scores of attention, which are kept small for larger maps, would outweigh so small a map.
     model = wide_vae(mid_block_add_attention=dtype == torch.float32).to(dtype).to(memory_format=torch.channels_last)
     x = inputs(model, way, 16, 8).to(dtype).contiguous(memory_format=torch.channels_last)
-    code, estimate = coders(model)[way], {"decode": decode_memory, "encode": encode_memory}[way]
+    code = coders(model)[way]
+    with torch.device("meta"):
+        skeleton = AutoencoderKL(**model.config)
+    coder = {"decode": skeleton.decoder, "encode": skeleton.encoder}[way]
 
     untiled = peak_bytes(code, x)
-    assert untiled <= estimate(model, *x.shape[2:], dtype, tiled=False) <= 1.2 * untiled
+    assert untiled <= activation_memory(coder, *x.shape[2:], dtype, tiled=False) <= 1.2 * untiled
 
-    strip = estimate(model.config, *x.shape[2:], dtype, tiled=True, strip_bytes=1) // 8
+    strip = activation_memory(coder, *x.shape[2:], dtype, tiled=True, strip_bytes=1) // 8
     model.enable_tiling(strip_bytes=strip)
     least = peak_bytes(code, x)
-    assert least <= estimate(model.config, *x.shape[2:], dtype, tiled=True, strip_bytes=strip) <= 4 / 3 * least
+    assert least <= activation_memory(coder, *x.shape[2:], dtype, tiled=True, strip_bytes=strip) <= 4 / 3 * least
     assert least < 0.4 * untiled
 
     model.enable_tiling(3 * least, strip)  # more memory is used, but not more than allowed
@@ -326,28 +333,28 @@ def test_memory_of_a_batch_is_that_of_one_picture_and_the_results() -> None:
     one, four = (peak_bytes(coders(model)["decode"], x[:n]) for n in (1, 4))
     pictures = 2 * 4 * 3 * 32 * 32 * 4
     assert four <= one + pictures
-    assert four <= decode_memory(model, 8, 8, torch.float32, tiled=True, batch=4, strip_bytes=200_000)
-    untiled = decode_memory(model, 8, 8, torch.float32, tiled=False)
-    assert decode_memory(model, 8, 8, torch.float32, tiled=False, batch=4) == 4 * untiled
+    assert four <= activation_memory(model.decoder, 8, 8, torch.float32, tiled=True, batch=4, strip_bytes=200_000)
+    untiled = activation_memory(model.decoder, 8, 8, torch.float32, tiled=False)
+    assert activation_memory(model.decoder, 8, 8, torch.float32, tiled=False, batch=4) == 4 * untiled
 
 
 def test_4096_pixels_of_the_published_autoencoder() -> None:
-    untiled = decode_memory(SDXL, 512, 512, torch.bfloat16, tiled=False)
+    untiled = activation_memory(PUBLISHED.decoder, 512, 512, torch.bfloat16, tiled=False)
     assert untiled > 24 * 2**30
     largest = 4096 * 4096 * 128 * 2  # the last level's map
-    tiled = decode_memory(SDXL, 512, 512, torch.bfloat16, tiled=True)
+    tiled = activation_memory(PUBLISHED.decoder, 512, 512, torch.bfloat16, tiled=True)
     assert largest < tiled < 5e9
-    layers = decoder_layers(SDXL, 512, 512)
+    layers = trace(PUBLISHED.decoder, 512, 512)
     lean, roomy = (make_plan(layers, 2, max_bytes) for max_bytes in (None, 9 * 10**9))
     assert lean.peak_bytes == tiled
     assert roomy.peak_bytes <= 9.1e9
     assert 0.2 < lean.recomputation < 0.3
     assert roomy.recomputation < 0.1
-    assert encode_memory(SDXL, 4096, 4096, torch.bfloat16, tiled=True) < 5e9
+    assert activation_memory(PUBLISHED.encoder, 4096, 4096, torch.bfloat16, tiled=True) < 5e9
 
 
 def test_more_memory_never_means_more_work() -> None:
-    layers = decoder_layers(SDXL, 128, 128)
+    layers = trace(PUBLISHED.decoder, 128, 128)
     plans = [make_plan(layers, 4, gigabytes * 10**9) for gigabytes in (1, 2, 3, 4, 6, 8)]
     shares = [plan.recomputation for plan in plans]
     assert shares == sorted(shares, reverse=True)
@@ -357,11 +364,11 @@ def test_more_memory_never_means_more_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("estimate", "size"), [(decode_memory, (0, 8)), (decode_memory, (8, -1)), (encode_memory, (8, 4))]
+    ("coder", "size"), [(PUBLISHED.decoder, (0, 8)), (PUBLISHED.decoder, (8, -1)), (PUBLISHED.encoder, (8, 4))]
 )
-def test_sizes_that_nothing_has(estimate: Callable[..., int], size: tuple[int, int]) -> None:
+def test_sizes_that_nothing_has(coder: Coder, size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=r"at least 1|too small"):
-        estimate(SDXL, *size, torch.float32, tiled=True)
+        activation_memory(coder, *size, torch.float32, tiled=True)
 
 
 DECODE_4096 = f"""

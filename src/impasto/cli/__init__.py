@@ -12,7 +12,7 @@ import typer
 from ..checks import finite, shown, text, whole_number
 from ..errors import CheckpointError, InputError, OutputError, ResourceError
 from ..files import make_folder
-from ..memory.inspection import inspect_model, picture_size, read_part_configs, resolve_pipeline
+from ..memory.inspection import image_size, inspect_model, read_configs, resolve_pipeline
 from ..pipelines import limits
 from .describe import GLM_IMAGE, describe
 from .entry import Commands, say
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from ..memory.planner import Budget
+    from ..memory.plan import Budget
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", GLM_IMAGE)
 #: Steps and guidance where they are not given.
@@ -163,13 +163,13 @@ def generate(
     references = [open_image(path) for path in image or ()]
     chosen = _choose_device(device)
     chosen_dtype = _choose_dtype(dtype or DType.AUTO, chosen)
-    transformer, vae = read_part_configs(folder, "transformer", "vae")
+    transformer, vae = read_configs(folder, "transformer", "vae")
     if class_name == GLM_IMAGE:  # what the pipeline would say, before a large model is loaded
         from ..pipelines.glm_image_inputs import check_sides
 
         check_sides(height, width)
     elif transformer and vae:
-        base, unit = picture_size(transformer, vae)
+        base, unit = image_size(transformer, vae)
         inputs.plan_canvas(height, width, base, unit, binning=True)
     if files[0] != Path(output):
         make_folder(Path(output))
@@ -179,7 +179,7 @@ def generate(
     if memory_budget is None:
         pipe = _load(model, class_name, chosen, chosen_dtype, scheduler)
     else:
-        from ..memory.planner import Budget
+        from ..memory.plan import Budget
 
         batch_size = batch_size or 1
         if references:  # whose size the images have

@@ -19,7 +19,8 @@ from ..checkpoints.stored import non_finite_parameter
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, ConfigurationError, InputError
 from ..files import plain_path
-from ..memory import inspection, planner
+from ..memory import estimate, inspection
+from ..memory import plan as planner
 from ..memory.placement import OneAtATime, PerPart, Resident, check_dtype, spread
 from ..memory.placement import offload_device as _offload_device
 from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32, unwrapped
@@ -172,7 +173,8 @@ class Pipeline:
             wanted = [name for name in names if name not in components]
             folder = opened.fetch(index, wanted, cls.__name__)
             if memory_budget is not None:
-                found = inspection.inspect_parts(folder, cls.__name__, {name: index[name] for name in wanted}, variant)
+                entries = {name: index[name] for name in wanted}
+                found = inspection.inspect_components(folder, cls.__name__, entries, variant)
                 named = {} if requested is None else {name: _dtype_name(dtypes[name]) for name in wanted}
                 named |= quantized
                 budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
@@ -182,7 +184,7 @@ class Pipeline:
                 planner.check_libraries(plan)
                 dtypes |= planner.load_dtypes(plan)
             loaded = {
-                name: loading.load_part(index[name], folder / name, dtypes[name], variant, use_safetensors)
+                name: loading.load_component(index[name], folder / name, dtypes[name], variant, use_safetensors)
                 for name in wanted
                 if index[name][1] is not None
             }
@@ -618,7 +620,7 @@ def _without_quantized(
         InputError: quantization without a plan, or of an unknown component.
     """
     dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
-    quantized = {name: str(value) for name, value in dtypes.items() if value in planner.QUANTISED}
+    quantized = {name: str(value) for name, value in dtypes.items() if value in estimate.QUANTIZED}
     unknown = [name for name in quantized if name not in names]
     if unknown:
         value = quantized[unknown[0]]
@@ -632,7 +634,7 @@ def _without_quantized(
         name, value = next(iter(quantized.items()))
         raise InputError(
             f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
-            f"quantize(pipe.{name}, {planner.QUANTISED[value][0]!r})"
+            f"quantize(pipe.{name}, {estimate.QUANTIZED[value][0]!r})"
         )
     return {name: value for name, value in dtype.items() if name not in quantized} or None, quantized
 

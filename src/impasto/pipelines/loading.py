@@ -140,7 +140,7 @@ def _has_safetensors(folder: Path) -> bool:
     return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
-def load_part(
+def load_component(
     library_and_class: Sequence[str | None],
     folder: Path,
     dtype: torch.dtype | None,

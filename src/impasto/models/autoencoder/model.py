@@ -17,18 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...checkpoints.config import records_config
 from ...checkpoints.values import Count, Levels, Scale, Shift
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
-from ...nn.attention import attention
 from ...nn.gaussian import DiagonalGaussianDistribution
 from ...nn.outputs import keyed
-from ...nn.precision import checkpointed
 from ..base import Model
+from .layers import Decoder, Encoder
 from .tiling import Tiling
 
 
@@ -200,12 +198,11 @@ class AutoencoderKL(Tiling, Model):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor) -> Tensor:
-        parameters: Tensor = self._tiled_encoder(self.encoder, x) if self._tiles() else self.encoder(x)
+        parameters = self._run(self.encoder, x)
         return parameters if self.quant_conv is None else cast(Tensor, self.quant_conv(parameters))
 
     def _decode(self, z: Tensor) -> Tensor:
-        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        return self._tiled_decoder(self.decoder, z) if self._tiles() else cast(Tensor, self.decoder(z))
+        return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         # On the CPU in inference, in the order of memory in which convolutions are fastest; every layer keeps it.
@@ -245,163 +242,3 @@ def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -
 def _check_channels(method: str, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise InputError(f"{method} needs [batch, {channels}, height, width]; it was given {list(x.shape)}")
-
-
-class Encoder(nn.Module):
-    """Pictures to the parameters of the distribution."""
-
-    def __init__(self, in_channels: int, out_channels: int, widths: list[int], layers: int, groups: int, attend: bool):
-        super().__init__()
-        inputs = [widths[0], *widths[:-1]]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(inputs[level], width, layers, groups, downsample=level < len(widths) - 1)
-            for level, width in enumerate(widths)
-        )
-        self.mid_block = MidBlock(widths[-1], groups, attend)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        x = self.conv_in(x)  # [B, widths[0], H, W]
-        for block in (*self.down_blocks, self.mid_block):
-            x = _run(block, x, self.gradient_checkpointing)  # in the end [B, widths[-1], H / f, W / f]
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))  # [B, out_channels, H / f, W / f]
-
-
-class Decoder(nn.Module):
-    """Latents to pictures: the encoder in the mirror, with one more residual layer on each level."""
-
-    def __init__(self, in_channels: int, out_channels: int, widths: list[int], layers: int, groups: int, attend: bool):
-        super().__init__()
-        outputs = widths[::-1]
-        inputs = [outputs[0], *outputs[:-1]]
-        self.conv_in = nn.Conv2d(in_channels, outputs[0], 3, padding=1)
-        self.mid_block = MidBlock(outputs[0], groups, attend)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(inputs[level], width, layers + 1, groups, upsample=level < len(widths) - 1)
-            for level, width in enumerate(outputs)
-        )
-        self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(outputs[-1], out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
-
-    def forward(self, z: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        x: Tensor = self.conv_in(z)  # [B, widths[-1], H, W]
-        for block in (self.mid_block, *self.up_blocks):
-            x = _run(block, x, self.gradient_checkpointing)  # in the end [B, widths[0], f H, f W]
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))  # [B, out_channels, f H, f W]
-
-
-def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    if checkpointing and torch.is_grad_enabled():
-        return cast(Tensor, checkpointed(block, x))
-    return cast(Tensor, block(x))
-
-
-class DownBlock(nn.Module):
-    """One level of the encoder."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
-        super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x  # [B, out_channels, H / 2, W / 2], or H, W on the innermost level
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x  # [B, out_channels, 2 H, 2 W], or H, W on the outermost level
-
-
-class MidBlock(nn.Module):
-    """Two residual layers, with attention between them if asked for."""
-
-    def __init__(self, channels: int, groups: int, add_attention: bool):
-        super().__init__()
-        self.resnets = _resnets(channels, channels, 2, groups)
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        before, after = self.resnets
-        for layer in (before, *self.attentions, after):
-            x = layer(x)
-        return x  # [B, C, H, W]
-
-
-def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
-    inputs = [in_channels] + [out_channels] * (layers - 1)
-    return nn.ModuleList(Resnet(channels, out_channels, groups) for channels in inputs)
-
-
-class Resnet(nn.Module):
-    """x + f(x), f being twice normalisation, SiLU and a convolution (He et al. 2016, pre-activation)."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))  # [B, out_channels, H, W]
-        h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + h  # [B, out_channels, H, W]
-
-
-class Attention(nn.Module):
-    """x + attention over the positions of the picture, with a single head as wide as the level."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
-        query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # [B, N, C]
-        h = attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)  # [B, N, C]
-        h = cast(Tensor, self.to_out(h)).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
-        return x + h
-
-
-class Downsample(nn.Module):
-    """Half the sides. The zeros are on the right and at the bottom only, as in the original training."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))  # [B, C, H / 2, W / 2]
-
-
-class Upsample(nn.Module):
-    """Twice the sides: every pixel four times, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))  # [B, C, 2 H, 2 W]

@@ -23,15 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.config import Config
 from ...errors import InputError
-from .memory import STATISTICS_BLOCK, STRIP_BYTES, Layer, Stage, decoder_layers, encoder_layers, make_plan
+from .layers import Attention, Coder, Downsample, Head, Resnet, Upsample
+from .memory import STATISTICS_BLOCK, STRIP_BYTES, Stage, make_plan, trace
 
 
 class Tiling:
     """What an autoencoder has of tiling; beside ``encoder``, ``decoder`` and their config."""
 
-    config: Config
     use_tiling: bool = False
     _max_bytes: int | None = None
     _strip_bytes: int = STRIP_BYTES
@@ -66,78 +65,62 @@ class Tiling:
     def _tiles(self) -> bool:
         return self.use_tiling and not torch.is_grad_enabled()
 
-    def _tiled_encoder(self, encoder: Any, x: Tensor) -> Tensor:
-        levels = [module for block in encoder.down_blocks for module in (*block.resnets, *block.downsamplers)]
-        modules = [encoder.conv_in, *levels, *_in_order(encoder.mid_block), encoder]
-        return self._tiled(modules, encoder_layers(self.config, *x.shape[2:]), x)
-
-    def _tiled_decoder(self, decoder: Any, z: Tensor) -> Tensor:
-        levels = [module for block in decoder.up_blocks for module in (*block.resnets, *block.upsamplers)]
-        modules = [decoder.conv_in, *_in_order(decoder.mid_block), *levels, decoder]
-        return self._tiled(modules, decoder_layers(self.config, *z.shape[2:]), z)
-
-    def _tiled(self, modules: list[Any], layers: list[Layer], x: Tensor) -> Tensor:
-        if not all(layer.outputs for layer in layers):  # nothing to cut; the error is that of the whole
-            return cast(Tensor, modules[-1](x))
-        plan = make_plan(layers, x.element_size(), self._max_bytes, self._strip_bytes)
-        return compute(modules, plan.stages, x)
+    def _run(self, coder: Coder, x: Tensor) -> Tensor:
+        layers = trace(coder, *x.shape[2:]) if self._tiles() else []
+        if not layers or not all(layer.outputs for layer in layers):  # too small to be divided: torch raises the error
+            return cast(Tensor, coder(x))
+        return compute(make_plan(layers, x.element_size(), self._max_bytes, self._strip_bytes).stages, x)
 
 
-def _in_order(mid_block: Any) -> list[Any]:
-    before, after = mid_block.resnets
-    return [before, *mid_block.attentions, after]
-
-
-def compute(modules: list[Any], stages: list[Stage], x: Tensor) -> Tensor:
+def compute(stages: list[Stage], x: Tensor) -> Tensor:
     """All layers of an encoder or decoder, one after the other.
 
     Args:
-        modules: one a stage; the last is the encoder or decoder itself, for its ``conv_norm_out`` and ``conv_out``.
-        stages: how each is computed.
+        stages: how each layer is computed.
         x: [1, C, H, W].
 
     Returns:
         [1, C', H', W'].
     """
     source: Source = Map([x])
-    for module, stage in zip(modules, stages, strict=True):
-        rows, height = stage.rows, stage.layer.height
-        match stage.layer.kind:
-            case "conv_in":
-                source = Map.store(convolve(module, source.read(rows, free=True), height))
-            case "resnet":
-                source = _resnet(module, source, stage)
-            case "attention":
+    for stage in stages:
+        layer, rows, height = stage.layer.module, stage.rows, stage.layer.height
+        match layer:
+            case Resnet():
+                source = _resnet(layer, source, stage)
+            case Attention():
                 whole = [_join(list(source.read(height, free=True)))]
-                whole.append(module(whole.pop()))
-                source = Map.store(regroup(iter([whole.pop()]), -(-height // 8)))  # so that it is freed in parts
-            case "upsample":
-                source = Upsampled(module.conv, source, height)
+                whole.append(layer(whole.pop()))
+                source = Map.store(regroup(iter([whole.pop()]), -(-height // 8)))  # so that it is freed in strips
+            case Upsample():
+                source = Upsampled(layer.conv, source, height)
                 if stage.hold:
                     source = Map.store(source.read(rows, free=True))
-            case "downsample":
-                source = Map.store(halve(module.conv, source.read(rows, free=True), height))
-            case "head":
-                norm = normaliser(module.conv_norm_out, measure(source.read(rows)))
-                source = Map.store(convolve(module.conv_out, map(norm, source.read(rows, free=True)), height))
+            case Downsample():
+                source = Map.store(halve(layer.conv, source.read(rows, free=True), height))
+            case Head():
+                norm = normalizer(layer.norm, measure(source.read(rows)))
+                source = Map.store(convolve(layer.conv, map(norm, source.read(rows, free=True)), height))
+            case _:
+                source = Map.store(convolve(layer, source.read(rows, free=True), height))
     return _join(list(source.read(stages[-1].layer.height, free=True)))
 
 
 def _resnet(layer: Any, source: Source, stage: Stage) -> Map:
     """shortcut(x) + conv2(silu(norm2(h))), where h = conv1(silu(norm1(x)))."""
     rows, height = stage.rows, stage.layer.height
-    norm1 = normaliser(layer.norm1, measure(source.read(rows)))
+    norm1 = normalizer(layer.norm1, measure(source.read(rows)))
 
     def inner(strips: Iterator[Tensor]) -> Iterator[Tensor]:
         return convolve(layer.conv1, map(norm1, strips), height)
 
     if stage.hold:
         h = Map.store(inner(source.read(rows)))
-        norm2 = normaliser(layer.norm2, measure(h.read(rows)))
+        norm2 = normalizer(layer.norm2, measure(h.read(rows)))
         x = Queue(source.read(rows, free=True))
         strips = h.read(rows, free=True)
     else:
-        norm2 = normaliser(layer.norm2, measure(inner(source.read(rows))))
+        norm2 = normalizer(layer.norm2, measure(inner(source.read(rows))))
         x = Queue(iter(()))
         strips = inner(map(x.push, source.read(rows, free=True)))
 
@@ -344,7 +327,7 @@ def measure(strips: Iterator[Tensor]) -> Statistics:
     return statistics
 
 
-def normaliser(norm: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
+def normalizer(norm: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
     """silu(norm(x)) of a strip x, where ``norm`` is a group normalisation and ``statistics`` are of the whole map."""
     # With known statistics a group normalisation is a batch normalisation in evaluation. Its parameters are float32
     # whatever the dtype of the strip, so that the result is rounded only once.

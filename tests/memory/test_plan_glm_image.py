@@ -14,11 +14,11 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Con
 
 from impasto import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
 from impasto.errors import InputError, MissingDependencyError
-from impasto.memory import planner
+from impasto.memory import plan as planner
 from impasto.memory import streaming as moving
-from impasto.memory.inspection import Inspection, Part, inspect_model
+from impasto.memory.inspection import Component, Inspection, inspect_model
 from impasto.memory.placement import OneAtATime
-from impasto.memory.planner import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
 from impasto.memory.streaming import Group, is_settled
 from impasto.models.base import Model, parse_size
 from impasto.pipelines import loading
@@ -49,13 +49,13 @@ def released(stored: str = "bfloat16") -> Inspection:
             "transformer": GlmImageTransformer2DModel(num_attention_heads=32, attention_head_dim=128),
             "vae": AutoencoderKL(**VAE),
         }
-    parts = []
+    components = {}
     for name, model in models.items():
         config: Any = model.config
         settings = dict(config) if isinstance(model, Model) else config.to_dict()
         tensors = {key: (stored, value.numel()) for key, value in model.state_dict().items()}
-        parts.append(Part(name, type(model).__name__, settings, tensors, 0))
-    return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", tuple(parts))
+        components[name] = Component(name, type(model).__name__, settings, tensors, 0)
+    return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", components)
 
 
 def plan(size: str, device: str = "xpu", **options: Any) -> MemoryPlan:
@@ -63,11 +63,11 @@ def plan(size: str, device: str = "xpu", **options: Any) -> MemoryPlan:
 
 
 def chosen(made: MemoryPlan) -> dict[str, tuple[str, str]]:
-    return {part.name: (part.dtype, part.way) for part in made.parts}
+    return {part.name: (part.dtype, part.way) for part in made.components.values()}
 
 
 def test_the_sizes_are_those_of_the_release() -> None:
-    parts = released().by_name
+    parts = released().components
     assert 10.0e9 < parts["vision_language_encoder"].parameters < 10.5e9
     assert 6.9e9 < parts["transformer"].parameters < 6.95e9
 
@@ -95,7 +95,7 @@ def test_few_bits_of_both_large_models_where_asked_for() -> None:
     made = plan("16GB", dtypes=asked)
     assert chosen(made)["transformer"] == ("int8", IN_TURN)
     assert chosen(made)["vision_language_encoder"] == ("nf4", IN_TURN)
-    weights = {part.name: part.weights for part in made.parts}
+    weights = {part.name: part.weights for part in made.components.values()}
     assert 7.5e9 < weights["transformer"] < 9e9  # modulation and embeddings stay as they are
     assert 7e9 < weights["vision_language_encoder"] < 9e9  # as do the vision tower and the vocabulary
     assert chosen(plan("24GB", dtypes=asked)) != chosen(plan("24GB"))
@@ -105,7 +105,7 @@ def test_few_bits_of_both_large_models_where_asked_for() -> None:
 
 def test_on_a_cpu_stored_weights_stay_in_their_file() -> None:
     made = plan("16GB", device="cpu")
-    assert {(part.loaded, part.way, part.weights) for part in made.parts} == {("bfloat16", RESIDENT, 0)}
+    assert {(part.loaded, part.way, part.weights) for part in made.components.values()} == {("bfloat16", RESIDENT, 0)}
 
 
 @pytest.mark.parametrize("computes", ["bfloat16", "float32"])
@@ -157,7 +157,7 @@ def test_a_plan_generates_the_same(folder: Path) -> None:
     with low.using("vision_language_encoder") as prior:
         assert torch.equal(prior.model.language_model.rotary_emb.inv_freq, frequencies)
         assert prior.dtype == torch.bfloat16
-    assert {part.name for part in inspect_model(str(folder)).parts} >= {"vision_language_encoder", "processor"}
+    assert inspect_model(str(folder)).components.keys() >= {"vision_language_encoder", "processor"}
 
 
 def test_few_bits_are_made_when_loading_and_used(folder: Path) -> None:
@@ -177,7 +177,7 @@ def test_few_bits_are_made_when_loading_and_used(folder: Path) -> None:
 
 
 def test_a_missing_library_is_named_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_part", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_component", lambda *_: pytest.fail("loaded"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(MissingDependencyError, match=r"impasto\[quantize\]"):
         GlmImagePipeline.from_pretrained(folder, dtype={"transformer": "nf4"}, memory_budget="4GB")

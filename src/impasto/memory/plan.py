@@ -1,0 +1,364 @@
+"""The memory planner: how to generate images within a budget, decided from the headers of a checkpoint.
+
+Generation has phases, each of which needs one component: GLM-Image's prior, the text encoder, the transformer, the
+autoencoder. A plan specifies the dtype that each is loaded in, the dtype that it computes in, and how it gets to the
+device: the fastest way within the budget. None changes the image beyond the rounding of the dtype. Only the prior
+cannot be moved block by block, since each of its tokens needs all blocks: if an accelerator is too small for its
+weights, they are quantized to int8 or 4 bits there. Other components are quantized on request only.
+
+On the CPU all components stay in memory, and the budget is for memory that is not backed by a file. Weights that are
+used as they are stored stay in their memory-mapped file and take none of it: the operating system reads them when they
+are used, and may drop them. 16-bit weights that the processor does not multiply natively are widened as they are used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..checkpoints.stored import FLOATS
+from ..errors import CheckpointError, InputError, ResourceError
+from ..models.base import parse_size
+from ..nn import machine
+from ..nn.machine import default_device, free_memory
+from ..nn.precision import compute_in_float32
+from ..transforms.quantize import quantize
+from ..transforms.quantized_linear import SCHEMES
+from .estimate import PRIOR, QUANTIZED, Tiling, Workload, base_memory, stored_memory
+from .inspection import DTYPES, Component, Inspection
+from .placement import OneAtATime, Resident
+from .streaming import Visit, is_settled
+
+logger = logging.getLogger("impasto")
+
+RESIDENT, IN_TURN, BLOCKS = "resident", "in turn", "block by block"
+#: What estimates may be short of, relative to what is planned.
+SHARE = 0.05
+#: The components, the one that computes for the longest time first.
+LONGEST = ("transformer", PRIOR, "text_encoder", "vae")
+#: Bytes of the strips of a tiled decoder, the fastest first.
+STRIPS = (256 * 2**20, 64 * 2**20, 16 * 2**20)
+
+
+class Budget(NamedTuple):
+    """A memory budget for images of another size or number than the default, or for another device."""
+
+    size: int | str  # bytes, or such as "8GB"
+    device: torch.device | str | None = None
+    height: int | None = None  # pixels
+    width: int | None = None
+    images: int = 1  # at once
+
+
+class BudgetTooSmallError(ResourceError):
+    """A budget within which nothing can be generated.
+
+    Attributes:
+        smallest: the smallest budget that works, in bytes.
+    """
+
+    def __init__(self, message: str, smallest: int):
+        super().__init__(message)
+        self.smallest = smallest
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """How a component is loaded, moved and computed."""
+
+    name: str
+    loaded: str  # dtype of its weights
+    dtype: str  # that it computes in, or the format of quantized weights
+    way: str  # RESIDENT, IN_TURN or BLOCKS
+    weights: int  # bytes of the budget that its weights take while it is in use, and always if resident
+    work: int  # bytes that its computation takes
+    moved: int = 0  # bytes that are copied to the device each time it is used
+    tiling: Tiling | None = None  # of the decoder; None: not tiled
+
+    def describe(self) -> str:
+        widened = f" from {self.loaded}" if self.dtype == "float32" != self.loaded else ""
+        what = f"{self.dtype}{widened}, {self.way}"
+        if not self.weights:
+            what += ", read from its file"
+        if self.tiling is not None:
+            what += f", tiled ({self.tiling.again:.0%} of the decoding is computed twice)"
+        if self.moved:
+            times = "at each step" if self.way == BLOCKS and self.name == "transformer" else "for each call"
+            what += f", {format_size(self.moved)} moved {times}"
+        return what
+
+
+Components = Mapping[str, ComponentPlan]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a pipeline generates within a budget."""
+
+    device: str
+    budget: int  # bytes
+    base: int  # bytes that are taken whatever is generated
+    components: Components
+    height: int
+    width: int
+    images: int
+    reason: str = ""
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak bytes of the phase of each component."""
+        resident = sum(each.weights for each in self.components.values() if each.way == RESIDENT)
+        moving = {name: 0 if each.way == RESIDENT else each.weights for name, each in self.components.items()}
+        return {
+            name: self.base + int((resident + moving[name] + each.work) * (1 + SHARE))
+            for name, each in self.components.items()
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values(), default=self.base)
+
+    def lines(self) -> Iterator[str]:
+        """What was chosen, and what it costs."""
+        what = f"{self.images} x {self.width} x {self.height} px"
+        yield f"{format_size(self.budget)} on {self.device}: peak {format_size(self.peak)} for {what}; {self.reason}"
+        for name, each in self.components.items():
+            yield f"{name}: {each.describe()}; peak {format_size(self.phases[name])}"
+
+
+def plan_memory(
+    found: Inspection,
+    size: int | str,
+    *,
+    device: torch.device | str | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    images: int = 1,
+    limited: bool = True,
+) -> MemoryPlan:
+    """Choose dtypes, placement and tiling; no weights are read.
+
+    Args:
+        found: the checkpoint, or those of its components that will be loaded.
+        size: the budget: bytes, or such as "8GB". It limits the memory of the device; on the CPU that of the process,
+            without what is backed by files.
+        device: where to compute; None: the accelerator of this machine, or the CPU.
+        dtypes: the dtypes of some components: a name, "auto" for the stored one, or "int8" or "nf4" for quantized
+            weights. Those of the others are chosen.
+        height, width: of the images, in pixels; those of the training images by default.
+        images: the number of images generated at once.
+        limited: count only as much of the budget as is free on this machine.
+
+    Raises:
+        BudgetTooSmallError: the message has the smallest budget that works.
+        ResourceError: less is free on this machine than the budget, and it is not enough.
+        CheckpointError: weights whose headers cannot be read.
+    """
+    target = default_device() if device is None else torch.device(device)
+    budget = parse_size(size)
+    free = free_memory(target) if limited else budget
+    for component in found.components.values():
+        if component.config and (component.pickled or not set(component.dtypes) <= set(FLOATS)):
+            kind = "pickled" if component.pickled else f"quantized ({', '.join(component.dtypes)})"
+            raise CheckpointError(
+                f"the weights of {component.name} are {kind} and cannot be planned with; give the component to "
+                f"from_pretrained ({component.name}=...), or load the pipeline without memory_budget"
+            )
+    side, _ = found.image_size
+    load = Workload(found, target, height or side, width or side, images)
+    blank = MemoryPlan(str(target), budget, base_memory(target), {}, load.height, load.width, images)
+    planner = _Planner(load, dtypes or {}, blank, min(budget, free))
+    plans = []
+    for plan in planner.candidates():
+        plans.append(plan)
+        if plan.peak <= planner.limit:
+            return planner.enlarged(plan)
+    closest = min(plans, key=lambda plan: plan.peak)
+    what = f"images of {load.width} x {load.height} px"
+    if budget > free and closest.peak <= budget:
+        raise ResourceError(
+            f"{format_size(free)} are free on {target}, and {found.model} needs {_up(closest.peak)} for {what}; "
+            f"free some memory, or generate smaller images"
+        )
+    largest = closest.components[max(closest.phases, key=closest.phases.__getitem__)]
+    raise BudgetTooSmallError(
+        f"a budget of {format_size(budget)} is too small for {found.model} on {target} with {what}: the smallest that "
+        f"works is {_up(closest.peak)}. Give that, which the {largest.name} takes ({largest.dtype}, {largest.way}), or "
+        f"generate smaller images.",
+        closest.peak,
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The options for each component, and their combinations."""
+
+    load: Workload
+    dtypes: Mapping[str, str]
+    blank: MemoryPlan  # without components
+    limit: int  # bytes
+
+    def candidates(self) -> Iterator[MemoryPlan]:
+        """The fastest first. None needs less than the last one, or on the CPU one of them."""
+        components = {c.name: c for c in self.load.found.components.values() if c.config and c.tensors}
+        if self.load.on_cpu:
+            # If memory is short, the components that compute for the shortest time make do with less first.
+            ordered = sorted(components, key=LONGEST.index)
+            for options in itertools.product(*(self._resident(components[name]) for name in ordered)):
+                chosen = {option.name: option for option in options}
+                yield self._made("all components stay in memory", {name: chosen[name] for name in components})
+            return
+        whole = {name: self._whole(c, self._dtype(c), RESIDENT) for name, c in components.items()}
+        firsts = [("all components stay in memory", whole)]
+        if "text_encoder" in whole and len(whole) > 1:
+            for option in self._moved(components["text_encoder"]):
+                firsts.append(("all components but the text encoder stay in memory", {**whole, "text_encoder": option}))
+        for reason, first in firsts:
+            if "vae" not in first:
+                yield self._made(reason, first)
+                continue
+            for vae in self._with_tilings(first["vae"]):
+                yield self._made(reason, {**first, "vae": vae})
+        turns = {}
+        for name, component in components.items():
+            ways = list(self._moved(component))
+            smallest = min(ways, key=lambda way: way.weights + way.work)
+            turns[name] = next((way for way in ways if self._made("", {name: way}).peak <= self.limit), smallest)
+        yield self._made("the components take turns", turns)
+
+    def _made(self, reason: str, components: Components) -> MemoryPlan:
+        return replace(self.blank, components=components, reason=reason)
+
+    def enlarged(self, plan: MemoryPlan) -> MemoryPlan:
+        """The same, with the rest of the budget given to a tiled decoder, which then computes less twice."""
+        vae = plan.components.get("vae")
+        if vae is None or vae.tiling is None:
+            return plan
+        left = int((self.limit - plan.phases["vae"]) / (1 + SHARE))
+        vae = self._tiled(vae, vae.tiling.strip_bytes, vae.tiling.max_bytes + left)
+        return replace(plan, components={**plan.components, "vae": vae})
+
+    def _moved(self, component: Component) -> Iterator[ComponentPlan]:
+        """How a component may take its turn on an accelerator, the fastest first."""
+        dtype = self._dtype(component)
+        whole = self._whole(component, dtype, IN_TURN)
+        yield from self._with_tilings(whole)
+        blocks = component.blocks()
+        if component.name == PRIOR:
+            if component.name not in self.dtypes:
+                yield from (self._whole(component, packed, IN_TURN) for packed in QUANTIZED)
+        elif component.name != "vae" and len(blocks) > 1 and dtype not in QUANTIZED:
+            largest = max(component.memory(dtype, names) for prefix, names in blocks.items() if prefix)
+            # One block computes while the next one is on its way.
+            yield replace(whole, way=BLOCKS, weights=component.memory(dtype, blocks[""]) + 2 * largest)
+
+    def _resident(self, component: Component) -> Iterator[ComponentPlan]:
+        """How a component may be loaded on the CPU, the fastest first: cast, or as it is stored."""
+        stored, fast = component.dtypes[0], fast_dtype(self.load.device)
+        asked = self._dtype(component) if component.name in self.dtypes else None
+        dtypes = [asked or fast]
+        if stored in DTYPES and asked in (None, "float32", self._computes(stored)):
+            dtypes.append(stored)
+        if asked is None and len(dtypes) > 1 and fast == "float32":
+            del dtypes[0]  # weights are widened as they are used: a cast gains nothing
+        for dtype in dict.fromkeys(dtypes):
+            yield from self._with_tilings(
+                self._whole(component, dtype, RESIDENT, "float32" if asked == "float32" else None)
+            )
+
+    def _whole(self, component: Component, dtype: str, way: str, computes: str | None = None) -> ComponentPlan:
+        loaded, packed = dtype, None
+        if dtype in QUANTIZED:
+            loaded, packed = component.dtypes[0] if self.load.on_cpu else fast_dtype(self.load.device), dtype
+        computes = computes or self._computes(loaded)
+        weights = stored_memory(component, loaded, packed, self.load.device)
+        work = self.load.work(component, loaded, computes)
+        moved = weights if way == IN_TURN else 0
+        return ComponentPlan(component.name, loaded, packed or computes, way, weights, work, moved)
+
+    def _with_tilings(self, whole: ComponentPlan) -> Iterator[ComponentPlan]:
+        """The component, and if it is the autoencoder, the ways to tile it, the fastest first."""
+        yield whole
+        if whole.name == "vae" and self.load.pixels:
+            yield from (self._tiled(whole, strip_bytes) for strip_bytes in STRIPS)
+
+    def _tiled(self, vae: ComponentPlan, strip_bytes: int, max_bytes: int | None = None) -> ComponentPlan:
+        work, tiling = self.load.tiled(vae.loaded, vae.dtype, strip_bytes, max_bytes)
+        return replace(vae, work=work, tiling=tiling)
+
+    def _computes(self, loaded: str) -> str:
+        """The dtype that weights of a dtype are multiplied in."""
+        native = not self.load.on_cpu or loaded == fast_dtype(self.load.device)
+        return loaded if native else "float32"
+
+    def _dtype(self, component: Component) -> str:
+        """The requested one, or the fastest that the device computes in."""
+        asked = self.dtypes.get(component.name)
+        if asked == "auto":
+            asked = component.dtypes[0]
+        dtype = asked or fast_dtype(self.load.device)
+        if asked is None and component.name == "vae" and dtype == "float16":  # in which some overflow
+            dtype = "float32"
+        known = [*DTYPES, *(QUANTIZED if component.name != "vae" else ())]
+        if dtype not in known:
+            raise InputError(f"a memory budget can be planned with {', '.join(known)}, not with {dtype}")
+        return dtype
+
+
+def apply_plan(plan: MemoryPlan, pipe: Any) -> None:
+    """Have a pipeline, loaded as ``load_dtypes`` says, follow the plan."""
+    device = torch.device(plan.device)
+    visits = {}
+    for each in plan.components.values():
+        module = pipe.components[each.name]
+        if each.dtype in QUANTIZED:
+            quantize(module, QUANTIZED[each.dtype][0], keep_originals=False)
+        if each.dtype == "float32" != each.loaded:
+            compute_in_float32(module)
+        if each.tiling is not None:
+            module.enable_tiling(each.tiling.max_bytes, each.tiling.strip_bytes)
+        if each.name == "vae" and plan.images > 1:
+            module.enable_slicing()
+        if each.way == RESIDENT:
+            module.to(device)
+        visits[module] = Visit(blocks=1, ahead=True) if each.way == BLOCKS else Visit()
+    given = [other for other in pipe.components.values() if isinstance(other, nn.Module) and other not in visits]
+    resident = all(each.way == RESIDENT for each in plan.components.values()) and all(map(is_settled, given))
+    pipe.placement = Resident() if resident else OneAtATime(device, visits=visits)
+    pipe.plan = plan
+    for line in plan.lines():
+        logger.info("memory plan: %s", line)
+
+
+def load_dtypes(plan: MemoryPlan) -> dict[str, torch.dtype]:
+    """The dtype to load each component in."""
+    return {each.name: getattr(torch, each.loaded) for each in plan.components.values()}
+
+
+def check_libraries(plan: MemoryPlan) -> None:
+    """Raise before the weights are loaded if a library for quantized weights is missing."""
+    for each in plan.components.values():
+        if each.dtype in QUANTIZED:
+            SCHEMES[QUANTIZED[each.dtype][0]]().check(torch.device("cpu"), getattr(torch, each.loaded))
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The name of the dtype that the device computes in fastest."""
+    return str(machine.fast_dtype(device)).removeprefix("torch.")
+
+
+def format_size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _up(size: int) -> str:
+    """A size that is no smaller, in the form that ``memory_budget`` takes."""
+    return f"{math.ceil(size / 1e8) / 10:.1f}GB" if size >= 1e9 else f"{math.ceil(size / 1e6)}MB"
