@@ -68,8 +68,10 @@ def full_size(text: str = "bfloat16", other: str = "bfloat16", **overrides: Any)
     return Inspection("XL", Path("XL"), "PixArtSigmaPipeline", components)
 
 
-def plan(found: Inspection, size: int | str, device: str = "xpu", **options: Any) -> MemoryPlan:
-    return plan_memory(found, size, device=device, limited=False, **options)
+def plan(
+    found: Inspection, size: int | str, device: str = "xpu", dtypes: dict[str, str] | None = None, **sizes: int
+) -> MemoryPlan:
+    return plan_memory(found, Budget(size, device, **sizes), dtypes, limited=False)
 
 
 def ways(made: MemoryPlan) -> dict[str, str]:
@@ -232,17 +234,17 @@ def test_weights_that_cannot_be_planned_with() -> None:
 
 def test_a_machine_with_less_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "free_memory", lambda device: 5 * GB)
-    made = plan_memory(full_size(), "24GB", device="xpu")
+    made = plan_memory(full_size(), Budget("24GB", "xpu"))
     assert made.peak < 5 * GB
     monkeypatch.setattr(planner, "free_memory", lambda device: GB // 2)
     with pytest.raises(ResourceError, match=r"500 MB are free on xpu, and XL needs 1\.\dGB"):
-        plan_memory(full_size(), "24GB", device="xpu")
+        plan_memory(full_size(), Budget("24GB", "xpu"))
 
 
 @pytest.mark.parametrize("size", ["many", 0, "-1GB", "8 elephants"])
 def test_budgets_that_are_none(size: Any) -> None:
     with pytest.raises(InputError, match="size"):
-        plan_memory(full_size(), size)
+        plan_memory(full_size(), Budget(size))
 
 
 # --- plans are followed ---
@@ -262,7 +264,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def smallest(folder: Path, **options: Any) -> int:
     with pytest.raises(BudgetTooSmallError) as caught:
-        plan_memory(inspect_model(folder), 1, device="cpu", limited=False, **options)
+        plan(inspect_model(folder), 1, "cpu", **options)
     return caught.value.smallest
 
 
@@ -441,7 +443,7 @@ def test_the_budget_is_kept(larger: Path, stored: str, tmp_path: Path, monkeypat
     weights = {part.name: part.memory("float32") for part in found.components.values()}
     assert weights["text_encoder"] > 160e6
     with pytest.raises(BudgetTooSmallError) as caught:
-        plan_memory(found, 1, device="cpu", limited=False)
+        plan(found, 1, "cpu")
     budget = estimate.PROCESS + estimate.MARGIN + (caught.value.smallest - estimate.base_memory(torch.device("cpu")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     result = subprocess.run(

@@ -18,7 +18,7 @@ from impasto.memory import plan as planner
 from impasto.memory import streaming as moving
 from impasto.memory.inspection import Component, Inspection, inspect_model
 from impasto.memory.placement import OneAtATime
-from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, Budget, BudgetTooSmallError, MemoryPlan, plan_memory
 from impasto.memory.streaming import Group, is_settled
 from impasto.models.base import Model, parse_size
 from impasto.pipelines import loading
@@ -58,8 +58,8 @@ def released(stored: str = "bfloat16") -> Inspection:
     return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", components)
 
 
-def plan(size: str, device: str = "xpu", **options: Any) -> MemoryPlan:
-    return plan_memory(released(), size, device=device, limited=False, **options)
+def plan(size: int | str, device: str = "xpu", dtypes: dict[str, str] | None = None) -> MemoryPlan:
+    return plan_memory(released(), Budget(size, device), dtypes, limited=False)
 
 
 def chosen(made: MemoryPlan) -> dict[str, tuple[str, str]]:
@@ -121,10 +121,10 @@ def test_no_plan_is_larger_than_its_budget(
         for size in ("6GB", "10GB", "12GB", "16GB", "24GB", "40GB"):
             enough = parse_size(size)
             try:
-                plan_memory(released(), enough, device=device, limited=False, dtypes=asked)
+                plan(enough, device, asked)
             except BudgetTooSmallError as error:
                 enough = error.smallest
-            made = plan_memory(released(), enough, device=device, limited=False, dtypes=asked)
+            made = plan(enough, device, asked)
             assert made.peak <= enough, (device, size)
             assert enough >= parse_size(size)
 

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from impasto.errors import InputError
-from impasto.models.autoencoder.layers import Coder
-from impasto.models.autoencoder.memory import activation_memory, make_plan, trace
+from impasto.models.autoencoder.memory import make_plan, trace, untiled_peak
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normalizer
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -310,15 +309,15 @@ def test_memory_is_as_estimated(way: str, dtype: torch.dtype) -> None:
     code = coders(model)[way]
     with torch.device("meta"):
         skeleton = AutoencoderKL(**model.config)
-    coder = {"decode": skeleton.decoder, "encode": skeleton.encoder}[way]
+    layers = trace({"decode": skeleton.decoder, "encode": skeleton.encoder}[way], *x.shape[2:])
 
     untiled = peak_bytes(code, x)
-    assert untiled <= activation_memory(coder, *x.shape[2:], dtype, tiled=False) <= 1.2 * untiled
+    assert untiled <= untiled_peak(layers, dtype.itemsize) <= 1.2 * untiled
 
-    strip = activation_memory(coder, *x.shape[2:], dtype, tiled=True, strip_bytes=1) // 8
+    strip = make_plan(layers, dtype.itemsize, strip_bytes=1).peak_bytes // 8
     model.enable_tiling(strip_bytes=strip)
     least = peak_bytes(code, x)
-    assert least <= activation_memory(coder, *x.shape[2:], dtype, tiled=True, strip_bytes=strip) <= 4 / 3 * least
+    assert least <= make_plan(layers, dtype.itemsize, strip_bytes=strip).peak_bytes <= 4 / 3 * least
     assert least < 0.4 * untiled
 
     model.enable_tiling(3 * least, strip)  # more memory is used, but not more than allowed
@@ -331,26 +330,22 @@ def test_memory_of_a_batch_is_that_of_one_picture_and_the_results() -> None:
     model.enable_tiling(strip_bytes=200_000)
     x = inputs(model, "decode", 8, 8, batch=4)
     one, four = (peak_bytes(coders(model)["decode"], x[:n]) for n in (1, 4))
-    pictures = 2 * 4 * 3 * 32 * 32 * 4
-    assert four <= one + pictures
-    assert four <= activation_memory(model.decoder, 8, 8, torch.float32, tiled=True, batch=4, strip_bytes=200_000)
-    untiled = activation_memory(model.decoder, 8, 8, torch.float32, tiled=False)
-    assert activation_memory(model.decoder, 8, 8, torch.float32, tiled=False, batch=4) == 4 * untiled
+    images = 2 * 4 * 3 * 32 * 32 * 4
+    assert four <= one + images
+    layers = trace(model.decoder, 8, 8)
+    assert four <= make_plan(layers, 4, strip_bytes=200_000).peak_bytes + images
 
 
 def test_4096_pixels_of_the_published_autoencoder() -> None:
-    untiled = activation_memory(PUBLISHED.decoder, 512, 512, torch.bfloat16, tiled=False)
-    assert untiled > 24 * 2**30
-    largest = 4096 * 4096 * 128 * 2  # the last level's map
-    tiled = activation_memory(PUBLISHED.decoder, 512, 512, torch.bfloat16, tiled=True)
-    assert largest < tiled < 5e9
     layers = trace(PUBLISHED.decoder, 512, 512)
+    assert untiled_peak(layers, 2) > 24 * 2**30
     lean, roomy = (make_plan(layers, 2, max_bytes) for max_bytes in (None, 9 * 10**9))
-    assert lean.peak_bytes == tiled
+    largest = 4096 * 4096 * 128 * 2  # the last level's map
+    assert largest < lean.peak_bytes < 5e9
     assert roomy.peak_bytes <= 9.1e9
     assert 0.2 < lean.recomputation < 0.3
     assert roomy.recomputation < 0.1
-    assert activation_memory(PUBLISHED.encoder, 4096, 4096, torch.bfloat16, tiled=True) < 5e9
+    assert make_plan(trace(PUBLISHED.encoder, 4096, 4096), 2).peak_bytes < 5e9
 
 
 def test_more_memory_never_means_more_work() -> None:
@@ -361,14 +356,6 @@ def test_more_memory_never_means_more_work() -> None:
     assert shares[0] > 2 * shares[-1]
     assert all(stage.hold for stage in plans[-1].stages)
     assert not all(stage.hold for stage in plans[0].stages)
-
-
-@pytest.mark.parametrize(
-    ("coder", "size"), [(PUBLISHED.decoder, (0, 8)), (PUBLISHED.decoder, (8, -1)), (PUBLISHED.encoder, (8, 4))]
-)
-def test_sizes_that_nothing_has(coder: Coder, size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=r"at least 1|too small"):
-        activation_memory(coder, *size, torch.float32, tiled=True)
 
 
 DECODE_4096 = f"""

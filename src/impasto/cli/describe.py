@@ -58,7 +58,7 @@ def _describe_plans(found: Inspection) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("memory budget", "peak", "plan")]
     for size in BUDGETS:
         try:
-            plan = planner.plan_memory(found, size, device=device, limited=False)
+            plan = planner.plan_memory(found, planner.Budget(size, device), limited=False)
         except planner.BudgetTooSmallError as error:
             rows.append((size, "-", f"too small; the least that works is {_amount(error.smallest)}"))
             continue

@@ -139,7 +139,7 @@ class Workload:
         config, itemsize = component.config, DTYPES[dtype]
         match component.name:
             case "vae" if self.pixels:  # one image after the other
-                maps = untiled_peak(self.decoder_layers) * _decoder_itemsize(component, dtype)
+                maps = untiled_peak(self.decoder_layers, _decoder_itemsize(component, dtype))
                 return int(maps * (1 + (REORDERED if self.on_cpu else 0))) + PIXEL * self.pixels
             case "transformer":  # twice the tokens, because of guidance, and each layer's k and v of the text
                 width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]

@@ -48,11 +48,14 @@ STRIPS = (256 * 2**20, 64 * 2**20, 16 * 2**20)
 
 
 class Budget(NamedTuple):
-    """A memory budget for images of another size or number than the default, or for another device."""
+    """A memory budget, and what is to be generated within it.
+
+    It limits the memory of the device; on the CPU that of the process, without what is backed by files.
+    """
 
     size: int | str  # bytes, or such as "8GB"
-    device: torch.device | str | None = None
-    height: int | None = None  # pixels
+    device: torch.device | str | None = None  # None: the accelerator of this machine, or the CPU
+    height: int | None = None  # of the images in pixels; None: that of the training images
     width: int | None = None
     images: int = 1  # at once
 
@@ -134,27 +137,15 @@ class MemoryPlan:
 
 
 def plan_memory(
-    found: Inspection,
-    size: int | str,
-    *,
-    device: torch.device | str | None = None,
-    dtypes: Mapping[str, str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    images: int = 1,
-    limited: bool = True,
+    found: Inspection, budget: Budget, dtypes: Mapping[str, str] | None = None, *, limited: bool = True
 ) -> MemoryPlan:
     """Choose dtypes, placement and tiling; no weights are read.
 
     Args:
         found: the checkpoint, or those of its components that will be loaded.
-        size: the budget: bytes, or such as "8GB". It limits the memory of the device; on the CPU that of the process,
-            without what is backed by files.
-        device: where to compute; None: the accelerator of this machine, or the CPU.
+        budget: what to stay within, and what to generate.
         dtypes: the dtypes of some components: a name, "auto" for the stored one, or "int8" or "nf4" for quantized
             weights. Those of the others are chosen.
-        height, width: of the images, in pixels; those of the training images by default.
-        images: the number of images generated at once.
         limited: count only as much of the budget as is free on this machine.
 
     Raises:
@@ -162,9 +153,9 @@ def plan_memory(
         ResourceError: less is free on this machine than the budget, and it is not enough.
         CheckpointError: weights whose headers cannot be read.
     """
-    target = default_device() if device is None else torch.device(device)
-    budget = parse_size(size)
-    free = free_memory(target) if limited else budget
+    target = default_device() if budget.device is None else torch.device(budget.device)
+    size = parse_size(budget.size)
+    free = free_memory(target) if limited else size
     for component in found.components.values():
         if component.config and (component.pickled or not set(component.dtypes) <= set(FLOATS)):
             kind = "pickled" if component.pickled else f"quantized ({', '.join(component.dtypes)})"
@@ -173,9 +164,9 @@ def plan_memory(
                 f"from_pretrained ({component.name}=...), or load the pipeline without memory_budget"
             )
     side, _ = found.image_size
-    load = Workload(found, target, height or side, width or side, images)
-    blank = MemoryPlan(str(target), budget, base_memory(target), {}, load.height, load.width, images)
-    planner = _Planner(load, dtypes or {}, blank, min(budget, free))
+    load = Workload(found, target, budget.height or side, budget.width or side, budget.images)
+    blank = MemoryPlan(str(target), size, base_memory(target), {}, load.height, load.width, load.images)
+    planner = _Planner(load, dtypes or {}, blank, min(size, free))
     plans = []
     for plan in planner.candidates():
         plans.append(plan)
@@ -183,14 +174,14 @@ def plan_memory(
             return planner.enlarged(plan)
     closest = min(plans, key=lambda plan: plan.peak)
     what = f"images of {load.width} x {load.height} px"
-    if budget > free and closest.peak <= budget:
+    if size > free and closest.peak <= size:
         raise ResourceError(
             f"{format_size(free)} are free on {target}, and {found.model} needs {_up(closest.peak)} for {what}; "
             f"free some memory, or generate smaller images"
         )
     largest = closest.components[max(closest.phases, key=closest.phases.__getitem__)]
     raise BudgetTooSmallError(
-        f"a budget of {format_size(budget)} is too small for {found.model} on {target} with {what}: the smallest that "
+        f"a budget of {format_size(size)} is too small for {found.model} on {target} with {what}: the smallest that "
         f"works is {_up(closest.peak)}. Give that, which the {largest.name} takes ({largest.dtype}, {largest.way}), or "
         f"generate smaller images.",
         closest.peak,

@@ -180,7 +180,7 @@ class Pipeline:
                 budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
                 if budget.device is not None:
                     check_device(budget.device)
-                plan = planner.plan_memory(found, dtypes=named, **budget._asdict())
+                plan = planner.plan_memory(found, budget, named)
                 planner.check_libraries(plan)
                 dtypes |= planner.load_dtypes(plan)
             loaded = {

@@ -17,9 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
-from ...errors import InputError
 from .layers import Attention, Coder, Downsample, Head, Resnet, Upsample
 
 #: With strips this large, less than a tenth of the rows are convolved twice at 4096 px.
@@ -121,6 +118,8 @@ def make_plan(
 ) -> Plan:
     """The plan with the least recomputation that stays within ``max_bytes``, or within the smallest budget that works.
 
+    Its ``peak_bytes`` are at least what the pass takes and, unless the image is a single strip, at most a third more.
+
     Args:
         layers: those of one pass.
         itemsize: bytes per element.
@@ -188,46 +187,11 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
     return [[held, *way] for way in _ways([resnet], itemsize, strip_bytes)] + [[*lazy, hold], [*lazy, recompute]]
 
 
-def activation_memory(
-    coder: Coder,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    *,
-    tiled: bool,
-    batch: int = 1,
-    max_bytes: int | None = None,
-    strip_bytes: int = STRIP_BYTES,
-) -> int:
-    """The peak of the activations of ``encode`` or ``decode`` in bytes: at least what it takes, at most a third more.
+def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:
+    """The peak of the activations in bytes if every layer is computed at once: at most a fifth more than measured.
 
-    (More than that only if a tiled image is so small that it is a single strip.) The result counts; the input of
-    ``encode`` or ``decode`` and the weights do not, nor does the working memory of kernels, such as attention scores:
-    a few MB with most kernels, but the square of the number of latent pixels on a device without fused attention.
-
-    Args:
-        coder: ``vae.encoder`` or ``vae.decoder``; it may be on the meta device.
-        height, width: of the images to encode in pixels, or of the latents to decode.
-        dtype: in which it computes.
-        tiled: whether tiling is enabled, with ``max_bytes`` and ``strip_bytes``.
-        batch: the number of images in one call.
-
-    Raises:
-        InputError: sizes that no input has.
+    It includes the result. A block's input is held until the block ends.
     """
-    if min(height, width, batch) < 1:
-        raise InputError(f"height, width and batch must be at least 1; they are {height}, {width} and {batch}")
-    layers = trace(coder, height, width)
-    if not layers[-1].outputs:
-        raise InputError(f"{height} x {width} is too small: nothing would be left of it")
-    if not tiled:
-        return batch * untiled_peak(layers) * dtype.itemsize
-    others = 2 * batch * layers[-1].outputs * dtype.itemsize if batch > 1 else 0  # one by one, then concatenated
-    return make_plan(layers, dtype.itemsize, max_bytes, strip_bytes).peak_bytes + others
-
-
-def untiled_peak(layers: Sequence[Layer]) -> int:
-    """Elements held at most if every layer is computed at once. A block's input is held until the block ends."""
     peak, start = 0, layers[0]
     for layer in layers:
         if layer.block != start.block:
@@ -248,4 +212,4 @@ def untiled_peak(layers: Sequence[Layer]) -> int:
             case _:
                 needed = out
         peak = max(peak, block_input + needed)
-    return peak + layers[0].inputs
+    return (peak + layers[0].inputs) * itemsize

@@ -1,14 +1,12 @@
-"""The autoencoder between pictures and latents (Rombach et al. 2022, section 3.1, appendix G).
+"""The autoencoder between images and latents (Rombach et al. 2022, section 3.1, appendix G).
 
-Encoder and decoder are convolutional pyramids. Each level of the encoder but the last halves the
-sides, and the decoder mirrors it. Innermost lie two residual layers around one attention layer::
+Encoder and decoder are convolutional pyramids (layers.py). Each level of the encoder but the last halves the sides,
+and the decoder mirrors it. The innermost block has two residual layers around one attention layer::
 
-    picture -> conv_in -> down_blocks -> mid_block -> norm, SiLU, conv_out -> quant_conv -> mean, logvar
-    latents -> post_quant_conv -> conv_in -> mid_block -> up_blocks -> norm, SiLU, conv_out -> picture
+    image -> conv_in -> down_blocks -> mid_block -> norm, SiLU, conv_out -> quant_conv -> mean, logvar
+    latents -> post_quant_conv -> conv_in -> mid_block -> up_blocks -> norm, SiLU, conv_out -> image
 
-Nothing here reshapes a picture, so ``model.to(memory_format=torch.channels_last)`` holds throughout.
-
-Letters in the margins: B pictures, C channels, H and W the sides at that level, N = H * W.
+Nothing here reshapes an image, so ``model.to(memory_format=torch.channels_last)`` holds throughout.
 """
 
 from __future__ import annotations
@@ -45,27 +43,27 @@ class DecoderOutput(NamedTuple):
 
 
 class AutoencoderKL(Tiling, Model):
-    """Pictures <-> latents, 2 ** (levels - 1) times smaller on each side.
+    """Images <-> latents, 2 ** (levels - 1) times smaller on each side.
 
     Args:
-        in_channels, out_channels: of the picture that is encoded and of the one that is decoded.
-        down_block_types: "DownEncoderBlock2D" once a level.
-        up_block_types: "UpDecoderBlock2D" once a level.
-        block_out_channels: the width of each level, from the picture inwards.
+        in_channels, out_channels: of the image that is encoded and of the one that is decoded.
+        down_block_types: "DownEncoderBlock2D" for each level.
+        up_block_types: "UpDecoderBlock2D" for each level.
+        block_out_channels: the number of channels of each level, from the image inwards.
         layers_per_block: residual layers on each level of the encoder; the decoder has one more.
-        act_fn: "silu", or "swish", its other name.
+        act_fn: "silu", or its other name "swish".
         latent_channels: of the latents.
-        norm_num_groups: of every group normalisation; it divides every width.
+        norm_num_groups: of every group normalization; it must divide every width.
         sample_size: the side in pixels that the model was trained at, or [height, width].
-        scaling_factor, shift_factor: a diffusion model sees (latents - shift_factor) * scaling_factor. That
-            is for the pipelines to do: ``encode`` and ``decode`` work on plain latents.
-        latents_mean, latents_std: the same, one value a latent channel.
-        force_upcast: whether pipelines should run this model in float32 because it overflows in float16.
+        scaling_factor, shift_factor: a diffusion model works on (latents - shift_factor) * scaling_factor.
+            Pipelines apply this; ``encode`` and ``decode`` work on plain latents.
+        latents_mean, latents_std: the same with a value for each latent channel.
+        force_upcast: whether pipelines should run this model in float32, because it overflows in float16.
         use_quant_conv, use_post_quant_conv: a 1 x 1 convolution after the encoder, and before the decoder.
         mid_block_add_attention: whether the innermost blocks have an attention layer.
 
     Raises:
-        ConfigurationError: a value that is not among those above.
+        ConfigurationError: a value that is not one of those above.
     """
 
     stored_lists: ClassVar[Mapping[str, str]] = {
@@ -128,14 +126,14 @@ class AutoencoderKL(Tiling, Model):
     def encode(self, x: Tensor, return_dict: bool) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures to a distribution over latents.
+        """Images to a distribution over latents.
 
         Args:
             x: [B, in_channels, H, W], -1 to 1, in the dtype of the model.
             return_dict: whether to return an output with the field ``latent_dist``, or a plain tuple.
 
         Raises:
-            InputError: pictures of another shape.
+            InputError: images of another shape.
         """
         _check_channels("encode", x, self.in_channels)
         parameters = self._sliced(self._encode, x)  # [B, 2 C, H / f, W / f]
@@ -155,12 +153,12 @@ class AutoencoderKL(Tiling, Model):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents to pictures.
+        """Latents to images.
 
         Args:
             z: [B, latent_channels, H, W], scaling undone, in the dtype of the model.
             return_dict: whether to return an output with the field ``sample``, or a plain tuple.
-            generator: has no effect: decoding draws nothing.
+            generator: has no effect: decoding is deterministic.
 
         Raises:
             InputError: latents of another shape.
@@ -176,21 +174,21 @@ class AutoencoderKL(Tiling, Model):
         return_dict: bool = True,
         generator: Generator | Sequence[Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode: from a draw of the latents if ``sample_posterior``, else from their mode."""
+        """Encode and decode: from a sample of the latents if ``sample_posterior``, otherwise from their mode."""
         distribution = self.encode(sample)[0]
         latents = distribution.sample(generator) if sample_posterior else distribution.mode()
         return self.decode(latents, return_dict=return_dict)
 
     def enable_slicing(self) -> None:
-        """Work on one picture at a time: the same result in the memory of a single picture."""
+        """Compute one image at a time: the same result in the memory of a single image."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Work on the whole batch at once."""
+        """Compute the whole batch at once."""
         self.use_slicing = False
 
     def enable_gradient_checkpointing(self) -> None:
-        """In training, keep only the input of each block and compute the rest again in the backward pass."""
+        """In training, keep only the input of each block and recompute its activations in the backward pass."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
@@ -205,7 +203,7 @@ class AutoencoderKL(Tiling, Model):
         return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        # On the CPU in inference, in the order of memory in which convolutions are fastest; every layer keeps it.
+        # In inference on the CPU, in the memory format in which convolutions are fastest; every layer preserves it.
         last = torch.channels_last
         reorders = (
             batch.device.type == "cpu" and not torch.is_grad_enabled() and not batch.is_contiguous(memory_format=last)
@@ -220,7 +218,7 @@ class AutoencoderKL(Tiling, Model):
 
     @classmethod
     def _rename_key(cls, key: str) -> str:
-        """Checkpoints of 2022, sd-vae-ft-ema among them, name the projections of the attention otherwise."""
+        """Checkpoints of 2022, such as sd-vae-ft-ema, have other names for the projections of the attention."""
         for old, new in LEGACY_PROJECTIONS.items():
             key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
         return key
@@ -235,7 +233,7 @@ def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -
             raise ConfigurationError(f"{name}: {shown(block_type)} is not implemented; use {expected!r} for each level")
     if len(types) != levels:
         raise ConfigurationError(
-            f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one for every level"
+            f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one entry for every level"
         )
 
 
