@@ -161,30 +161,33 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
         again += 2 * layer.products * -(-height // rows) // height if rows < height and channels else 0
         return Stage(layer, rows, hold, maps * itemsize + strip, again)
 
+    def resnet(layer: Layer, held: int, waiting: int) -> list[Stage]:
+        """``held``: elements of the map that it is computed from; ``waiting``: channels of that map's strips."""
+        c, out = layer.in_channels, layer.out_channels
+        # Strips of x that wait for the sum; then whichever takes most of: activated and joined, or the sum's terms.
+        channels = waiting + 2 * c + max(2 * c, c + 2 * out, 3 * out)
+        return [
+            stage(layer, held + layer.outputs, channels + 2 * out),
+            stage(layer, max(held, layer.outputs), channels, layer.first_products, hold=False),
+        ]
+
     layer = group[0]
     c, out = layer.in_channels, layer.out_channels
     either = max(layer.inputs, layer.outputs)  # one shrinks as the other grows
-    if isinstance(layer.module, Attention):
-        return [[stage(layer, 8 * layer.inputs, 0)]]  # x, its tokens, q, k, v, the result twice, the sum
-    if isinstance(layer.module, Downsample):
-        return [[stage(layer, either, 4 * c + out)]]  # strips of x, joined, padded; the output and its copy
-    if isinstance(layer.module, Resnet):
-        # Strips of x that wait for the sum; then whichever takes most of: activated and joined, or the sum's parts.
-        channels = 2 * c + max(2 * c, c + 2 * out, 3 * out)
-        return [
-            [stage(layer, layer.inputs + layer.outputs, channels + 2 * out)],
-            [stage(layer, either, channels, layer.first_products, hold=False)],
-        ]
-    if not isinstance(layer.module, Upsample):  # the first layer or the head
-        return [[stage(layer, either, 4 * c + 2 * out)]]  # strips of x, activated, joined; the output and its copy
-    resnet = group[1]
-    held = stage(layer, either, 3 * c)  # enlarged, joined; the output and its copy
-    low, channels = layer.inputs, c  # strips of the input wait too
-    channels += 2 * c + max(2 * c, c + 2 * resnet.out_channels, 3 * resnet.out_channels)
-    hold = stage(resnet, low + resnet.outputs, channels + 2 * resnet.out_channels)
-    recompute = stage(resnet, max(low, resnet.outputs), channels, resnet.first_products, hold=False)
-    lazy = [stage(layer, 0, 3 * c, 2 * layer.first_products, hold=False)]
-    return [[held, *way] for way in _ways([resnet], itemsize, strip_bytes)] + [[*lazy, hold], [*lazy, recompute]]
+    match layer.module:
+        case Attention():
+            return [[stage(layer, 8 * layer.inputs, 0)]]  # x, its tokens, q, k, v, the result twice, the sum
+        case Downsample():
+            return [[stage(layer, either, 4 * c + out)]]  # strips of x, joined, padded; the output and its copy
+        case Resnet():
+            return [[way] for way in resnet(layer, layer.inputs, 0)]
+        case Upsample():
+            held = stage(layer, either, 3 * c)  # enlarged, joined; the output and its copy
+            lazy = stage(layer, 0, 3 * c, 2 * layer.first_products, hold=False)
+            ways = [[held, way] for way in resnet(group[1], layer.outputs, 0)]
+            return ways + [[lazy, way] for way in resnet(group[1], layer.inputs, c)]
+        case _:
+            return [[stage(layer, either, 4 * c + 2 * out)]]  # strips of x, activated, joined; the output and its copy
 
 
 def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:

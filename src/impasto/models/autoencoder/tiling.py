@@ -190,17 +190,14 @@ class Queue:
 
     def pop(self, rows: int) -> Tensor:
         """The next ``rows`` rows."""
-        while _rows(self.strips) < rows:
-            strip = next(self.source, None)
-            assert strip is not None
-            self.push(strip)
-            del strip
         taken: list[Tensor] = []
-        while (missing := rows - _rows(taken)) > 0:
-            strip = self.strips.pop(0)
-            if strip.shape[2] > missing:
-                self.strips.insert(0, strip[:, :, missing:])
-                strip = strip[:, :, :missing]
+        while rows > 0:
+            strip = self.strips.pop(0) if self.strips else next(self.source, None)
+            assert strip is not None
+            if strip.shape[2] > rows:
+                self.strips.insert(0, strip[:, :, rows:])
+                strip = strip[:, :, :rows]
+            rows -= strip.shape[2]
             taken.append(strip)
             del strip
         return _join(taken)
@@ -319,14 +316,14 @@ def measure(strips: Iterator[Tensor]) -> Statistics:
 
 
 def normalizer(norm: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
-    """silu(norm(x)) of a strip x, where ``norm`` is a group normalisation and ``statistics`` are of the whole map."""
-    # With known statistics a group normalisation is a batch normalisation in evaluation. Its parameters are float32
+    """silu(norm(x)) of a strip x, where ``norm`` is a group normalization and ``statistics`` are of the whole map."""
+    # With known statistics a group normalization is a batch normalization in evaluation. Its parameters are float32
     # whatever the dtype of the strip, so that the result is rounded only once.
     values = (*statistics.of_groups(norm.num_groups), norm.weight, norm.bias)
     wide = torch.promote_types(norm.weight.dtype, torch.float32)
     mean, variance, weight, bias = (value.to(values[0].device, wide) for value in values)
 
-    def normalise(strip: Tensor) -> Tensor:
+    def normalize(strip: Tensor) -> Tensor:
         return F.silu(F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps), inplace=True)
 
-    return normalise
+    return normalize
