@@ -58,13 +58,13 @@ def full_size(text: str = "bfloat16", other: str = "bfloat16", **overrides: Any)
     dit = {f"transformer_blocks.{i}.ff.net.2.weight": (other, 21_200_000) for i in range(28)}
     vae = AutoencoderKL.checked_arguments(SDXL)
     transformer = PixArtTransformer2DModel.checked_arguments({"sample_size": 128})
-    parts = [
+    components = [
         Component("text_encoder", "T5EncoderModel", {"d_model": 4096}, {"shared.weight": (text, 131_596_288), **t5}, 0),
         Component("vae", "AutoencoderKL", vae, {"decoder.conv_in.weight": (other, 84_000_000)}, 0),
         Component("transformer", "", transformer, {"proj_out.weight": (other, 17_000_000), **dit}, 0),
         Component("scheduler", "", {}, {}, 0),
     ]
-    components = {part.name: overrides.get(part.name, part) for part in parts}
+    components = {each.name: overrides.get(each.name, each) for each in components}
     return Inspection("XL", Path("XL"), "PixArtSigmaPipeline", components)
 
 
@@ -75,7 +75,7 @@ def plan(
 
 
 def ways(made: MemoryPlan) -> dict[str, str]:
-    return {name: part.way for name, part in made.components.items()}
+    return {name: each.way for name, each in made.components.items()}
 
 
 @pytest.fixture
@@ -99,14 +99,14 @@ def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fastest_plan_that_fits() -> None:
     found = full_size()
     assert set(ways(plan(found, "24GB")).values()) == {RESIDENT}
-    assert {part.dtype for part in plan(found, "24GB").components.values()} == {"bfloat16"}
+    assert {each.dtype for each in plan(found, "24GB").components.values()} == {"bfloat16"}
     streamed = plan(found, "8GB")
     assert ways(streamed) == {"text_encoder": BLOCKS, "transformer": RESIDENT, "vae": RESIDENT}
     turns = plan(found, "2GB")
     assert ways(turns) == {"text_encoder": BLOCKS, "transformer": IN_TURN, "vae": IN_TURN}
     tight = plan(found, "1.5GB")
     assert ways(tight) == {"text_encoder": BLOCKS, "transformer": BLOCKS, "vae": IN_TURN}
-    assert [part.tiling is not None for part in tight.components.values()] == [False, True, False]
+    assert [each.tiling is not None for each in tight.components.values()] == [False, True, False]
 
 
 @pytest.mark.usefixtures("in_bfloat16")
@@ -127,9 +127,9 @@ def test_every_budget_is_kept_and_more_is_never_slower(device: str, monkeypatch:
         assert made.peak == max(made.phases.values())
         steps = {"transformer": 20}
         cost = sum(
-            part.moved * (steps.get(part.name, 1) if part.way == BLOCKS else 1) for part in made.components.values()
+            each.moved * (steps.get(each.name, 1) if each.way == BLOCKS else 1) for each in made.components.values()
         )
-        again = sum(part.tiling.again for part in made.components.values() if part.tiling is not None)
+        again = sum(each.tiling.again for each in made.components.values() if each.tiling is not None)
         moved.append((cost, again if not moved or cost == moved[-1][0] else 0))
     assert [cost for cost, _ in moved] == sorted((cost for cost, _ in moved), reverse=True)
     with pytest.raises(BudgetTooSmallError):
@@ -171,7 +171,7 @@ def test_a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "fast_dtype", lambda device: "float32")
     for stored in ("bfloat16", "float16", "float32"):
         made = plan(full_size(stored, stored), "8GB", "cpu")
-        assert {(part.loaded, part.dtype, part.way, part.weights) for part in made.components.values()} == {
+        assert {(each.loaded, each.dtype, each.way, each.weights) for each in made.components.values()} == {
             (stored, "float32", RESIDENT, 0)  # widened as it is used: nothing is computed in what is slow
         }
         assert ("float32 from" in made.components["text_encoder"].describe()) == (stored != "float32")
@@ -184,7 +184,7 @@ def test_a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "fast_dtype", lambda device: "float16")
     made = plan(full_size(), "24GB")
-    assert {name: part.dtype for name, part in made.components.items()} == {
+    assert {name: each.dtype for name, each in made.components.items()} == {
         "text_encoder": "float16",
         "transformer": "float16",
         "vae": "float32",  # some overflow in float16
@@ -195,7 +195,7 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dtypes_that_are_asked_for_are_kept() -> None:
     asked = {"text_encoder": "float32", "transformer": "auto", "vae": "float32"}
     made = plan(full_size(), "16GB", dtypes=asked)
-    assert [part.dtype for part in made.components.values()] == ["float32", "float32", "bfloat16"]
+    assert [each.dtype for each in made.components.values()] == ["float32", "float32", "bfloat16"]
     assert plan(full_size(), "24GB", "cpu", dtypes=asked).components["text_encoder"].loaded == "float32"
     small = plan(full_size(), "16GB", "cpu", dtypes=asked).components["text_encoder"]  # stays as stored, and is widened
     assert (small.loaded, small.dtype) == ("bfloat16", "float32")
@@ -218,18 +218,18 @@ def test_images_take_memory() -> None:
 def test_what_is_stored_in_float16_is_wider_in_memory() -> None:
     """Some weights of a T5 in float16 are loaded as float32, which no file backs."""
     wide = {"encoder.block.0.layer.1.DenseReluDense.wo.weight": ("float16", 10**9)}
-    part = Component("text_encoder", "T5EncoderModel", {"d_model": 4096}, wide, 0)
-    made = plan(full_size(text_encoder=part), "30GB", "cpu", dtypes={"text_encoder": "auto"})
+    each = Component("text_encoder", "T5EncoderModel", {"d_model": 4096}, wide, 0)
+    made = plan(full_size(text_encoder=each), "30GB", "cpu", dtypes={"text_encoder": "auto"})
     assert made.components["text_encoder"].weights == 4 * 10**9
 
 
 def test_weights_that_cannot_be_planned_with() -> None:
-    for part, kind in (
+    for each, kind in (
         (Component("vae", "", {"block_out_channels": [8]}, {}, 5, pickled=True), "pickled"),
         (Component("vae", "", {"block_out_channels": [8]}, {"a": ("i8", 5)}, 5), "quantized"),
     ):
         with pytest.raises(CheckpointError, match=rf"weights of vae are {kind}.*vae=\.\.\."):
-            plan(full_size(vae=part), "8GB")
+            plan(full_size(vae=each), "8GB")
 
 
 def test_a_machine_with_less_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def smallest(folder: Path, **options: Any) -> int:
     return caught.value.smallest
 
 
-def draw(pipe: Any) -> Tensor:
+def generate(pipe: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images: Tensor = pipe("a cat", num_inference_steps=2, latents=noise, output_type="pt").images
@@ -283,9 +283,9 @@ def test_components_are_loaded_as_planned(folder: Path) -> None:
     assert pipe.plan.peak <= pipe.plan.budget
     assert isinstance(pipe.placement, Resident)
     assert pipe.plan.components["transformer"].weights == 0
-    for part in pipe.plan.components.values():
-        assert pipe.components[part.name].dtype == getattr(torch, part.loaded)
-    assert (draw(pipe) - draw(PixArtSigmaPipeline.from_pretrained(folder))).abs().max() < 0.02
+    for each in pipe.plan.components.values():
+        assert pipe.components[each.name].dtype == getattr(torch, each.loaded)
+    assert (generate(pipe) - generate(PixArtSigmaPipeline.from_pretrained(folder))).abs().max() < 0.02
     pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="4GB")
     assert pipe.dtype == torch.bfloat16
 
@@ -295,21 +295,21 @@ def test_components_take_turns_on_an_accelerator(folder: Path, monkeypatch: pyte
     """Loaded in what they compute in, and moved as they are."""
     made = plan(inspect_model(folder), "1GB")
     turns = (
-        replace(part, way=way) for part, way in zip(made.components.values(), (BLOCKS, IN_TURN, IN_TURN), strict=True)
+        replace(each, way=way) for each, way in zip(made.components.values(), (BLOCKS, IN_TURN, IN_TURN), strict=True)
     )
-    made = replace(made, device="cpu", components={part.name: part for part in turns})
+    made = replace(made, device="cpu", components={each.name: each for each in turns})
     monkeypatch.setattr(planner, "plan_memory", lambda *_, **__: made)
     pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB")
     assert isinstance(pipe.placement, OneAtATime)
-    visits = [pipe.placement.visit_of(pipe.components[part.name]) for part in made.components.values()]
+    visits = [pipe.placement.visit_of(pipe.components[each.name]) for each in made.components.values()]
     assert [visit.blocks for visit in visits] == [1, None, None]
     assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     other = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.bfloat16)
-    assert torch.equal(draw(pipe), draw(other))
+    assert torch.equal(generate(pipe), generate(other))
 
 
 @pytest.mark.usefixtures("bare", "in_bfloat16")
-def test_a_tiled_decoder_is_told(folder: Path) -> None:
+def test_the_decoder_is_tiled_as_planned(folder: Path) -> None:
     options = {"height": 2048, "width": 2048}
     pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=Budget(smallest(folder, **options), **options))
     assert pipe.plan is not None
@@ -327,7 +327,7 @@ def test_a_large_budget_changes_the_dtype_alone(half: Path, caplog: pytest.LogCa
     assert pipe.plan is not None
     assert "memory plan: 4.00 GB on cpu: peak" in caplog.text
     assert "text_encoder: bfloat16, resident, read from its file" in caplog.text
-    assert torch.equal(draw(pipe), draw(PixArtSigmaPipeline.from_pretrained(half, dtype="auto")))
+    assert torch.equal(generate(pipe), generate(PixArtSigmaPipeline.from_pretrained(half, dtype="auto")))
     pipe.to(torch.float32)
     assert pipe.plan is None
 
@@ -335,7 +335,7 @@ def test_a_large_budget_changes_the_dtype_alone(half: Path, caplog: pytest.LogCa
 @pytest.mark.usefixtures("bare", "in_bfloat16")
 def test_what_ends_a_plan(folder: Path) -> None:
     budget = "1GB"
-    expected = draw(tiny_pipeline(PixArtSigmaPipeline))
+    expected = generate(tiny_pipeline(PixArtSigmaPipeline))
     for method, argument in (("to", "cpu"), ("to", torch.float32), ("enable_model_cpu_offload", None)):
         pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget=budget, dtype="float32")
         placement = pipe.placement
@@ -343,16 +343,16 @@ def test_what_ends_a_plan(folder: Path) -> None:
         assert pipe.plan is None
         assert pipe.placement is not placement
         pipe.to("cpu")
-        torch.testing.assert_close(draw(pipe), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(generate(pipe), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("bare")
-def test_parts_that_are_given_or_left_out(folder: Path) -> None:
+def test_components_that_are_given_or_left_out(folder: Path) -> None:
     encoder = tiny_text_encoder()
     pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB", text_encoder=encoder, dtype="float32")
     assert pipe.plan is not None
     assert pipe.plan.components.keys() == {"transformer", "vae"}
-    torch.testing.assert_close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(generate(pipe), generate(tiny_pipeline(PixArtSigmaPipeline)), rtol=1e-5, atol=1e-5)
     pipe = PixArtSigmaPipeline.from_pretrained(folder, memory_budget="1GB", transformer=None, vae=None)
     assert pipe.plan is not None
     assert list(pipe.plan.components) == ["text_encoder"]
@@ -395,7 +395,7 @@ before = estimate.process_memory()
 pipe("a cat", num_inference_steps=2, output_type="np")
 done = True
 thread.join()
-parts = {part.name: (part.loaded, part.weights) for part in pipe.plan.components.values()}
+parts = {each.name: (each.loaded, each.weights) for each in pipe.plan.components.values()}
 print(json.dumps({"peak": peak, "before": before, "plan": pipe.plan.peak, "parts": parts}))
 """
 
@@ -440,7 +440,7 @@ def test_the_budget_is_kept(larger: Path, stored: str, tmp_path: Path, monkeypat
         PixArtSigmaPipeline.from_pretrained(larger, dtype=torch.bfloat16).save_pretrained(tmp_path)
         larger = tmp_path
     found = inspect_model(larger)
-    weights = {part.name: part.memory("float32") for part in found.components.values()}
+    weights = {each.name: each.memory("float32") for each in found.components.values()}
     assert weights["text_encoder"] > 160e6
     with pytest.raises(BudgetTooSmallError) as caught:
         plan(found, 1, "cpu")

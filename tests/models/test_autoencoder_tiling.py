@@ -160,7 +160,7 @@ def test_tiled_is_as_near_to_float64_as_untiled(way: str, dtype: torch.dtype, ch
 
 
 @torch.no_grad()
-def test_each_picture_of_a_batch_has_its_own_statistics() -> None:
+def test_each_image_of_a_batch_has_its_own_statistics() -> None:
     model = tiny_vae()
     model.enable_tiling(strip_bytes=1)
     x = inputs(model, "decode", 4, 6, batch=3) * torch.tensor([0.1, 1, 20]).view(3, 1, 1, 1)
@@ -235,7 +235,7 @@ def test_limits_that_are_none(limits: dict[str, Any]) -> None:
     assert not model.use_tiling
 
 
-# --- the parts ---
+# --- strips ---
 
 
 def cut(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
@@ -275,7 +275,7 @@ def test_statistics_of_values_far_from_zero(channels_last: bool, monkeypatch: py
 
 
 @torch.no_grad()
-def test_normalisation_with_known_statistics_rounds_once() -> None:
+def test_normalization_with_known_statistics_rounds_once() -> None:
     torch.manual_seed(0)
     norm, x = nn.GroupNorm(4, 8, eps=1e-6), torch.randn(1, 8, 9, 5).bfloat16() * 3 + 1
     nn.init.normal_(norm.weight)
@@ -325,7 +325,7 @@ def test_memory_is_as_estimated(way: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_memory_of_a_batch_is_that_of_one_picture_and_the_results() -> None:
+def test_memory_of_a_batch_is_that_of_one_image_and_the_results() -> None:
     model = wide_vae()
     model.enable_tiling(strip_bytes=200_000)
     x = inputs(model, "decode", 8, 8, batch=4)
@@ -367,8 +367,8 @@ model = AutoencoderKL(**{SDXL!r}).eval().to(memory_format=torch.channels_last)
 torch.set_default_dtype(torch.float32)
 model.enable_tiling()
 with torch.inference_mode():
-    picture = model.decode(torch.randn(1, 4, 512, 512).bfloat16()).sample
-assert picture.shape == (1, 3, 4096, 4096) and picture.isfinite().all()
+    image = model.decode(torch.randn(1, 4, 512, 512).bfloat16()).sample
+assert image.shape == (1, 3, 4096, 4096) and image.isfinite().all()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(peak * (1 if sys.platform == "darwin" else 1024))
 """

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigurationError, InputError
 from ..files import plain_path
 from ..memory import estimate, inspection
 from ..memory import plan as planner
-from ..memory.placement import OneAtATime, PerPart, Resident, check_dtype, spread
+from ..memory.placement import OneAtATime, PerComponent, Resident, check_dtype, spread
 from ..memory.placement import offload_device as _offload_device
 from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin, size_of, stays_float32, unwrapped
 from ..models.base import parse_dtype, parse_size
@@ -450,7 +450,7 @@ class Pipeline:
                     pin(module)
 
     def _offload(self, placement: OneAtATime) -> None:
-        if isinstance(self.placement, PerPart):
+        if isinstance(self.placement, PerComponent):
             raise InputError("a device map is in force; call pipe.reset_device_map() before offloading")
         for name, module in self.components.items():
             device = device_of(module) if isinstance(module, nn.Module) and not is_settled(module) else None
@@ -467,7 +467,7 @@ class Pipeline:
     @property
     def hf_device_map(self) -> dict[str, torch.device] | None:
         """The device of each component if ``device_map`` was given, or None."""
-        if not isinstance(self.placement, PerPart):
+        if not isinstance(self.placement, PerComponent):
             return None
         devices = {name: device_of(module) for name, module in self.components.items() if isinstance(module, nn.Module)}
         return {name: device for name, device in devices.items() if device is not None}
@@ -493,7 +493,7 @@ class Pipeline:
         given = next(iter(self._modules()), None)
         fallback = torch.device("cpu") if given is None else device_of(given) or torch.device("cpu")
         default = devices.get("transformer", next(iter(devices.values()), fallback))
-        self.placement, self.plan = PerPart(default), None
+        self.placement, self.plan = PerComponent(default), None
 
     # --- interruption ---
 
