@@ -98,9 +98,6 @@ class ComponentPlan:
         return what
 
 
-Components = Mapping[str, ComponentPlan]
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a pipeline generates within a budget."""
@@ -108,7 +105,7 @@ class MemoryPlan:
     device: str
     budget: int  # bytes
     base: int  # bytes that are taken whatever is generated
-    components: Components
+    components: Mapping[str, ComponentPlan]
     height: int
     width: int
     images: int
@@ -166,7 +163,7 @@ def plan_memory(
     side, _ = found.image_size
     load = Workload(found, target, budget.height or side, budget.width or side, budget.images)
     blank = MemoryPlan(str(target), size, base_memory(target), {}, load.height, load.width, load.images)
-    planner = _Planner(load, dtypes or {}, blank, min(size, free))
+    planner = _Planner(load, dtypes or {}, blank, min(size, free), fast_dtype(target))
     plans = []
     for plan in planner.candidates():
         plans.append(plan)
@@ -196,36 +193,36 @@ class _Planner:
     dtypes: Mapping[str, str]
     blank: MemoryPlan  # without components
     limit: int  # bytes
+    fast: str  # the dtype that the device computes in fastest
 
     def candidates(self) -> Iterator[MemoryPlan]:
         """The fastest first. None needs less than the last one, or on the CPU one of them."""
         components = {c.name: c for c in self.load.found.components.values() if c.config and c.tensors}
+        everything = "all components stay in memory"
         if self.load.on_cpu:
             # If memory is short, the components that compute for the shortest time make do with less first.
-            ordered = sorted(components, key=LONGEST.index)
-            for options in itertools.product(*(self._resident(components[name]) for name in ordered)):
-                chosen = {option.name: option for option in options}
-                yield self._made("all components stay in memory", {name: chosen[name] for name in components})
-            return
-        whole = {name: self._whole(c, self._dtype(c), RESIDENT) for name, c in components.items()}
-        firsts = [("all components stay in memory", whole)]
-        if "text_encoder" in whole and len(whole) > 1:
-            for option in self._moved(components["text_encoder"]):
-                firsts.append(("all components but the text encoder stay in memory", {**whole, "text_encoder": option}))
-        for reason, first in firsts:
-            if "vae" not in first:
-                yield self._made(reason, first)
-                continue
-            for vae in self._with_tilings(first["vae"]):
-                yield self._made(reason, {**first, "vae": vae})
-        turns = {}
-        for name, component in components.items():
-            ways = list(self._moved(component))
-            smallest = min(ways, key=lambda way: way.weights + way.work)
-            turns[name] = next((way for way in ways if self._made("", {name: way}).peak <= self.limit), smallest)
-        yield self._made("the components take turns", turns)
+            longest = sorted(components, key=LONGEST.index)
+            kinds = [(everything, {name: self._resident(components[name]) for name in longest})]
+        else:
+            whole = {n: self._with_tilings(self._whole(c, self._dtype(c), RESIDENT)) for n, c in components.items()}
+            kinds = [(everything, whole)]
+            if "text_encoder" in whole and len(whole) > 1:
+                others = {**whole, "text_encoder": self._moved(components["text_encoder"])}
+                kinds.append(("all components but the text encoder stay in memory", others))
+        for reason, options in kinds:
+            for ways in itertools.product(*options.values()):
+                yield self._made(reason, *ways)
+        if not self.load.on_cpu:
+            turns = []
+            for component in components.values():
+                moved = self._moved(component)
+                smallest = min(moved, key=lambda way: way.weights + way.work)
+                turns.append(next((way for way in moved if self._made("", way).peak <= self.limit), smallest))
+            yield self._made("the components take turns", *turns)
 
-    def _made(self, reason: str, components: Components) -> MemoryPlan:
+    def _made(self, reason: str, *ways: ComponentPlan) -> MemoryPlan:
+        order = list(self.load.found.components)
+        components = {way.name: way for way in sorted(ways, key=lambda way: order.index(way.name))}
         return replace(self.blank, components=components, reason=reason)
 
     def enlarged(self, plan: MemoryPlan) -> MemoryPlan:
@@ -237,49 +234,43 @@ class _Planner:
         vae = self._tiled(vae, vae.tiling.strip_bytes, vae.tiling.max_bytes + left)
         return replace(plan, components={**plan.components, "vae": vae})
 
-    def _moved(self, component: Component) -> Iterator[ComponentPlan]:
+    def _moved(self, component: Component) -> list[ComponentPlan]:
         """How a component may take its turn on an accelerator, the fastest first."""
-        dtype = self._dtype(component)
+        dtype, blocks = self._dtype(component), component.blocks()
         whole = self._whole(component, dtype, IN_TURN)
-        yield from self._with_tilings(whole)
-        blocks = component.blocks()
         if component.name == PRIOR:
-            if component.name not in self.dtypes:
-                yield from (self._whole(component, packed, IN_TURN) for packed in QUANTIZED)
-        elif component.name != "vae" and len(blocks) > 1 and dtype not in QUANTIZED:
-            largest = max(component.memory(dtype, names) for prefix, names in blocks.items() if prefix)
-            # One block computes while the next one is on its way.
-            yield replace(whole, way=BLOCKS, weights=component.memory(dtype, blocks[""]) + 2 * largest)
+            packed = () if component.name in self.dtypes else QUANTIZED
+            return [whole, *(self._whole(component, kind, IN_TURN) for kind in packed)]
+        if component.name == "vae" or len(blocks) == 1 or dtype in QUANTIZED:
+            return self._with_tilings(whole)
+        # One block computes while the next one is on its way.
+        largest = max(component.memory(dtype, names) for prefix, names in blocks.items() if prefix)
+        return [whole, replace(whole, way=BLOCKS, weights=component.memory(dtype, blocks[""]) + 2 * largest)]
 
-    def _resident(self, component: Component) -> Iterator[ComponentPlan]:
+    def _resident(self, component: Component) -> list[ComponentPlan]:
         """How a component may be loaded on the CPU, the fastest first: cast, or as it is stored."""
-        stored, fast = component.dtypes[0], fast_dtype(self.load.device)
-        asked = self._dtype(component) if component.name in self.dtypes else None
-        dtypes = [asked or fast]
+        stored, asked = component.dtypes[0], self._dtype(component) if component.name in self.dtypes else None
+        dtypes = [asked or self.fast]
         if stored in DTYPES and asked in (None, "float32", self._computes(stored)):
-            dtypes.append(stored)
-        if asked is None and len(dtypes) > 1 and fast == "float32":
-            del dtypes[0]  # weights are widened as they are used: a cast gains nothing
-        for dtype in dict.fromkeys(dtypes):
-            yield from self._with_tilings(
-                self._whole(component, dtype, RESIDENT, "float32" if asked == "float32" else None)
-            )
+            # Without fast 16-bit arithmetic, weights are widened as they are used: a cast gains nothing.
+            dtypes = [stored] if asked is None and self.fast == "float32" else [*dtypes, stored]
+        ways = (self._with_tilings(self._whole(component, dtype, RESIDENT)) for dtype in dict.fromkeys(dtypes))
+        return list(itertools.chain.from_iterable(ways))
 
-    def _whole(self, component: Component, dtype: str, way: str, computes: str | None = None) -> ComponentPlan:
+    def _whole(self, component: Component, dtype: str, way: str) -> ComponentPlan:
         loaded, packed = dtype, None
         if dtype in QUANTIZED:
-            loaded, packed = component.dtypes[0] if self.load.on_cpu else fast_dtype(self.load.device), dtype
-        computes = computes or self._computes(loaded)
+            loaded, packed = component.dtypes[0] if self.load.on_cpu else self.fast, dtype
+        computes = "float32" if self.dtypes.get(component.name) == "float32" else self._computes(loaded)
         weights = stored_memory(component, loaded, packed, self.load.device)
         work = self.load.work(component, loaded, computes)
         moved = weights if way == IN_TURN else 0
         return ComponentPlan(component.name, loaded, packed or computes, way, weights, work, moved)
 
-    def _with_tilings(self, whole: ComponentPlan) -> Iterator[ComponentPlan]:
+    def _with_tilings(self, whole: ComponentPlan) -> list[ComponentPlan]:
         """The component, and if it is the autoencoder, the ways to tile it, the fastest first."""
-        yield whole
-        if whole.name == "vae" and self.load.pixels:
-            yield from (self._tiled(whole, strip_bytes) for strip_bytes in STRIPS)
+        strips = STRIPS if whole.name == "vae" and self.load.pixels else ()
+        return [whole, *(self._tiled(whole, strip_bytes) for strip_bytes in strips)]
 
     def _tiled(self, vae: ComponentPlan, strip_bytes: int, max_bytes: int | None = None) -> ComponentPlan:
         work, tiling = self.load.tiled(vae.loaded, vae.dtype, strip_bytes, max_bytes)
@@ -287,15 +278,14 @@ class _Planner:
 
     def _computes(self, loaded: str) -> str:
         """The dtype that weights of a dtype are multiplied in."""
-        native = not self.load.on_cpu or loaded == fast_dtype(self.load.device)
-        return loaded if native else "float32"
+        return loaded if not self.load.on_cpu or loaded == self.fast else "float32"
 
     def _dtype(self, component: Component) -> str:
         """The requested one, or the fastest that the device computes in."""
         asked = self.dtypes.get(component.name)
         if asked == "auto":
             asked = component.dtypes[0]
-        dtype = asked or fast_dtype(self.load.device)
+        dtype = asked or self.fast
         if asked is None and component.name == "vae" and dtype == "float16":  # in which some overflow
             dtype = "float32"
         known = [*DTYPES, *(QUANTIZED if component.name != "vae" else ())]
