@@ -20,7 +20,8 @@ from impasto.cli import pipelines
 from impasto.cli.generate import IMAGE_EXTENSIONS
 from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError
-from impasto.memory.inspection import inspect_model, picture_size
+from impasto.memory.estimate import peak_memory
+from impasto.memory.inspection import image_size, inspect_model
 from impasto.nn.machine import is_native
 from impasto.pipelines.image_files import check_image_path, read_settings
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -230,7 +231,7 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
     pipe.transformer = tiny_transformer().half()
     pipe.save_pretrained(tmp_path, max_shard_size=20_000)
     found = inspect_model(tmp_path)
-    parts = found.by_name
+    parts = found.components
     assert list(parts) == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
     for name in ("vae", "transformer"):
         assert parts[name].parameters == pipe.components[name].num_parameters()
@@ -243,10 +244,10 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
     assert parts["transformer"].memory("float32") == 4 * parts["transformer"].parameters
     loaded = PixArtSigmaPipeline.from_pretrained(tmp_path, dtype="float16").text_encoder
     assert parts["text_encoder"].memory("float16") == sum(p.nbytes for p in loaded.parameters())
-    both, single = (found.peak_memory("bfloat16", one_at_a_time=flag) for flag in (False, True))
-    assert max(part.memory("bfloat16") for part in found.parts) < single < both
+    both, single = (peak_memory(found, "bfloat16", one_at_a_time=flag) for flag in (False, True))
+    assert max(part.memory("bfloat16") for part in found.components.values()) < single < both
     config = pipe.transformer.config
-    assert picture_size(config, pipe.vae.config) == (config.sample_size * pipe.vae_scale_factor, 4)
+    assert image_size(config, pipe.vae.config) == (config.sample_size * pipe.vae_scale_factor, 4)
 
     result = call("info", tmp_path)
     assert result.exit_code == 0
@@ -257,7 +258,7 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
 def test_info_of_a_variant(tmp_path: Path) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     pipe.save_pretrained(tmp_path, variant="fp16")
-    assert inspect_model(tmp_path).by_name["vae"].parameters == pipe.vae.num_parameters()
+    assert inspect_model(tmp_path).components["vae"].parameters == pipe.vae.num_parameters()
 
 
 @pytest.mark.parametrize(("damage", "expected"), [("remove", "holds no weights"), ("corrupt", "damaged header")])

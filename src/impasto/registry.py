@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .checks import printable, shown
@@ -16,20 +17,24 @@ if TYPE_CHECKING:
 LANGUAGE_MODELS = ("T5EncoderModel", "GlmImageForConditionalGeneration")
 PROCESSORS = ("GlmImageProcessor",)
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "ByT5Tokenizer")
-SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "LCMScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-)
+#: The modules of our classes.
+_MODULES = {
+    "PixArtTransformer2DModel": "models.pixart.model",
+    "GlmImageTransformer2DModel": "models.glm_image.model",
+    "AutoencoderKL": "models.autoencoder.model",
+    "DPMSolverMultistepScheduler": "schedulers.dpm_solver",
+    "DDIMScheduler": "schedulers.ddim",
+    "DDPMScheduler": "schedulers.ddpm",
+    "LCMScheduler": "schedulers.lcm",
+    "FlowMatchEulerDiscreteScheduler": "schedulers.flow_match_euler",
+}
 _ROLES = {
     "tokenizer": TOKENIZERS,
     "text_encoder": ("T5EncoderModel",),
     "processor": PROCESSORS,
     "vision_language_encoder": ("GlmImageForConditionalGeneration",),
     "vae": ("AutoencoderKL",),
-    "scheduler": SCHEDULERS,
+    "scheduler": tuple(name for name in _MODULES if name.endswith("Scheduler")),
 }
 _PIXART = {**_ROLES, "transformer": ("PixArtTransformer2DModel", "Transformer2DModel")}
 _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
@@ -47,40 +52,9 @@ def class_of(name: str) -> type[Model] | type[Scheduler]:
     Raises:
         KeyError: there is none.
     """
-    match _ALIASES.get(name, name):
-        case "PixArtTransformer2DModel":
-            from .models.pixart.model import PixArtTransformer2DModel
-
-            return PixArtTransformer2DModel
-        case "GlmImageTransformer2DModel":
-            from .models.glm_image.model import GlmImageTransformer2DModel
-
-            return GlmImageTransformer2DModel
-        case "AutoencoderKL":
-            from .models.autoencoder.model import AutoencoderKL
-
-            return AutoencoderKL
-        case "DPMSolverMultistepScheduler":
-            from .schedulers.dpm_solver import DPMSolverMultistepScheduler
-
-            return DPMSolverMultistepScheduler
-        case "DDIMScheduler":
-            from .schedulers.ddim import DDIMScheduler
-
-            return DDIMScheduler
-        case "DDPMScheduler":
-            from .schedulers.ddpm import DDPMScheduler
-
-            return DDPMScheduler
-        case "LCMScheduler":
-            from .schedulers.lcm import LCMScheduler
-
-            return LCMScheduler
-        case "FlowMatchEulerDiscreteScheduler":
-            from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-
-            return FlowMatchEulerDiscreteScheduler
-    raise KeyError(name)
+    name = _ALIASES.get(name, name)
+    found: type[Model] | type[Scheduler] = getattr(import_module(f".{_MODULES[name]}", __package__), name)
+    return found
 
 
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:

@@ -215,10 +215,10 @@ def glm_models() -> dict[str, Any]:
 
 def look_by_commands(folder: Path) -> set[float]:
     """What the commands read ahead of loading, before anything else has looked: the size of the images."""
-    from impasto.memory.inspection import read_part_configs, resolve_pipeline
+    from impasto.memory.inspection import read_configs, resolve_pipeline
 
     found, _ = resolve_pipeline(str(folder))
-    (transformer,) = read_part_configs(found, "transformer")
+    (transformer,) = read_configs(found, "transformer")
     return {round(transformer["dropout"] * 10, 6)} | find_pipeline(folder)
 
 

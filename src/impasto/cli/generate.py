@@ -12,7 +12,7 @@ from ..checks import MAX_CHARACTERS, MAX_IMAGES, MAX_SIDE, text, whole_number
 from ..errors import InputError, OutputError
 from ..family import GLM_IMAGE, PRIOR_PIXELS, Family, family_of
 from ..files import make_folder
-from ..memory.inspection import picture_size, read_part_configs
+from ..memory.inspection import image_size, read_configs
 from . import pipelines
 from .entry import say
 from .options import DType, Guidance, Model, Solver, Steps, check_numbers
@@ -109,7 +109,7 @@ def generate(
     if memory_budget is None:
         pipe = pipelines.load(model, class_name, chosen, chosen_dtype, scheduler)
     else:
-        from ..memory.planner import Budget
+        from ..memory.plan import Budget
 
         batch_size, sides = batch_size or 1, (height, width)
         if references and family is GLM_IMAGE:
@@ -240,7 +240,7 @@ def _check_size(folder: Path, family: Family, height: int | None, width: int | N
         height, width = height or images[0].height, width or images[0].width
     from ..pipelines.inputs import plan_canvas
 
-    transformer, vae = read_part_configs(folder, "transformer", "vae")
+    transformer, vae = read_configs(folder, "transformer", "vae")
     if transformer and vae:
-        base, unit = picture_size(transformer, vae)
+        base, unit = image_size(transformer, vae)
         plan_canvas(height, width, base, unit, binning=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..family import GLM_IMAGE, PRIOR_PIXELS, family_of
-from ..memory.inspection import DTYPES, Inspection, inspect_model, picture_size
+from ..memory.inspection import DTYPES, Inspection, image_size, inspect_model
 from .entry import say
 
 #: The memory budgets that plans are printed for.
@@ -26,54 +26,56 @@ def info(
 
 def describe(found: Inspection) -> Iterator[str]:
     """The lines of ``impasto info``."""
+    from ..memory.estimate import peak_memory
+
     yield f"{found.model}: {found.class_name}"
-    by_name = {part.name: part for part in found.parts}
+    by_name, components = found.components, found.components.values()
     side = 0
     if "transformer" in by_name and "vae" in by_name:
-        side, unit = picture_size(by_name["transformer"].config, by_name["vae"].config)
+        side, unit = image_size(by_name["transformer"].config, by_name["vae"].config)
         unit = PRIOR_PIXELS if family_of(found.class_name) is GLM_IMAGE else unit
         yield f"images of {side} x {side} px; sides are multiples of {unit}"
     yield ""
     rows: list[tuple[str, ...]] = [("component", "class", "parameters", "stored as", "on disk")]
-    for part in found.parts:
-        stored = "pickle" if part.pickled else ", ".join(part.dtypes) or "-"
-        count = f"{part.parameters:,}" if part.tensors else "-"
-        rows.append((part.name, part.class_name or "-", count, stored, _amount(part.disk_bytes)))
-    total = sum(part.parameters for part in found.parts)
-    rows.append(("all", "", f"{total:,}", "", _amount(sum(part.disk_bytes for part in found.parts))))
+    for component in components:
+        stored = "pickle" if component.pickled else ", ".join(component.dtypes) or "-"
+        count = f"{component.parameters:,}" if component.tensors else "-"
+        rows.append((component.name, component.class_name or "-", count, stored, _amount(component.disk_bytes)))
+    total = sum(component.parameters for component in components)
+    rows.append(("all", "", f"{total:,}", "", _amount(sum(component.disk_bytes for component in components))))
     yield from _aligned(rows, left=2)
     yield ""
-    if any(part.pickled for part in found.parts):
+    if any(component.pickled for component in components):
         yield "Pickled weights are not opened, and these numbers do not include them."
     memory: list[tuple[str, ...]] = [("memory", *DTYPES)]
-    for part in found.parts:
-        if part.tensors:
-            memory.append((part.name, *(_amount(part.memory(dtype)) for dtype in DTYPES)))
+    for component in components:
+        if component.tensors:
+            memory.append((component.name, *(_amount(component.memory(dtype)) for dtype in DTYPES)))
     for title, single in (("peak, all resident", False), ("peak, one at a time", True)):
-        peaks = (_amount(found.peak_memory(dtype, one_at_a_time=single)) for dtype in DTYPES)
+        peaks = (_amount(peak_memory(found, dtype, one_at_a_time=single)) for dtype in DTYPES)
         memory.append((title, *peaks))
     yield from _aligned(memory, left=1)
     if side:
         yield f"Peaks are estimates: the weights, and what generating one guided image of {side} x {side} px needs."
-        if not any(part.pickled for part in found.parts):
+        if not any(component.pickled for component in components):
             yield ""
             yield from _describe_plans(found)
 
 
 def _describe_plans(found: Inspection) -> Iterator[str]:
     """The plans for memory budgets on this machine."""
-    from ..memory import planner
+    from ..memory import plan as planner
     from ..nn.machine import default_device
 
     device = default_device()
     rows: list[tuple[str, ...]] = [("memory budget", "peak", "plan")]
     for size in BUDGETS:
         try:
-            plan = planner.plan_memory(found, size, device=device, limited=False)
+            plan = planner.plan_memory(found, planner.Budget(size, device), limited=False)
         except planner.BudgetTooSmallError as error:
             rows.append((size, "-", f"too small; the least that works is {_amount(error.smallest)}"))
             continue
-        first, *others = (f"{part.name}: {part.describe()}" for part in plan.parts)
+        first, *others = (f"{component.name}: {component.describe()}" for component in plan.components.values())
         rows.append((size, _amount(plan.peak), first))
         rows += [("", "", line) for line in others]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

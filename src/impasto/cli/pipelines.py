@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from ..memory.planner import Budget
+    from ..memory.plan import Budget
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 SOLVERS = {

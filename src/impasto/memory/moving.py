@@ -12,7 +12,7 @@ from ..checks import shown
 from ..errors import InputError
 from ..models.base import parse_dtype
 from ..nn.machine import as_device, check_device, require_device
-from .placement import PerPart, check_dtype, spread
+from .placement import PerComponent, check_dtype, spread
 from .streaming import device_of, is_settled, size_of, stays_float32
 
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
@@ -68,7 +68,7 @@ def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | No
 
 def place(
     components: Mapping[str, Any], device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
-) -> PerPart:
+) -> PerComponent:
     """Move each component to its device, where it stays.
 
     Args:
@@ -93,7 +93,7 @@ def place(
         move(module, devices[name], None)
     elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
     fallback = next(elsewhere, None) or torch.device("cpu")
-    return PerPart(devices.get("transformer", next(iter(devices.values()), fallback)))
+    return PerComponent(devices.get("transformer", next(iter(devices.values()), fallback)))
 
 
 def check_on_host(components: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ class Resident:
 _in_use: ContextVar[tuple[tuple[Resident, nn.Module], ...]] = ContextVar("impasto_in_use", default=())
 
 
-class PerPart(Resident):
+class PerComponent(Resident):
     """Every component stays on its own device (``device_map``) and computes there.
 
     Args:

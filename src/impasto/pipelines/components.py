@@ -14,7 +14,7 @@ from torch import nn
 from ..checks import whole_number
 from ..errors import InputError
 from ..memory.moving import DeviceMap, check_on_host, movable, move, place, read_target
-from ..memory.placement import OneAtATime, PerPart, Resident
+from ..memory.placement import OneAtATime, PerComponent, Resident
 from ..memory.placement import offload_device as choose_device
 from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin
 from ..models.base import parse_dtype, parse_size
@@ -22,7 +22,7 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
 
 if TYPE_CHECKING:
-    from ..memory.planner import Budget, MemoryPlan
+    from ..memory.plan import Budget, MemoryPlan
     from .loading import DTypes
 
 
@@ -108,7 +108,7 @@ class Components:
             memory_budget: bytes, or a string such as ``"8GB"``. Dtypes, placement and tiling are chosen so that
                 generating one image of the default size stays within it; ``pipe.plan`` describes the choice. It
                 limits the memory of the accelerator, or without one that of the process, not counting memory-mapped
-                files. Use a ``memory.planner.Budget`` for other sizes and numbers of images.
+                files. Use a ``memory.plan.Budget`` for other sizes and numbers of images.
             components: components that replace the stored ones. One that is given as None is left out. The stored
                 files are not read or downloaded in either case.
 
@@ -139,7 +139,7 @@ class Components:
         pipe = cls(**loaded)
         pipe._source = folder
         if plan is not None:
-            from ..memory.planner import apply_plan
+            from ..memory.plan import apply_plan
 
             apply_plan(plan, pipe)
         if device_map is not None:
@@ -325,7 +325,7 @@ class Components:
                     pin(module)
 
     def _offload(self, placement: OneAtATime) -> None:
-        if isinstance(self.placement, PerPart):
+        if isinstance(self.placement, PerComponent):
             raise InputError("a device map is in force; call pipe.reset_device_map() before offloading")
         check_on_host(self.components)
         check_device(placement.device)
@@ -335,7 +335,7 @@ class Components:
     @property
     def hf_device_map(self) -> dict[str, torch.device] | None:
         """The device of each component if ``device_map`` was given, or None."""
-        if not isinstance(self.placement, PerPart):
+        if not isinstance(self.placement, PerComponent):
             return None
         devices = {name: device_of(module) for name, module in self.components.items() if isinstance(module, nn.Module)}
         return {name: device for name, device in devices.items() if device is not None}

@@ -23,10 +23,10 @@ from ..folders import reading
 from ..memory.placement import check_dtype
 from ..models.base import parse_dtype
 from ..nn.machine import check_device
-from ..registry import LANGUAGE_MODELS, READERS, SCHEDULERS, accepted_classes, check_role, class_of, component_entries
+from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 
 if TYPE_CHECKING:
-    from ..memory.planner import Budget, MemoryPlan
+    from ..memory.plan import Budget, MemoryPlan
 
 logger = logging.getLogger("impasto")
 
@@ -177,18 +177,20 @@ def load_components(
         wanted = [name for name in names if name not in given]
         folder = opened.fetch(index, wanted, pipeline)
         if memory_budget is not None:
-            from ..memory import inspection, planner
+            from ..memory import inspection
+            from ..memory import plan as planner
 
-            found = inspection.inspect_parts(folder, pipeline, {name: index[name] for name in wanted}, opened.variant)
+            entries = {name: index[name] for name in wanted}
+            found = inspection.inspect_components(folder, pipeline, entries, opened.variant)
             requested = {} if dtype is None else {name: _dtype_name(dtypes[name]) for name in wanted}
             budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
             if budget.device is not None:
                 check_device(budget.device)
-            plan = planner.plan_memory(found, dtypes=requested | quantized, **budget._asdict())
+            plan = planner.plan_memory(found, budget, requested | quantized)
             planner.check_libraries(plan)
             dtypes |= planner.load_dtypes(plan)
         loaded = {
-            name: load_part(index[name], folder / name, dtypes[name], opened.variant, opened.use_safetensors)
+            name: load_component(index[name], folder / name, dtypes[name], opened.variant, opened.use_safetensors)
             for name in wanted
             if index[name][1] is not None
         }
@@ -206,10 +208,10 @@ def _without_quantized(
     Raises:
         InputError: quantization without a plan, or of an unknown component.
     """
-    from ..memory.planner import QUANTISED
+    from ..memory.estimate import QUANTIZED
 
     dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
-    quantized = {name: str(value) for name, value in dtypes.items() if value in QUANTISED}
+    quantized = {name: str(value) for name, value in dtypes.items() if value in QUANTIZED}
     unknown = [name for name in quantized if name not in names]
     if unknown:
         value = quantized[unknown[0]]
@@ -223,7 +225,7 @@ def _without_quantized(
         name, value = next(iter(quantized.items()))
         raise InputError(
             f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
-            f"quantize(pipe.{name}, {QUANTISED[value][0]!r})"
+            f"quantize(pipe.{name}, {QUANTIZED[value][0]!r})"
         )
     return {name: value for name, value in dtype.items() if name not in quantized} or None, quantized
 
@@ -237,7 +239,7 @@ def _has_safetensors(folder: Path) -> bool:
     return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
-def load_part(
+def load_component(
     library_and_class: Sequence[str | None],
     folder: Path,
     dtype: torch.dtype | None,
@@ -257,8 +259,10 @@ def load_part(
         if name in READERS:
             return from_transformers.load_reader(name, folder)
         return from_transformers.load_model(name, folder, dtype, variant, use_safetensors)
-    found: Any = class_of(name)
-    if name in SCHEDULERS:
+    from ..schedulers.base import Scheduler
+
+    found = class_of(name)
+    if issubclass(found, Scheduler):
         stored = found.load_config(folder).get("_class_name", name)
         if stored != name:
             logger.warning(
