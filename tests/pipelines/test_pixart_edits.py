@@ -278,8 +278,14 @@ def test_the_loop_is_public(repaint: PixArtSigmaInpaintPipeline) -> None:
     turns = [latents(list(first)), latents(list(second))]
     assert all(torch.equal(a, b) for a, b in zip(alone, turns))
     assert torch.equal(alone[1][..., 4:], image[..., 4:])
-    with pytest.raises(InputError, match="strength"):
-        next(repaint.denoise(noise, embeds, edit=Edit(image, 0.0)))
+    for edit, message in (
+        (Edit(image, 0.0), "strength"),
+        (Edit(image[:, :3]), r"edit.latents must be .* \[1, 4, 8, 8\]"),
+        (Edit(image, mask=mask[0]), "edit.mask"),
+        (Edit(image, mask=mask.expand(2, 1, 8, 8)), r"edit.mask must be .* \[1, 1, 8, 8\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            next(repaint.denoise(noise, embeds, edit=edit))
 
 
 def test_an_interrupted_edit_returns_what_there_is(change: PixArtSigmaImg2ImgPipeline) -> None:
@@ -423,6 +429,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"strength": float("nan")}, "strength"),
     "no step": ({"strength": 0.2}, "strength=0.2 leaves none of 4 steps; give at least 0.25"),
     "range": ({"image": IMAGE.astype(np.float32)}, r"must be in \[0, 1\]"),
+    "huge": ({"image": torch.zeros(1, 1, 1).expand(3, 10**6, 10**6)}, "too large"),
     "channels": ({"image": np.zeros((16, 16, 2))}, "1 or 3 channels, not 2"),
     "latents with NaN": ({"image": torch.full((1, 4, 8, 8), torch.nan), "mask_image": BLACK + 1}, "NaN"),
     "count": ({"image": [IMAGE] * 3, "prompt": ["a", "b"], "generator": None}, "3 images for 2 prompts"),
@@ -442,6 +449,8 @@ REFUSED_MASKS: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"mask_image": square() / 100}, "from 0 to 1"),
     "negative": ({"mask_image": -torch.ones(16, 16)}, "from 0 to 1"),
     "NaN": ({"mask_image": torch.full((16, 16), torch.nan)}, "from 0 to 1"),
+    "huge": ({"mask_image": torch.zeros(1, 1, dtype=torch.bool).expand(10**6, 10**6)}, "too large"),
+    "huge array": ({"mask_image": np.broadcast_to(np.zeros(1, dtype=bool), (10**6, 10**6))}, "too large"),
     "count": ({"mask_image": [square()] * 3, "image": [IMAGE] * 2}, "2 images and 3 are needed"),
     "padding": ({"padding_mask_crop": -1}, "padding_mask_crop"),
     "padding type": ({"padding_mask_crop": "4"}, "padding_mask_crop"),

@@ -32,7 +32,7 @@ def generate(
     guidance_scale: Guidance = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", metavar="FILE", help="An image to edit; with GLM-Image several to refer to."),
+        typer.Option("--image", metavar="FILE", help="The image to edit. GLM-Image takes several."),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(metavar="X", help="How much --image may change, up to 1; 0.8, or 1 with --mask.")
@@ -43,8 +43,12 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i has the seed N + i; random by default.")
     ] = None,
-    height: Annotated[int | None, typer.Option(metavar="PX", help="The model's default if not given.")] = None,
-    width: Annotated[int | None, typer.Option(metavar="PX", help="The model's default if not given.")] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
+    ] = None,
     num_images: Annotated[int, typer.Option(metavar="N", help="Images per prompt.")] = 1,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Images at once; 16 up to 256 px, else 4.")

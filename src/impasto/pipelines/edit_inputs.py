@@ -172,7 +172,7 @@ def read_masks(mask: Any, height: int, width: int) -> list[Tensor]:
         if isinstance(given, Image.Image):
             given = np.asarray(to_rgb(given).convert("L"))
         if given.dtype in (np.bool_, torch.bool):
-            given = given * (np.uint8(1) if isinstance(given, np.ndarray) else torch.ones((), dtype=torch.uint8))
+            given = given.view(np.uint8 if isinstance(given, np.ndarray) else torch.uint8)
         if given.ndim == 3 and (isinstance(given, Tensor) or given.shape[-1] != 1):  # [n, H, W]
             given = given[:, None] if isinstance(given, Tensor) else given[..., None]
         batch = _as_batch(given)

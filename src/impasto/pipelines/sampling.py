@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn.changes import unwrapped
 from ..nn.precision import adapt
-from .inputs import call_back
+from .inputs import call_back, check_tensor
 from .request import Request
 
 if TYPE_CHECKING:
@@ -257,7 +257,11 @@ def first_latents(scheduler: Any, noise: Tensor, edit: Edit | None, start: int) 
         return noise * scheduler.init_noise_sigma, None
     if start >= len(scheduler.timesteps):
         raise InputError(f"strength={edit.strength} leaves no step of this schedule; give a larger one")
-    image = edit.latents.to(noise).expand_as(noise)
+    check_tensor("edit.latents", edit.latents, noise.shape)
+    if edit.mask is not None:
+        rows = 1 if len(edit.mask) == 1 else len(noise)
+        check_tensor("edit.mask", edit.mask, (rows, 1, *noise.shape[2:]))
+    image = edit.latents.to(noise)
     known = None if edit.mask is None else Known(image, noise, edit.mask.to(noise))
     if known is not None and edit.strength == 1.0:  # what is repainted owes nothing to the image
         return noise * scheduler.init_noise_sigma, known
