@@ -3,9 +3,9 @@
     python benchmarks [NAME ...] [--avx2] [--table]
 
 Names: startup, attention, floor, step, text, decode, picture, memory, lossy, edits, prior; all of them if none is
-given, which takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --avx2
-runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one with AVX-512
-imitate them. --table prints only what is stored.
+given, which takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is
+named. --avx2 runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one
+with AVX-512 imitate them. --table prints only what is stored.
 """
 
 from __future__ import annotations
