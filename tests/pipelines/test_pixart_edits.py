@@ -249,6 +249,16 @@ def test_strength_decides_how_many_steps_are_taken_and_how_much_is_kept(change: 
     assert [t for _, t in seen] == change.scheduler.timesteps.tolist()
 
 
+def test_strength_of_a_custom_schedule(change: PixArtSigmaImg2ImgPipeline) -> None:
+    seen: list[float] = []
+    embeds = change.encode_prompt("a cat", do_classifier_free_guidance=False)
+    latents, noise = torch.randn(2, 1, 4, 8, 8)
+    for step in change.denoise(noise, embeds, timesteps=[900, 500, 250, 20], edit=Edit(latents, 0.5)):
+        seen.append(float(step.timestep))
+        assert step.count == 2
+    assert seen == [250, 20]
+
+
 def test_the_old_callback_counts_the_steps_that_are_taken(change: PixArtSigmaImg2ImgPipeline) -> None:
     steps: list[int] = []
     call(

@@ -341,7 +341,7 @@ class PixArtPipeline(Pipeline):
                 logger.warning("%s: %s", type(self).__name__, message)
 
 
-def _with_defaults(method: F, **defaults: Any) -> F:
+def with_defaults(method: F, **defaults: Any) -> F:
     """A copy of the method with other default values."""
     plain = cast(FunctionType, method)
     values = [
@@ -364,8 +364,8 @@ class PixArtAlphaPipeline(PixArtPipeline):
 
     family = ALPHA
 
-    __call__ = _with_defaults(PixArtPipeline.__call__, max_sequence_length=120)
-    encode_prompt = _with_defaults(PixArtPipeline.encode_prompt, max_sequence_length=120)
+    __call__ = with_defaults(PixArtPipeline.__call__, max_sequence_length=120)
+    encode_prompt = with_defaults(PixArtPipeline.encode_prompt, max_sequence_length=120)
 
 
 def _vae_scale_factor(vae: Any) -> int:

@@ -19,7 +19,7 @@ from ..nn.noise import draw_noise
 from .base import ImagePipelineOutput
 from .edit_inputs import Originals, read_originals
 from .latents import scaled
-from .pixart import PixArtAlphaPipeline, PixArtPipeline, PromptEmbeds, _with_defaults
+from .pixart import PixArtAlphaPipeline, PixArtPipeline, PromptEmbeds, with_defaults
 from .request import Request, read_pixart
 from .sampling import Edit, drive
 
@@ -226,7 +226,7 @@ class PixArtAlphaImg2ImgPipeline(PixArtImg2ImgPipeline):
     family: ClassVar[Family] = ALPHA
     saved_as: ClassVar[str | None] = "PixArtAlphaPipeline"
 
-    __call__ = _with_defaults(PixArtImg2ImgPipeline.__call__, max_sequence_length=120)
+    __call__ = with_defaults(PixArtImg2ImgPipeline.__call__, max_sequence_length=120)
     encode_prompt = PixArtAlphaPipeline.encode_prompt
 
 
@@ -240,5 +240,5 @@ class PixArtAlphaInpaintPipeline(PixArtInpaintPipeline):
     family: ClassVar[Family] = ALPHA
     saved_as: ClassVar[str | None] = "PixArtAlphaPipeline"
 
-    __call__ = _with_defaults(PixArtInpaintPipeline.__call__, max_sequence_length=120)
+    __call__ = with_defaults(PixArtInpaintPipeline.__call__, max_sequence_length=120)
     encode_prompt = PixArtAlphaPipeline.encode_prompt
