@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from ..family import BLOCK_LISTS
 from ..transforms.quantized_linear import QuantizedLinear
 
-#: The names of the lists of repeated blocks in models.
-BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
 #: Devices that cannot copy and compute at the same time.
 WITHOUT_STREAMS = ("cpu", "mps", "meta")
 
