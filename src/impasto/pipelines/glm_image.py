@@ -18,12 +18,12 @@ from torch import Tensor
 from ..checks import whole_number
 from ..errors import InputError
 from ..family import tokens_to_generate
-from ..memory.placement import OneAtATime, check_dtype
+from ..memory.placement import OneAtATime
 from ..models.base import parse_dtype
 from ..models.glm_image.model import GlmImageContext, GlmImageReferences, GlmImageTransformer2DModel
 from ..models.glm_image.prior import PriorTokens, generate_prior
 from ..nn.changes import unwrapped
-from ..nn.machine import as_device, check_device
+from ..nn.machine import as_device, check_device, check_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .glm_image_inputs import (
