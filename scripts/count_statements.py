@@ -36,6 +36,7 @@ CORE = (
     ("pipelines/sampling.py",),
     ("pipelines/request.py",),
     ("pipelines/prompts.py", "pipelines/text.py"),
+    ("pipelines/cleaning.py", "pipelines/text.py"),
 )
 CORE_FOLDERS = ("nn/", "schedulers/", "models/pixart")
 LOADED = """

@@ -31,6 +31,9 @@ GLM_IMAGE = Family("GLM-Image", None, 2048, 50, 1.5, micro_conditions=True, sing
 #: Pixels per latent along a side, unless the autoencoder says otherwise.
 VAE_SCALE_FACTOR = 8
 
+#: The names of the lists of repeated blocks in models, their text encoders included.
+BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
+
 
 def family_of(pipeline_class_name: str) -> Family:
     """The family of a pipeline class, by its name; PixArt-Σ for the name of any other class."""

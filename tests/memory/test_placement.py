@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.memory import placement as placement_module
+from impasto.memory.moving import is_settled
 from impasto.memory.placement import OneAtATime, PerComponent, Resident, spread
-from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, is_settled, methods_of
+from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, methods_of
 from impasto.nn.machine import require_device
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 

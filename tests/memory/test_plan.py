@@ -20,6 +20,7 @@ from impasto import cli
 from impasto.errors import CheckpointError, InputError, ResourceError
 from impasto.memory import estimate
 from impasto.memory import plan as planner
+from impasto.memory.estimate import Workload, peak_memory
 from impasto.memory.inspection import Component, Inspection, inspect_model
 from impasto.memory.placement import OneAtATime, Resident
 from impasto.memory.plan import (
@@ -221,6 +222,23 @@ def test_what_is_stored_in_float16_is_wider_in_memory() -> None:
     each = Component("text_encoder", "T5EncoderModel", {"d_model": 4096}, wide, 0)
     made = plan(full_size(text_encoder=each), "30GB", "cpu", dtypes={"text_encoder": "auto"})
     assert made.components["text_encoder"].weights == 4 * 10**9
+
+
+@pytest.mark.usefixtures("in_bfloat16")
+def test_the_printed_peaks_are_those_of_the_plan() -> None:
+    found = full_size()
+    made = plan(found, "64GB").components.values()
+    resident = sum(each.weights for each in made) + max(each.work for each in made)
+    assert peak_memory(found, "bfloat16", one_at_a_time=False) == resident
+    assert peak_memory(found, "bfloat16", one_at_a_time=True) == max(each.weights + each.work for each in made)
+
+
+def test_an_autoencoder_that_overflows_in_float16_takes_the_memory_of_float32() -> None:
+    found = full_size()
+    load, vae = Workload(found, torch.device("xpu"), 512, 512), found.components["vae"]
+    half, single = (load.work(vae, dtype, dtype) for dtype in ("float16", "float32"))
+    assert half == single > 1.9 * load.work(vae, "bfloat16", "bfloat16")
+    assert load.tiled("float16", "float16", 2**24) == load.tiled("float32", "float32", 2**24)
 
 
 def test_weights_that_cannot_be_planned_with() -> None:

@@ -17,9 +17,10 @@ from impasto.errors import InputError, MissingDependencyError
 from impasto.memory import plan as planner
 from impasto.memory import streaming as moving
 from impasto.memory.inspection import Component, Inspection, inspect_model
+from impasto.memory.moving import is_settled
 from impasto.memory.placement import OneAtATime
 from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, Budget, BudgetTooSmallError, MemoryPlan, plan_memory
-from impasto.memory.streaming import Group, is_settled
+from impasto.memory.streaming import Group
 from impasto.models.base import Model, parse_size
 from impasto.pipelines import loading
 from impasto.transforms.quantized_linear import QuantizedLinear

@@ -541,7 +541,7 @@ def test_captions_are_cleaned_by_default_in_the_call_only(pipe: PixArtSigmaPipel
 
 
 def pipe_clean(text: str) -> str:
-    from impasto.pipelines.prompts import clean_caption
+    from impasto.pipelines.cleaning import clean_caption
 
     return clean_caption(clean_caption(text))
 

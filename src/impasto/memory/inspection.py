@@ -19,7 +19,7 @@ from ..checkpoints.config import read_json
 from ..checkpoints.layout import INDEX_NAME, WEIGHTS
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
-from ..family import VAE_SCALE_FACTOR
+from ..family import BLOCK_LISTS, VAE_SCALE_FACTOR
 from ..folders import reading
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 #: Substrings of the names of tensors that stay float32 when float16 is requested, because they would overflow.
 FLOAT32_IN_FLOAT16 = {"T5EncoderModel": (".wo.",)}
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-#: The repeated blocks in the names of tensors; the lists are those of ``streaming.BLOCK_LISTS``.
-_BLOCK = re.compile(r"([^.]+\.)*?(transformer_blocks|blocks|block|layers)\.\d+\.")
+#: A repeated block in the names of tensors.
+_BLOCK = re.compile(rf"([^.]+\.)*?({'|'.join(BLOCK_LISTS)})\.\d+\.")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The components of a pipeline, moved: to a device and a dtype, or each to the device that a device map gives it."""
+"""Components of a pipeline: which of them can be moved, and moving them to a device and a dtype."""
 
 from __future__ import annotations
 
@@ -11,11 +11,30 @@ from torch import nn
 from ..checks import shown
 from ..errors import InputError
 from ..models.base import parse_dtype
-from ..nn.machine import as_device, check_device, require_device
-from .placement import PerComponent, check_dtype, spread
-from .streaming import device_of, is_settled, size_of, stays_float32
+from ..nn.changes import is_managed_elsewhere, is_plain_tensor, unwrapped
+from ..nn.machine import as_device, check_device, check_dtype
 
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+def is_settled(component: nn.Module) -> bool:
+    """Whether another library has quantized or placed a component, which is then used as it is and never moved."""
+    from ..transforms.quantized_linear import QuantizedLinear
+
+    component = unwrapped(component)
+    if is_managed_elsewhere(component):
+        return True
+    others = (module for module in component.modules() if not isinstance(module, QuantizedLinear))  # can be moved
+    return any(not is_plain_tensor(p) for module in others for p in module._parameters.values() if p is not None)
+
+
+def device_of(component: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in (*component.parameters(), *component.buffers())), None)
+
+
+def stays_float32(component: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
+    """Whether a parameter stays float32 when the others have this dtype."""
+    # Models of transformers name the layers that overflow in float16: in T5 the last one of each feed-forward.
+    sensitive = getattr(unwrapped(component), "_keep_in_fp32_modules", None) or ()
+    return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)
 
 
 def movable(components: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -64,36 +83,6 @@ def move(module: nn.Module, device: torch.device | None, dtype: torch.dtype | No
     for name, parameter in module.named_parameters():
         if name in kept:
             parameter.data = kept[name].to(parameter.device)
-
-
-def place(
-    components: Mapping[str, Any], device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
-) -> PerComponent:
-    """Move each component to its device, where it stays.
-
-    Args:
-        device_map, max_memory: as ``Pipeline.from_pretrained`` documents them.
-
-    Raises:
-        InputError: a name that no component has, or not the name of a device.
-        ResourceError: the device does not exist.
-    """
-    modules = movable(components)
-    if isinstance(device_map, Mapping):
-        unknown = [name for name in device_map if name not in components]
-        if unknown:
-            names = ", ".join(components)
-            raise InputError(f"device_map names an unknown component {unknown[0]!r}; components: {names}")
-        devices = {name: require_device(device_map.get(name, "cpu")) for name in modules}
-    elif device_map in ("auto", "balanced"):
-        devices = spread({name: size_of(module) for name, module in modules.items()}, str(device_map), max_memory)
-    else:
-        devices = dict.fromkeys(modules, require_device(device_map))
-    for name, module in modules.items():
-        move(module, devices[name], None)
-    elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
-    fallback = next(elsewhere, None) or torch.device("cpu")
-    return PerComponent(devices.get("transformer", next(iter(devices.values()), fallback)))
 
 
 def check_on_host(components: Mapping[str, Any]) -> None:

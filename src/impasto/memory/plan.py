@@ -33,8 +33,9 @@ from ..transforms.quantize import quantize
 from ..transforms.quantized_linear import SCHEMES
 from .estimate import PRIOR, QUANTIZED, Tiling, Workload, base_memory, stored_memory
 from .inspection import DTYPES, Component, Inspection
+from .moving import is_settled
 from .placement import OneAtATime, Resident
-from .streaming import Visit, is_settled
+from .streaming import Visit
 
 logger = logging.getLogger("impasto")
 

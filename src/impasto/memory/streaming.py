@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..nn.changes import is_managed_elsewhere, is_plain_tensor, unwrapped
+from ..family import BLOCK_LISTS
+from ..nn.changes import is_plain_tensor, unwrapped
 
-#: The names of the lists of repeated blocks in models.
-BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
 #: Devices that cannot copy and compute at the same time.
 WITHOUT_STREAMS = ("cpu", "mps", "meta")
 
@@ -230,36 +229,11 @@ def pin(component: nn.Module) -> None:
             slot.write(tensor.pin_memory())
 
 
-# --- facts about components ---
-
-
-def is_settled(component: nn.Module) -> bool:
-    """Whether another library has quantized or placed a component, which is then used as it is and never moved."""
-    from ..transforms.quantized_linear import QuantizedLinear
-
-    component = unwrapped(component)
-    if is_managed_elsewhere(component):
-        return True
-    others = (module for module in component.modules() if not isinstance(module, QuantizedLinear))  # can be moved
-    return any(not is_plain_tensor(p) for module in others for p in module._parameters.values() if p is not None)
-
-
-def _is_the_same(copy: Tensor, host: Tensor) -> bool:
-    """Whether nothing had to be copied."""
-    return copy is host or (copy.device == host.device and is_plain_tensor(copy) and copy.data_ptr() == host.data_ptr())
-
-
-def device_of(component: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*component.parameters(), *component.buffers())), None)
-
-
 def size_of(component: nn.Module) -> int:
     """Bytes of the weights."""
     return sum(slot.read().nbytes for slot in slots_of(unwrapped(component)))
 
 
-def stays_float32(component: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
-    """Whether a parameter stays float32 when the others have this dtype."""
-    # Models of transformers name the layers that overflow in float16: in T5 the last one of each feed-forward.
-    sensitive = getattr(unwrapped(component), "_keep_in_fp32_modules", None) or ()
-    return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)
+def _is_the_same(copy: Tensor, host: Tensor) -> bool:
+    """Whether nothing had to be copied."""
+    return copy is host or (copy.device == host.device and is_plain_tensor(copy) and copy.data_ptr() == host.data_ptr())

@@ -78,6 +78,22 @@ def _devices() -> list[str]:
     return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
+def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Refuse a dtype that plain layers cannot compute in.
+
+    Raises:
+        ResourceError: the message names a dtype that works.
+    """
+    if dtype is None:
+        return
+    if dtype.itemsize == 1:
+        raise ResourceError(
+            f"layers cannot compute in {dtype}, a storage format; use bfloat16 or float16, or quantize the component"
+        )
+    if dtype == torch.float64 and device is not None and device.type == "mps":
+        raise ResourceError("mps has no float64; use float32, bfloat16 or float16 there, or the CPU")
+
+
 def is_native(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """Whether the device multiplies numbers of this dtype without converting them first.
 

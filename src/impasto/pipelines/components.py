@@ -13,10 +13,9 @@ from torch import nn
 
 from ..checks import whole_number
 from ..errors import InputError
-from ..memory.moving import DeviceMap, check_on_host, movable, move, place, read_target
-from ..memory.placement import OneAtATime, PerComponent, Resident
+from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
+from ..memory.placement import DeviceMap, OneAtATime, PerComponent, Resident, place
 from ..memory.placement import offload_device as choose_device
-from ..memory.streaming import WITHOUT_STREAMS, Visit, device_of, is_settled, pin
 from ..models.base import parse_dtype, parse_size
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
@@ -279,13 +278,15 @@ class Components:
         This takes the least memory and the most time: all weights are moved at every step. Arguments and errors are as
         for ``enable_model_cpu_offload``.
         """
-        whole = self._visits_of_whole_components()
+        from ..memory.streaming import Visit
+
+        whole = dict.fromkeys(self._moved_whole(), Visit())
         self._offload(OneAtATime(choose_device(gpu_id, device), Visit(blocks=1), whole))
 
-    def _visits_of_whole_components(self, names: Sequence[str] = ()) -> dict[nn.Module, Visit]:
-        """The visits of components that always move whole, and of others with these names."""
-        there = [vars(self).get(name) for name in (*self.never_in_blocks, *names)]
-        return {component: Visit() for component in there if isinstance(component, nn.Module)}
+    def _moved_whole(self, names: Sequence[str] = ()) -> list[nn.Module]:
+        """The components that always move whole, and others with these names."""
+        found = [vars(self).get(name) for name in (*self.never_in_blocks, *names)]
+        return [component for component in found if isinstance(component, nn.Module)]
 
     def enable_group_offload(
         self,
@@ -310,13 +311,15 @@ class Components:
         Raises:
             InputError: components are already on another device than the CPU, or an argument cannot be used.
         """
+        from ..memory.streaming import WITHOUT_STREAMS, Visit, pin
+
         if as_device(offload_device).type != "cpu":
             raise InputError(f"offload_device is {str(offload_device)!r}; weights are kept on the host: use 'cpu'")
         blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
         excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
         for name in excluded:
             self._require(name)
-        whole = self._visits_of_whole_components(excluded)
+        whole = dict.fromkeys(self._moved_whole(excluded), Visit())
         target = choose_device(None, onload_device)
         self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), whole))
         if use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS:

@@ -20,9 +20,8 @@ from ..checkpoints.layout import INDEX_NAME
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
-from ..memory.placement import check_dtype
 from ..models.base import parse_dtype
-from ..nn.machine import check_device
+from ..nn.machine import check_device, check_dtype
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 
 if TYPE_CHECKING:

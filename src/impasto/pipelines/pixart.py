@@ -26,7 +26,7 @@ from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .images import ImageProcessor
 from .latents import unscaled
-from .prompts import EncodedTexts, clean_prompt, encode_texts, normalize_caption
+from .prompts import EncodedTexts, encode_texts, normalize_caption
 from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
@@ -230,7 +230,12 @@ class PixArtPipeline(Pipeline):
         )
 
     def _encode_texts(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> EncodedTexts:
-        texts = [clean_prompt(text) if cleaned else normalize_caption(text) for text in texts]
+        if cleaned:
+            from .cleaning import clean_prompt
+
+            texts = [clean_prompt(text) for text in texts]
+        else:
+            texts = [normalize_caption(text) for text in texts]
 
         def encode(texts: list[str]) -> EncodedTexts:
             tokenizer = self._require("tokenizer")
