@@ -1,10 +1,10 @@
-"""The peak memory of drawing within a budget, with full-size random weights in the published layout and dtype.
+"""The peak memory of generating an image within a budget, with full-size random weights in the published layout.
 
     python benchmarks/memory.py [--folder FOLDER] [--budgets 8GB 7GB] [--steps 2] [--dtype float32] [--device cpu]
 
-Makes a folder as PixArt-Σ at 1024 px is published (T5-XXL, XL/2, SDXL's autoencoder; 22 GB in float32, a minute or
-two), once, and lets the command line draw a picture from it within each budget. On the CPU the peak is that of memory
-which no file backs (RssAnon, every 5 ms); on a GPU that of its allocator.
+Creates a folder like that of PixArt-Σ at 1024 px (T5-XXL, XL/2, SDXL's autoencoder; 22 GB in float32, a minute or two)
+once, and has the command line generate an image from it within each budget. On the CPU the peak is that of memory that
+no file backs (RssAnon, every 5 ms); on a GPU that of its allocator.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ import sys, torch, impasto
 pipe = impasto.PixArtSigmaPipeline.from_pretrained(sys.argv[1], memory_budget=sys.argv[2])
 torch.cuda.reset_peak_memory_stats()
 pipe(sys.argv[3], num_inference_steps=int(sys.argv[4]))
-print(pipe.plan, file=sys.stderr)
+print(*pipe.plan.lines(), sep='\\n', file=sys.stderr)
 print(torch.cuda.max_memory_allocated())
 """
 
 
 def save_random(model: nn.Module, folder: Path, stem: str, dtype: torch.dtype) -> None:
-    """A part's weights, one file a block. Weights of one shape are the same ones, which is quickly made."""
+    """Write a component's weights, a file for each block. Weights of the same shape are equal, which is fast."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: dict[str, list[str]] = {}
     state = model.state_dict()
@@ -71,9 +71,9 @@ def make_folder(folder: Path, dtype: torch.dtype) -> None:
     picture.tokenizer().save_pretrained(folder / "tokenizer")
     save_random(encoder, folder / "text_encoder", "model", dtype)
     encoder.config.save_pretrained(folder / "text_encoder")
-    for name, part in (("transformer", transformer), ("vae", vae)):
-        save_random(part, folder / name, "diffusion_pytorch_model", dtype)
-        config = {"_class_name": type(part).__name__, **dict(part.config)}
+    for name, model in (("transformer", transformer), ("vae", vae)):
+        save_random(model, folder / name, "diffusion_pytorch_model", dtype)
+        config = {"_class_name": type(model).__name__, **dict(model.config)}
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
     index = json.loads((folder / "model_index.json").read_text())
     index |= {
@@ -86,7 +86,7 @@ def make_folder(folder: Path, dtype: torch.dtype) -> None:
 
 
 def anonymous(pid: int) -> int:
-    """Bytes of a process that no file backs; 0 once it has ended."""
+    """Bytes of a process that no file backs; 0 after it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -95,7 +95,7 @@ def anonymous(pid: int) -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def draw_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
+def generate_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
     target = folder.parent / f"{budget}.png"
     command = [sys.executable, "-m", "impasto", "generate", picture.PROMPT, "--model", str(folder)]
     command += ["--memory-budget", budget, "--steps", str(steps), "--device", "cpu", "--seed", "0"]
@@ -113,7 +113,7 @@ def draw_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
     return {"peak_gigabytes": round(peak / 1e9, 2), "seconds": round(time.perf_counter() - start, 1), "plan": plan}
 
 
-def draw_on_gpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
+def generate_on_gpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
     arguments = [sys.executable, "-c", GPU_CALL, str(folder), budget, picture.PROMPT, str(steps)]
     start = time.perf_counter()
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
@@ -124,7 +124,7 @@ def draw_on_gpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="made, if it is not there; kept. By default made and removed")
+    parser.add_argument("--folder", type=Path, help="created unless it exists, and kept; by default a temporary one")
     parser.add_argument("--budgets", nargs="+", default=["8GB", "7GB"])
     parser.add_argument("--steps", type=int, default=2, help="more do not need more memory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the stored weights")
@@ -133,9 +133,9 @@ def main() -> None:
     folder = options.folder or Path(f"full-size-{options.dtype}")
     if not (folder / "model_index.json").exists():
         make_folder(folder, getattr(torch, options.dtype))
-    draw = draw_on_cpu if options.device == "cpu" else draw_on_gpu
+    generate = generate_on_cpu if options.device == "cpu" else generate_on_gpu
     try:
-        measured = {budget: draw(folder, budget, options.steps) for budget in options.budgets}
+        measured = {budget: generate(folder, budget, options.steps) for budget in options.budgets}
     finally:
         if options.folder is None:
             shutil.rmtree(folder)

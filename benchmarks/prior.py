@@ -20,7 +20,7 @@ import torch
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 import measure
-from impasto.pipelines.prior_decoder import PriorDecoder, Sampling
+from impasto.models.glm_image.prior_decoder import PriorDecoder, Sampling
 
 VOCABULARY = 16384
 PROMPT = 50

@@ -3,10 +3,10 @@
     python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--layers 28] [--rounds 5] [--exact] [--best] ...
 
 A step is what the pipelines do: each image twice (negative and positive), 300 text tokens of which the real ones are
-few. With --best, diffusers takes further turns with fused projections and compiled, and ours with its weights packed
-(which is what ``pipe.compile()`` does on a CPU). The outputs are compared before anything is timed, and with --exact
-each one's distance from float64 is measured (on the blocks' own weights; slow). Each library's peak memory is measured
-in a process of its own. The layers are alike, so that some of them show the ratio.
+few. With --best, diffusers takes further turns with fused projections and compiled. The outputs are compared before
+anything is timed, and with --exact each one's distance from float64 is measured (on the blocks' own weights; slow).
+Each library's peak memory is measured in a process of its own. The layers are alike, so that some of them show the
+ratio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import diffusers
 import torch
 
 import measure
-from impasto import PixArtTransformer2DModel, pack_weights
+from impasto import PixArtTransformer2DModel
 
 XL = {"caption_channels": 4096, "use_additional_conditions": False, "num_layers": 28}
 
@@ -77,18 +77,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real-tokens", type=int, default=20)
     parser.add_argument("--exact", action="store_true", help="measure the distance of both from float64")
-    parser.add_argument("--best", action="store_true", help="both with their options, too")
-    parser.add_argument("--memory-of", choices=["impasto", "impasto packed", "diffusers"], help=argparse.SUPPRESS)
+    parser.add_argument("--best", action="store_true", help="diffusers with its options, too")
+    parser.add_argument("--memory-of", choices=["impasto", "diffusers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     XL["num_layers"] = options.layers
 
     if options.memory_of:
-        library, *packs = options.memory_of.split()
-        model = build(library, options.pixels, dtype)
-        if packs:
-            pack_weights(model)
-        step = Step(library, model, options, dtype)
+        model = build(options.memory_of, options.pixels, dtype)
+        step = Step(options.memory_of, model, options, dtype)
         step()
         step()
         print(measure.own_peak())
@@ -102,10 +99,6 @@ def main() -> None:
         fused = build("diffusers", options.pixels, dtype)
         fused.load_state_dict(theirs.state_dict())
         fused.fuse_qkv_projections()
-        packed = build("impasto", options.pixels, dtype)
-        packed.load_state_dict(theirs.state_dict())
-        pack_weights(packed)
-        steps["impasto packed"] = Step("impasto", packed, options, dtype)
         steps["diffusers fused"] = Step("diffusers", fused, options, dtype)
         steps["diffusers compiled"] = Step("diffusers", torch.compile(theirs), options, dtype)
     outputs = {name: step() for name, step in steps.items()}
@@ -126,7 +119,7 @@ def main() -> None:
     del steps, ours, theirs, outputs
     common = ["--pixels", str(options.pixels), "--dtype", options.dtype, "--batch", str(options.batch)]
     common += ["--layers", str(options.layers)]
-    names = ("impasto", "impasto packed", "diffusers") if options.best else ("impasto", "diffusers")
+    names = ("impasto", "diffusers")
     result["peak_gigabytes"] = {name: measure.peak_gigabytes(__file__, "--memory-of", name, *common) for name in names}
     kind = (f"-layers{options.layers}" if options.layers < 28 else "") + ("-best" if options.best else "")
     measure.write(f"step-{options.pixels}-{options.dtype}-batch{options.batch}{kind}", result)

@@ -1,8 +1,8 @@
-"""Draw within a memory budget: precision, placement and tiling are chosen for it, and nothing else is lost.
+"""Generate an image within a memory budget: precision, placement and tiling are chosen to keep to it.
 
     python examples/memory_budget.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --budget 8GB "cute cat"
 
-With --prompt-cache FOLDER a prompt that was drawn before needs no text encoder. ``impasto info MODEL`` shows the
+With --prompt-cache FOLDER a prompt that was used before needs no text encoder. ``impasto info MODEL`` shows the
 plans for other budgets.
 """
 

@@ -1,10 +1,10 @@
-"""Draw within 7 GB of GPU memory: the text encoder in 4 bits, and every part only as long as it is needed.
+"""Generate an image within 7 GB of GPU memory: a 4-bit text encoder, and each component loaded only while in use.
 
     pip install -U accelerate bitsandbytes
     python examples/under_7gb.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --prompt "cute cat"
 
-Text embeddings that are computed in 4 bits lose more than in 8 (examples/under_8gb.py).
-Without a GPU it runs on the CPU. What needs no 4 bits and chooses by itself: examples/memory_budget.py.
+A 4-bit text encoder is less accurate than an 8-bit one (examples/under_8gb.py).
+Without a GPU it runs on the CPU. To have everything chosen automatically, use examples/memory_budget.py.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 def quantization_config() -> Any:
-    """What transformers is told about the precision of the text encoder: 4 bits, in the format NF4 (2305.14314)."""
+    """The configuration of the text encoder's quantization in transformers: 4 bits, NF4 (2305.14314)."""
     try:
         import bitsandbytes  # noqa: F401  (transformers does the rest)
         from transformers import BitsAndBytesConfig
     except ImportError as error:
         raise MissingDependencyError(
-            "4 bits need bitsandbytes: pip install -U accelerate bitsandbytes; or use examples/memory_budget.py"
+            "4-bit weights need bitsandbytes: pip install -U accelerate bitsandbytes; or use examples/memory_budget.py"
         ) from error
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE)
 
 
 def flush() -> None:
-    """Give back what is not referred to any more."""
+    """Free the memory of objects without references."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     pipeline_class = getattr(impasto, resolve_pipeline(args.model)[1])
 
-    # 1. The prompt: the text encoder alone, in 4 bits.
+    # 1. The prompt: the 4-bit text encoder alone.
     text_encoder = T5EncoderModel.from_pretrained(
         args.model,
         subfolder="text_encoder",
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     del pipe.transformer
     flush()
 
-    # 3. The picture: the autoencoder alone.
+    # 3. The image: the autoencoder alone.
     image = pipe.image_processor.postprocess(pipe.decode(latents), output_type="pil")[0]
     image.save(args.output)
     print(args.output)

@@ -1,10 +1,10 @@
-"""Draw within 8 GB of GPU memory: the text encoder in 8 bits, and every part only as long as it is needed.
+"""Generate an image within 8 GB of GPU memory: an 8-bit text encoder, and each component loaded only while in use.
 
     pip install -U accelerate bitsandbytes   # or torchao, and --library torchao
     python examples/under_8gb.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --prompt "cute cat"
 
-Text embeddings that are computed in 8 bits lose a little; compare the pictures with and without (--bits 16).
-Without a GPU it runs on the CPU. What needs no 8 bits and chooses by itself: examples/memory_budget.py.
+An 8-bit text encoder is slightly less accurate; compare the images with those of --bits 16.
+Without a GPU it runs on the CPU. To have everything chosen automatically, use examples/memory_budget.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 def quantization_config(bits: int, library: str) -> Any:
-    """What transformers is told about the precision of the text encoder; None for 16 bits (32 on the CPU)."""
+    """The configuration of the text encoder's quantization in transformers; None for 16 bits (32 on the CPU)."""
     if bits == 16:
         return None
     try:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     pipeline_class = getattr(impasto, resolve_pipeline(args.model)[1])
 
-    # 1. The prompt: the text encoder alone, in 8 bits.
+    # 1. The prompt: the 8-bit text encoder alone.
     text_encoder = T5EncoderModel.from_pretrained(
         args.model,
         subfolder="text_encoder",
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     del pipe.transformer
     flush()
 
-    # 3. The picture: the autoencoder alone.
+    # 3. The image: the autoencoder alone.
     image = pipe.image_processor.postprocess(pipe.decode(latents), output_type="pil")[0]
     image.save(args.output)
     print(args.output)

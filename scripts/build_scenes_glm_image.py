@@ -38,8 +38,8 @@ from transformers.models.glm_image.image_processing_pil_glm_image import GlmImag
 import chunks
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
+from impasto.models.glm_image.prior import target_offsets
 from impasto.pipelines.glm_image import GlmImagePipeline
-from impasto.pipelines.glm_image_prior import target_offsets
 from impasto.pipelines.glyphs import encode_glyphs
 from impasto.scenes.captions import caption
 from impasto.scenes.edits import sample_edit

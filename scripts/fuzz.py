@@ -71,8 +71,8 @@ def build_targets(root: Path) -> dict[str, Target]:
     import impasto
     from impasto.checkpoints.weights import save_weights
     from impasto.memory.inspection import inspect_model
-    from impasto.pipelines.embedding_cache import EmbeddingCache
-    from impasto.pipelines.image import GenerationSettings, save_picture
+    from impasto.pipelines.image_files import GenerationSettings, save_image
+    from impasto.pipelines.prompt_cache import PromptCache
     from impasto.training.state import save_state
 
     pixart = tiny.write_pipeline(root / "pixart")
@@ -99,7 +99,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     images.mkdir()
     picture = Image.effect_noise((40, 30), 90).convert("RGB")
     for name in ("a.png", "a.jpg", "a.webp"):
-        save_picture(picture, images / name, GenerationSettings(prompt="a cube", steps=2, seed=7))
+        save_image(picture, images / name, GenerationSettings(prompt="a cube", steps=2, seed=7))
     state = root / "state"
     save_state(state / "state.pt", {"models": transformer.state_dict(), "step": 3, "ema": {"updates": 1}})
 
@@ -109,7 +109,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     with torch.no_grad():
         pipe.encode_prompt("a cat")
     shutil.copytree(pixart / "tokenizer", cached / "tokenizer")
-    assert isinstance(pipe.prompt_cache, EmbeddingCache)
+    assert isinstance(pipe.prompt_cache, PromptCache)
 
     pending = root / "pending"
     save_weights(transformer.state_dict(), pending)
@@ -119,12 +119,12 @@ def build_targets(root: Path) -> dict[str, Target]:
     (pending / STAGING / JOURNAL).touch()
 
     def load_images(folder: Path) -> None:
-        from impasto.pipelines import image_inputs
-        from impasto.pipelines.image import read_settings
+        from impasto.pipelines import image_files
+        from impasto.pipelines.image_files import read_settings
 
         refusal = None
         for path in sorted(folder.iterdir()):
-            for read in (read_settings, image_inputs.open_image):
+            for read in (read_settings, image_files.open_image):
                 try:
                     read(path)
                 except ImpastoError as error:

@@ -16,11 +16,16 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import cli
+from impasto.cli import pipelines
+from impasto.cli.generate import IMAGE_EXTENSIONS
+from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError
-from impasto.memory.inspection import inspect_model, picture_size
+from impasto.memory.estimate import peak_memory
+from impasto.memory.inspection import image_size, inspect_model
 from impasto.nn.machine import is_native
-from impasto.pipelines.image import check_picture_path, read_settings
+from impasto.pipelines.image_files import check_image_path, read_settings
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+from impasto.pipelines.pixart_edits import PixArtSigmaImg2ImgPipeline
 from impasto.scenes.evaluate import held_out_prompts
 from impasto.scenes.judge import read
 from impasto.schedulers.lcm import LCMScheduler
@@ -42,8 +47,8 @@ def generate(model: Path, *arguments: Any) -> Result:
 
 
 def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def fresh(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -58,7 +63,7 @@ NATIVE = is_native(torch.bfloat16)
 # --- generate ---
 
 
-def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
+def test_one_image_goes_into_the_named_file_with_its_settings(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "cube.png"
     options = ("--seed", 7, "--guidance-scale", 3.5, "--negative-prompt", "grey, blue", "--scheduler", "ddim")
     result = generate(model, "a red cube", "--output", path, "--height", 16, "--width", 24, *options)
@@ -72,8 +77,8 @@ def test_one_picture_goes_into_the_named_file_with_its_settings(model: Path, tmp
     assert pixels(path).shape == (16, 24, 3)
 
 
-def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
-    """Order of the files, seeds, and the picture itself: made together, in other batches, and alone."""
+def test_an_image_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> None:
+    """Order of the files, seeds, and the image itself: generated together, in other batches, and alone."""
     prompts = ["a red cube", "a blue sphere"]
     made = {}
     for batch in (3, 4):
@@ -93,7 +98,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> 
     assert abs(pixels(made[4][3]) - alone).max() > 5
 
 
-def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+def test_the_images_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     generate(model, "a red cube", "--seed", 3, "--scheduler", "lcm", "--output", tmp_path / "x.png")
     pipe = PixArtSigmaPipeline.from_pretrained(model, dtype=torch.bfloat16 if NATIVE else torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +107,7 @@ def test_the_pictures_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> 
     assert abs(pixels(tmp_path / "x.png") - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: Path) -> None:
+def test_a_random_seed_is_printed_and_generates_the_same_again(model: Path, tmp_path: Path) -> None:
     first = generate(model, "a red cube", "--output", f"{tmp_path}/new/folder/")
     path = tmp_path / "new" / "folder" / "0000.png"
     assert first.stdout == f"{path}\n"
@@ -114,7 +119,7 @@ def test_a_random_seed_is_told_and_draws_the_same_again(model: Path, tmp_path: P
     assert f"seed {seed}\n" not in other.stderr
 
 
-def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alpha_is_generated_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = write_pipeline(tmp_path / "alpha", PixArtAlphaPipeline)
     lengths = []
     encode = PixArtAlphaPipeline.encode_prompt
@@ -130,7 +135,7 @@ def test_alpha_is_drawn_by_its_own_pipeline(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_dtypes(model: Path, tmp_path: Path) -> None:
-    assert cli._choose_dtype(cli.DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
+    assert pipelines.choose_dtype(DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
     for dtype in ("bfloat16", "float32"):
         generate(model, "a red cube", "--dtype", dtype, "--seed", 1, "--output", tmp_path / "x.png")
         assert read_settings(tmp_path / "x.png").extra["Dtype"] == dtype
@@ -166,7 +171,7 @@ def test_a_mistake_is_one_line_and_costs_no_loading(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "model.1").touch()
     result = generate(model, *(str(argument).replace("{tmp}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 1
@@ -197,7 +202,7 @@ def test_an_interruption_has_status_130(model: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(pipelines, "load", interrupt)
     result = generate(model, "x", "--output", tmp_path / "x.png")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
@@ -214,8 +219,8 @@ def test_running_out_of_memory_is_explained(model: Path, monkeypatch: pytest.Mon
 
 
 def test_the_extensions_are_those_that_can_be_written(tmp_path: Path) -> None:
-    for extension in cli.IMAGE_EXTENSIONS:
-        check_picture_path(tmp_path / f"x{extension}")
+    for extension in IMAGE_EXTENSIONS:
+        check_image_path(tmp_path / f"x{extension}")
 
 
 # --- info ---
@@ -226,7 +231,7 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
     pipe.transformer = tiny_transformer().half()
     pipe.save_pretrained(tmp_path, max_shard_size=20_000)
     found = inspect_model(tmp_path)
-    parts = found.by_name
+    parts = found.components
     assert list(parts) == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
     for name in ("vae", "transformer"):
         assert parts[name].parameters == pipe.components[name].num_parameters()
@@ -239,10 +244,10 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
     assert parts["transformer"].memory("float32") == 4 * parts["transformer"].parameters
     loaded = PixArtSigmaPipeline.from_pretrained(tmp_path, dtype="float16").text_encoder
     assert parts["text_encoder"].memory("float16") == sum(p.nbytes for p in loaded.parameters())
-    both, single = (found.peak_memory("bfloat16", one_at_a_time=flag) for flag in (False, True))
-    assert max(part.memory("bfloat16") for part in found.parts) < single < both
+    both, single = (peak_memory(found, "bfloat16", one_at_a_time=flag) for flag in (False, True))
+    assert max(part.memory("bfloat16") for part in found.components.values()) < single < both
     config = pipe.transformer.config
-    assert picture_size(config, pipe.vae.config) == (config.sample_size * pipe.vae_scale_factor, 4)
+    assert image_size(config, pipe.vae.config) == (config.sample_size * pipe.vae_scale_factor, 4)
 
     result = call("info", tmp_path)
     assert result.exit_code == 0
@@ -253,7 +258,7 @@ def test_info_counts_what_is_stored(tmp_path: Path) -> None:
 def test_info_of_a_variant(tmp_path: Path) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     pipe.save_pretrained(tmp_path, variant="fp16")
-    assert inspect_model(tmp_path).by_name["vae"].parameters == pipe.vae.num_parameters()
+    assert inspect_model(tmp_path).components["vae"].parameters == pipe.vae.num_parameters()
 
 
 @pytest.mark.parametrize(("damage", "expected"), [("remove", "holds no weights"), ("corrupt", "damaged header")])
@@ -321,7 +326,91 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     settings = read_settings(path)
     assert (settings.model, settings.steps, settings.guidance_scale, settings.seed) == ("builtin:scenes", 20, 4.5, 7)
     assert pixels(path).shape == (64, 64, 3)
-    with Image.open(path) as picture:  # what `make demo` draws
-        (reading,) = read([picture])
+    with Image.open(path) as image:  # what `make demo` generates
+        (reading,) = read([image])
     assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]
     assert reading.relations == ("on top of",)
+
+
+# --- edits ---
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An image of 30 x 20 px, and a mask of its left half."""
+    folder = tmp_path_factory.mktemp("photo")
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(folder / "photo.png")
+    mask = np.zeros((20, 30), dtype=np.uint8)
+    mask[:, :15] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder / "photo.png", folder / "mask.png"
+
+
+def test_an_image_is_edited(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "edit.png"
+    options = ("--dtype", "float32", "--seed", 3, "--strength", 0.5, "--output", path)
+    result = generate(model, "a cat", "--image", photo[0], *options)
+    assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+    pipe = PixArtSigmaImg2ImgPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("a cat", Image.open(photo[0]), 0.5, num_inference_steps=2, generator=[generator]).images[0]
+    assert expected.size == (30, 20)
+    assert np.array_equal(pixels(path), np.asarray(expected))
+    settings = read_settings(path)
+    assert settings.extra["Denoising strength"] == "0.5"
+    assert (settings.height, settings.width) == (20, 30)
+    assert generate(model, "a cat", "--image", photo[0], "--height", 16, "--width", 24, "--output", path).exit_code == 0
+    assert pixels(path).shape == (16, 24, 3)
+    assert read_settings(path).extra["Denoising strength"] == "0.8"
+
+
+def test_what_the_mask_does_not_select_stays(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "edits"
+    result = generate(model, "a cat", "a dog", "--image", photo[0], "--mask", photo[1], "--output", f"{out}/")
+    assert result.exit_code == 0, result.stderr
+    for name in ("0000.png", "0001.png"):
+        assert np.array_equal(pixels(out / name)[:, 15:], pixels(photo[0])[:, 15:])
+        assert not np.array_equal(pixels(out / name)[:, :15], pixels(photo[0])[:, :15])
+        assert read_settings(out / name).extra["Denoising strength"] == "1.0"
+    assert not np.array_equal(pixels(out / "0000.png"), pixels(out / "0001.png"))
+
+
+def test_an_edit_within_a_budget(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "edit.png"
+    result = generate(model, "a cat", "--image", photo[0], "--memory-budget", "4GB", "--output", path)
+    assert result.exit_code == 0, result.stderr
+    assert pixels(path).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0.5"], "--strength needs --image"),
+        (["--mask", "MASK"], "--mask needs --image"),
+        (["--image", "PHOTO", "--image", "PHOTO"], "PixArt edits one image, and --image was given 2 times"),
+        (["--image", "PHOTO", "--strength", "0.1"], "strength=0.1 leaves none of 2 steps"),
+        (["--image", "PHOTO", "--strength", "2"], "strength"),
+        (["--image", "PHOTO", "--height", "21"], "multiples of 4, not 21 x 30"),
+        (["--image", "PHOTO", "--mask", "SMALL"], "8 x 8 pixels for images of 20 x 30"),
+        (["--image", "PHOTO", "--mask", "BLACK"], "black everywhere"),
+        (["--image", "PHOTO", "--mask", "missing.png"], "'missing.png' cannot be read as an image"),
+        (["--image", "missing.png"], "'missing.png' cannot be read as an image"),
+    ],
+)
+def test_mistakes_of_edits_cost_no_loading(
+    model: Path,
+    photo: tuple[Path, Path],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("loaded"))
+    files = {"PHOTO": photo[0], "MASK": photo[1], "SMALL": tmp_path / "small.png", "BLACK": tmp_path / "black.png"}
+    Image.new("L", (8, 8), 255).save(files["SMALL"])
+    Image.new("L", (30, 20)).save(files["BLACK"])
+    result = generate(model, "a cat", *(files.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr

@@ -1,4 +1,4 @@
-"""The command line with a GLM-Image: pictures, edits, what it is made of, and what it refuses."""
+"""The command line with a GLM-Image: images, edits, components, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import GlmImagePipeline, cli
-from impasto.pipelines.image import read_settings
+from impasto.cli import pipelines as cli_pipelines
+from impasto.pipelines.image_files import read_settings
 
 from .tiny_glm import pipelines, prior_parts
 
@@ -20,8 +21,8 @@ from .tiny_glm import pipelines, prior_parts
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe, _ = pipelines()
-    for name, part in prior_parts().items():
-        setattr(pipe, name, part)
+    for name, component in prior_parts().items():
+        setattr(pipe, name, component)
     path = tmp_path_factory.mktemp("glm") / "tiny"
     pipe.save_pretrained(path)
     return path
@@ -32,7 +33,7 @@ def generate(model: Path, *arguments: Any) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in fixed])
 
 
-def test_a_picture_and_an_edit_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
+def test_an_image_and_an_edit_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     options = ["--steps", 2, "--seed", 3, "--height", 64, "--width", 96]
     result = generate(model, 'a sign "open"', "--output", first, *options)
@@ -53,13 +54,22 @@ def test_a_picture_and_an_edit_are_those_of_the_pipeline(model: Path, tmp_path: 
     assert np.array_equal(np.asarray(Image.open(second)), np.asarray(expected))
 
 
+def test_an_edit_has_the_size_that_is_asked_for(model: Path, tmp_path: Path) -> None:
+    source, result = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (64, 64), "red").save(source)
+    options = ["--height", 50, "--width", 70, "--steps", 1, "--memory-budget", "4GB", "--output", result]
+    done = generate(model, "at night", "--image", source, *options)
+    assert done.exit_code == 0, done.stderr
+    assert Image.open(result).size == (70, 50)
+
+
 def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
     result = generate(model, "a cube", "--memory-budget", "4GB", "--steps", 1, "--output", tmp_path / "a.png")
     assert result.exit_code == 0, result.stderr
     assert "vision_language_encoder" in result.stderr
-    told = CliRunner().invoke(cli.app, ["info", str(model)]).stdout
-    assert "GlmImageForConditionalGeneration" in told
-    assert "images of 64 x 64 px; sides are multiples of 32" in told
+    printed = CliRunner().invoke(cli.app, ["info", str(model)]).stdout
+    assert "GlmImageForConditionalGeneration" in printed
+    assert "images of 64 x 64 px; sides are multiples of 32" in printed
 
 
 @pytest.mark.parametrize(
@@ -68,20 +78,14 @@ def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
         (["--height", "40"], "height must be multiples of 32, not 40; the nearest size is 32"),
         (["--scheduler", "ddim"], "--scheduler is for PixArt"),
         (["--image", "missing.png"], "'missing.png' cannot be read as an image"),
+        (["--image", "a.png", "--strength", "0.5"], "--strength is for PixArt"),
+        (["--image", "a.png", "--mask", "m.png"], "--mask is for PixArt"),
     ],
 )
 def test_a_mistake_costs_no_loading(
     model: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_pipelines, "load", lambda *_: pytest.fail("loaded"))
     result = generate(model, "a cube", *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
-
-
-def test_images_are_for_glm_image_alone(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.new("RGB", (64, 64)).save(path)
-    result = CliRunner().invoke(cli.app, ["generate", "a cube", "--image", str(path)])
-    assert result.exit_code == 1
-    assert "takes text alone; --image is for GLM-Image" in result.stderr

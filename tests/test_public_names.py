@@ -79,6 +79,26 @@ def test_a_name_is_looked_up_once() -> None:
     assert run("import impasto; impasto.DDIMScheduler; print('DDIMScheduler' in vars(impasto))") == "True"
 
 
+def test_pixart_loads_no_other_family_and_nothing_that_only_some_calls_need() -> None:
+    loaded = run("import sys, impasto.pipelines.pixart; print(*sys.modules)").split()
+    rare = (
+        "glm",
+        "glyphs",
+        "prior",
+        "plan",
+        "estimate",
+        "inspection",
+        "compiling",
+        "graphs",
+        "foreign",
+        "prompt_cache",
+    )
+    own = [name for name in loaded if name.startswith("impasto.")]
+    assert [name for name in own if any(word in name for word in rare)] == []
+    assert [name for name in own if name.split(".")[1] in ("schedulers", "transforms", "training", "scenes")] == []
+    assert "transformers" not in loaded
+
+
 def test_type_checkers_see_the_same_names_as_the_interpreter() -> None:
     """The imports under TYPE_CHECKING, the table of lazy names and ``__all__`` say the same thing."""
     tree = ast.parse(Path(impasto.__file__).read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""Impasto: the PixArt text-to-image diffusion transformers, run and trained.
+"""Impasto: the PixArt and GLM-Image text-to-image diffusion transformers, run and trained.
 
     from impasto import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained("builtin:scenes")
     pipe("a red cube on top of a blue sphere").images[0].save("cube.png")
 
-Names are resolved when they are first used, so ``import impasto`` and the command line's ``--help`` load no torch.
+Names are resolved on first use, so ``import impasto`` and the ``--help`` of the command line load no torch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from .pipelines.base import ImagePipelineOutput
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+    from .pipelines.pixart_edits import (
+        PixArtAlphaImg2ImgPipeline,
+        PixArtAlphaInpaintPipeline,
+        PixArtSigmaImg2ImgPipeline,
+        PixArtSigmaInpaintPipeline,
+    )
     from .schedulers.base import SchedulerOutput
     from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
     from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
@@ -45,7 +51,6 @@ if TYPE_CHECKING:
     from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
-    from .transforms.packing import pack_weights
     from .transforms.quantize import dequantize, quantize
     from .transforms.step_cache import cache_steps
 
@@ -76,7 +81,11 @@ __all__ = [
     "LCMSchedulerOutput",
     "MissingDependencyError",
     "OutputError",
+    "PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline",
     "PixArtTransformer2DModel",
     "ResourceError",
@@ -90,11 +99,10 @@ __all__ = [
     "compute_in_float32",
     "dequantize",
     "guide_between",
-    "pack_weights",
     "quantize",
 ]
 
-#: Where each lazy name is defined. The old checkpoints' ``Transformer2DModel`` is the PixArt transformer.
+#: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
@@ -112,7 +120,11 @@ _HOMES = {
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",
     "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",
+    "PixArtAlphaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline": ".pipelines.pixart_edits:PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline": ".pipelines.pixart:PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline": ".pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline": ".pipelines.pixart:PixArtSigmaPipeline",
     "PixArtTransformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",
@@ -123,7 +135,6 @@ _HOMES = {
     "compute_in_float32": ".nn.precision:compute_in_float32",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
-    "pack_weights": ".transforms.packing:pack_weights",
     "quantize": ".transforms.quantize:quantize",
 }
 
@@ -133,7 +144,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name].split(":")
     value = getattr(import_module(module, __name__), attribute)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # the next access does not come here
     return value
 
 

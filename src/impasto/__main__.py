@@ -1,4 +1,4 @@
-"""The command ``impasto``: what signals do is settled before anything slow is imported."""
+"""The command ``impasto``: signal handlers are installed before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import FrameType
 
 
 def main() -> None:
-    """Run the command line; a signal that ends it is reported in one line, and seen by the shell (130, 143)."""
+    """Run the command line; a signal that ends it is reported in one line, and the shell sees it (130, 143)."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file would take its number, and what is printed would go there
+        except OSError:  # closed: the next file would get its number, and with it all that is printed
             os.open(os.devnull, os.O_RDWR)
-    stderr = os.dup(2)  # which stays what it is while a library's messages are held back
+    stderr = os.dup(2)  # a copy, as libraries may redirect descriptor 2 for a while
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
             signal.signal(number, functools.partial(_end, stderr))

@@ -96,3 +96,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def printable(text: str) -> str:
     r"""The text with control characters and lone surrogates escaped (``\x1b``), so that a terminal only shows them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# --- the largest values that a call or a command accepts: beyond them it is a mistake or an attack ---
+
+MAX_SIDE = 8192  # pixels of a generated image, along a side
+MAX_PIXELS = MAX_SIDE**2  # of an image that is given
+MAX_FILE_BYTES = 256 << 20  # of an image file
+MAX_STEPS = 10_000
+MAX_IMAGES = 10_000  # of a call, or of a command
+MAX_GUIDANCE = 1000.0  # in magnitude; the largest number of float16 is 65504
+MAX_TOKENS = 4096  # of a text
+MAX_CHARACTERS = 20_000  # of a prompt: more than any text encoder here reads

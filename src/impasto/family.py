@@ -1,4 +1,4 @@
-"""The facts of each model family, and components of one family that were put into another."""
+"""The facts of each model family, and the detection of components from different families."""
 
 from __future__ import annotations
 
@@ -8,33 +8,51 @@ from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
-    """The facts in which the two differ, beside the configs of their parts."""
+    """What distinguishes a family apart from the configs of its components."""
 
     name: str
-    vae_scaling_factor: float
+    #: None: the autoencoder has a mean and a standard deviation for each latent channel instead.
+    vae_scaling_factor: float | None
+    #: The default of ``max_sequence_length``.
     text_tokens: int
-    #: Whether the transformer may be told the size and the aspect ratio of the picture.
+    #: The defaults of ``num_inference_steps`` and ``guidance_scale``.
+    steps: int
+    guidance_scale: float
+    #: Whether the transformer may be conditioned on the size of the image.
     micro_conditions: bool
     #: With a single step, take the scheduler's x_0 instead of its next sample (one-step models such as DMD).
     single_step_takes_original: bool
 
 
-ALPHA = Family("PixArt-α", 0.18215, 120, micro_conditions=True, single_step_takes_original=True)
-SIGMA = Family("PixArt-Σ", 0.13025, 300, micro_conditions=False, single_step_takes_original=False)
+ALPHA = Family("PixArt-α", 0.18215, 120, 20, 4.5, micro_conditions=True, single_step_takes_original=True)
+SIGMA = Family("PixArt-Σ", 0.13025, 300, 20, 4.5, micro_conditions=False, single_step_takes_original=False)
+GLM_IMAGE = Family("GLM-Image", None, 2048, 50, 1.5, micro_conditions=True, single_step_takes_original=False)
+
+#: Pixels per latent along a side, unless the autoencoder says otherwise.
+VAE_SCALE_FACTOR = 8
+
+#: The names of the lists of repeated blocks in models, their text encoders included.
+BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
 
 
-def mixtures(parts: Mapping[str, Any], family: Family) -> Iterator[str]:
-    """What does not belong together among the parts of a pipeline of this family, a sentence each.
+def family_of(pipeline_class_name: str) -> Family:
+    """The family of a pipeline class, by its name; PixArt-Σ for the name of any other class."""
+    prefixes = {"PixArtAlpha": ALPHA, "GlmImage": GLM_IMAGE}
+    return next((family for prefix, family in prefixes.items() if pipeline_class_name.startswith(prefix)), SIGMA)
 
-    Parts with values of their own, which are of neither family, are not spoken of.
+
+def mixtures(components: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """A sentence for each component of a PixArt pipeline that does not belong to this family or to the others.
+
+    Components with values that are of neither PixArt family are not mentioned.
     """
     other = SIGMA if family is ALPHA else ALPHA
-    vae, transformer = parts["vae"], parts["transformer"]
-    text_encoder, tokenizer = parts["text_encoder"], parts["tokenizer"]
+    vae, transformer = components["vae"], components["transformer"]
+    text_encoder, tokenizer = components["text_encoder"], components["tokenizer"]
     if vae is not None and vae.config.get("scaling_factor") == other.vae_scaling_factor:
         yield (
             f"the vae is that of {other.name} (scaling_factor {other.vae_scaling_factor}, and not "
-            f"{family.vae_scaling_factor}); a transformer of {family.name} will draw noise with it"
+            f"{family.vae_scaling_factor}); a transformer of {family.name} will generate noise with it"
         )
     if tokenizer is not None and tokenizer.model_max_length == other.text_tokens:
         yield (
@@ -53,26 +71,26 @@ def mixtures(parts: Mapping[str, Any], family: Family) -> Iterator[str]:
     width = config.get("caption_channels")
     if text_encoder is not None and width is not None and text_encoder.config.d_model != width:
         yield (
-            f"the text_encoder makes embeddings of {text_encoder.config.d_model} channels and the transformer takes "
+            f"the text_encoder computes embeddings of {text_encoder.config.d_model} channels and the transformer takes "
             f"caption_channels={width}; they do not belong together"
         )
     if config.get("use_additional_conditions") and not family.micro_conditions:
-        yield f"the transformer takes micro-conditions, as those of {other.name}; use that pipeline for it"
+        yield f"the transformer takes micro-conditions, like that of {other.name}; use that pipeline for it"
 
 
 # --- GLM-Image's prior ---
 
-#: Pixels to a token of the prior along a side; two of the transformer's.
+#: Pixels per token of the prior along a side: two tokens of the transformer. Sides are multiples of it.
 PRIOR_PIXELS = 32
 
 
 def small_grid(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of the small image that comes before one of so many rows and columns of tokens."""
+    """Rows and columns of the small image that precedes an image of ``rows`` x ``columns`` tokens."""
     ratio = rows / columns
     return int(math.sqrt(ratio) * 16), int(math.sqrt(1 / ratio) * 16)
 
 
 def tokens_to_generate(height: int, width: int, with_images: bool) -> int:
-    """How many tokens the prior generates for an image, those of the small image included."""
+    """The number of tokens that the prior generates for an image, including those of the small image."""
     rows, columns = height // PRIOR_PIXELS, width // PRIOR_PIXELS
     return rows * columns + (0 if with_images else math.prod(small_grid(rows, columns)))

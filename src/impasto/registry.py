@@ -1,12 +1,14 @@
-"""The classes that ``model_index.json`` names: which fit each role in a pipeline, and ours, imported when asked for."""
+"""The classes that ``model_index.json`` names: which ones fit each component, and ours, imported on demand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .checks import printable, shown
 from .errors import CheckpointError
+from .family import GLM_IMAGE, family_of
 
 if TYPE_CHECKING:
     from .models.base import Model
@@ -15,25 +17,28 @@ if TYPE_CHECKING:
 LANGUAGE_MODELS = ("T5EncoderModel", "GlmImageForConditionalGeneration")
 PROCESSORS = ("GlmImageProcessor",)
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "ByT5Tokenizer")
-SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "LCMScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-)
+#: The modules of our classes.
+_MODULES = {
+    "PixArtTransformer2DModel": "models.pixart.model",
+    "GlmImageTransformer2DModel": "models.glm_image.model",
+    "AutoencoderKL": "models.autoencoder.model",
+    "DPMSolverMultistepScheduler": "schedulers.dpm_solver",
+    "DDIMScheduler": "schedulers.ddim",
+    "DDPMScheduler": "schedulers.ddpm",
+    "LCMScheduler": "schedulers.lcm",
+    "FlowMatchEulerDiscreteScheduler": "schedulers.flow_match_euler",
+}
 _ROLES = {
     "tokenizer": TOKENIZERS,
     "text_encoder": ("T5EncoderModel",),
     "processor": PROCESSORS,
     "vision_language_encoder": ("GlmImageForConditionalGeneration",),
     "vae": ("AutoencoderKL",),
-    "scheduler": SCHEDULERS,
+    "scheduler": tuple(name for name in _MODULES if name.endswith("Scheduler")),
 }
-#: Early PixArt repositories have the name of a base class.
 _PIXART = {**_ROLES, "transformer": ("PixArtTransformer2DModel", "Transformer2DModel")}
 _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
-#: What turns prompts and images into numbers.
+#: Preprocessing: these components have no weights.
 READERS = (*TOKENIZERS, *PROCESSORS)
 _OF_TRANSFORMERS = (*LANGUAGE_MODELS, *READERS)
 
@@ -42,57 +47,26 @@ _ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 
 
 def class_of(name: str) -> type[Model] | type[Scheduler]:
-    """Our class of this name, of a model or a scheduler.
+    """Our model or scheduler class of this name.
 
     Raises:
         KeyError: there is none.
     """
-    match _ALIASES.get(name, name):
-        case "PixArtTransformer2DModel":
-            from .models.pixart.model import PixArtTransformer2DModel
-
-            return PixArtTransformer2DModel
-        case "GlmImageTransformer2DModel":
-            from .models.glm_image.model import GlmImageTransformer2DModel
-
-            return GlmImageTransformer2DModel
-        case "AutoencoderKL":
-            from .models.autoencoder.model import AutoencoderKL
-
-            return AutoencoderKL
-        case "DPMSolverMultistepScheduler":
-            from .schedulers.dpm_solver import DPMSolverMultistepScheduler
-
-            return DPMSolverMultistepScheduler
-        case "DDIMScheduler":
-            from .schedulers.ddim import DDIMScheduler
-
-            return DDIMScheduler
-        case "DDPMScheduler":
-            from .schedulers.ddpm import DDPMScheduler
-
-            return DDPMScheduler
-        case "LCMScheduler":
-            from .schedulers.lcm import LCMScheduler
-
-            return LCMScheduler
-        case "FlowMatchEulerDiscreteScheduler":
-            from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-
-            return FlowMatchEulerDiscreteScheduler
-    raise KeyError(name)
+    name = _ALIASES.get(name, name)
+    found: type[Model] | type[Scheduler] = getattr(import_module(f".{_MODULES[name]}", __package__), name)
+    return found
 
 
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:
-    """The classes that a component of a pipeline may have; none if the pipeline has no such component."""
-    return (_GLM_IMAGE if pipeline.startswith("Glm") else _PIXART).get(component, ())
+    """The classes that a pipeline accepts for a component; empty if it has no such component."""
+    return (_GLM_IMAGE if family_of(pipeline) is GLM_IMAGE else _PIXART).get(component, ())
 
 
 def check_role(pipeline: str, component: str, library_and_class: Any, folder: str) -> None:
-    """That the index gives a component a class that fits its role.
+    """Check that the class of a component in the index is one that the pipeline accepts.
 
     Raises:
-        CheckpointError: it does not; the message says how a foreign component is passed.
+        CheckpointError: it is not; the message explains how to pass a component of another library.
     """
     library, name = library_and_class
     accepted = accepted_classes(pipeline, component)
@@ -107,10 +81,10 @@ def check_role(pipeline: str, component: str, library_and_class: Any, folder: st
 
 
 def component_entries(path: Any, index: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """Component -> library and class, of the content of ``model_index.json``; null for both: meant to be absent.
+    """The library and class of each component in ``model_index.json``; both None for one that is left out on purpose.
 
     Raises:
-        CheckpointError: a name that is not a plain name, or an entry of another form.
+        CheckpointError: a component name that is not an identifier, or a malformed entry.
     """
     found = {}
     for name, value in index.items():

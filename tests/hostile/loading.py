@@ -20,7 +20,7 @@ def load(folder: str, *components: str) -> list[str]:
     """Load these components alone. Modules in the folders of the checkpoint could be imported by their names."""
     sys.path[:0] = [folder, *(f"{folder}/{name}" for name in components)]
     cls: Any = getattr(impasto, json.loads((Path(folder) / "model_index.json").read_text())["_class_name"])
-    others = {name: None for name in cls.part_names() if name not in components}
+    others = {name: None for name in cls.component_names() if name not in components}
     loaded = cls.from_pretrained(folder, **others)
     return [type(loaded.components[name]).__name__ for name in components]
 

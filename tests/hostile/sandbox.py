@@ -146,7 +146,7 @@ def serve() -> None:
 
     import impasto
     import impasto.cli
-    import impasto.memory.planner
+    import impasto.memory.plan
 
     for name in impasto.__all__:
         getattr(impasto, name)

@@ -13,7 +13,7 @@ import torch
 
 import impasto
 from impasto import DDPMScheduler, InputError, PixArtSigmaPipeline
-from impasto.pipelines import limits
+from impasto.checks import MAX_CHARACTERS
 
 from ..tiny import tiny_pipeline
 from ..tiny_glm import pipelines, prior_parts
@@ -305,7 +305,7 @@ def test_the_longest_prompt_is_taken() -> None:
 
 
 def longest_prompt() -> list[int]:
-    return list(PIXART(**PIXART_CALL | {"prompt": "a cat " * (limits.CHARACTERS // 6)}).images.shape)
+    return list(PIXART(**PIXART_CALL | {"prompt": "a cat " * (MAX_CHARACTERS // 6)}).images.shape)
 
 
 def test_a_callback_may_return_latents_of_another_precision() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from impasto import __main__ as entry
-from impasto import cli
+from impasto.cli import pipelines
 
 from .sandbox import ROOT, Outcome, copy_of, edit_json, run
 
@@ -232,7 +232,7 @@ def faulty(case: str, *options: str) -> None:
         warnings.warn("a warning\nof two lines", stacklevel=1)
         raise FAULTS[case][0]
 
-    cli._load = fail  # type: ignore[assignment]
+    pipelines.load = fail  # type: ignore[assignment]
     command(*options, "generate", "x", "--output", "x.png", folder="/tmp")
 
 
@@ -268,7 +268,7 @@ def interrupted() -> None:
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    cli._load = fail  # type: ignore[assignment]
+    pipelines.load = fail  # type: ignore[assignment]
     command("generate", "x", "--output", "x.png", folder="/tmp")
 
 
@@ -282,7 +282,7 @@ def logging_raw() -> None:
         logging.getLogger("impasto").warning("a file \x1b[2J says\n%s", "x" * 5000)
         raise MemoryError
 
-    cli._load = fail  # type: ignore[assignment]
+    pipelines.load = fail  # type: ignore[assignment]
     command("generate", "x", "--output", "x.png", folder="/tmp")
 
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from impasto.pipelines import image_inputs, limits
-from impasto.pipelines.glm_image_prior import reference_picture
-from impasto.pipelines.image import GenerationSettings, ImageProcessor, read_settings, save_picture
-from impasto.pipelines.image_inputs import open_image, to_rgb
+from impasto.checks import MAX_CHARACTERS, MAX_FILE_BYTES
+from impasto.pipelines import image_files
+from impasto.pipelines.glm_image_inputs import reference_image
+from impasto.pipelines.image_files import GenerationSettings, open_image, read_settings, save_image
+from impasto.pipelines.images import ImageProcessor, to_rgb
 
 from .sandbox import refused, run
 
@@ -104,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "link to nothing.png").symlink_to("nothing")
     (folder / "loop.png").symlink_to("loop.png")
     with (folder / "huge.png").open("wb") as file:
-        file.truncate(limits.FILE_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
     server = socket.socket(socket.AF_UNIX)
     place = os.getcwd()
     os.chdir(folder)  # the path of a socket may have 107 bytes
@@ -148,9 +149,9 @@ LINES = {
     "no colon": "a" * 1_000_000,
     "colons": "a: " * 400_000,
     "quotes": 'a: "' * 300_000,
-    "just short enough": "a" * limits.CHARACTERS,
-    "short colons": "a: b:" * (limits.CHARACTERS // 5),
-    "commas": "a," * (limits.CHARACTERS // 2),
+    "just short enough": "a" * MAX_CHARACTERS,
+    "short colons": "a: b:" * (MAX_CHARACTERS // 5),
+    "commas": "a," * (MAX_CHARACTERS // 2),
     "5,000 digits": "Steps: " + "9" * 5000,
     "a far line": "Steps: 1, Negative prompt from line: many",
     "half an escape": 'Steps: 3, X: "\\u12"',
@@ -183,7 +184,7 @@ def test_what_is_no_path(path: Any, function: Callable[[str], Any]) -> None:
 
 def saved(case: str) -> None:
     image, path = {"path": (RAMP, 3), "image": (None, "/tmp/a.png"), "long": (RAMP, "/tmp/" + "x" * 300 + ".png")}[case]
-    save_picture(image, path)  # type: ignore[arg-type]
+    save_image(image, path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_what_cannot_be_saved(case: str, error: str, named: str) -> None:
 def swapped(path: str) -> None:
     """A file that another process replaces after it was looked at."""
     regular = os.stat(__file__)
-    image_inputs.os = types.SimpleNamespace(**{**vars(os), "stat": lambda _: regular})  # type: ignore[attr-defined]
+    image_files.os = types.SimpleNamespace(**{**vars(os), "stat": lambda _: regular})  # type: ignore[attr-defined]
     open_image(path)
 
 
@@ -256,7 +257,7 @@ def preprocessed(case: str) -> None:
 
 
 def referred_to(case: str) -> None:
-    reference_picture(BAD[case]())
+    reference_image(BAD[case]())
 
 
 @pytest.mark.parametrize("function", [preprocessed, referred_to])
@@ -379,9 +380,9 @@ def test_a_link_to_a_file_is_a_file(tmp_path: Path) -> None:
 
 def test_floats_in_both_ranges_and_integers_are_the_same_image(caplog: pytest.LogCaptureFixture) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    expected = np.asarray(reference_picture(Image.fromarray(levels)))
+    expected = np.asarray(reference_image(Image.fromarray(levels)))
     for same in (levels, levels.astype(np.int64), levels / 255, levels / 127.5 - 1, levels.astype(">u2")):
-        assert np.array_equal(np.asarray(reference_picture(same)), expected)
+        assert np.array_equal(np.asarray(reference_image(same)), expected)
     assert caplog.text.count("taken as in [-1, 1]") == 1
 
 

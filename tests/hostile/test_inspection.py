@@ -16,7 +16,8 @@ from tests.hostile.sandbox import copy_of, edit_json, refused, run
 from tests.tiny import tiny_pipeline
 
 import impasto
-from impasto.memory.inspection import inspect_model, picture_size
+from impasto.memory.estimate import peak_memory
+from impasto.memory.inspection import image_size, inspect_model
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 ALL = {
@@ -29,12 +30,12 @@ INDEX = "model_index.json"
 
 def info(folder: Any, deep: bool = False) -> list[str]:
     found = inspect_model(folder, deep=deep)
-    found.peak_memory("float32", one_at_a_time=True)
-    return [f"{part.name}: {part.parameters}" for part in found.parts]
+    peak_memory(found, "float32", one_at_a_time=True)
+    return [f"{part.name}: {part.parameters}" for part in found.components.values()]
 
 
 def sizes(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int]:
-    return picture_size(transformer, vae)
+    return image_size(transformer, vae)
 
 
 @pytest.fixture

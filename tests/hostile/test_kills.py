@@ -28,7 +28,7 @@ from impasto import folders
 from impasto.errors import CheckpointError
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
-from impasto.pipelines.image import save_picture
+from impasto.pipelines.image_files import save_image
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.state import append_log, load_state, save_state, trim_log
 
@@ -135,8 +135,8 @@ def find_training(folder: Path) -> set[float]:
     return {float(state["step"]), *state["models"]["w"].tolist()}
 
 
-def save_image(folder: Path, version: int) -> None:
-    save_picture(Image.new("RGB", (32, 32), (version,) * 3), folder / "image.png")
+def write_image(folder: Path, version: int) -> None:
+    save_image(Image.new("RGB", (32, 32), (version,) * 3), folder / "image.png")
 
 
 def find_image(folder: Path) -> set[float]:
@@ -215,10 +215,10 @@ def glm_models() -> dict[str, Any]:
 
 def look_by_commands(folder: Path) -> set[float]:
     """What the commands read ahead of loading, before anything else has looked: the size of the images."""
-    from impasto.memory.inspection import read_part_configs, resolve_pipeline
+    from impasto.memory.inspection import read_configs, resolve_pipeline
 
     found, _ = resolve_pipeline(str(folder))
-    (transformer,) = read_part_configs(found, "transformer")
+    (transformer,) = read_configs(found, "transformer")
     return {round(transformer["dropout"] * 10, 6)} | find_pipeline(folder)
 
 
@@ -252,7 +252,7 @@ KINDS = {
     "training state": Kind(save_training, find_training),
     "training log": Kind(save_log, find_log),
     "prompt cache": Kind(save_cache, find_cache),
-    "image": Kind(save_image, find_image),
+    "image": Kind(write_image, find_image),
 }
 
 

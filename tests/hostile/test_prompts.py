@@ -7,8 +7,8 @@ import time
 import pytest
 
 from impasto.checks import shown
+from impasto.pipelines.cleaning import clean_caption, clean_prompt
 from impasto.pipelines.glyphs import quoted_texts
-from impasto.pipelines.text import clean_caption, clean_prompt
 
 from .sandbox import run
 

@@ -210,11 +210,11 @@ def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], keep_che
 
 def forge(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Another entry that is whole: its checksum is right."""
-    from impasto.pipelines import embedding_cache
+    from impasto.pipelines import prompt_cache
 
     rewrite(path, change)
     embeds = load_file(path)["embeds"]
-    save_file({"embeds": embeds}, path, {"checksum": embedding_cache._checksum(path.stem, embeds)})
+    save_file({"embeds": embeds}, path, {"checksum": prompt_cache._checksum(path.stem, embeds)})
 
 
 def flip(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where weights live: parts and blocks that come and go, device maps, parts that other libraries have placed."""
+"""Where weights live: components and blocks that are moved, device maps, components placed by other libraries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
 from impasto.memory import placement as placement_module
-from impasto.memory.placement import OneAtATime, PerPart, Resident, spread
-from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, is_settled, methods_of
-from impasto.nn.devices import require_device
+from impasto.memory.moving import is_settled
+from impasto.memory.placement import OneAtATime, PerComponent, Resident, spread
+from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, methods_of
+from impasto.nn.machine import require_device
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_transformer, tiny_vae, write_pipeline
@@ -24,7 +25,7 @@ MODULES = ("text_encoder", "transformer", "vae")
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def draw(pipe: Any, **options: Any) -> Tensor:
+def generate(pipe: Any, **options: Any) -> Tensor:
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     images: Tensor = pipe("a cat", num_inference_steps=2, latents=noise, output_type="pt", **options).images
     return images
@@ -54,13 +55,13 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Group, "_copy", copy)
 
 
-# --- one part at a time ---
+# --- one component at a time ---
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_one_part_at_a_time() -> None:
+def test_one_component_at_a_time() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    homes, parameters = (addresses(a), addresses(b)), list(a.parameters())
+    addresses_before, parameters = (addresses(a), addresses(b)), list(a.parameters())
 
     def there() -> list[bool]:
         return [module.weight.dtype == torch.float64 for module in (a, b)]
@@ -69,50 +70,50 @@ def test_one_part_at_a_time() -> None:
     with placement.using(a):
         assert there() == [True, False]
         weight = a.weight.data_ptr()
-        with placement.using(a):  # the same part again costs nothing
+        with placement.using(a):  # the same component again costs nothing
             assert a.weight.data_ptr() == weight
         with placement.using(b):  # such as a preview
             assert there() == [False, True]
         assert there() == [True, False]
         assert all(x is y for x, y in zip(a.parameters(), parameters))
     assert there() == [False, False]
-    assert (addresses(a), addresses(b)) == homes
+    assert (addresses(a), addresses(b)) == addresses_before
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_part_goes_home_after_an_error_and_when_loops_end_in_any_order() -> None:
+def test_a_component_returns_to_the_host_after_an_error_and_when_loops_end_in_any_order() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    homes = addresses(a), addresses(b)
+    addresses_before = addresses(a), addresses(b)
     placement = OneAtATime("cpu")
     with pytest.raises(KeyError), placement.using(a):
         raise KeyError
-    assert addresses(a) == homes[0]
+    assert addresses(a) == addresses_before[0]
     first, second = placement.using(a), placement.using(b)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert b.weight.dtype == torch.float64
     second.__exit__(None, None, None)
-    assert (addresses(a), addresses(b)) == homes
+    assert (addresses(a), addresses(b)) == addresses_before
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_what_is_computed_on_the_device_is_dropped_and_what_is_at_home_counts() -> None:
-    part = nn.BatchNorm1d(2)
-    home = part.weight.data
+def test_changes_on_the_device_are_dropped_and_those_on_the_host_count() -> None:
+    component = nn.BatchNorm1d(2)
+    on_host = component.weight.data
     placement = OneAtATime("cpu")
-    with placement.using(part), torch.no_grad():
-        part.weight.mul_(5)
-        assert part.running_mean is not None
-        assert part.running_mean.dtype == torch.float64
-    assert part.weight.tolist() == [1, 1]
+    with placement.using(component), torch.no_grad():
+        component.weight.mul_(5)
+        assert component.running_mean is not None
+        assert component.running_mean.dtype == torch.float64
+    assert component.weight.tolist() == [1, 1]
     with torch.no_grad():
-        home.mul_(3)
-    with placement.using(part):
-        assert part.weight.tolist() == [3, 3]
+        on_host.mul_(3)
+    with placement.using(component):
+        assert component.weight.tolist() == [3, 3]
 
 
-def test_parts_with_ways_of_their_own() -> None:
+def test_components_that_are_moved_differently() -> None:
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     placement = OneAtATime("cpu", Visit(blocks=2), {b: Visit(blocks=1)})
     assert placement.visit_of(a).blocks == 2
@@ -147,9 +148,9 @@ def record(blocks: nn.ModuleList, log: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_blocks_come_for_each_of_their_methods_and_go() -> None:
+def test_blocks_are_moved_for_each_of_their_methods() -> None:
     transformer = tiny_transformer(num_layers=3)
-    homes = addresses(transformer)
+    addresses_before = addresses(transformer)
     text = torch.randn(1, 30, 32).double()
     latents = torch.randn(1, 4, 8, 8).double()
     reference = tiny_transformer(num_layers=3).double()
@@ -166,7 +167,7 @@ def test_blocks_come_for_each_of_their_methods_and_go() -> None:
     assert len(log) > 3  # those that make what is read of the text, before any forward
     assert {line.rpartition(" ")[0] for line in log} == {"x.. 0", ".x. 1", "..x 2"}
     torch.testing.assert_close(found, expected)
-    assert addresses(transformer) == homes
+    assert addresses(transformer) == addresses_before
     assert left_behind(transformer) == []
 
 
@@ -203,9 +204,9 @@ def test_which_blocks_are_streamed() -> None:
     assert methods_of(tiny_text_encoder().encoder.block[0]) == ["forward"]
 
 
-def test_too_little_memory_leaves_everything_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_leaves_everything_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = tiny_transformer()
-    homes = addresses(transformer)
+    addresses_before = addresses(transformer)
     placement = OneAtATime("cpu")
 
     def fail(*args: Any) -> Tensor:
@@ -215,22 +216,22 @@ def test_too_little_memory_leaves_everything_at_home(monkeypatch: pytest.MonkeyP
     with pytest.raises(torch.OutOfMemoryError), placement.using(transformer):
         pass
     monkeypatch.undo()
-    assert addresses(transformer) == homes
+    assert addresses(transformer) == addresses_before
     with placement.using(transformer):
-        assert addresses(transformer) == homes  # the CPU is where they are
+        assert addresses(transformer) == addresses_before  # the CPU is where they are
 
 
-def test_compiled_parts() -> None:
+def test_compiled_components() -> None:
     whole = torch.compile(tiny_transformer(), backend="eager")
     with pytest.raises(ConfigurationError, match="enable_model_cpu_offload"):
         Stay(whole, CPU, Visit(blocks=1))
     blocks = tiny_transformer()
     for block in blocks.transformer_blocks:
         block.compile(backend="eager")
-    expected = draw(tiny_pipeline(PixArtSigmaPipeline))
+    expected = generate(tiny_pipeline(PixArtSigmaPipeline))
     pipe = tiny_pipeline(PixArtSigmaPipeline, transformer=blocks)
     pipe.enable_sequential_cpu_offload()
-    torch.testing.assert_close(draw(pipe), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- offload of a pipeline ---
@@ -245,15 +246,15 @@ def test_compiled_parts() -> None:
         ("enable_group_offload", {"exclude_modules": "text_encoder"}),
     ],
 )
-def test_offloads_draw_the_same_and_leave_nothing(method: str, options: dict[str, Any]) -> None:
-    expected = draw(tiny_pipeline(PixArtSigmaPipeline))
+def test_offloads_generate_the_same_and_leave_nothing(method: str, options: dict[str, Any]) -> None:
+    expected = generate(tiny_pipeline(PixArtSigmaPipeline))
     pipe = tiny_pipeline(PixArtSigmaPipeline)
-    homes = {name: addresses(getattr(pipe, name)) for name in MODULES}
+    addresses_before = {name: addresses(getattr(pipe, name)) for name in MODULES}
     assert getattr(pipe, method)(**options) is None
     assert isinstance(pipe.placement, OneAtATime)
     assert pipe.device == (torch.accelerator.current_accelerator(check_available=True) or CPU)
-    torch.testing.assert_close(draw(pipe), expected, rtol=1e-3, atol=1e-3)
-    assert {name: addresses(getattr(pipe, name)) for name in MODULES} == homes
+    torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-3)
+    assert {name: addresses(getattr(pipe, name)) for name in MODULES} == addresses_before
     assert all(left_behind(getattr(pipe, name)) == [] for name in MODULES)
     assert PixArtAlphaPipeline.from_pipe(pipe).placement is pipe.placement
     assert isinstance(pipe.to("cpu").placement, Resident)
@@ -287,12 +288,12 @@ def test_dtypes_in_which_nothing_computes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_parts_set_free_are_freed(offload: str | None, tmp_path: Path) -> None:
+def test_components_without_references_are_freed(offload: str | None, tmp_path: Path) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     if offload is not None:
         getattr(pipe, offload)()
     pipe.enable_prompt_cache(tmp_path)
-    draw(pipe)
+    generate(pipe)
     parts = {name: weakref.ref(getattr(pipe, name)) for name in MODULES}
     weights = {name: weakref.ref(next(getattr(pipe, name).parameters())) for name in MODULES}
     del pipe.text_encoder, pipe.transformer, pipe.vae
@@ -302,14 +303,14 @@ def test_parts_set_free_are_freed(offload: str | None, tmp_path: Path) -> None:
         assert weights[name]() is None, name
 
 
-# --- parts that others have placed ---
+# --- components placed by other libraries ---
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_part_with_a_device_map_of_its_own_is_not_moved() -> None:
+def test_a_component_with_its_own_device_map_is_not_moved() -> None:
     encoder = tiny_text_encoder()
     encoder.hf_device_map = {"": "cpu"}
-    homes = addresses(encoder)
+    addresses_before = addresses(encoder)
     pipe = tiny_pipeline(PixArtSigmaPipeline, text_encoder=encoder)
     pipe.to(torch.bfloat16)
     assert (pipe.text_encoder.dtype, pipe.transformer.dtype) == (torch.float32, torch.bfloat16)
@@ -317,11 +318,11 @@ def test_a_part_with_a_device_map_of_its_own_is_not_moved() -> None:
     assert torch.equal(embeds, tiny_pipeline(PixArtSigmaPipeline).encode_prompt("a cat").prompt_embeds)
     pipe.to("meta")
     assert pipe.device == META  # that of the others
-    assert addresses(encoder) == homes
+    assert addresses(encoder) == addresses_before
     pipe = tiny_pipeline(PixArtSigmaPipeline, text_encoder=encoder)
     pipe.placement = OneAtATime("cpu")
     with pipe.using("text_encoder"):
-        assert addresses(encoder) == homes
+        assert addresses(encoder) == addresses_before
 
 
 def test_a_text_encoder_of_torchao_stays_as_it_is() -> None:
@@ -352,7 +353,7 @@ class Machine:
         monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: ((100, 80)[device.index], 200))
 
 
-def test_parts_are_spread_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_components_are_spread_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch)
 
     def places(how: str, max_memory: Any = None, **sizes: int) -> list[str]:
@@ -397,14 +398,14 @@ def test_device_maps_on_a_machine_without_accelerator(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     pipe = PixArtSigmaPipeline.from_pretrained(folder, device_map=device_map, transformer=None)
-    assert isinstance(pipe.placement, PerPart)
+    assert isinstance(pipe.placement, PerComponent)
     assert pipe.hf_device_map == {"text_encoder": CPU, "vae": CPU}
     pipe.transformer = tiny_transformer()
     pipe.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(draw(pipe), draw(tiny_pipeline(PixArtSigmaPipeline)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(generate(pipe), generate(tiny_pipeline(PixArtSigmaPipeline)), rtol=1e-5, atol=1e-5)
 
 
-def test_each_part_computes_on_its_device(folder: Path) -> None:
+def test_each_component_computes_on_its_device(folder: Path) -> None:
     pipe = PixArtSigmaPipeline.from_pretrained(folder, device_map={"vae": "meta", "text_encoder": "cpu"})
     assert pipe.hf_device_map == {"text_encoder": CPU, "vae": META, "transformer": CPU}
     assert pipe.device == CPU
@@ -436,11 +437,11 @@ def test_device_maps_that_cannot_be(folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("ahead", [False, True])
 def test_blocks_stream_to_a_gpu(ahead: bool) -> None:
-    expected = draw(tiny_pipeline(PixArtSigmaPipeline, transformer=tiny_transformer(num_layers=6)))
+    expected = generate(tiny_pipeline(PixArtSigmaPipeline, transformer=tiny_transformer(num_layers=6)))
     pipe = tiny_pipeline(PixArtSigmaPipeline, transformer=tiny_transformer(num_layers=6))
     pipe.enable_group_offload("cuda", num_blocks_per_group=2, use_stream=ahead)
     assert next(pipe.transformer.parameters()).is_pinned() == ahead
-    assert (draw(pipe).cpu() - expected).abs().max() < 1e-3
+    assert (generate(pipe).cpu() - expected).abs().max() < 1e-3
     assert {p.device.type for p in pipe.transformer.parameters()} == {"cpu"}
 
 

@@ -44,11 +44,11 @@ def test_inference_on_the_cpu_is_in_channels_last_and_its_results_are_not() -> N
     for module in (model.encoder.mid_block, model.decoder.mid_block):
         module.register_forward_hook(lambda *a: orders.append(a[2].is_contiguous(memory_format=torch.channels_last)))
     distribution = model.encode(x).latent_dist
-    picture = model.decode(distribution.mode()).sample
+    image = model.decode(distribution.mode()).sample
     assert distribution.parameters.is_contiguous()
-    assert picture.is_contiguous()
+    assert image.is_contiguous()
     with torch.enable_grad():
-        torch.testing.assert_close(model(x).sample, picture, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(x).sample, image, rtol=0, atol=1e-5)
     assert orders == [True, True, False, False]
     one = tiny(latent_channels=1)  # whose latents are in both orders at once
     assert one.decode(torch.randn(2, 1, 4, 4)).sample.shape[0] == 2
@@ -101,7 +101,7 @@ def test_refused_options_are_named(options: dict[str, Any], named: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 16, 16), (3, 16, 16)])
-def test_pictures_of_another_shape(shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"encode needs \[batch, 3, height, width\]"):
         tiny().encode(torch.randn(shape))
 

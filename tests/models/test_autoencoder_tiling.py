@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from impasto.errors import InputError
-from impasto.models.autoencoder.memory import decode_memory, decoder_layers, encode_memory, make_plan
+from impasto.models.autoencoder.memory import make_plan, trace, untiled_peak
 from impasto.models.autoencoder.model import AutoencoderKL
-from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normaliser
+from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normalizer
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_vae
@@ -30,6 +30,9 @@ SDXL = {
     "out_channels": 3,
     "in_channels": 3,
 }
+
+with torch.device("meta"):
+    PUBLISHED = AutoencoderKL(**SDXL)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -157,7 +160,7 @@ def test_tiled_is_as_near_to_float64_as_untiled(way: str, dtype: torch.dtype, ch
 
 
 @torch.no_grad()
-def test_each_picture_of_a_batch_has_its_own_statistics() -> None:
+def test_each_image_of_a_batch_has_its_own_statistics() -> None:
     model = tiny_vae()
     model.enable_tiling(strip_bytes=1)
     x = inputs(model, "decode", 4, 6, batch=3) * torch.tensor([0.1, 1, 20]).view(3, 1, 1, 1)
@@ -232,7 +235,7 @@ def test_limits_that_are_none(limits: dict[str, Any]) -> None:
     assert not model.use_tiling
 
 
-# --- the parts ---
+# --- strips ---
 
 
 def cut(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
@@ -272,7 +275,7 @@ def test_statistics_of_values_far_from_zero(channels_last: bool, monkeypatch: py
 
 
 @torch.no_grad()
-def test_normalisation_with_known_statistics_rounds_once() -> None:
+def test_normalization_with_known_statistics_rounds_once() -> None:
     torch.manual_seed(0)
     norm, x = nn.GroupNorm(4, 8, eps=1e-6), torch.randn(1, 8, 9, 5).bfloat16() * 3 + 1
     nn.init.normal_(norm.weight)
@@ -280,7 +283,7 @@ def test_normalisation_with_known_statistics_rounds_once() -> None:
     norm.bfloat16()
     statistics = Statistics()
     statistics.add(x)
-    result = normaliser(norm, statistics)(x)
+    result = normalizer(norm, statistics)(x)
     # The norm rounds, and SiLU rounds what it was given.
     exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), eps=1e-6).bfloat16()
     differing = (result != F.silu(exact)).float().mean()
@@ -303,15 +306,18 @@ def test_memory_is_as_estimated(way: str, dtype: torch.dtype) -> None:
     # In bfloat16 the scores of attention, which are kept small for larger maps, would outweigh so small a map.
     model = wide_vae(mid_block_add_attention=dtype == torch.float32).to(dtype).to(memory_format=torch.channels_last)
     x = inputs(model, way, 16, 8).to(dtype).contiguous(memory_format=torch.channels_last)
-    code, estimate = coders(model)[way], {"decode": decode_memory, "encode": encode_memory}[way]
+    code = coders(model)[way]
+    with torch.device("meta"):
+        skeleton = AutoencoderKL(**model.config)
+    layers = trace({"decode": skeleton.decoder, "encode": skeleton.encoder}[way], *x.shape[2:])
 
     untiled = peak_bytes(code, x)
-    assert untiled <= estimate(model, *x.shape[2:], dtype, tiled=False) <= 1.2 * untiled
+    assert untiled <= untiled_peak(layers, dtype.itemsize) <= 1.2 * untiled
 
-    strip = estimate(model.config, *x.shape[2:], dtype, tiled=True, strip_bytes=1) // 8
+    strip = make_plan(layers, dtype.itemsize, strip_bytes=1).peak_bytes // 8
     model.enable_tiling(strip_bytes=strip)
     least = peak_bytes(code, x)
-    assert least <= estimate(model.config, *x.shape[2:], dtype, tiled=True, strip_bytes=strip) <= 4 / 3 * least
+    assert least <= make_plan(layers, dtype.itemsize, strip_bytes=strip).peak_bytes <= 4 / 3 * least
     assert least < 0.4 * untiled
 
     model.enable_tiling(3 * least, strip)  # more memory is used, but not more than allowed
@@ -319,49 +325,37 @@ def test_memory_is_as_estimated(way: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_memory_of_a_batch_is_that_of_one_picture_and_the_results() -> None:
+def test_memory_of_a_batch_is_that_of_one_image_and_the_results() -> None:
     model = wide_vae()
     model.enable_tiling(strip_bytes=200_000)
     x = inputs(model, "decode", 8, 8, batch=4)
     one, four = (peak_bytes(coders(model)["decode"], x[:n]) for n in (1, 4))
-    pictures = 2 * 4 * 3 * 32 * 32 * 4
-    assert four <= one + pictures
-    assert four <= decode_memory(model, 8, 8, torch.float32, tiled=True, batch=4, strip_bytes=200_000)
-    untiled = decode_memory(model, 8, 8, torch.float32, tiled=False)
-    assert decode_memory(model, 8, 8, torch.float32, tiled=False, batch=4) == 4 * untiled
+    images = 2 * 4 * 3 * 32 * 32 * 4
+    assert four <= one + images
+    layers = trace(model.decoder, 8, 8)
+    assert four <= make_plan(layers, 4, strip_bytes=200_000).peak_bytes + images
 
 
 def test_4096_pixels_of_the_published_autoencoder() -> None:
-    untiled = decode_memory(SDXL, 512, 512, torch.bfloat16, tiled=False)
-    assert untiled > 24 * 2**30
-    largest = 4096 * 4096 * 128 * 2  # the last level's map
-    tiled = decode_memory(SDXL, 512, 512, torch.bfloat16, tiled=True)
-    assert largest < tiled < 5e9
-    layers = decoder_layers(SDXL, 512, 512)
+    layers = trace(PUBLISHED.decoder, 512, 512)
+    assert untiled_peak(layers, 2) > 24 * 2**30
     lean, roomy = (make_plan(layers, 2, max_bytes) for max_bytes in (None, 9 * 10**9))
-    assert lean.peak_bytes == tiled
+    largest = 4096 * 4096 * 128 * 2  # the last level's map
+    assert largest < lean.peak_bytes < 5e9
     assert roomy.peak_bytes <= 9.1e9
     assert 0.2 < lean.recomputation < 0.3
     assert roomy.recomputation < 0.1
-    assert encode_memory(SDXL, 4096, 4096, torch.bfloat16, tiled=True) < 5e9
+    assert make_plan(trace(PUBLISHED.encoder, 4096, 4096), 2).peak_bytes < 5e9
 
 
 def test_more_memory_never_means_more_work() -> None:
-    layers = decoder_layers(SDXL, 128, 128)
+    layers = trace(PUBLISHED.decoder, 128, 128)
     plans = [make_plan(layers, 4, gigabytes * 10**9) for gigabytes in (1, 2, 3, 4, 6, 8)]
     shares = [plan.recomputation for plan in plans]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 2 * shares[-1]
     assert all(stage.hold for stage in plans[-1].stages)
     assert not all(stage.hold for stage in plans[0].stages)
-
-
-@pytest.mark.parametrize(
-    ("estimate", "size"), [(decode_memory, (0, 8)), (decode_memory, (8, -1)), (encode_memory, (8, 4))]
-)
-def test_sizes_that_nothing_has(estimate: Callable[..., int], size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=r"at least 1|too small"):
-        estimate(SDXL, *size, torch.float32, tiled=True)
 
 
 DECODE_4096 = f"""
@@ -373,8 +367,8 @@ model = AutoencoderKL(**{SDXL!r}).eval().to(memory_format=torch.channels_last)
 torch.set_default_dtype(torch.float32)
 model.enable_tiling()
 with torch.inference_mode():
-    picture = model.decode(torch.randn(1, 4, 512, 512).bfloat16()).sample
-assert picture.shape == (1, 3, 4096, 4096) and picture.isfinite().all()
+    image = model.decode(torch.randn(1, 4, 512, 512).bfloat16()).sample
+assert image.shape == (1, 3, 4096, 4096) and image.isfinite().all()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(peak * (1 if sys.platform == "darwin" else 1024))
 """

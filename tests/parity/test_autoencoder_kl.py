@@ -81,7 +81,7 @@ def pair(config: dict[str, Any]) -> tuple[AutoencoderKL, diffusers.AutoencoderKL
     return ours, theirs
 
 
-def picture(config: dict[str, Any], batch: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
+def image(config: dict[str, Any], batch: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
     shape = (batch, config.get("in_channels", 3), height, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -96,7 +96,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @torch.no_grad()
 def test_same_numbers(config: dict[str, Any]) -> None:
     ours, theirs = pair(config)
-    x = picture(config)
+    x = image(config)
     mine, reference = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
     for name in ("parameters", "mean", "logvar", "std", "var"):
         assert relative(getattr(mine, name), getattr(reference, name)) <= 1e-5, name
@@ -117,7 +117,7 @@ def test_forward(sample_posterior: bool) -> None:
     config = CONFIGS["three_levels_three_layers"]
     ours, theirs = pair(config)
     results = [
-        model(picture(config), sample_posterior, generator=torch.Generator().manual_seed(3)).sample
+        model(image(config), sample_posterior, generator=torch.Generator().manual_seed(3)).sample
         for model in (ours, theirs)
     ]
     assert relative(*results) <= 1e-5
@@ -144,15 +144,15 @@ def test_gradients_with_and_without_checkpointing() -> None:
     config = CONFIGS["two_levels"]
     ours, theirs = pair(config)
     ours.train(), theirs.train()
-    ours(picture(config)).sample.square().mean().backward()
-    theirs(picture(config)).sample.square().mean().backward()
+    ours(image(config)).sample.square().mean().backward()
+    theirs(image(config)).sample.square().mean().backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert ours.encoder.conv_in.weight.grad is not None
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     ours.zero_grad()
     ours.enable_gradient_checkpointing()
-    ours(picture(config)).sample.square().mean().backward()
+    ours(image(config)).sample.square().mean().backward()
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -162,7 +162,7 @@ def test_gradients_with_and_without_checkpointing() -> None:
 def test_folders_load_in_the_other(name: str, tmp_path: Any) -> None:
     config = CONFIGS[name]
     ours, theirs = pair(config)
-    x = picture(config)
+    x = image(config)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     again_theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
@@ -190,7 +190,7 @@ def test_names_of_2022(tmp_path: Any) -> None:
                 tensors[f"{stem}.{name}.{kind}"] = tensors.pop(f"{stem}.{new}.{kind}")
     save_file(tensors, path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
-    assert relative(loaded(picture(config)).sample, theirs(picture(config)).sample) <= 1e-5
+    assert relative(loaded(image(config)).sample, theirs(image(config)).sample) <= 1e-5
 
 
 @pytest.mark.parametrize("config", [SDXL, GLM], ids=["sdxl", "glm"])

@@ -14,7 +14,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
 from PIL import Image
 
-from impasto.pipelines.image import ImageProcessor
+from impasto.pipelines.images import ImageProcessor
 from impasto.pipelines.resolution import bins_for, nearest_bin, resize_and_crop
 
 BINS = {

@@ -6,7 +6,8 @@ import warnings
 import pytest
 from diffusers import PixArtAlphaPipeline
 
-from impasto.pipelines.text import clean_caption, normalize_caption
+from impasto.pipelines.cleaning import clean_caption
+from impasto.pipelines.prompts import normalize_caption
 
 CAPTIONS = [
     "",

@@ -1,4 +1,4 @@
-"""Parts of a pipeline: loaded, saved, moved, shared, placed."""
+"""The components of a pipeline: loaded, saved, moved, shared, placed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from ..tiny import (
     write_tokenizer,
 )
 
-PARTS = ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
+COMPONENTS = ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def edit_index(folder: Path, **entries: Any) -> None:
 
 
 def same_weights(a: Any, b: Any) -> bool:
-    """Bit for bit, in every part."""
+    """Bit for bit, in every component."""
     for name in ("text_encoder", "vae", "transformer"):
         first, second = getattr(a, name).state_dict(), getattr(b, name).state_dict()
         if first.keys() != second.keys() or not all(torch.equal(x, second[key]) for key, x in first.items()):
@@ -70,8 +70,8 @@ def same_weights(a: Any, b: Any) -> bool:
     return True
 
 
-def draws_the_same(a: Any, b: Any) -> bool:
-    """From equal weights, equal pictures to rounding: where weights lie in memory decides the order of a sum."""
+def generates_the_same(a: Any, b: Any) -> bool:
+    """From equal weights, equal images up to rounding: where weights lie in memory decides the order of a sum."""
     return same_weights(a, b) and torch.allclose(draw(a), draw(b), rtol=1e-5, atol=1e-5)
 
 
@@ -83,13 +83,13 @@ def draw(pipe: Any) -> torch.Tensor:
     return images
 
 
-# --- parts ---
+# --- components ---
 
 
 def test_parts_are_attributes_that_can_be_replaced_and_deleted() -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
-    assert list(pipe.components) == PARTS
-    assert all(pipe.components[name] is getattr(pipe, name) for name in PARTS)
+    assert list(pipe.components) == COMPONENTS
+    assert all(pipe.components[name] is getattr(pipe, name) for name in COMPONENTS)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler = scheduler
     assert pipe.components["scheduler"] is scheduler
@@ -114,8 +114,8 @@ def test_output_is_read_in_every_way() -> None:
 
 def test_save_and_load_round_trip(folder: Path) -> None:
     pipe = PixArtSigmaPipeline.from_pretrained(folder)
-    assert draws_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
-    assert all(not part.training for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
+    assert generates_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
+    assert all(not component.training for component in (pipe.transformer, pipe.vae, pipe.text_encoder))
 
 
 def test_the_index_is_that_of_diffusers(folder: Path) -> None:
@@ -198,7 +198,7 @@ def test_early_names_of_classes(own_folder: Path) -> None:
     )
     pipe = PixArtSigmaPipeline.from_pretrained(own_folder)
     assert isinstance(pipe.transformer, PixArtTransformer2DModel)
-    assert draws_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
+    assert generates_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
 
 
 def test_an_unknown_class_can_be_passed_in(own_folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_damaged_index(own_folder: Path, entry: list[Any]) -> None:
 
 def test_options_of_other_pipelines_in_the_index_are_no_parts(own_folder: Path) -> None:
     edit_index(own_folder, requires_safety_checker=True, feature_extractor=[None, None])
-    assert list(PixArtSigmaPipeline.from_pretrained(own_folder).components) == PARTS
+    assert list(PixArtSigmaPipeline.from_pretrained(own_folder).components) == COMPONENTS
 
 
 def test_unknown_arguments_are_refused(folder: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_tokenizer_of_published_checkpoints(own_folder: Path) -> None:
     """They have sentencepiece's file and none of the tokenizers library."""
     shutil.rmtree(own_folder / "tokenizer")
     write_tokenizer(own_folder / "tokenizer")
-    assert draws_the_same(PixArtSigmaPipeline.from_pretrained(own_folder), tiny_pipeline(PixArtSigmaPipeline))
+    assert generates_the_same(PixArtSigmaPipeline.from_pretrained(own_folder), tiny_pipeline(PixArtSigmaPipeline))
 
 
 def test_a_damaged_tokenizer(own_folder: Path) -> None:
@@ -281,7 +281,7 @@ def test_only_the_needed_files_are_downloaded(folder: Path, monkeypatch: pytest.
 
     def resolve(model: str, *, allow_patterns: list[str], **options: Any) -> Path:
         if Path(model) != Path("owner/name"):
-            return Path(model)  # the part's own class, which reads the folder that was found
+            return Path(model)  # the component's own class, which reads the folder that was found
         assert options["revision"] == "main"
         asked.extend(allow_patterns)
         return folder
@@ -306,15 +306,17 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
     )
     source = loading.Source("owner/name", None, "fp16", None, None, None, False, None)
     index = source.read_index("PixArtSigmaPipeline")
-    source.fetch(index, PARTS, "PixArtSigmaPipeline")
+    source.fetch(index, COMPONENTS, "PixArtSigmaPipeline")
     assert "vae/diffusion_pytorch_model.fp16.bin" in asked
     assert "transformer/diffusion_pytorch_model.fp16.bin" not in asked
     asked.clear()
-    loading.Source("owner/name", None, None, False, None, None, False, None).fetch(index, PARTS, "PixArtSigmaPipeline")
+    loading.Source("owner/name", None, None, False, None, None, False, None).fetch(
+        index, COMPONENTS, "PixArtSigmaPipeline"
+    )
     assert not any(pattern.endswith(".safetensors") for pattern in asked)
     monkeypatch.undo()
     pipe = PixArtSigmaPipeline.from_pretrained(own_folder)
-    assert draws_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
+    assert generates_the_same(pipe, tiny_pipeline(PixArtSigmaPipeline))
 
 
 # --- dtype and device ---
@@ -324,9 +326,9 @@ def test_float32_unless_asked_otherwise(tmp_path: Path) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     pipe.to(torch.bfloat16).save_pretrained(tmp_path)
     again = PixArtSigmaPipeline.from_pretrained(tmp_path)
-    assert {part.dtype for part in (again.transformer, again.vae, again.text_encoder)} == {torch.float32}
+    assert {component.dtype for component in (again.transformer, again.vae, again.text_encoder)} == {torch.float32}
     stored = PixArtSigmaPipeline.from_pretrained(tmp_path, torch_dtype="auto")
-    assert {part.dtype for part in (stored.transformer, stored.vae, stored.text_encoder)} == {torch.bfloat16}
+    assert {component.dtype for component in (stored.transformer, stored.vae, stored.text_encoder)} == {torch.bfloat16}
     assert stored.dtype == torch.bfloat16
 
 
@@ -396,7 +398,7 @@ def test_to_takes_the_forms_of_diffusers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_draws_nearly_the_same(dtype: torch.dtype) -> None:
+def test_lower_precision_generates_nearly_the_same(dtype: torch.dtype) -> None:
     expected = draw(tiny_pipeline(PixArtSigmaPipeline))
     pipe = tiny_pipeline(PixArtSigmaPipeline).to(dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -423,7 +425,7 @@ def test_from_pipe_shares_its_parts() -> None:
         PixArtAlphaPipeline.from_pipe(sigma, unet=None)
 
 
-# --- parts of the wrong family ---
+# --- components of the wrong family ---
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
@@ -484,14 +486,14 @@ class Recording(Resident):
     """A placement that moves nothing and writes down which component was in use."""
 
     def __init__(self, pipe: PixArtSigmaPipeline):
-        self.names = {id(part): name for name, part in pipe.components.items()}
+        self.names = {id(component): name for name, component in pipe.components.items()}
         self.log: list[str] = []
         self.in_use: str | None = None
 
     @contextmanager
-    def using(self, part: nn.Module) -> Iterator[None]:
+    def using(self, component: nn.Module) -> Iterator[None]:
         assert self.in_use is None
-        self.in_use = self.names[id(part)]
+        self.in_use = self.names[id(component)]
         yield
         self.log.append(self.in_use)
         self.in_use = None
@@ -504,7 +506,7 @@ def test_a_call_uses_one_part_after_the_other() -> None:
     assert [name for name, _ in itertools.groupby(recording.log)] == ["text_encoder", "transformer", "vae"]
 
 
-def test_offload_on_this_machine_draws_the_same() -> None:
+def test_offload_on_this_machine_generates_the_same() -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     expected = draw(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -542,8 +544,8 @@ def test_offload_to_a_gpu() -> None:
     pipe.enable_model_cpu_offload()
     assert pipe.device.type == "cuda"
     assert (draw(pipe).cpu() - expected).abs().max() < 1e-3
-    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
-        assert {p.device.type for p in part.parameters()} == {"cpu"}
+    for component in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        assert {p.device.type for p in component.parameters()} == {"cpu"}
     resident = tiny_pipeline(PixArtSigmaPipeline).to("cuda")
     assert (draw(resident).cpu() - expected).abs().max() < 1e-3
 

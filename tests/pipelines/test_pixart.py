@@ -67,7 +67,7 @@ def test_arguments_are_those_of_the_documents(cls: type[Any], tokens: int, metho
 
 def test_documented_parts() -> None:
     for cls in (PixArtAlphaPipeline, PixArtSigmaPipeline):
-        assert cls.part_names() == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
+        assert cls.component_names() == ["tokenizer", "text_encoder", "vae", "transformer", "scheduler"]
 
 
 @pytest.mark.parametrize(("cls", "tokens"), [(PixArtAlphaPipeline, 120), (PixArtSigmaPipeline, 300)])
@@ -541,7 +541,7 @@ def test_captions_are_cleaned_by_default_in_the_call_only(pipe: PixArtSigmaPipel
 
 
 def pipe_clean(text: str) -> str:
-    from impasto.pipelines.text import clean_caption
+    from impasto.pipelines.cleaning import clean_caption
 
     return clean_caption(clean_caption(text))
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
-from impasto.pipelines.glm_image_prior import target_offsets
+from impasto.models.glm_image.prior import target_offsets
 from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
 from impasto.training.loop import Recipe
 from impasto.training.prior import Sequences, join, scores, train_prior

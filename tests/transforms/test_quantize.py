@@ -146,7 +146,7 @@ def test_sizes_that_the_products_cannot_take_stay(monkeypatch: pytest.MonkeyPatc
     model = nn.Sequential(nn.Linear(24, 30), nn.Linear(32, 32))
     handle = quantize(model, "int8-dynamic")
     assert handle.layers == ("1",)
-    with pytest.raises(ConfigurationError, match="no linear layer that 'int8-dynamic' can take"):
+    with pytest.raises(ConfigurationError, match="no linear layer that 'int8-dynamic' supports"):
         quantize(nn.Sequential(nn.Linear(24, 30)), "int8-dynamic")
 
 
@@ -220,7 +220,7 @@ def test_without_originals_nothing_is_undone_or_saved(method: Any) -> None:
 # --- loading, saving, moving, copying ---
 
 
-def test_what_is_loaded_is_quantised(method: Any) -> None:
+def test_what_is_loaded_is_quantized(method: Any) -> None:
     model, other = tiny_transformer(), tiny_transformer(seed=5)
     quantize(model, method)
     assert model.load_state_dict(other.state_dict(), strict=True) == ([], [])
@@ -250,7 +250,7 @@ def test_a_saved_pipeline_has_the_original_weights(method: Any, tmp_path: Path) 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
-def test_a_cast_quantises_anew_and_undo_gives_the_new_dtype(method: Any) -> None:
+def test_a_cast_quantizes_anew_and_undo_gives_the_new_dtype(method: Any) -> None:
     model, plain = tiny_transformer(), tiny_transformer()
     quantize(model, method)
     model.to(torch.bfloat16)
@@ -347,12 +347,12 @@ def hooked(model: PixArtTransformer2DModel) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda model: quantize(model, "int8-weight-only"), r"transformer_blocks\.0\.attn1\.to_q is quantised already"),
+        (lambda model: quantize(model, "int8-weight-only"), r"transformer_blocks\.0\.attn1\.to_q is quantized already"),
         (lambda model: model.fuse_qkv_projections(), r"call unfuse_qkv_projections\(\)"),
         (hooked, r"transformer_blocks\.0\.attn1\.to_q has hooks"),
     ],
 )
-def test_what_cannot_be_quantised(prepare: Callable[[Any], Any], message: str) -> None:
+def test_what_cannot_be_quantized(prepare: Callable[[Any], Any], message: str) -> None:
     pytest.importorskip("torchao")
     model = tiny_transformer()
     prepare(model)
@@ -362,12 +362,12 @@ def test_what_cannot_be_quantised(prepare: Callable[[Any], Any], message: str) -
     assert kinds(model) == before
 
 
-def test_quantised_projections_are_not_fused() -> None:
+def test_quantized_projections_are_not_fused() -> None:
     pytest.importorskip("torchao")
     model = tiny_transformer()
     quantize(model, "int8-weight-only")
     expected = output(model)
-    with pytest.raises(ConfigurationError, match="cannot fuse a QuantizedLinear"):
+    with pytest.raises(ConfigurationError, match="QuantizedLinear is quantized and cannot be fused"):
         model.fuse_qkv_projections()
     assert torch.equal(output(model), expected)
 

@@ -15,8 +15,6 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
-from ..files import make_folder, write_file
-from ..folders import saving
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -153,6 +151,8 @@ class Configurable:
         Raises:
             OutputError: the folder cannot be written.
         """
+        from ..folders import saving
+
         with saving(folder) as staging:
             self._write_config(staging)
 
@@ -227,6 +227,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the file or its folder cannot be written.
     """
+    from ..files import make_folder, write_file
+
     text = json.dumps(content, indent=2) + "\n"
     make_folder(path.parent)
     write_file(path, text)

@@ -1,4 +1,4 @@
-"""How a command ends: whatever happened, with one line on standard error and a status that is not 0."""
+"""How a command fails: with one line on standard error and a non-zero exit status, whatever happened."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def say(text: str, *, error: bool = False) -> None:
     for line in text.split("\n"):
         try:
             typer.echo(printable(line), err=error)
-        except (OSError, ValueError) as problem:  # ValueError: it was closed from inside
+        except (OSError, ValueError) as problem:  # ValueError: this process closed it
             if not error:
                 raise _lost_output(problem) from problem
 
 
 class Commands(TyperGroup):
-    """Commands whose errors are one line on standard error, or with ``--debug`` a traceback."""
+    """Commands that report an error in one line on standard error, or with ``--debug`` by a traceback."""
 
     def main(self, args: Any = None, prog_name: str | None = None, **_: Any) -> NoReturn:  # type: ignore[override]
         debug = False
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
             status = 0
         except typer.Exit as stop:
             status = stop.exit_code
-        except SystemExit:  # of rich, where nobody reads the help that it prints
+        except SystemExit:  # from rich, if the pipe that it prints the help to is closed
             status = _report(_lost_output(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))))
         except BaseException as error:
             if debug and not isinstance(error, KeyboardInterrupt | UsageError):
@@ -66,15 +66,15 @@ class Commands(TyperGroup):
 
 
 def _keep_to_one_line(debug: bool) -> None:
-    """Log warnings as lines, without control characters, and leave those of Python's to ``--debug``."""
+    """Log each warning in one line, without control characters; Python's warnings only with ``--debug``."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # Where torchao is installed, transformers imports it, and it warns of kernels that nobody asked for.
+    # transformers imports torchao if it is installed, which then warns of kernels that nothing here uses.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not debug:
-        logging.raiseExceptions = False  # where standard error is closed
+        logging.raiseExceptions = False  # if standard error is closed
         warnings.simplefilter("ignore")
 
 
@@ -111,8 +111,8 @@ def _explain(error: BaseException) -> str:
 
 
 def _lost_output(error: OSError | ValueError) -> OutputError:
-    """What to say of a standard output that takes no more; from here on it goes nowhere, Python's last flush too."""
+    """The error of a standard output that takes no more; what follows, Python's last flush included, is discarded."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     reason = getattr(error, "strerror", None) or error
-    return OutputError(f"standard output cannot be written: {reason}; send it to a place that can")
+    return OutputError(f"standard output cannot be written: {reason}; send it somewhere else")

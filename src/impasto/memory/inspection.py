@@ -1,6 +1,6 @@
-"""What a checkpoint holds, read from its JSON files and the headers of its weights: nothing is loaded.
+"""What a checkpoint holds, read from its JSON files and the headers of its weights, without loading them.
 
-Only the weights' headers need torch, which is imported there: a misspelt model is noticed at once.
+Torch is imported only to read the headers, so that a misspelt model name is reported at once.
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ from ..checkpoints.config import read_json
 from ..checkpoints.layout import INDEX_NAME, WEIGHTS
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
+from ..family import BLOCK_LISTS, VAE_SCALE_FACTOR
 from ..folders import reading
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
-#: Parts of names of tensors that stay float32 where float16 is asked for, because they would overflow.
+#: Substrings of the names of tensors that stay float32 when float16 is requested, because they would overflow.
 FLOAT32_IN_FLOAT16 = {"T5EncoderModel": (".wo.",)}
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-#: What is to be known of an autoencoder that is not there: 8 times smaller latents.
-USUAL_VAE = {"block_out_channels": (128, 256, 512, 512)}
-#: Tensors of the size of the hidden states that are alive at once in a layer: the feed-forward is four times as wide.
-TRANSFORMER_MAPS = 12
-#: The repeated blocks in the names of tensors, as ``moving.BLOCK_LISTS`` has them.
-_BLOCK = re.compile(r"([^.]+\.)*?(transformer_blocks|blocks|block|layers)\.\d+\.")
+#: A repeated block in the names of tensors.
+_BLOCK = re.compile(rf"([^.]+\.)*?({'|'.join(BLOCK_LISTS)})\.\d+\.")
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One component of a pipeline on disk."""
 
     name: str
@@ -45,8 +42,8 @@ class Part:
     config: Mapping[str, Any]  # checked, defaults included
     tensors: Mapping[str, tuple[str, int]]  # name -> stored dtype, number of values
     disk_bytes: int  # of all files that loading reads
-    pickled: bool = False  # weights that cannot be looked into without loading them
-    weights: tuple[Path, ...] = ()  # their files
+    pickled: bool = False  # the weights cannot be inspected without loading them
+    weights: tuple[Path, ...] = ()  # the files
 
     @property
     def parameters(self) -> int:
@@ -61,18 +58,18 @@ class Part:
         return tuple(sorted(counts, key=lambda dtype: -counts[dtype]))
 
     def memory(self, dtype: str, names: Iterable[str] | None = None) -> int:
-        """Bytes of the weights, or of those of these names, loaded in ``dtype``, one of ``DTYPES``."""
+        """Bytes of the weights loaded in ``dtype``, one of ``DTYPES``: of all of them, or of those in ``names``."""
         wide = self.wide(dtype)
         chosen = self.tensors if names is None else names
         return sum(self.tensors[name][1] * (4 if name in wide else DTYPES[dtype]) for name in chosen)
 
     def wide(self, dtype: str) -> set[str]:
-        """The names of the tensors that are float32 where the others are loaded in ``dtype``."""
+        """The names of the tensors that stay float32 when the others are loaded in ``dtype``."""
         marks = FLOAT32_IN_FLOAT16.get(self.class_name or "", ()) if dtype == "float16" else ()
         return {name for name in self.tensors if any(mark in name for mark in marks)}
 
     def blocks(self) -> dict[str, list[str]]:
-        """The names of the tensors of each of the repeated blocks; those of the rest are under ""."""
+        """The names of the tensors in each of the repeated blocks; those of all others under ""."""
         found: dict[str, list[str]] = {"": []}
         for name in self.tensors:
             match = _BLOCK.match(name)
@@ -87,50 +84,17 @@ class Inspection:
     model: str
     folder: Path
     class_name: str
-    parts: tuple[Part, ...]
+    components: Mapping[str, Component]
 
     @property
-    def by_name(self) -> dict[str, Part]:
-        return {part.name: part for part in self.parts}
-
-    def working_memory(self, name: str, dtype: str, pixels: int | None = None, pictures: int = 1) -> int:
-        """About how many bytes a component needs in addition to its weights, for guided images.
-
-        The factors were counted: the largest sum of tensors alive at once in our models, attention not included,
-        since its backends keep no scores.
-
-        Args:
-            pixels: of an image; by default as many as the training images have.
-            pictures: the number of images generated at once.
-        """
-        parts = self.by_name
-        if "transformer" not in parts:
-            return 0
-        side, unit = picture_size(parts["transformer"].config, parts["vae"].config if "vae" in parts else USUAL_VAE)
-        pixels = (side**2 if pixels is None else pixels) * pictures
-        config = parts[name].config
-        if name == "vae":  # three feature maps at full size, as wide as the last but one level
-            widths = config.get("block_out_channels", (64,))
-            values = 3 * int(widths[min(1, len(widths) - 1)]) * pixels
-            overflows = dtype == "float16" and config.get("force_upcast", True)  # and computes in float32
-            return values * (4 if overflows else DTYPES[dtype])
-        if name == "transformer":  # twice the tokens, because of guidance, and each layer's K and V of the text
-            width = int(config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72))
-            tokens = pixels // unit**2
-            text = 2 * 300 * int(config.get("num_layers", 28)) * pictures
-            return 2 * width * (TRANSFORMER_MAPS * tokens + text) * DTYPES[dtype]
-        return 0
-
-    def peak_memory(self, dtype: str, *, one_at_a_time: bool) -> int:
-        """About how many bytes of the device generating one image takes, with all components there or one at a time."""
-        needs = [(part.memory(dtype), self.working_memory(part.name, dtype)) for part in self.parts]
-        if one_at_a_time:
-            return max((weights + work for weights, work in needs), default=0)
-        return sum(weights for weights, _ in needs) + max((work for _, work in needs), default=0)
+    def image_size(self) -> tuple[int, int]:
+        """As ``image_size``; (0, 1) without a transformer."""
+        transformer, vae = self.components.get("transformer"), self.components.get("vae")
+        return (0, 1) if transformer is None else image_size(transformer.config, None if vae is None else vae.config)
 
 
 def resolve_pipeline(model: str) -> tuple[Path, str]:
-    """The local folder of a pipeline and the name of its class. Of a hub repository, only JSON files are fetched.
+    """The local folder of a pipeline and the name of its class. From the hub, only JSON files are downloaded.
 
     Raises:
         CheckpointNotFoundError: there is no such model, or it is not a whole pipeline.
@@ -150,39 +114,44 @@ def resolve_pipeline(model: str) -> tuple[Path, str]:
     return folder, name
 
 
-def picture_size(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+def image_size(transformer: Mapping[str, Any], vae: Mapping[str, Any] | None) -> tuple[int, int]:
     """From two configs: the side of the training images, and what sides must be multiples of, in pixels.
+
+    Args:
+        vae: None: there is no autoencoder, and the usual ``VAE_SCALE_FACTOR`` is assumed.
 
     Raises:
         ConfigurationError: a config that was not checked yet has values that cannot be used.
     """
-    widths = vae.get("block_out_channels", (64,))
-    if not isinstance(widths, Sequence) or not 1 <= len(widths) <= 16:
-        raise ConfigurationError(f"vae/config.json: block_out_channels must be a list of numbers, not {shown(widths)}")
-    factor = 2 ** (len(widths) - 1)
-    numbers = (("sample_size", 128, 65_536), ("patch_size", 2, 64))
+    factor = VAE_SCALE_FACTOR
+    if vae is not None:
+        widths = vae.get("block_out_channels", (64,))
+        if not isinstance(widths, Sequence) or not 1 <= len(widths) <= 16:
+            problem = f"must be a list of numbers, not {shown(widths)}"
+            raise ConfigurationError(f"vae/config.json: block_out_channels {problem}")
+        factor = 2 ** (len(widths) - 1)
     side, patch = (
         whole_number(f"transformer/config.json: {key}", transformer.get(key, usual), 1, most, error=ConfigurationError)
-        for key, usual, most in numbers
+        for key, usual, most in (("sample_size", 128, 65_536), ("patch_size", 2, 64))
     )
     return side * factor, patch * factor
 
 
-def read_part_configs(folder: Path, *names: str) -> list[dict[str, Any]]:
-    """The ``config.json`` of components, unchecked; empty if there is none."""
+def read_configs(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """The ``config.json`` of components, unchecked; empty for those without one."""
     with reading(folder) as root:
         paths = [root / name / "config.json" for name in names]
         return [read_json(path) if path.is_file() else {} for path in paths]
 
 
 def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspection:
-    """Look into a checkpoint: a folder, a bundled model, or a hub repository that is on this machine.
+    """Inspect a checkpoint: a folder, a bundled model, or a downloaded hub repository.
 
     Args:
-        deep: read all weights, and look for NaN and infinity in them.
+        deep: also read all weights and check them for NaN and infinity.
 
     Raises:
-        CheckpointError: files are missing or damaged, as loading would find.
+        CheckpointError: files are missing or damaged, so that loading would fail.
         ConfigurationError: a config holds a value that cannot be used.
         HubError: a hub repository that was not downloaded yet.
     """
@@ -191,57 +160,57 @@ def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspe
         folder = hub.resolve(name, local_files_only=True)
     except HubError as error:
         raise HubError(
-            f"{name} is neither a folder nor on this machine, and what it holds is read from its files; "
+            f"{name} is neither a folder nor a downloaded repository, and only local files can be inspected; "
             f"download it with `hf download {name}`"
         ) from error
     from ..checkpoints.foreign import from_transformers
 
     with reading(folder) as root:
         _, class_name = resolve_pipeline(str(root))
-        found = inspect_parts(root, class_name, read_json(root / INDEX_NAME), name=name)
-        for part in found.parts:
-            if part.class_name in READERS:  # small enough to be loaded
-                from_transformers.load_reader(part.class_name, root / part.name)
+        found = inspect_components(root, class_name, read_json(root / INDEX_NAME), name=name)
+        for component in found.components.values():
+            if component.class_name in READERS:  # small enough to be loaded
+                from_transformers.load_reader(component.class_name, root / component.name)
             if deep:
-                _check_values(part.weights)
+                _check_values(component.weights)
     return found
 
 
-def inspect_parts(
+def inspect_components(
     folder: Path, class_name: str, index: Mapping[str, Any], variant: str | None = None, name: str | None = None
 ) -> Inspection:
-    """Look into those components of a pipeline's folder that an index lists.
+    """Inspect those components of a pipeline's folder that an index lists.
 
     Args:
-        variant: which copy of the weights; any if None, the one without a variant first.
-        name: what to call the model; its folder if None.
+        variant: which copy of the weights; None: any, preferably the one without a variant.
+        name: the name of the model; None: its folder.
 
     Raises:
         CheckpointError: files are missing or damaged.
         ConfigurationError: a config holds a value that cannot be used.
     """
-    parts = []
+    components = {}
     with _disk_errors(folder):
-        for part, (library, part_class) in component_entries(folder / INDEX_NAME, index).items():
-            if part_class is None or not accepted_classes(class_name, part):  # absent, or never loaded
+        for component, (library, its_class) in component_entries(folder / INDEX_NAME, index).items():
+            if its_class is None or not accepted_classes(class_name, component):  # absent, or never loaded
                 continue
-            check_role(class_name, part, (library, part_class), str(folder))
-            if not (folder / part).is_dir():
+            check_role(class_name, component, (library, its_class), str(folder))
+            if not (folder / component).is_dir():
                 raise CheckpointNotFoundError(
-                    f"{folder} lacks the component {part} that its {INDEX_NAME} lists; download it"
+                    f"{folder} lacks the component {component} that its {INDEX_NAME} lists; download it"
                 )
-            with reading(folder / part) as place:
-                parts.append(_inspect_part(place, part_class, variant))
-    return Inspection(name or str(folder), folder, class_name, tuple(parts))
+            with reading(folder / component) as place:
+                components[component] = _inspect_component(place, its_class, variant)
+    return Inspection(name or str(folder), folder, class_name, components)
 
 
-def _inspect_part(folder: Path, class_name: str, variant: str | None) -> Part:
+def _inspect_component(folder: Path, class_name: str, variant: str | None) -> Component:
     from ..checkpoints.foreign import from_transformers
     from ..models.base import Model
 
     config: Mapping[str, Any] = {}
     stored: Stored = {}
-    chosen = _variant_there(folder) if variant is None else variant
+    chosen = _stored_variant(folder) if variant is None else variant
     if class_name in LANGUAGE_MODELS:
         config, _, stored = from_transformers.check_model(class_name, folder, chosen, None)
     elif class_name not in READERS:
@@ -256,11 +225,11 @@ def _inspect_part(folder: Path, class_name: str, variant: str | None) -> Part:
     pickled = any(path.suffix == ".bin" for path in files)
     tensors = {} if pickled else {name: (dtype, math.prod(shape)) for name, (_, dtype, shape) in stored.items()}
     size = sum(path.stat().st_size for path in [*files, *others])
-    return Part(folder.name, class_name, config, tensors, size, pickled, files)
+    return Component(folder.name, class_name, config, tensors, size, pickled, files)
 
 
-def _variant_there(folder: Path) -> str | None:
-    """Of the copies of a model's weights: safetensors before pickles, without a variant before with one."""
+def _stored_variant(folder: Path) -> str | None:
+    """The variant of the preferred copy of the weights: safetensors before pickles, no variant before one."""
     found = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
     copies = [(match["kind"] == "bin", match["variant"] or match["index_variant"] or "") for match in found]
     return min(copies, default=(False, ""))[1] or None
@@ -272,8 +241,8 @@ def _check_values(files: Iterable[Path]) -> None:
     found = first_non_finite(files)
     if found is not None:
         raise CheckpointError(
-            f"{found[0]}: {listing([found[1]])} holds NaN or infinity, and so will what it computes; download or save "
-            f"it again"
+            f"{found[0]}: {listing([found[1]])} holds NaN or infinity, and so will every result; download or save it "
+            f"again"
         )
 
 

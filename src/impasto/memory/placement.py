@@ -12,15 +12,18 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError, ResourceError
 from ..models.base import parse_size
-from ..nn.devices import as_device
-from .streaming import Stay, Visit, device_of, is_settled
+from ..nn.machine import as_device, require_device
+from .moving import device_of, is_settled, movable, move
+
+if TYPE_CHECKING:
+    from .streaming import Stay, Visit
 
 #: The share of a device's free memory that ``device_map`` gives to weights; the rest is for the computation.
 SHARE = 0.85
@@ -54,7 +57,7 @@ class Resident:
 _in_use: ContextVar[tuple[tuple[Resident, nn.Module], ...]] = ContextVar("impasto_in_use", default=())
 
 
-class PerPart(Resident):
+class PerComponent(Resident):
     """Every component stays on its own device (``device_map``) and computes there.
 
     Args:
@@ -93,6 +96,8 @@ class OneAtATime(Resident):
     def __init__(
         self, device: torch.device | str, visit: Visit | None = None, visits: Mapping[nn.Module, Visit] | None = None
     ):
+        from .streaming import Visit
+
         self._device = torch.device(device)
         self._visit = visit or Visit()
         # Weak keys: a component without other references is freed.
@@ -137,6 +142,8 @@ class OneAtATime(Resident):
             self._stay.end()
             self._stay = None
         if new is not None and not is_settled(new):
+            from .streaming import Stay
+
             stay = Stay(new, self.device, self.visit_of(new))
             try:
                 stay.begin()
@@ -147,6 +154,40 @@ class OneAtATime(Resident):
 
 
 # --- device maps ---
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+
+def place(
+    components: Mapping[str, Any], device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
+) -> PerComponent:
+    """Move each component to its device, where it stays.
+
+    Args:
+        device_map, max_memory: as ``Pipeline.from_pretrained`` documents them.
+
+    Raises:
+        InputError: a name that no component has, or not the name of a device.
+        ResourceError: the device does not exist.
+    """
+    from .streaming import size_of
+
+    modules = movable(components)
+    if isinstance(device_map, Mapping):
+        unknown = [name for name in device_map if name not in components]
+        if unknown:
+            names = ", ".join(components)
+            raise InputError(f"device_map names an unknown component {unknown[0]!r}; components: {names}")
+        devices = {name: require_device(device_map.get(name, "cpu")) for name in modules}
+    elif device_map in ("auto", "balanced"):
+        devices = spread({name: size_of(module) for name, module in modules.items()}, str(device_map), max_memory)
+    else:
+        devices = dict.fromkeys(modules, require_device(device_map))
+    for name, module in modules.items():
+        move(module, devices[name], None)
+    elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
+    fallback = next(elsewhere, None) or torch.device("cpu")
+    return PerComponent(devices.get("transformer", next(iter(devices.values()), fallback)))
 
 
 def spread(
@@ -181,25 +222,6 @@ def spread(
         room[device] -= size
         found[name] = device
     return {name: found[name] for name in sizes}
-
-
-# --- devices and dtypes ---
-
-
-def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:
-    """Refuse a dtype that plain layers cannot compute in.
-
-    Raises:
-        ResourceError: the message names a dtype that works.
-    """
-    if dtype is None:
-        return
-    if dtype.itemsize == 1:
-        raise ResourceError(
-            f"layers cannot compute in {dtype}, a storage format; use bfloat16 or float16, or quantize the component"
-        )
-    if dtype == torch.float64 and device is not None and device.type == "mps":
-        raise ResourceError("mps has no float64; use float32, bfloat16 or float16 there, or the CPU")
 
 
 def offload_device(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

@@ -1,7 +1,7 @@
-"""A component's weights, copied to a device while they are needed there: all of them, or a few blocks at a time.
+"""Weights that are copied to a device while they are needed there: a whole component, or a few blocks at a time.
 
-Weights on the host are what counts: what comes to the device is a copy of them, and is dropped, never copied back.
-Afterwards nothing is left in the component.
+The weights on the host are authoritative: their copies on the device are dropped, never copied back. Nothing remains
+in the component afterwards.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from ..transforms.quantized_linear import QuantizedLinear
+from ..family import BLOCK_LISTS
+from ..nn.changes import is_plain_tensor, unwrapped
 
-#: What models call the list of their repeated blocks.
-BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
-#: Devices on which nothing can be copied while something else is computed.
+#: Devices that cannot copy and compute at the same time.
 WITHOUT_STREAMS = ("cpu", "mps", "meta")
 
 
 @dataclass(frozen=True)
 class Visit:
-    """How a component comes to the device."""
+    """How a component is moved to the device."""
 
-    blocks: int | None = None  # how many of its blocks are there at a time; None: all
+    blocks: int | None = None  # the number of blocks on the device at a time; None: all
     ahead: bool = False  # copy the next blocks while these compute
 
 
 class Slot(NamedTuple):
-    """A parameter or buffer of a component, and where it is kept."""
+    """A parameter or buffer of a component, and the module that has it."""
 
     owner: nn.Module
     key: str
@@ -43,24 +42,25 @@ class Slot(NamedTuple):
 
     def read(self) -> Tensor:
         if self.parameter is not None:
-            return self.parameter.data if _is_plain(self.parameter) else cast(Tensor, self.owner._parameters[self.key])
+            plain = is_plain_tensor(self.parameter)
+            return self.parameter.data if plain else cast(Tensor, self.owner._parameters[self.key])
         buffer = self.owner._buffers[self.key]
         assert buffer is not None
         return buffer
 
     def write(self, tensor: Tensor) -> None:
-        if self.parameter is not None and not _is_plain(self.parameter):
+        if self.parameter is not None and not is_plain_tensor(self.parameter):
             self.owner._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
-        elif self.parameter is not None:  # it stays the same object: who holds it sees what it holds now
+        elif self.parameter is not None:  # it stays the same object for everyone who refers to it
             self.parameter.data = tensor
         else:
             self.owner._buffers[self.key] = tensor
 
 
-def slots_of(part: nn.Module) -> list[Slot]:
-    """All parameters and buffers, shared ones once."""
+def slots_of(component: nn.Module) -> list[Slot]:
+    """All parameters and buffers; shared ones only once."""
     found: dict[int, Slot] = {}
-    for prefix, module in part.named_modules():
+    for prefix, module in component.named_modules():
         dot = f"{prefix}." if prefix else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -72,16 +72,16 @@ def slots_of(part: nn.Module) -> list[Slot]:
 
 
 class Group:
-    """Tensors that come to the device and leave it together."""
+    """Tensors that are moved to the device and removed from it together."""
 
     def __init__(self, slots: list[Slot], device: torch.device):
         self._slots, self._device = slots, device
         self._copies: list[Tensor] | None = None
-        self._ready: torch.Event | None = None  # when the copies may be read, where they are made aside
+        self._ready: torch.Event | None = None  # on another stream: when the copies may be read
         self._on_host: list[tuple[Slot, Tensor]] = []
 
     def fetch(self, stream: torch.Stream | None = None) -> None:
-        """Copy to the device, on a stream of its own if there is one, without waiting."""
+        """Start copying to the device, on ``stream`` if given."""
         if self._copies is not None:
             return
         with torch.inference_mode(False), torch.no_grad(), stream or nullcontext():
@@ -94,7 +94,7 @@ class Group:
         return tensor.to(self._device, non_blocking=pinned)
 
     def bring(self) -> None:
-        """Have the modules read the copies."""
+        """Replace the modules' tensors by the copies."""
         self.fetch()
         assert self._copies is not None
         if self._ready is not None:
@@ -107,10 +107,10 @@ class Group:
                     slot.write(copy)
 
     def leave(self, stream: torch.Stream | None = None) -> None:
-        """Have the modules read what is on the host again, and drop the copies.
+        """Give the modules their tensors on the host back, and drop the copies.
 
-        ``stream``, on which the copies were made, waits for what still computes with them. Their memory is of that
-        stream, and only it writes there next: so there is never more of it than what is counted here.
+        ``stream``, on which the copies were made, waits for the computation that uses them. Their memory belongs to
+        that stream, which is the next to write there: so no more of it is in use than is counted here.
         """
         if stream is not None and self._copies is not None:
             stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
@@ -121,15 +121,15 @@ class Group:
 
 
 class Stay:
-    """A component on the device from ``begin`` to ``end``: whole, or its blocks in turns and the rest of it whole."""
+    """A component on the device from ``begin`` to ``end``: whole, or its blocks in turn and the rest of it whole."""
 
-    def __init__(self, part: nn.Module, device: torch.device, visit: Visit):
-        inner = unwrapped(part)
+    def __init__(self, component: nn.Module, device: torch.device, visit: Visit):
+        inner = unwrapped(component)
         lists = [] if visit.blocks is None else block_lists(inner)
-        if lists and inner is not part:
+        if lists and inner is not component:
             raise ConfigurationError(
-                f"a {type(inner).__name__} that torch.compile has wrapped cannot come block by block: its graph wants "
-                f"all weights at once. Use enable_model_cpu_offload(), or compile its blocks one by one "
+                f"a {type(inner).__name__} that torch.compile has wrapped cannot be moved block by block: its graph "
+                f"needs all weights at once. Use enable_model_cpu_offload(), or compile its blocks one by one "
                 f"(`for block in blocks: block.compile()`)."
             )
         named = [(f"{path}.{i}.", block) for path, blocks in lists for i, block in enumerate(blocks)]
@@ -138,7 +138,7 @@ class Stay:
 
         slots = slots_of(inner)
         self._groups = []
-        self._blocks: list[tuple[nn.Module, int]] = []  # and the group that they are in
+        self._blocks: list[tuple[nn.Module, int]] = []  # and the group of each
         for index, run in enumerate(runs):
             prefixes = tuple(prefix for prefix, _ in run)
             mine = [slot for slot in slots if slot.name.startswith(prefixes)]
@@ -150,7 +150,7 @@ class Stay:
         self._ahead = visit.ahead and len(runs) > 1
         self._stream = torch.Stream(device) if self._ahead and device.type not in WITHOUT_STREAMS else None
         self._present: int | None = None
-        self._guarded: list[tuple[nn.Module, str, Any]] = []  # and what its __dict__ had under that name
+        self._guarded: list[tuple[nn.Module, str, Any]] = []  # a block, a method, and its entry in __dict__ before
 
     def begin(self) -> None:
         self._rest.bring()
@@ -175,7 +175,7 @@ class Stay:
         self._present = index
         if self._ahead:
             following = (index + 1) % len(self._groups)
-            for i, group in enumerate(self._groups):  # what was fetched in vain, where blocks are not used in order
+            for i, group in enumerate(self._groups):  # fetched in vain if blocks are not used in order
                 if i not in (index, following):
                     group.leave(self._stream)
             self._groups[index].fetch(self._stream)
@@ -197,10 +197,10 @@ class Stay:
         self._present = None
 
 
-def block_lists(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of repeated blocks, outermost ones only, with their names; none in convolutional components."""
+def block_lists(component: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The outermost lists of repeated blocks and their names; none in convolutional components."""
     found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in part.named_modules():
+    for name, module in component.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in BLOCK_LISTS and not inside:
             found.append((name, module))
@@ -221,51 +221,19 @@ def methods_of(block: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def pin(part: nn.Module) -> None:
-    """Give a component's weights on the host memory that a GPU can read while it computes."""
-    for slot in slots_of(unwrapped(part)):
+def pin(component: nn.Module) -> None:
+    """Put a component's weights on the host into memory from which a GPU can copy while it computes."""
+    for slot in slots_of(unwrapped(component)):
         tensor = slot.read()
         if tensor.device.type == "cpu" and not tensor.is_pinned():
             slot.write(tensor.pin_memory())
 
 
-# --- what is known of components ---
-
-
-def unwrapped(part: Any) -> Any:
-    """The module that ``torch.compile`` has wrapped, or the component itself."""
-    return getattr(part, "_orig_mod", part)
-
-
-def is_settled(part: nn.Module) -> bool:
-    """Whether another library has quantized a component or given it its devices: it is used as and where it is."""
-    part = unwrapped(part)
-    if getattr(part, "hf_device_map", None) or getattr(part, "is_quantized", False):
-        return True
-    own = (module for module in part.modules() if not isinstance(module, QuantizedLinear))  # which can be moved
-    return any(not _is_plain(p) for module in own for p in module._parameters.values() if p is not None)
+def size_of(component: nn.Module) -> int:
+    """Bytes of the weights."""
+    return sum(slot.read().nbytes for slot in slots_of(unwrapped(component)))
 
 
 def _is_the_same(copy: Tensor, host: Tensor) -> bool:
     """Whether nothing had to be copied."""
-    return copy is host or (copy.device == host.device and _is_plain(copy) and copy.data_ptr() == host.data_ptr())
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, Tensor)
-
-
-def device_of(part: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*part.parameters(), *part.buffers())), None)
-
-
-def size_of(part: nn.Module) -> int:
-    """Bytes of the weights."""
-    return sum(slot.read().nbytes for slot in slots_of(unwrapped(part)))
-
-
-def stays_float32(part: nn.Module, name: str, dtype: torch.dtype | None) -> bool:
-    """Whether a parameter is float32 in this dtype, too."""
-    # transformers' models say which of their layers overflow in float16: in T5 the last of each feed-forward.
-    sensitive = getattr(unwrapped(part), "_keep_in_fp32_modules", None) or ()
-    return dtype == torch.float16 and any(layer in name.split(".") for layer in sensitive)
+    return copy is host or (copy.device == host.device and is_plain_tensor(copy) and copy.data_ptr() == host.data_ptr())

@@ -1,4 +1,4 @@
-"""The base of every model: config, load, save, dtype, device."""
+"""The base class of every model: config, loading, saving, dtype, device."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from ..checkpoints import hub, weights
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.layout import superseded
-from ..checkpoints.stored import Stored, describe, find_weight_files
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
-from ..folders import reading, saving
-from ..nn.devices import check_device
+from ..nn.machine import check_device
 from ..nn.precision import adapt
+
+if TYPE_CHECKING:
+    from ..checkpoints.stored import Stored
 
 
 class Model(Configurable, nn.Module):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
-    #: Which list of blocks an argument (a number, or a list) gives the length of, by its path in the names of tensors.
+    #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
     stored_lists: ClassVar[Mapping[str, str]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the (first floating-point) parameters."""
+        """The dtype of the first floating-point parameter."""
         for parameter in self.parameters():
             if parameter.is_floating_point():
                 return parameter.dtype
@@ -38,7 +37,7 @@ class Model(Configurable, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     def num_parameters(self) -> int:
@@ -46,12 +45,12 @@ class Model(Configurable, nn.Module):
 
     @classmethod
     def _rename_key(cls, name: str) -> str:
-        """A stored tensor's name -> the name in this class. Models with older layouts override it."""
+        """The name of a stored tensor -> its name in this class; for models with older layouts."""
         return name
 
     @classmethod
     def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:
-        """A chance to let the stored tensors decide what an old config leaves open."""
+        """Complete an old config from the names of the stored tensors."""
         return config
 
     @classmethod
@@ -75,19 +74,22 @@ class Model(Configurable, nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder, ``builtin:scenes``, or a hub id.
-            subfolder: where in it the model lies, for example ``"transformer"``.
+            subfolder: the folder of the model in it, for example ``"transformer"``.
             dtype, torch_dtype: of the weights: a ``torch.dtype``, its name, or ``"auto"`` for the stored one;
                 float32 by default.
             variant: ``"fp16"`` loads ``diffusion_pytorch_model.fp16.safetensors``.
-            use_safetensors: True: only safetensors; False: only ``.bin``; None: the first that is there. A
-                ``.bin`` may hold tensors only.
+            use_safetensors: True: only safetensors; False: only ``.bin``; None: whichever is found first. A
+                ``.bin`` may hold only tensors.
             overrides: values that replace those of the config.
 
         Raises:
-            CheckpointError: the folder or a file is missing or damaged, or weights and config do not fit.
-            ConfigurationError: the config holds values that cannot be used.
-            ResourceError: ``device`` is not there.
+            CheckpointError: the folder or a file is missing or damaged, or weights and config do not match.
+            ConfigurationError: the config has values that cannot be used.
+            ResourceError: ``device`` does not exist.
         """
+        from ..checkpoints import hub, weights
+        from ..folders import reading
+
         target = check_device(device)
         root = hub.resolve(
             pretrained_model_name_or_path,
@@ -108,25 +110,28 @@ class Model(Configurable, nn.Module):
     def skeleton(
         cls, folder: Path, *, variant: str | None = None, use_safetensors: bool | None = None, **overrides: Any
     ) -> tuple[Self, Stored]:
-        """The model on the meta device and the stored tensors, which fit it: loading's checks, and none of its cost.
+        """The model on the meta device, and the stored tensors, which match it: the checks of loading without its cost.
 
         Raises:
             CheckpointError, ConfigurationError: as ``from_pretrained``.
         """
+        from ..checkpoints import stored as files
+        from ..checkpoints.weights import check_fit
+
         cls.checked_arguments({}, **overrides)
         config = cls.load_config(folder)
-        stored = describe(find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
+        stored = files.describe(files.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
         names = {cls._rename_key(name) for name in stored}
         config = cls._fit_config(config, names)
         with naming(folder / cls.config_name), torch.device("meta"):
             cls._check_lists(cls.checked_arguments(config, **overrides), names, folder)
             model = cls.from_config(config, **overrides)
-        weights.check_fit(model, stored, cls._rename_key)
+        check_fit(model, stored, cls._rename_key)
         return model, stored
 
     @classmethod
     def _check_lists(cls, arguments: Mapping[str, Any], names: set[str], folder: Path) -> None:
-        """Compare the config's numbers of blocks with those stored: a billion of them would take for ever to build."""
+        """Compare the config's numbers of blocks with those stored, before building a billion of them."""
         for argument, path in cls.stored_lists.items():
             indices = {name.removeprefix(f"{path}.").split(".", 1)[0] for name in names if name.startswith(f"{path}.")}
             value = arguments[argument]
@@ -153,14 +158,18 @@ class Model(Configurable, nn.Module):
         """
         if not safe_serialization:
             raise InputError("safe_serialization=False would write a pickle; only safetensors are written")
+        from ..checkpoints.layout import superseded
+        from ..checkpoints.weights import write_weights
+        from ..folders import saving
+
         size = parse_size(max_shard_size)
         with saving(save_directory, superseded) as staging:
-            weights.write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
+            write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:
-    """A ``torch.dtype`` or its name; ``"auto"`` is None (as stored); None is ``default``."""
+    """The dtype for a ``torch.dtype`` or its name; None for ``"auto"`` (as stored); ``default`` for None."""
     if dtype is None:
         return default
     if isinstance(dtype, torch.dtype):
@@ -177,7 +186,7 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = t
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text like ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
+    """Bytes from a number, or a text such as ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
     if isinstance(size, int):
         found = size
     else:

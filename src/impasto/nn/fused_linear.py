@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .changes import Change, is_plain, refuse_conflicts
 
 
-class FusedLinear:
-    """Several linear layers of one input as one product, whose matrix is the layers' own memory.
+class FusedLinear(Change):
+    """Several linear layers of one input as one product. Belongs in an attribute of the module that has the layers.
 
-    The layers' parameters become views of it, so that it costs no memory, and what is loaded into them in place
-    is seen here too. Whoever holds one asks ``holds`` before each use, and calls the layers themselves where it
-    says no: they stay what counts.
+    The layers' parameters become views of its matrix, so it takes no memory, and what is loaded into them in place is
+    seen here too. Check ``holds`` before each use, and call the layers themselves if it returns False.
 
     Raises:
-        ConfigurationError: something else than ``nn.Linear`` is among the layers, such as an adapter.
+        ConfigurationError: one of the layers is not an ``nn.Linear``, for example an adapter or quantized.
     """
+
+    change = "fused"
+    undo = "call unfuse_qkv_projections() on the model"
+    conflicts: ClassVar = ("quantized",)
 
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers: list[nn.Linear] = []
         for layer in layers:
+            refuse_conflicts(layer, FusedLinear)
             if type(layer) is not nn.Linear:
                 raise ConfigurationError(
-                    f"cannot fuse a {type(layer).__name__}: an adapter or a quantised layer is in the place of a "
-                    f"linear projection. Merge or remove it first."
+                    f"cannot fuse a {type(layer).__name__}: an adapter is in the place of a linear projection. Merge "
+                    f"or remove it first."
                 )
             self.layers.append(layer)
         sizes = [layer.out_features for layer in self.layers]
-        self._views: list[tuple[Tensor, Tensor]] = []  # each parameter and its part of the fused one
+        self._views: list[tuple[Tensor, Tensor]] = []  # each parameter and its slice of the fused one
         with torch.no_grad():
             self.weight = torch.cat([layer.weight for layer in self.layers])
             self.bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])
@@ -47,19 +52,19 @@ class FusedLinear:
                     self._views.append((layer.bias, part))
 
     def holds(self, *layers: nn.Module) -> bool:
-        """Whether the fused matrix may stand for these layers: no gradient is wanted, nothing was replaced."""
+        """Whether the product can replace calls of these layers: without gradients, and if nothing was replaced."""
         if torch.is_grad_enabled() or len(layers) != len(self.layers):
             return False
         if any(mine is not theirs for mine, theirs in zip(self.layers, layers)):
             return False
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
+        if not all(is_plain(layer, nn.Linear) for layer in self.layers):
             return False
         current = [layer.weight for layer in self.layers]
         if self.bias is not None:
             current += [layer.bias for layer in self.layers]
         if any(parameter is not mine for parameter, (mine, _) in zip(current, self._views)):
             return False
-        # Graphs have no addresses; what assigns to ``.data`` has to come before compilation.
+        # Compiled graphs have no addresses: what assigns to ``.data`` must do so before compilation.
         return torch.compiler.is_compiling() or all(mine.data_ptr() == part.data_ptr() for mine, part in self._views)
 
     def __call__(self, x: Tensor) -> Tensor:

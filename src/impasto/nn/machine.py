@@ -1,4 +1,4 @@
-"""What this machine can do: its processor, its accelerators, their memory. Nothing else asks the hardware."""
+"""What this machine can do: its processor, its accelerators, their memory. No other file queries the hardware."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-#: What torch and oneDNN call the instructions that multiply a dtype, by the names of ``torch.cpu.get_capabilities``.
+from ..checks import shown
+from ..errors import InputError, ResourceError
+
+#: The instructions that multiply a dtype, by the names of ``torch.cpu.get_capabilities``.
 _PRODUCTS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx_ne_convert"),
     torch.float16: ("avx512_fp16", "amx_fp16"),
 }
-#: The variables that keep ATen, oneDNN and MKL below what the processor has, for AVX2 and less.
+#: The environment variables that limit ATen, oneDNN and MKL to AVX2 or less.
 _CAPS = {
     "ATen": ("ATEN_CPU_CAPABILITY",),
     "oneDNN": ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
@@ -30,22 +33,83 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or CPU
 
 
+def as_device(device: torch.device | str | int) -> torch.device:
+    """The device of this name or number, whether this machine has it or not.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: no device has this number.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as problem:
+        error = ResourceError if isinstance(device, int) else InputError
+        raise error(f"there is no device {shown(device)}; this machine has {', '.join(_devices())}") from problem
+
+
+def require_device(device: torch.device | str | int) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: it does not; the message lists those that it has.
+    """
+    chosen = as_device(device)
+    if chosen.type not in ("cpu", "meta") and f"{chosen.type}:{chosen.index or 0}" not in _devices():
+        raise ResourceError(f"the device {chosen} is not available; this machine has {', '.join(_devices())}")
+    return chosen
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """The device, if this machine has it or another library provides it: checked before anything is computed or moved.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: an accelerator that this machine does not have; the message lists those that it has.
+    """
+    chosen = as_device(device)
+    return require_device(chosen) if chosen.type in ("cuda", "mps", "xpu") else chosen
+
+
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def check_dtype(dtype: torch.dtype | None, device: torch.device | None) -> None:
+    """Refuse a dtype that plain layers cannot compute in.
+
+    Raises:
+        ResourceError: the message names a dtype that works.
+    """
+    if dtype is None:
+        return
+    if dtype.itemsize == 1:
+        raise ResourceError(
+            f"layers cannot compute in {dtype}, a storage format; use bfloat16 or float16, or quantize the component"
+        )
+    if dtype == torch.float64 and device is not None and device.type == "mps":
+        raise ResourceError("mps has no float64; use float32, bfloat16 or float16 there, or the CPU")
+
+
 def is_native(dtype: torch.dtype, device: torch.device = CPU) -> bool:
     """Whether the device multiplies numbers of this dtype without converting them first.
 
-    Where the CPU does not, a product in 16 bits takes 7 to 300 times as long as in float32.
+    If the CPU does not, a product in 16 bits takes 7 to 300 times as long as in float32.
     """
     if dtype not in _PRODUCTS:
         return True
     if device.type == "cuda":
-        if dtype == torch.float16 or not torch.cuda.is_available():  # a plan for another machine
+        if dtype == torch.float16 or not torch.cuda.is_available():  # planning for another machine
             return True
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     return device.type != "cpu" or _multiplies(dtype)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it, float16 on older CUDA devices, else float32."""
+    """bfloat16 if the device multiplies it, float16 on older CUDA devices, else float32."""
     if device.type == "mps" or not is_native(torch.bfloat16, device):
         return torch.float16 if device.type == "cuda" else torch.float32
     return torch.bfloat16
@@ -62,7 +126,7 @@ def processor_has(feature: str) -> bool:
 
 @functools.cache
 def _capabilities() -> dict[str, object]:
-    # Newer than the oldest torch that we take.
+    # Newer than the oldest torch that is supported.
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return found
 
@@ -74,7 +138,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")():
         return False
     if _capabilities().get("architecture") != "x86_64":
-        return True  # oneDNN's word suffices: it knows the extensions of ARM
+        return True  # oneDNN knows the extensions of ARM
     above = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return above and any(processor_has(feature) for feature in _PRODUCTS[dtype])
 
@@ -83,37 +147,37 @@ def _multiplies(dtype: torch.dtype) -> bool:
 def multiplies_int8_exactly() -> bool:
     """Whether torch's products of int8 are exact on the CPU.
 
-    Where the processor has instructions for them and ``ONEDNN_MAX_CPU_ISA`` hides these, pairs of products saturate.
+    They are not if ``ONEDNN_MAX_CPU_ISA`` hides the instructions for them: pairs of products then saturate.
     """
     largest = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest) == 64 * 127 * 127).all())
 
 
 def has_onednn_products(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layers of this dtype are faster than torch's own, and switched on."""
+    """Whether oneDNN's linear layers of this dtype are enabled, and faster than torch's own."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if dtype == torch.float32:  # elsewhere not measured
+    if dtype == torch.float32:  # not measured elsewhere
         return _capabilities().get("architecture") == "x86_64"
     return dtype == torch.bfloat16 and is_native(dtype)
 
 
 def has_epilogues(dtype: torch.dtype) -> bool:
-    """Whether gelu in the epilogue of oneDNN's product is faster than after it: not in float32 with AVX2."""
+    """Whether GELU is faster in the epilogue of oneDNN's product than after it: not in float32 with AVX2."""
     above = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return has_onednn_products(dtype) and (above or dtype != torch.float32)
 
 
 class Processor(NamedTuple):
-    """The processor, and what of it is in use."""
+    """The processor and the instructions in use."""
 
     name: str
-    instruction_set: str  # that this process computes with, such as "AVX-512 with bfloat16" or "AVX2"
-    imitated: bool  # environment variables keep it below what the processor has
+    instruction_set: str  # in use, such as "AVX-512 with bfloat16" or "AVX2"
+    imitated: bool  # environment variables hide some of the processor's instructions
 
 
 def describe_processor() -> Processor:
-    """The processor's name and the instructions in use; "in part" lists the libraries that a variable caps at AVX2."""
+    """The processor's name and instructions; "in part" lists the libraries that a variable limits to AVX2."""
     capped = []
     if _capabilities().get("architecture") != "x86_64":
         found = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -147,12 +211,12 @@ def _processor_name() -> str:
 
 
 def process_memory() -> int:
-    """Bytes of this process that no file backs; 0 where the system does not say."""
+    """Bytes of this process that are not memory-mapped files; 0 if the system does not report them."""
     return _bytes_of("/proc/self/status", "RssAnon") or 0
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can have on the device, with those that it has already."""
+    """Bytes that this process can use on the device, including those that it uses already."""
     if device.type == "cpu":
         available = _bytes_of("/proc/meminfo", "MemAvailable")
         return 2**62 if available is None else available + process_memory()

@@ -1,8 +1,8 @@
-"""Weights of 16 bits, computation in float32: for processors without native products of 16 bits.
+"""16-bit weights, float32 computation: for processors without native 16-bit products.
 
 There a product in bfloat16 or float16 takes 7 to 300 times as long as in float32. So the weights stay as they are
-stored, each is widened when it is used (``widening.py``), and activations are float32. What goes into a component and
-comes out of it has the dtype of its weights. The result is closer to the exact one than that of 16-bit arithmetic.
+stored, each is widened when it is used (``widening.py``), and activations are float32. Inputs and outputs of a
+component have the dtype of its weights. The result is closer to the exact one than that of 16-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import shown
 from ..errors import InputError
-from .handle import Handle
+from .changes import Change, Handle, is_managed_elsewhere, unwrapped
 from .machine import is_native
 from .widening import HALVES, Function, Widening, is_narrow
 
@@ -53,19 +53,19 @@ def in_float32() -> Iterator[None]:
 
 
 def without_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
-    """Compute in the dtypes of what is given, on devices of one type, whatever autocast is in force."""
+    """Compute in the dtypes of the arguments, on devices of one type, whether or not autocast is enabled."""
     kind = torch.device(device).type
     there = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if there else nullcontext()
 
 
 def computing(module: nn.Module) -> AbstractContextManager[None]:
-    """Compute in what ``module`` computes in: for code that reads its weights itself."""
+    """Compute in the precision of ``module``: for code that reads its weights directly."""
     return nullcontext() if _widened_dtype(module) is None else in_float32()
 
 
 def checkpointed(block: nn.Module, *arguments: Any) -> Any:
-    """Gradient checkpointing: the block is computed again in the backward pass, in what it is computed in now."""
+    """Gradient checkpointing: the block is recomputed in the backward pass, in the precision that it has now."""
     if not _thread.is_wide:
         return checkpoint(block, *arguments, use_reentrant=False)
     return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), in_float32()))
@@ -75,8 +75,8 @@ def checkpointed(block: nn.Module, *arguments: Any) -> Any:
 
 Choice = Literal["automatic", "float32", "as stored"]
 _CHOICE = "_impasto_precision"
-#: Methods in which models compute, and whether what they return has the dtype of the weights. What the stages of our
-#: own hand to each other keeps its digits.
+#: Methods in which models compute, and whether what they return is cast to the dtype of the weights. The results of our
+#: intermediate stages stay float32.
 _METHODS = {
     "__call__": True,
     "forward": True,
@@ -90,21 +90,22 @@ _METHODS = {
 
 
 def adapt(module: nn.Module) -> None:
-    """Have a module with 16-bit weights compute in float32 wherever its device does not multiply them natively.
+    """Let a module with 16-bit weights compute in float32 on devices that do not multiply them natively.
 
-    Pipelines and ``from_pretrained`` do this to every component. Whether it is needed is asked at each call, so the
+    Pipelines and ``from_pretrained`` do this to every component. Whether it is needed is decided at each call, so the
     module may be moved and cast at any time. It stays an instance of its class, and is saved and pickled as one.
     """
-    module = getattr(module, "_orig_mod", module)  # torch.compile has wrapped it
+    module = unwrapped(module)
     cls = type(module)
     if not issubclass(cls, _Adapted) and not isinstance(module, torch.jit.ScriptModule):
         module.__class__ = _adapted(cls)  # type: ignore[arg-type]
 
 
 def compute_in_float32(module: nn.Module) -> Precision:
-    """Have a module with 16-bit weights compute in float32 on every machine and device.
+    """Let a module with 16-bit weights compute in float32 on every machine and device.
 
-    Such as an autoencoder that overflows in float16. Its weights stay as they are, and what comes out has their dtype.
+    For example an autoencoder that overflows in float16. Its weights stay as they are, and its outputs have their
+    dtype. The choice made last counts.
 
     Returns:
         a handle: ``remove()`` restores what was before, and so does leaving its ``with`` block.
@@ -113,37 +114,39 @@ def compute_in_float32(module: nn.Module) -> Precision:
 
 
 def compute_as_stored(module: nn.Module) -> Precision:
-    """Have a module compute in the dtype of its weights, also where that is slow. Returns as ``compute_in_float32``."""
+    """Let a module compute in the dtype of its weights, even where that is slow. Returns as ``compute_in_float32``."""
     return Precision(module, "as stored")
 
 
 def precision_of(module: nn.Module) -> Choice:
-    """What was chosen for a module: "automatic" is float32 where the device has no native 16-bit products."""
+    """The choice in force: "automatic" is float32 for 16-bit weights on devices without native 16-bit products."""
     return _choice(module) if isinstance(module, _Adapted) else "as stored"
 
 
-class Precision(Handle):
+class Precision(Handle, Change):
     """The handle of ``compute_in_float32`` and ``compute_as_stored``."""
+
+    change = "of a chosen precision"
+    undo = "remove() the handle of that"
 
     def __init__(self, module: nn.Module, choice: Choice):
         if not isinstance(module, nn.Module):
             raise InputError(f"a precision is chosen for a module such as pipe.vae, not for {shown(module)}")
-        self.module = getattr(module, "_orig_mod", module)
-        self._before = _choice(self.module)
+        self.module, self.choice = unwrapped(module), choice
         adapt(self.module)
-        self.module.__dict__[_CHOICE] = choice
+        self.put(self.module, _CHOICE)
 
     def remove(self) -> None:
-        self.module.__dict__[_CHOICE] = self._before
+        self.take(self.module, _CHOICE)
 
 
 def _choice(module: nn.Module) -> Choice:
-    found: Choice = vars(module).get(_CHOICE, "automatic")
-    return found
+    chosen: Precision | None = vars(module).get(_CHOICE)
+    return "automatic" if chosen is None else chosen.choice
 
 
 def _widened_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of the 16-bit weights that a module is to compute with in float32; None if it is not to."""
+    """The dtype of a module's 16-bit weights if it should compute in float32 with them; else None."""
     choice = _choice(module)
     weight = None if _thread.is_wide or choice == "as stored" else _narrow_weight(module)
     if weight is None or (choice == "automatic" and (weight.device.type != "cpu" or is_native(weight.dtype))):
@@ -152,29 +155,29 @@ def _widened_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def _narrow_weight(module: nn.Module) -> Tensor | None:
-    """A 16-bit parameter of a module. Of each child only the first is looked at: this is asked at each call."""
+    """A 16-bit parameter of a module. Of each child only the first is looked at, since this runs at each call."""
     firsts = (next(child.parameters(), None) for child in module.children())
     return next(filter(is_narrow, chain(module._parameters.values(), firsts)), None)
 
 
 def _is_left_alone(module: nn.Module) -> bool:
-    """Whether another library has quantized or placed a module, or will compute its blocks again in a backward pass."""
-    if getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None):
+    """Whether another library has quantized or placed a module, or will recompute its blocks in a backward pass."""
+    if is_managed_elsewhere(module):
         return True
     recomputing = (m for m in module.modules() if getattr(m, "gradient_checkpointing", False))
     return torch.is_grad_enabled() and any(hasattr(m, "_gradient_checkpointing_func") for m in recomputing)
 
 
 class _Adapted:
-    """What the classes of adapted modules have in common."""
+    """The base that the classes of adapted modules share."""
 
 
 @functools.cache
 def _adapted(cls: Any) -> type[nn.Module]:
-    """A class that only differs in what its methods compute in."""
+    """A class that differs only in the precision of its methods."""
 
     def reduced(module: nn.Module, protocol: SupportsIndex) -> Any:
-        """Pickles hold the class that others know."""
+        """Pickles hold the original class."""
         return object.__new__, (cls,), module.__getstate__()
 
     def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -5,34 +5,35 @@ Shapes: P prompts, B images, C latent channels, h x w latent pixels, M text toke
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import whole_number
-from ..errors import InputError
-from ..family import tokens_to_generate
-from ..memory.placement import OneAtATime, check_dtype
-from ..memory.streaming import unwrapped
+from ..memory.placement import OneAtATime
 from ..models.base import parse_dtype
-from ..models.glm_image.context import GlmImageContext, GlmImageReferences
+from ..models.glm_image.context import GlmImageReferences
 from ..models.glm_image.model import GlmImageTransformer2DModel
-from ..nn.devices import as_device, check_device
+from ..models.glm_image.prior import PriorTokens
+from ..nn.changes import unwrapped
+from ..nn.machine import as_device, check_device, check_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .glm_image_inputs import check_sides, images_of_prompts, read_prompts
-from .glm_image_prior import PriorTokens, generate_prior, reference_picture
-from .glyphs import encode_glyphs, most_tokens
-from .image import ImageProcessor
-from .request import Schedule, read_glm_image, read_glm_image_texts, read_schedule
-from .sampling import DenoisingStep, Half, Run, Stop, denoising_steps, drive, own_scheduler, step_options
-from .text import EncodedTexts
+from .glm_image_inputs import (
+    check_sides,
+    images_of_prompts,
+    read_glm_image,
+    read_glm_image_texts,
+    read_prompts,
+    reference_image,
+)
+from .glm_image_stages import encode_contexts, encode_quoted_texts, encode_references, run_prior, shifted
+from .images import ImageProcessor
+from .request import read_schedule
+from .sampling import DenoisingStep, Run, denoising_steps, drive, own_scheduler, step_options
 
 
 class GlyphEmbeds(NamedTuple):
@@ -158,7 +159,8 @@ class GlmImagePipeline(Pipeline):
                 an image of 32 H x 32 W pixels, unless height and width are given.
             image: reference images: one, or a list for one prompt; a list of lists of equal length for several
                 prompts.
-            height, width: in pixels, multiples of 32. If None, from the prompt, the first image, or the model.
+            height, width: in pixels, multiples of 32; with images, any, as the result is resized and cropped to them.
+                If None, from the prompt, the first image (cut to multiples of 32), or the model.
             num_inference_steps: number of steps.
             timesteps, sigmas: a custom schedule in place of the scheduler's, descending.
             guidance_scale: w of classifier-free guidance (2207.12598); 1 or less means no guidance.
@@ -189,8 +191,8 @@ class GlmImagePipeline(Pipeline):
             prior = request.prior
             if prior is None:
                 per_prompt = request.texts.images_per_prompt
-                prior = self._generate_prior(
-                    request.texts.prompts, request.size, request.images, request.generators, per_prompt, stop
+                prior = run_prior(
+                    self, request.texts.prompts, request.size, request.images, request.generators, per_prompt, stop
                 )
             noise = self._noise(request, torch.float32)
             references = self.encode_references(request.images, prior)
@@ -240,47 +242,12 @@ class GlmImagePipeline(Pipeline):
         check_sides(height, width)
         num_images_per_prompt, batch = inputs.count_images(len(prompts), num_images_per_prompt)
         images = images_of_prompts(image, len(prompts))
-        images = None if images is None else [[reference_picture(one) for one in row] for row in images]
+        images = None if images is None else [[reference_image(one) for one in row] for row in images]
         generators = inputs.check_generator(generator, batch)
         with self._calling() as stop:
-            prior = self._generate_prior(prompts, (height, width), images, generators, num_images_per_prompt, stop)
+            prior = run_prior(self, prompts, (height, width), images, generators, num_images_per_prompt, stop)
         target = self.device if device is None else as_device(device)
         return prior._replace(prior_token_ids=prior.prior_token_ids.to(target))
-
-    def _generate_prior(
-        self,
-        prompts: Sequence[str],
-        size: tuple[int, int],
-        images: list[list[Any]] | None,
-        generators: torch.Generator | list[torch.Generator] | None,
-        per_prompt: int,
-        stop: Stop,
-    ) -> PriorTokens:
-        processor = self._require("processor")
-        total = len(prompts) * per_prompt * tokens_to_generate(*size, images is not None)
-        with self.using("vision_language_encoder") as model, self.progress_bar(total=total) as progress:
-
-            def goes_on(done: int) -> bool:
-                progress.update(done - progress.n)
-                return not stop.requested
-
-            return generate_prior(
-                model,
-                processor,
-                prompts,
-                size,
-                images,
-                generators,
-                per_prompt,
-                self._codebook_size(),
-                goes_on,
-                packed=self.plan is None,
-                check=partial(self._check_output, "vision_language_encoder"),
-            )
-
-    def _codebook_size(self) -> int:
-        transformer = self._require("transformer")
-        return int(transformer.config["prior_vq_quantizer_codebook_size"])
 
     @torch.no_grad()
     def encode_prompt(
@@ -316,7 +283,7 @@ class GlmImagePipeline(Pipeline):
         positive, negative = texts.prompt_embeds, texts.negative_prompt_embeds
         count, wanted = len(texts.prompts), [*texts.prompts, *texts.negatives]
         if wanted:
-            embeds, mask = self._encode_glyphs(wanted, texts.length)
+            embeds, mask = encode_quoted_texts(self, wanted, texts.length)
             positive = _cut(embeds, mask, 0, count) if texts.prompts else positive
             negative = _cut(embeds, mask, count, len(wanted)) if texts.negatives else negative
 
@@ -326,30 +293,6 @@ class GlmImagePipeline(Pipeline):
         assert positive is not None
         return GlyphEmbeds(repeated(positive), None if negative is None else repeated(negative))
 
-    def _encode_glyphs(self, texts: list[str], length: int) -> EncodedTexts:
-        """Embeddings [B, M, channels] and mask [B, M] of quoted texts, each of at most ``length`` bytes."""
-        tokenizer = self._require("tokenizer")
-
-        def encode(some: list[str]) -> EncodedTexts:
-            with self.using("text_encoder") as text_encoder:
-                encoded = EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, self.device))
-            self._check_output("text_encoder", encoded.embeds)
-            return encoded
-
-        if self.prompt_cache is None:
-            return encode(texts)
-        encoder = self.components["text_encoder"]
-        kept = {}
-        with nullcontext() if encoder is None else self.using("text_encoder"):  # once for all
-            for text in dict.fromkeys(texts):
-                most = most_tokens(text, length)
-                kept[text] = self.prompt_cache.encode([text], most, self.device, encoder, tokenizer, encode)
-        join = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        return EncodedTexts(
-            embeds=join([kept[text].embeds[0] for text in texts]),
-            mask=join([kept[text].mask[0] for text in texts]),
-        )
-
     @torch.no_grad()
     def encode_references(
         self, images: Sequence[Sequence[Any]] | None, prior: PriorTokens
@@ -357,31 +300,7 @@ class GlmImagePipeline(Pipeline):
         """The keys and values of the reference images, P rows; None without reference images."""
         if images is None or prior.prior_token_image_ids is None or prior.source_image_grid_thw is None:
             return None
-        rows = []
-        for of_prompt, ids, grids in zip(images, prior.prior_token_image_ids, prior.source_image_grid_thw, strict=True):
-            encoded = []
-            each = ids.to(self.device).flatten().split(grids.prod(dim=-1).tolist())
-            for image, tokens, (_, high, wide) in zip(of_prompt, each, grids.tolist(), strict=True):
-                encoded.append(self._encode_reference(image, tokens, high, wide))
-            rows.append(GlmImageReferences.one_after_another(encoded))
-        return GlmImageReferences.concat(rows)
-
-    def _encode_reference(self, image: Any, tokens: Tensor, rows: int, columns: int) -> GlmImageReferences:
-        transformer = self._require("transformer")
-        unit = self.vae_scale_factor * transformer.config["patch_size"]
-        pixels = self.image_processor.preprocess(image, height=rows * unit, width=columns * unit)  # [1, 3, H, W]
-        with self.using_vae() as (vae, dtype):
-            z = vae.encode(pixels.to(self.device, dtype)).latent_dist.mode()
-            mean, std = self._statistics(z)
-            latents = (z - mean) / std
-        with self.using("transformer") as transformer:
-            latents = latents.to(self.device, transformer.dtype)
-            none = latents.new_zeros(1, 0, transformer.config["text_embed_dim"])
-            context = transformer.encode_context(none, None, tokens, None, *latents.shape[-2:])
-            size = latents.new_tensor([pixels.shape[-2:]], dtype=torch.float32)
-            modulation = transformer.modulate(size.new_zeros(1), size, torch.zeros_like(size))
-            references: GlmImageReferences = transformer.encode_references(latents, context, modulation)
-        return references
+        return encode_references(self, images, prior.prior_token_image_ids, prior.source_image_grid_thw)
 
     def denoise(
         self,
@@ -426,7 +345,7 @@ class GlmImagePipeline(Pipeline):
                 noise.to(device, torch.float32),  # [B, C, h, w]
                 embeds,
                 guidance_scale,
-                encode=partial(_encode_contexts, transformer, prior, references, rows, columns),
+                encode=partial(encode_contexts, transformer, prior, references, rows, columns),
                 # The model counts timesteps from 0, the schedule from 1.
                 modulation=transformer.modulate(scheduler.timesteps.to(device) - 1, size.float(), crop.float()),
                 options=step_options(scheduler, generator=generator),
@@ -455,72 +374,3 @@ class GlmImagePipeline(Pipeline):
 def _cut(embeds: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
     """Rows ``start`` to ``end`` of a batch, without the columns in which all of them are padding."""
     return embeds[start:end, : int(mask[start:end].sum(dim=1).max())] if end > start else embeds[:0]
-
-
-def _mask_of(embeds: Tensor) -> Tensor | None:
-    """[B, M], true for tokens that are not all zeros, and for all tokens of an all-zero row; None if all are true."""
-    keep = embeds.any(dim=-1)  # [B, M]
-    keep |= ~keep.any(dim=1, keepdim=True)
-    return None if bool(keep.all()) else keep
-
-
-def shifted(scheduler: Any, schedule: Schedule, tokens: int) -> dict[str, Any]:
-    """GLM-Image's schedule: integer timesteps, not shifted, and noise levels that are shifted by the image's size.
-
-    Args:
-        tokens: the number of image tokens.
-
-    Returns:
-        arguments for the scheduler's ``set_timesteps``.
-    """
-    config, accepted = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
-    if "sigmas" not in accepted:
-        raise InputError(
-            f"{type(scheduler).__name__} takes no sigmas, which GLM-Image's schedule needs; use "
-            f"FlowMatchEulerDiscreteScheduler"
-        )
-    total = config["num_train_timesteps"]
-    evenly = np.linspace(total, 1.0, schedule.steps + 1)[:-1]
-    times = np.asarray(evenly if schedule.timesteps is None else schedule.timesteps).astype(np.int64).astype(np.float32)
-    levels = times / total if schedule.sigmas is None else np.asarray(schedule.sigmas, dtype=np.float32)
-    base = config.get("base_image_seq_len", 256)
-    mu = config.get("max_shift", 0.75) * (tokens / base) ** 0.5 + config.get("base_shift", 0.25)
-    arguments = {"timesteps": times.tolist(), "sigmas": levels.tolist(), "mu": mu}
-    return {name: value for name, value in arguments.items() if name in accepted}
-
-
-def _encode_contexts(
-    transformer: Any,
-    prior: Tensor,
-    references: GlmImageReferences | None,
-    rows: int,
-    columns: int,
-    embeds: GlyphEmbeds,
-    guided: bool,
-) -> list[Half]:
-    """Both halves for one call, or one call for each.
-
-    One call is faster unless it needs masking, for texts of different lengths or for references that the negative
-    half must not see.
-    """
-
-    def context(text: Tensor, drops: bool) -> GlmImageContext:
-        text = text.to(prior.device, transformer.dtype)
-        drop = torch.full((len(text),), drops, device=prior.device)
-        encoded: GlmImageContext = transformer.encode_context(text, _mask_of(text), prior, drop, rows, columns)
-        return encoded
-
-    def half(context: GlmImageContext, references: GlmImageReferences | None, copies: int = 1) -> Half:
-        return Half(copies, {"encoder_hidden_states": context, "kv_caches": references})
-
-    if references is not None:
-        references = references.for_batch(len(embeds.prompt_embeds))
-    positive = context(embeds.prompt_embeds, False)
-    if not guided:
-        return [half(positive, references)]
-    assert embeds.negative_prompt_embeds is not None
-    negative = context(embeds.negative_prompt_embeds, True)
-    alike = negative.text.shape == positive.text.shape and negative.bias is None
-    if references is None and alike and positive.bias is None:
-        return [half(GlmImageContext.concat([negative, positive]), None, copies=2)]
-    return [half(negative, None), half(positive, references)]

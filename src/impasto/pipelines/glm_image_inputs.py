@@ -1,4 +1,4 @@
-"""Checks of the arguments of GLM-Image's pipeline, before anything is computed.
+"""The request of GLM-Image's pipeline: its arguments, validated before anything is computed.
 
 Shapes: B images, N image tokens.
 """
@@ -6,6 +6,8 @@ Shapes: B images, N image tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,94 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import whole_number
+from ..checks import MAX_SIDE, MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..family import PRIOR_PIXELS
-from . import inputs, limits
-from .glm_image_prior import PriorTokens
+from ..models.glm_image.prior import PriorTokens
+from . import inputs
+from .images import as_batch, normalize, to_rgb
+from .request import Request, Texts, shared_fields
+
+PRIOR_FIELDS = ("prior_token_ids", "prior_token_image_ids", "source_image_grid_thw")
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
 _SIZE = re.compile(r"<sop>\s*(\d{1,9})\s+(\d{1,9})\s*<eop>")
+
+
+@dataclass(frozen=True)
+class GlmImageRequest(Request):
+    """A call of GLM-Image's pipeline."""
+
+    size: tuple[int, int] = (0, 0)  # height and width in pixels
+    images: list[list[Any]] | None = None  # the reference images of each prompt
+    prior: PriorTokens | None = None  # tokens in place of the prior's
+    corner: tuple[int, int] = (0, 0)  # top and left
+
+
+def read_glm_image_texts(pipe: Any, prompts: Sequence[str], guided: bool, arguments: Mapping[str, Any]) -> Texts:
+    """The texts whose glyphs are to be encoded, or their embeddings.
+
+    Args:
+        prompts: none if embeddings are given.
+
+    Raises:
+        InputError: a type or shape that cannot be used, or two arguments that contradict each other.
+    """
+    embeds, negative_embeds = arguments["prompt_embeds"], arguments["negative_prompt_embeds"]
+    negative_prompt = arguments["negative_prompt"]
+    count = len(prompts) or len(embeds)
+    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
+    images_per_prompt, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
+    negatives = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
+    if guided and negative_prompt and negative_embeds is not None:
+        raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
+    check_widths(embeds, negative_embeds, count, pipe.components["transformer"])
+    if not guided or negative_embeds is not None:
+        negatives = []
+    return Texts(prompts, negatives, embeds, None, negative_embeds if guided else None, None, images_per_prompt, length)
+
+
+def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) -> GlmImageRequest:
+    """The arguments of a call of GLM-Image's pipeline.
+
+    Args:
+        fields: names of the embeddings that a callback may ask for.
+
+    Raises:
+        InputError: an argument that cannot be used.
+    """
+    attention_kwargs = arguments["attention_kwargs"]
+    if not isinstance(attention_kwargs, Mapping | None) or {*(attention_kwargs or ())} - {"scale"}:
+        raise InputError(f"attention_kwargs must be None, as attention takes none, not {shown(attention_kwargs)}")
+    prompts, count = read_prompts(arguments["prompt"], arguments["prompt_embeds"])
+    images = images_of_prompts(arguments["image"], count)
+    sides, default = (arguments["height"], arguments["width"]), pipe.default_sample_size * pipe.vae_scale_factor
+    prompts, size, final = plan_size(prompts, *sides, images, default)
+    texts = read_glm_image_texts(pipe, prompts, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
+    shared = shared_fields(pipe, fields, arguments, texts, size, both=True)
+    ids, image_ids, grids = (arguments[name] for name in PRIOR_FIELDS)
+    prior, each = None, texts.images_per_prompt
+    if ids is not None:
+        config = pipe.transformer.config
+        tokens = shared["shape"][2] * shared["shape"][3] // config["patch_size"] ** 2
+        codes = config["prior_vq_quantizer_codebook_size"]
+        prior = given_prior(ids, image_ids, grids, images, count * each, each, tokens, codes)
+    elif image_ids is not None or grids is not None:
+        raise InputError(
+            "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
+        )
+    elif not prompts:
+        raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
+    elif images is not None:
+        images = [[reference_image(one) for one in row] for row in images]
+    needed = ["vae"] if images is not None else []
+    if texts.prompts or texts.negatives:
+        needed += ["tokenizer"] if pipe.prompt_cache is not None else ["tokenizer", "text_encoder"]
+    for name in needed:
+        pipe._require(name)
+    corner = inputs.corner(arguments["crops_coords_top_left"])
+    final_size = None if size == final else final
+    return GlmImageRequest(**shared, final_size=final_size, size=size, images=images, prior=prior, corner=corner)
 
 
 def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
@@ -81,14 +163,16 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
 
 def plan_size(
     prompts: list[str], height: int | None, width: int | None, images: list[list[Any]] | None, default: int
-) -> tuple[list[str], int, int]:
-    """The prompts without sizes, and the size: the given one, the prompt's, the first image's or the model's.
+) -> tuple[list[str], tuple[int, int], tuple[int, int]]:
+    """The prompts without sizes, the size of generation and that of the result, which differ only with images.
+
+    The size is the given one, the prompt's, the first image's (cut to multiples of 32) or the model's.
 
     Args:
         default: the side of the model's default size, in pixels.
 
     Raises:
-        InputError: different sizes in one batch, or a size that is not a multiple of 32.
+        InputError: different sizes in one batch, or without images a size that is not a multiple of 32.
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
@@ -100,19 +184,29 @@ def plan_size(
     else:
         high = wide = default
     height, width = high if height is None else height, wide if width is None else width
-    check_sides(height, width)
-    return [_SIZE.sub("", prompt).strip() for prompt in prompts], height, width
+    check_sides(height, width, images is not None)
+    height, width = int(height), int(width)  # NumPy integers pass the check, and stay NumPy integers
+    generated = (next_multiple(height), next_multiple(width))
+    return [_SIZE.sub("", prompt).strip() for prompt in prompts], generated, (height, width)
 
 
-def check_sides(height: Any, width: Any) -> None:
+def next_multiple(side: int) -> int:
+    """The side in pixels at which an edit of this side is generated."""
+    return -(-side // PRIOR_PIXELS) * PRIOR_PIXELS
+
+
+def check_sides(height: Any, width: Any, edits: bool = False) -> None:
     """Refuse sides in pixels that are not multiples of the prior's token size; None: not known yet.
+
+    Args:
+        edits: whether there are reference images. Their results are resized, so that any sides are valid.
 
     Raises:
         InputError: the message has the nearest valid sides.
     """
     sides = (("height", height), ("width", width))
-    given = {name: whole_number(name, side, most=limits.SIDE) for name, side in sides if side is not None}
-    if any(side % PRIOR_PIXELS for side in given.values()):
+    given = {name: whole_number(name, side, most=MAX_SIDE) for name, side in sides if side is not None}
+    if not edits and any(side % PRIOR_PIXELS for side in given.values()):
         nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
         raise InputError(
             f"{' and '.join(given)} must be multiples of {PRIOR_PIXELS}, not {' x '.join(map(str, given.values()))}; "
@@ -204,3 +298,30 @@ def _is_within(tokens: Any, codes: int) -> bool:
     if not _is_whole(tokens):
         return False
     return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes
+
+
+def reference_image(image: Any) -> Image.Image:
+    """An RGB image whose sides are multiples of 32, so that the prior and the autoencoder see the same.
+
+    Args:
+        image: a PIL image, an array [H, W, C] or a tensor [C, H, W], with the values that ``ImageProcessor`` takes.
+
+    Raises:
+        InputError: something else, or an image that is too small.
+    """
+    if isinstance(image, np.ndarray | Tensor):
+        levels = ((normalize(as_batch(image).detach().cpu()).float() * 0.5 + 0.5) * 255).round().clamp(0, 255)
+        if len(levels) != 1 or levels.shape[1] not in (1, 3):
+            raise InputError(f"image must be one of 1 or 3 channels, not of shape {list(image.shape)}")
+        image = Image.fromarray(levels[0].expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(image).__name__}")
+    size = tuple(side // PRIOR_PIXELS * PRIOR_PIXELS for side in image.size)
+    if 0 in size:
+        raise InputError(
+            f"an image of {image.width} x {image.height} pixels is too small as a reference: at least 32 x 32"
+        )
+    if max(size) > 4 * min(size):
+        raise InputError(f"an image of {image.width} x {image.height} pixels is too long as a reference: at most 4 : 1")
+    rgb = to_rgb(image)
+    return rgb if rgb.size == size else rgb.resize((size[0], size[1]), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What a prompt wants written in the picture -> embeddings of its letters (byte-level T5, 2105.13626)."""
+"""The quoted texts of a prompt, to be written in the image -> embeddings of their bytes (ByT5, 2105.13626)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .text import TOKENIZING
+from ..checkpoints.foreign.errors import TOKENIZING
 
-#: ' ', “ ”, " " and 「 」, in the order in which the texts of one prompt follow each other.
+#: ' ', “ ”, " " and 「 」, in the order of the texts in the embedding of a prompt.
 _QUOTES = (r"'([^']*)'", r"\u201c([^\u201c\u201d]*)\u201d", r'"([^"]*)"', r"「([^「」]*)」")
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """The texts in quotes of a prompt, by kind of quote."""
+    """The quoted texts of a prompt, ordered by the kind of quotes."""
     return [text for quotes in _QUOTES for text in re.findall(quotes, prompt)]
 
 
 def most_tokens(prompt: str, max_length: int) -> int:
-    """So many tokens a prompt's quoted texts have at most: a byte each, their ends, and padding in front."""
+    """An upper bound on the tokens of a prompt's quoted texts: their bytes, end tokens and padding."""
     return sum(min(len(text.encode()) + 1, max_length) + 1 for text in quoted_texts(prompt) or [""])
 
 
@@ -29,19 +29,19 @@ def most_tokens(prompt: str, max_length: int) -> int:
 def encode_glyphs(
     tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_length: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Each prompt's quoted texts, one after the other; that of no text where there are none.
+    """The embeddings of each prompt's quoted texts, concatenated; that of the empty text for a prompt without any.
 
-    Where the number of a prompt's texts is even, each gets a token of padding in front, which is attended to: so the
-    model was trained.
+    If the number of a prompt's texts is even, each is preceded by a padding token, which is attended to, as in
+    training.
 
     Args:
         max_length: bytes of one text.
 
     Returns:
-        embeddings [P, M, channels], padded behind with zeros, and their mask [P, M], 1 where there is a token.
+        embeddings [P, M, channels], right-padded with zeros, and their mask [P, M], 1 where there is a token.
     """
     texts: list[list[int]] = []  # of all prompts
-    counts: list[int] = []  # how many of them are a prompt's
+    counts: list[int] = []  # of the texts of each prompt
     for prompt in prompts:
         found = quoted_texts(prompt) or [""]
         front = [tokenizer.pad_token_id] * ((len(found) + 1) % 2)
@@ -49,7 +49,7 @@ def encode_glyphs(
             texts += [front + ids for ids in tokenizer(found, max_length=max_length, truncation=True).input_ids]
         counts.append(len(found))
 
-    # Equal texts are encoded once: all pictures without guidance share that of no text.
+    # Equal texts are encoded once.
     different = list(dict.fromkeys(map(tuple, texts)))
     lengths = [len(ids) for ids in different]
     ids = torch.full((len(different), max(lengths)), tokenizer.pad_token_id)
@@ -60,8 +60,8 @@ def encode_glyphs(
     hidden = text_encoder(ids.to(device), attention_mask=mask.to(device)).last_hidden_state
     encoded = {text: hidden[row, : len(text)] for row, text in enumerate(different)}
 
-    parts = iter(texts)
-    rows = [torch.cat([encoded[tuple(next(parts))] for _ in range(count)]) for count in counts]
+    remaining = iter(texts)
+    rows = [torch.cat([encoded[tuple(next(remaining))] for _ in range(count)]) for count in counts]
     embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [P, M, channels]
     sizes = torch.tensor([len(row) for row in rows], device=embeds.device)
     return embeds, (torch.arange(embeds.shape[1], device=embeds.device) < sizes[:, None]).long()

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..checks import finite, shown, text, whole_number
+from ..checks import MAX_CHARACTERS, MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, finite, shown, text, whole_number
 from ..errors import InputError
-from . import limits
-from .image import check_output_type
+from .images import check_output_type
 from .resolution import bins_for, nearest_bin
 
 
@@ -39,8 +38,8 @@ def plan_canvas(height: int | None, width: int | None, base: int, unit: int, bin
     Raises:
         InputError: this size cannot be generated; the message has the nearest one that can.
     """
-    final_height = base if height is None else whole_number("height", height, most=limits.SIDE)
-    final_width = base if width is None else whole_number("width", width, most=limits.SIDE)
+    final_height = base if height is None else whole_number("height", height, most=MAX_SIDE)
+    final_width = base if width is None else whole_number("width", width, most=MAX_SIDE)
     bins = bins_for(base) if binning else None
     sides = (final_height, final_width) if bins is None else nearest_bin(final_height, final_width, bins)
     if sides[0] % unit or sides[1] % unit:
@@ -53,12 +52,12 @@ def plan_canvas(height: int | None, width: int | None, base: int, unit: int, bin
 
 
 def guidance(value: Any, name: str = "guidance_scale") -> float:
-    return finite(name, value, -limits.GUIDANCE, limits.GUIDANCE)
+    return finite(name, value, -MAX_GUIDANCE, MAX_GUIDANCE)
 
 
 def count_images(prompts: int, images_per_prompt: Any) -> tuple[int, int]:
     """The number of images for each prompt, and for all; None means one."""
-    name, most = "num_images_per_prompt", limits.IMAGES // prompts
+    name, most = "num_images_per_prompt", MAX_IMAGES // prompts
     each = 1 if images_per_prompt is None else whole_number(name, images_per_prompt, most=max(1, most))
     return each, prompts * each
 
@@ -101,12 +100,12 @@ def list_of_texts(name: str, value: Any, count: int | None = None) -> list[str]:
             too long or not valid Unicode.
     """
     if isinstance(value, str):
-        return [text(name, value, limits.CHARACTERS)] * (count or 1)
+        return [text(name, value, MAX_CHARACTERS)] * (count or 1)
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
         raise InputError(f"{name} must be a text or a list of one or more texts, not {shown(value)}")
     if count is not None and len(value) != count:
         raise InputError(f"{name} has {len(value)} texts for {count} prompts; give one for all, or one for each")
-    return [text(f"{name}[{i}]", one, limits.CHARACTERS) for i, one in enumerate(value)]
+    return [text(f"{name}[{i}]", one, MAX_CHARACTERS) for i, one in enumerate(value)]
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str = "", mask: bool = False) -> None:
@@ -146,7 +145,7 @@ def corner(value: Any, name: str = "crops_coords_top_left") -> tuple[int, int]:
     """Check an offset in pixels from the top and from the left."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise InputError(f"{name} must be two numbers of pixels, (top, left), not {shown(value)}")
-    top, left = (whole_number(f"{name}[{i}]", side, least=0, most=limits.SIDE) for i, side in enumerate(value))
+    top, left = (whole_number(f"{name}[{i}]", side, least=0, most=MAX_SIDE) for i, side in enumerate(value))
     return top, left
 
 
@@ -185,7 +184,7 @@ def count_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas
         counts.append(count_levels(name, value))
     if len({*counts}) > 1:
         raise InputError(f"there are {counts[0]} timesteps and {counts[1]} sigmas; give as many of both")
-    return counts[0] if counts else whole_number("num_inference_steps", num_inference_steps, most=limits.STEPS)
+    return counts[0] if counts else whole_number("num_inference_steps", num_inference_steps, most=MAX_STEPS)
 
 
 def count_levels(name: str, value: Any) -> int:
@@ -197,7 +196,7 @@ def count_levels(name: str, value: Any) -> int:
         raise InputError(f"{name} must be a list of numbers, one for each step, not {shown(value)}")
     if len(value) == 0:
         raise InputError(f"{name} is empty; give one for each step, or None")
-    whole_number(f"the number of {name}", len(value), most=limits.STEPS)
+    whole_number(f"the number of {name}", len(value), most=MAX_STEPS)
     for i, one in enumerate(value):
         finite(f"{name}[{i}]", one, 0.0)
     return len(value)

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
-from ..checkpoints.foreign import from_transformers
 from ..checkpoints.layout import INDEX_NAME
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
 from ..models.base import parse_dtype
+from ..nn.machine import check_device, check_dtype
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
-from ..schedulers.base import Scheduler
+
+if TYPE_CHECKING:
+    from ..memory.plan import Budget, MemoryPlan
 
 logger = logging.getLogger("impasto")
 
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
+#: The version of diffusers whose format is written.
+FORMAT_VERSION = "0.42.1"
 
 
 def dtype_of_each(names: Sequence[str], dtype: DTypes) -> dict[str, torch.dtype | None]:
@@ -41,7 +47,7 @@ def dtype_of_each(names: Sequence[str], dtype: DTypes) -> dict[str, torch.dtype 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or repository, and which of its files are wanted."""
+    """A folder or repository, and which of its files to load."""
 
     model: str | os.PathLike[str]
     subfolder: str | None
@@ -135,12 +141,104 @@ class Source:
         return [f"{name}/{file}" for file in ("*.json", "*.jinja", "*.model", "*.txt", *weights)]
 
 
+def load_components(
+    source: Source,
+    pipeline: str,
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    dtype: DTypes,
+    memory_budget: int | str | Budget | None,
+) -> tuple[dict[str, Any], MemoryPlan | None, Path]:
+    """The components of a pipeline by name, the plan for the memory budget, and the folder that they came from.
+
+    Args:
+        pipeline: the name of the pipeline's class.
+        names: of the components, in order.
+        given: components in place of the stored ones, which are not read.
+
+    Raises:
+        CheckpointError: a component or a file is missing, damaged, or of an unknown class.
+        InputError: a name that is no component, or a dtype that cannot be used.
+        ResourceError: the budget is too small.
+    """
+    for name in given:
+        if name not in names:
+            raise InputError(f"{pipeline} has no argument {name!r}; components: {', '.join(names)}")
+    quantized: dict[str, str] = {}
+    if isinstance(dtype, str | Mapping):
+        dtype, quantized = _without_quantized(dtype, names, memory_budget is not None)
+    dtypes = dtype_of_each(names, dtype)
+    for each in dtypes.values():
+        check_dtype(each, None)
+    plan = None
+    with source.opened() as opened:
+        index = opened.read_index(pipeline)
+        wanted = [name for name in names if name not in given]
+        folder = opened.fetch(index, wanted, pipeline)
+        if memory_budget is not None:
+            from ..memory import inspection
+            from ..memory import plan as planner
+
+            entries = {name: index[name] for name in wanted}
+            found = inspection.inspect_components(folder, pipeline, entries, opened.variant)
+            requested = {} if dtype is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+            budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
+            if budget.device is not None:
+                check_device(budget.device)
+            plan = planner.plan_memory(found, budget, requested | quantized)
+            planner.check_libraries(plan)
+            dtypes |= planner.load_dtypes(plan)
+        loaded = {
+            name: load_component(index[name], folder / name, dtypes[name], opened.variant, opened.use_safetensors)
+            for name in wanted
+            if index[name][1] is not None
+        }
+        check_vocabularies(loaded)
+    if opened is not source:  # a temporary view of a folder that cannot be written, perhaps
+        folder = Path(source.model, source.subfolder or "")
+    return {**dict.fromkeys(names), **loaded, **given}, plan, folder
+
+
+def _without_quantized(
+    dtype: str | Mapping[str, DType], names: Sequence[str], planned: bool
+) -> tuple[DTypes, dict[str, str]]:
+    """The dtypes without the components to be quantized, and the format of each of those.
+
+    Raises:
+        InputError: quantization without a plan, or of an unknown component.
+    """
+    from ..memory.estimate import QUANTIZED
+
+    dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    quantized = {name: str(value) for name, value in dtypes.items() if value in QUANTIZED}
+    unknown = [name for name in quantized if name not in names]
+    if unknown:
+        value = quantized[unknown[0]]
+        raise InputError(
+            f"dtype={value!r} must be given by component name, as in dtype={{'transformer': {value!r}}}; "
+            f"{unknown[0]!r} is none of {', '.join(names)}"
+        )
+    if not isinstance(dtype, Mapping):
+        return dtype, {}
+    if quantized and not planned:
+        name, value = next(iter(quantized.items()))
+        raise InputError(
+            f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
+            f"quantize(pipe.{name}, {QUANTIZED[value][0]!r})"
+        )
+    return {name: value for name, value in dtype.items() if name not in quantized} or None, quantized
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _has_safetensors(folder: Path) -> bool:
     """Whether the weights of a model are there; tokenizers and schedulers (without config.json) have none."""
     return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
 
 
-def load_part(
+def load_component(
     library_and_class: Sequence[str | None],
     folder: Path,
     dtype: torch.dtype | None,
@@ -154,10 +252,14 @@ def load_part(
         MissingDependencyError: the installed transformers lacks a class.
     """
     name = str(library_and_class[1])
-    if name in LANGUAGE_MODELS:
+    if name in LANGUAGE_MODELS or name in READERS:
+        from ..checkpoints.foreign import from_transformers
+
+        if name in READERS:
+            return from_transformers.load_reader(name, folder)
         return from_transformers.load_model(name, folder, dtype, variant, use_safetensors)
-    if name in READERS:
-        return from_transformers.load_reader(name, folder)
+    from ..schedulers.base import Scheduler
+
     found = class_of(name)
     if issubclass(found, Scheduler):
         stored = found.load_config(folder).get("_class_name", name)
@@ -180,6 +282,50 @@ def check_vocabularies(components: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: one has; the message names both components.
     """
+    from ..checkpoints.foreign import from_transformers
+
     for reader, model in (("tokenizer", "text_encoder"), ("processor", "vision_language_encoder")):
         if components.get(reader) is not None and components.get(model) is not None:
             from_transformers.check_vocabulary(reader, components[reader], model, components[model])
+
+
+# --- saving ---
+
+
+def _index_entry(component: Any) -> list[str | None]:
+    """Library and class of a component in ``model_index.json``; ours have the names that diffusers gives them."""
+    if component is None:
+        return [None, None]
+    from ..models.base import Model
+    from ..schedulers.base import Scheduler
+
+    cls = type(component)
+    library = "diffusers" if isinstance(component, Model | Scheduler) else cls.__module__.split(".")[0]
+    return [library, cls.__name__]
+
+
+def save_components(
+    components: Mapping[str, Any], root: Path, pipeline: str, variant: str | None, max_shard_bytes: int
+) -> None:
+    """Write each component into its own folder, and the index; together they replace what an earlier save wrote.
+
+    Raises:
+        InputError: a variant that cannot be part of a file name.
+        OutputError: the folder cannot be written. It is then unchanged.
+    """
+    from ..checkpoints.layout import superseded
+    from ..checkpoints.stored import with_variant
+    from ..checkpoints.weights import disk_errors
+    from ..folders import saving
+
+    with_variant(".safetensors", variant)  # refused before anything is written
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION}
+    with saving(root, superseded) as staging, disk_errors():
+        for name, component in components.items():
+            index[name] = _index_entry(component)
+            if component is not None:
+                # Only components with weights have these options, also those of transformers and diffusers.
+                has_weights = isinstance(component, nn.Module)
+                options = {"variant": variant, "max_shard_size": max_shard_bytes} if has_weights else {}
+                component.save_pretrained(staging / name, **options)
+        (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from ..checks import finite, shown, whole_number
+from ..checks import MAX_TOKENS, finite, shown, whole_number
 from ..errors import InputError
-from . import glm_image_inputs, inputs, limits
-from .glm_image_prior import PriorTokens, reference_picture
+from . import inputs
 
-PRIOR_FIELDS = ("prior_token_ids", "prior_token_image_ids", "source_image_grid_thw")
 PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
 
 
@@ -59,6 +57,26 @@ class Schedule(NamedTuple):
     steps: int
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    skipped: int = 0  # steps that are left out at the beginning (image to image)
+
+    @property
+    def taken(self) -> int:
+        """The number of steps that are taken."""
+        return self.steps - self.skipped
+
+    def at(self, strength: Any) -> Schedule:
+        """Only the last steps, a fraction ``strength`` of all.
+
+        Raises:
+            InputError: not a number from 0 to 1, or so small that no step is left.
+        """
+        taken = int(self.steps * finite("strength", strength, 0.0, 1.0))
+        if taken < 1:
+            least = f"{1 / self.steps:.3g}"
+            raise InputError(
+                f"strength={strength} leaves none of {self.steps} steps; give at least {least}, or more steps"
+            )
+        return self._replace(skipped=self.steps - taken)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -97,16 +115,6 @@ class Request:
         }
 
 
-@dataclass(frozen=True)
-class GlmImageRequest(Request):
-    """A call of GLM-Image's pipeline."""
-
-    size: tuple[int, int] = (0, 0)  # height and width in pixels
-    images: list[list[Any]] | None = None  # the reference images of each prompt
-    prior: PriorTokens | None = None  # tokens in place of the prior's
-    corner: tuple[int, int] = (0, 0)  # top and left
-
-
 def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
     """The prompts and negative prompts, as texts or embeddings.
 
@@ -135,7 +143,7 @@ def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
             )
         if found[0] != count:
             raise InputError(f"negative_prompt_embeds has {found[0]} rows for {count} prompts; give one for each")
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=limits.TOKENS)
+    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
     each, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
     if not guided:
         negatives, negative_embeds, negative_mask = [], None, None
@@ -145,11 +153,14 @@ def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
     return Texts(prompts, negatives, embeds, mask, negative_embeds, negative_mask, each, length, clean)
 
 
-def read_pixart(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) -> Request:
+def read_pixart(
+    pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any], canvas: inputs.Canvas | None = None
+) -> Request:
     """The arguments of a call of a PixArt pipeline.
 
     Args:
         fields: names of the embeddings that a callback may ask for.
+        canvas: the sizes of the images; if None, from the arguments.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -160,11 +171,12 @@ def read_pixart(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) 
     callback = arguments["callback"]
     if callback is not None and not callable(callback):
         raise InputError(f"callback must be a function, not {shown(callback)}")
-    base, unit = config["sample_size"] * factor, config["patch_size"] * factor
-    sides, binning = (arguments["height"], arguments["width"]), arguments["use_resolution_binning"]
-    canvas = inputs.plan_canvas(*sides, base, unit, binning)
+    if canvas is None:
+        base, unit = config["sample_size"] * factor, config["patch_size"] * factor
+        sides, binning = (arguments["height"], arguments["width"]), arguments["use_resolution_binning"]
+        canvas = inputs.plan_canvas(*sides, base, unit, binning)
     request = Request(
-        **_shared(pipe, fields, arguments, texts, canvas[:2], " (give both, or use_resolution_binning=False)"),
+        **shared_fields(pipe, fields, arguments, texts, canvas[:2], " (give both, or use_resolution_binning=False)"),
         eta=finite("eta", arguments["eta"], 0.0, 1.0),
         callback=callback,
         callback_steps=whole_number("callback_steps", arguments["callback_steps"]),
@@ -180,7 +192,7 @@ def read_pixart(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) 
     return request
 
 
-def _shared(
+def shared_fields(
     pipe: Any,
     fields: Sequence[str],
     arguments: Mapping[str, Any],
@@ -189,7 +201,7 @@ def _shared(
     advice: str = "",
     both: bool = False,
 ) -> dict[str, Any]:
-    """The fields that the requests of all families have.
+    """The fields of ``Request`` that all pipelines read in the same way.
 
     Args:
         size: height and width in pixels of the images as they are generated.
@@ -227,70 +239,6 @@ def read_schedule(pipe: Any, arguments: Mapping[str, Any], both: bool = False) -
     """
     timesteps, sigmas = arguments["timesteps"], arguments["sigmas"]
     steps = arguments["num_inference_steps"]
-    return Schedule(inputs.count_steps(pipe._require("scheduler"), steps, timesteps, sigmas, both), timesteps, sigmas)
-
-
-def read_glm_image_texts(pipe: Any, prompts: Sequence[str], guided: bool, arguments: Mapping[str, Any]) -> Texts:
-    """The texts whose glyphs are to be encoded, or their embeddings.
-
-    Args:
-        prompts: none if embeddings are given.
-
-    Raises:
-        InputError: a type or shape that cannot be used, or two arguments that contradict each other.
-    """
-    embeds, negative_embeds = arguments["prompt_embeds"], arguments["negative_prompt_embeds"]
-    negative_prompt = arguments["negative_prompt"]
-    count = len(prompts) or len(embeds)
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=limits.TOKENS)
-    images_per_prompt, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
-    negatives = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
-    if guided and negative_prompt and negative_embeds is not None:
-        raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-    glm_image_inputs.check_widths(embeds, negative_embeds, count, pipe.components["transformer"])
-    if not guided or negative_embeds is not None:
-        negatives = []
-    return Texts(prompts, negatives, embeds, None, negative_embeds if guided else None, None, images_per_prompt, length)
-
-
-def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) -> GlmImageRequest:
-    """The arguments of a call of GLM-Image's pipeline.
-
-    Args:
-        fields: names of the embeddings that a callback may ask for.
-
-    Raises:
-        InputError: an argument that cannot be used.
-    """
-    attention_kwargs = arguments["attention_kwargs"]
-    if not isinstance(attention_kwargs, Mapping | None) or {*(attention_kwargs or ())} - {"scale"}:
-        raise InputError(f"attention_kwargs must be None, as attention takes none, not {shown(attention_kwargs)}")
-    prompts, count = glm_image_inputs.read_prompts(arguments["prompt"], arguments["prompt_embeds"])
-    images = glm_image_inputs.images_of_prompts(arguments["image"], count)
-    sides, default = (arguments["height"], arguments["width"]), pipe.default_sample_size * pipe.vae_scale_factor
-    prompts, *planned = glm_image_inputs.plan_size(prompts, *sides, images, default)
-    size = (int(planned[0]), int(planned[1]))  # NumPy integers pass the check, and stay NumPy integers
-    texts = read_glm_image_texts(pipe, prompts, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
-    shared = _shared(pipe, fields, arguments, texts, size, both=True)
-    ids, image_ids, grids = (arguments[name] for name in PRIOR_FIELDS)
-    prior, each = None, texts.images_per_prompt
-    if ids is not None:
-        config = pipe.transformer.config
-        tokens = shared["shape"][2] * shared["shape"][3] // config["patch_size"] ** 2
-        codes = config["prior_vq_quantizer_codebook_size"]
-        prior = glm_image_inputs.given_prior(ids, image_ids, grids, images, count * each, each, tokens, codes)
-    elif image_ids is not None or grids is not None:
-        raise InputError(
-            "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
-        )
-    elif not prompts:
-        raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
-    elif images is not None:
-        images = [[reference_picture(one) for one in row] for row in images]
-    needed = ["vae"] if images is not None else []
-    if texts.prompts or texts.negatives:
-        needed += ["tokenizer"] if pipe.prompt_cache is not None else ["tokenizer", "text_encoder"]
-    for name in needed:
-        pipe._require(name)
-    corner = inputs.corner(arguments["crops_coords_top_left"])
-    return GlmImageRequest(**shared, size=size, images=images, prior=prior, corner=corner)
+    count = inputs.count_steps(pipe._require("scheduler"), steps, timesteps, sigmas, both)
+    schedule = Schedule(count, timesteps, sigmas)
+    return schedule.at(arguments["strength"]) if "strength" in arguments else schedule

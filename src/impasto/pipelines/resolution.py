@@ -1,7 +1,7 @@
-"""Aspect-ratio bins, and the resize and crop that lead back from a bin to the size asked for.
+"""Aspect-ratio bins, and the resizing and cropping from a bin to the requested size.
 
-PixArt's multi-aspect training saw one fixed size for each aspect ratio (height / width). A request is drawn
-at the nearest of them and then brought to the size of the request.
+PixArt's multi-aspect training used one fixed size for each aspect ratio (height / width). An image is generated at the
+nearest of these sizes and then brought to the requested one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIZES_1024 = (
     (23, 11), (24, 10), (25, 10), (27, 9), (32, 8),
 )  # fmt: skip
 
-#: The same at 2048 px, in units of 128 px: seven more long pictures, of which most are portraits.
+#: The same at 2048 px, in units of 128 px: seven more elongated sizes, most of them portraits.
 _SIZES_2048 = (
     (8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23),
     (11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17),

@@ -17,7 +17,7 @@ from ..checkpoints.config import Config, Configurable, naming, records_config
 from ..checks import finite, shown, whole_number
 from ..errors import ConfigurationError, InputError
 from ..folders import reading
-from ..nn.devices import check_device
+from ..nn.machine import check_device
 from ..nn.outputs import keyed
 from .noise_schedule import BETA_SCHEDULES, rescale_zero_terminal_snr
 from .predictions import require_tensors

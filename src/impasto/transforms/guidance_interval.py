@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, InputError
-from ..nn.handle import Handle
+from ..nn.changes import Handle
 
 By = Literal["step", "noise"]
 

@@ -1,4 +1,4 @@
-"""Weights, or weights and activations, of few bits in place of a module's linear layers."""
+"""Quantization: linear layers whose weights, or weights and activations, are int8, float8 or 4-bit."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError, InputError
-from ..nn.fused_linear import FusedLinear
-from ..nn.handle import Handle
+from ..nn.changes import Handle, is_observed, refuse_conflicts, unwrapped
 from .quantized_linear import SCHEMES, QuantizedLinear, Scheme
 
 Method = Literal["int8-weight-only", "int8-dynamic", "fp8", "nf4"]
 
-#: Layers that stay as they are in every scheme, by parts of their names, and why.
+#: Layers that are never quantized, by parts of their names, and why.
 KEPT = {
-    "adaln_single": "the timestep's embedding and the modulation: a few rows a step, and an error in them shifts and "
-    "scales every token of every block",
-    "caption_projection": "runs once a prompt, on the text that every block reads",
-    "pos_embed": "the patch embedding: everything is made of its output; it is small (and a convolution in PixArt)",
-    "proj_out": "the last layer: its error goes straight into the prediction; it is small",
+    "adaln_single": "embeds the timestep and makes the modulation: a few rows per step, whose errors shift and scale "
+    "every token of every block",
+    "caption_projection": "runs once per prompt, on the text that every block reads",
+    "pos_embed": "the patch embedding: everything depends on its output, and it is small (a convolution in PixArt)",
+    "proj_out": "the last layer: its error goes straight into the prediction, and it is small",
     "time_condition_embed": "GLM-Image's adaln_single, before the modulation of each block",
-    "norm1.linear": "that modulation: one row a step",
+    "norm1.linear": "that modulation: one row per step",
     "norm_out": "the modulation before the last layer",
     "image_projector": "the patch embedding of GLM-Image",
-    "glyph_projector": "runs once a prompt, on what every block reads",
-    "prior_projector": "runs once a picture, on what every block reads",
-    "visual": "the vision tower of GLM-Image's prior, which runs once an image: one wrong token of it stays wrong",
-    "lm_head": "the last layer of the prior, which chooses the token",
-    "wo": "T5's output of each feed-forward: its activations have outliers that overflow float16, and few bits more so",
+    "glyph_projector": "runs once per prompt; every block reads its output",
+    "prior_projector": "runs once per image; every block reads its output",
+    "visual": "the vision tower of GLM-Image's prior, which runs once per image: a wrong token stays wrong",
+    "lm_head": "the last layer of the prior, which scores the tokens",
+    "wo": "the last layer of each feed-forward of T5: its activations have outliers that overflow float16",
 }
 
 
@@ -40,51 +39,50 @@ def quantize(
     skip: Sequence[str] = (),
     keep_originals: bool = True,
 ) -> Quantization:
-    """Replace the linear layers of a module, such as ``pipe.transformer``, by quantised ones. For inference only.
+    """Replace the linear layers of a module, such as ``pipe.transformer``, by quantized ones. For inference only.
 
-    - ``"int8-weight-only"``: half the memory of bfloat16's weights; the products are those of the activations.
-    - ``"int8-dynamic"``: the same weights, and activations in int8 too, with a factor for each token found as they
-      come: products of integers.
-    - ``"fp8"``: weights and activations in float8, on GPUs that multiply it.
-    - ``"nf4"``: 4.5 bits a weight; the products are those of the activations.
+    - ``"int8-weight-only"``: half the memory of bfloat16 weights; products in the dtype of the activations.
+    - ``"int8-dynamic"``: the same weights, and activations quantized to int8 at each call, with one scale per token;
+      integer products.
+    - ``"fp8"``: weights and activations in float8, on GPUs with float8 products.
+    - ``"nf4"``: 4.5 bits per weight; products in the dtype of the activations.
 
-    The first three are torchao's, whose GPU kernels show their speed when the blocks are compiled; the last is
-    bitsandbytes'.
+    The first three are torchao's, whose GPU kernels reach their speed in compiled blocks; the last is bitsandbytes'.
 
-    Which layers stay as they are, and why, is in ``KEPT`` and, for each scheme, in ``Scheme.kept``. Layers whose sizes
-    a scheme's products cannot take stay as well. Convolutions are not touched.
+    ``KEPT`` and, for each scheme, ``Scheme.kept`` list the layers that are not quantized, and why. Neither are layers
+    of sizes that the products of a scheme do not support, nor convolutions.
 
-    Saving writes the original weights, so that a saved pipeline never depends on this and loads anywhere; what is
-    loaded into the module is quantised in turn.
+    Saving writes the original weights, so a saved pipeline does not depend on quantization and loads anywhere. Weights
+    that are loaded into the module are quantized too.
 
     Args:
         module: the module; not a linear layer itself.
         method: one of the four.
-        skip: names of further layers to leave as they are, or parts of names between dots: "ff.net.2",
+        skip: names of further layers not to quantize, or parts of names between dots: "ff.net.2",
             "transformer_blocks.0", "attn2".
-        keep_originals: keep the weights, in the memory of the CPU, to undo the quantisation, save or move the module.
-            Without them memory is saved on the CPU too, and nothing of that can be done but move.
+        keep_originals: keep the original weights in host memory, so that quantization can be undone and the module
+            saved. Without them host memory is saved too; the module can still be moved.
 
     Returns:
-        a handle: ``remove()`` puts the original layers back, bit by bit, and so does leaving its ``with`` block.
+        a handle: ``remove()`` restores the original layers bit by bit, and so does leaving its ``with`` block.
 
     Raises:
         InputError: an argument that cannot be used.
-        ConfigurationError: the module is quantised already, has fused projections or hooks in a layer, holds no
-            layer to quantise, or has weights of a dtype that the scheme does not take.
-        ResourceError: the machine lacks what the scheme needs; the message names another.
+        ConfigurationError: the module is quantized already, has fused projections or hooks on a layer, has no layer to
+            quantize, or has weights of a dtype that the scheme does not support.
+        ResourceError: the machine lacks what the scheme needs; the message names an alternative.
         MissingDependencyError: a library is missing: ``pip install 'impasto[quantize]'``.
     """
     if method not in SCHEMES:
         raise InputError(f"quantize: there is no method {method!r}; use one of {', '.join(SCHEMES)}")
     if isinstance(skip, str):
         raise InputError(f"quantize: skip is a list of names; write [{skip!r}]")
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     if not isinstance(module, nn.Module) or type(module) is nn.Linear:
         raise InputError(
             f"quantize takes a module with linear layers inside, such as pipe.transformer, not {type(module).__name__}"
         )
-    _refuse_unfit(module)
+    refuse_conflicts(module, QuantizedLinear)
     scheme = SCHEMES[method]()
     named = [place for place in _places(module) if not _stays(scheme, place, skip)]
     for device, dtype in {(layer.weight.device, layer.weight.dtype) for _, _, _, layer in named}:
@@ -92,10 +90,10 @@ def quantize(
     chosen = [place for place in named if _fits(scheme, place[3])]
     if not chosen:
         raise ConfigurationError(
-            f"quantize: {type(module).__name__} has no linear layer that {method!r} can take and that is not to stay"
+            f"quantize: {type(module).__name__} has no linear layer that {method!r} supports and that is not skipped"
         )
     for name, _, _, layer in chosen:
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        if is_observed(layer):
             raise ConfigurationError(f"quantize: {name} has hooks, which would be lost; remove them or skip it")
 
     made: dict[nn.Linear, QuantizedLinear] = {}  # a layer in two places is one layer
@@ -107,12 +105,12 @@ def quantize(
 
 
 def dequantize(module: Any) -> None:
-    """Undo ``quantize``: put the original layers back. What is no quantised layer stays as it is.
+    """Undo ``quantize``: restore the original layers.
 
     Raises:
         ConfigurationError: the originals were not kept; nothing is changed then.
     """
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     found = [
         (parent, key, child)
         for parent in module.modules()
@@ -125,28 +123,18 @@ def dequantize(module: Any) -> None:
 
 
 class Quantization(Handle):
-    """The handle of ``quantize``; ``layers`` are the names of those that were replaced."""
+    """The handle of ``quantize``; ``layers`` are the names of the quantized ones."""
 
     def __init__(self, module: nn.Module, method: Method, layers: tuple[str, ...]):
         self.module, self.method, self.layers = module, method, layers
 
     def remove(self) -> None:
-        """Put the original layers back."""
+        """Restore the original layers."""
         dequantize(self.module)
 
 
-def _refuse_unfit(module: nn.Module) -> None:
-    for name, inner in module.named_modules():
-        if isinstance(inner, QuantizedLinear):
-            raise ConfigurationError(f"quantize: {name} is quantised already; dequantize() the module first")
-        if any(isinstance(value, FusedLinear) for value in vars(inner).values()):
-            raise ConfigurationError(
-                f"quantize: {name} has fused projections; call unfuse_qkv_projections() on the model first"
-            )
-
-
 def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """Every plain linear layer: its name, the module that holds it, the name there. Adapters around it stay."""
+    """Every ``nn.Linear``, also inside of adapters: its name, the module that has it, its name there."""
     for prefix, parent in module.named_modules():
         for key, child in parent._modules.items():
             if type(child) is nn.Linear:

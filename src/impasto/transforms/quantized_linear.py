@@ -1,4 +1,4 @@
-"""A linear layer whose weights have few bits, and the schemes that make them."""
+"""A quantized linear layer, and the quantization schemes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, MissingDependencyError, ResourceError
+from ..nn.changes import Change
 from ..nn.machine import multiplies_int8_exactly
 
-#: Weights that share one factor in NF4.
+#: Weights that share one scale in NF4.
 NF4_BLOCK = 64
 
 
@@ -24,7 +25,7 @@ def _library(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"quantisation needs {name.partition('.')[0]}: pip install 'impasto[quantize]'"
+            f"quantization needs {name.partition('.')[0]}: pip install 'impasto[quantize]'"
         ) from error
 
 
@@ -32,20 +33,20 @@ def _library(name: str) -> ModuleType:
 
 
 class Scheme:
-    """How weights become few bits, and what multiplies with them. One object for all layers; it holds no tensors."""
+    """How weights are quantized and multiplied. One object serves all layers; it holds no tensors."""
 
     name: ClassVar[str]
-    #: Names of further layers that stay as they are, by the type of the device ("" is any).
+    #: Names of further layers that are not quantized, by device type ("" is any).
     kept: ClassVar[dict[str, Sequence[str]]] = {}
-    #: Both sizes of a layer have to be multiples of it.
+    #: Both sizes of a layer must be multiples of this.
     multiple: ClassVar[int] = 1
 
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Raise where the machine, the dtype or a library does not do."""
+        """Raise if the machine, the dtype or a library is not suitable."""
         raise NotImplementedError
 
     def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A weight [out, in] -> what takes its place, and further tensors by name."""
+        """A weight [out, in] -> the quantized weight, and further tensors by name."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -54,7 +55,7 @@ class Scheme:
 
 
 class _TorchAO(Scheme):
-    """Tensors of torchao, which bring their own product."""
+    """Tensors of torchao, which implement their own product."""
 
     def _config(self, api: Any) -> Any:
         raise NotImplementedError
@@ -71,21 +72,21 @@ class _TorchAO(Scheme):
 
 
 class Int8WeightOnly(_TorchAO):
-    """Weights in int8 with a factor for each output; the product is that of the activations' dtype."""
+    """Weights in int8 with one scale per output; products in the dtype of the activations."""
 
     name = "int8-weight-only"
 
     def _config(self, api: Any) -> Any:
-        # Compiler settings are for the whole process, and not ours to change.
+        # Compiler settings are those of the whole process, and not ours to change.
         return api.Int8WeightOnlyConfig(set_inductor_config=False)
 
 
 class Int8Dynamic(_TorchAO):
-    """Weights in int8 with a factor for each output, activations with one for each token; products of integers."""
+    """Weights in int8 with one scale per output, activations with one per token; integer products."""
 
     name = "int8-dynamic"
-    # The text's projections run once a prompt, on few rows. On the CPU a short text is absorbed into the others of
-    # the cross-attention, which is less work than any product with them and needs plain layers.
+    # The projections of the text run once per prompt, on few rows. On the CPU a short text is absorbed into the other
+    # projections of cross-attention, which is less work than any product with them and needs plain layers.
     kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v"), "cpu": ("attn2",)}
     multiple = 8
 
@@ -102,7 +103,7 @@ class Int8Dynamic(_TorchAO):
 
 
 class Float8(_TorchAO):
-    """Weights and activations in float8 (e4m3), with a factor for each output and each token."""
+    """Weights and activations in float8 (e4m3), with one scale per output and per token."""
 
     name = "fp8"
     kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v")}
@@ -119,15 +120,15 @@ class Float8(_TorchAO):
             )
         if dtype != torch.bfloat16:
             raise ConfigurationError(
-                f"fp8 is made of bfloat16 weights, and these are {dtype}; call pipe.to(torch.bfloat16) first"
+                f"fp8 quantizes bfloat16 weights, and these are {dtype}; call pipe.to(torch.bfloat16) first"
             )
         super().check(device, dtype)
 
 
 class NF4(Scheme):
-    """Weights in 4 bits, levels of the normal distribution (QLoRA, 2305.14314), a factor for every 64 of them.
+    """4-bit weights, quantiles of the normal distribution (QLoRA, 2305.14314), with one scale per 64 weights.
 
-    A layer's weight is made anew for each product and dropped after it.
+    The weight of a layer is dequantized for each product and dropped after it.
     """
 
     name = "nf4"
@@ -161,18 +162,22 @@ SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Int8Weigh
 # --- the layer ---
 
 
-class QuantizedLinear(nn.Module):
-    """Takes the place of an ``nn.Linear``.
+class QuantizedLinear(nn.Module, Change):
+    """Replaces an ``nn.Linear``.
 
-    For loading and saving it is the layer that was there: its state dict is the original's, and what is loaded goes
-    through the original and is quantised anew. So is a move to another device or dtype. Without an original, what
-    is loaded or moved is quantised as it comes, and there is nothing to save.
+    Its state dict is that of the original layer. Loaded weights go to the original and are quantized again, and a move
+    to another device or dtype quantizes the original again. Without an original, what is loaded or moved is quantized
+    directly, and there is nothing to save.
 
     Args:
-        original: the layer. On an accelerator its weights go to the memory of the CPU, where they wait.
-        scheme: how it is quantised.
+        original: the layer. On an accelerator its weights are moved to host memory.
+        scheme: how to quantize it.
         keep: whether to keep the original.
     """
+
+    change = "quantized"
+    undo = "dequantize() the model"
+    conflicts: ClassVar = ("quantized", "fused")
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -186,7 +191,7 @@ class QuantizedLinear(nn.Module):
         self._dtype = original.weight.dtype
         self._has_bias = original.bias is not None
         self._fill(original, original.weight.device)
-        # In a list it is no part of this module: not moved, not counted, not in its state dict.
+        # In a list it is no submodule: it is not moved, not counted and not in the state dict.
         self._kept = [original] if keep else []
         if keep and original.weight.device.type not in ("cpu", "meta"):
             for parameter in original.parameters():
@@ -198,7 +203,7 @@ class QuantizedLinear(nn.Module):
         return self._kept[0] if self._kept else None
 
     def _fill(self, layer: nn.Linear, device: torch.device) -> None:
-        """Quantise a layer's weights."""
+        """Quantize the weights of a layer."""
         with torch.no_grad():
             weight, others = self.scheme.pack(layer.weight.detach().to(device, self._dtype))
             bias = None if layer.bias is None else layer.bias.detach().to(device, self._dtype, copy=True)
@@ -208,15 +213,13 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def restored(self) -> nn.Linear:
-        """The original, where this layer is now and in its dtype; unless they have changed, exactly as it was.
+        """The original layer, on the device and in the dtype that this one has now.
 
         Raises:
             ConfigurationError: it was not kept.
         """
         if self.original is None:
-            raise ConfigurationError(
-                "the weights before quantisation were not kept (keep_originals=False); load the model again"
-            )
+            raise ConfigurationError("the original weights were not kept (keep_originals=False); load the model again")
         device = self.weight.device
         for parameter in self.original.parameters():
             parameter.data = parameter.data.to(device, self._dtype)
@@ -241,7 +244,7 @@ class QuantizedLinear(nn.Module):
             self._fill(self.original, probe.device)
             return self
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if factors is not None:  # they stay float32 in every dtype
+        if factors is not None:  # the scales stay float32 in every dtype
             self.factors = factors.to(probe.device)
             self.levels = self.levels.to(torch.float32)
         return self
@@ -249,8 +252,8 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.original is None:
             raise ConfigurationError(
-                f"{prefix.removesuffix('.')} is quantised and its original weights were not kept "
-                f"(keep_originals=False), so there is nothing to save; save the model before it is quantised"
+                f"{prefix.removesuffix('.')} is quantized and its original weights were not kept "
+                f"(keep_originals=False), so there is nothing to save; save the model before quantizing it"
             )
         self.original._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
-from ..nn.handle import Handle
-from . import seam
+from ..nn.changes import CALL, Change, Handle, of, unwrapped
 
 Method = Literal["first-block", "interval", "taylor"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -200,15 +199,31 @@ class Memory:
 _current: ContextVar[Memory | None] = ContextVar("impasto_step_cache", default=None)
 
 
-class _Layer:
-    """A layer around the call of one block."""
+class CachedCall(Change):
+    """What is called in place of a block, outside of its compiled graph and its hooks, which run if the block does.
 
-    def __init__(self, cache: StepCache, index: int, count: int):
-        self._cache, self._index, self._count = cache, index, count
+    A later ``block.compile()`` overwrites it, so it is put back at the start of the next generation.
+    """
 
-    def __call__(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        memory = _current.get()
-        if memory is None or memory.owner is not self._cache or torch.is_grad_enabled():
+    change = "cached"
+    undo = "remove() the handle of cache_steps()"
+    varies = True
+
+    def __init__(self, cache: StepCache, block: nn.Module, index: int, count: int):
+        self._cache: StepCache | None = cache
+        self.block, self._index, self._count = block, index, count
+
+    def is_in_force(self) -> bool:
+        return self in of(self.block)
+
+    def remove(self) -> None:
+        self._cache = None  # offloading may call this object until the end of the generation
+        self.take(self.block, CALL)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = self.before or self.block._call_impl
+        memory, cache = _current.get(), self._cache
+        if memory is None or memory.owner is not cache or torch.is_grad_enabled():
             return call(x, *args, **kwargs)
         # GLM-Image's blocks also return the text, and keys and values, which no loop needs.
         rest: tuple[Any, ...] = (*args[:1], *[None] * memory.others)[: memory.others]
@@ -223,7 +238,7 @@ class _Layer:
             first: Tensor = out[0]
             return first
 
-        tokens = self._cache.run_block(memory, self._index, self._count, x, compute)
+        tokens = memory.owner.run_block(memory, self._index, self._count, x, compute)
         return (tokens, *rest) if memory.others else tokens
 
 
@@ -238,7 +253,7 @@ class StepCache(Handle):
         self.computed = 0
         self.reused = 0
         self._target = target
-        self._layers: list[tuple[nn.Module, _Layer]] = []
+        self._calls: list[CachedCall] = []
         if not isinstance(target, nn.Module):
             if not hasattr(target, "step_cache"):
                 raise InputError(
@@ -278,26 +293,25 @@ class StepCache(Handle):
     # --- blocks ---
 
     def _attach(self) -> None:
-        """Insert a layer around every block of the current transformer."""
+        """Change the call of every block of the current transformer."""
         blocks = self._blocks()
-        in_place = [block for block, layer in self._layers if seam.is_around(block, layer)]
-        if len(in_place) == len(blocks) and all(mine is theirs for mine, theirs in zip(in_place, blocks)):
+        if [call.block for call in self._calls if call.is_in_force()] == blocks:
             return
         self._detach()
-        self._layers = [(block, _Layer(self, i, len(blocks))) for i, block in enumerate(blocks)]
-        for block, layer in self._layers:
-            seam.insert(block, layer)
+        self._calls = [CachedCall(self, block, i, len(blocks)) for i, block in enumerate(blocks)]
+        for call in self._calls:
+            call.put(call.block, CALL)
 
     def _detach(self) -> None:
-        for block, layer in self._layers:
-            seam.take_out(block, layer)
-        self._layers = []
+        for call in self._calls:
+            call.remove()
+        self._calls = []
 
     def _blocks(self) -> list[nn.Module]:
         model = self._target if isinstance(self._target, nn.Module) else getattr(self._target, "transformer", None)
         if model is None:
             raise InputError(f"cache_steps: this {type(self._target).__name__} has no transformer; assign one first")
-        if hasattr(model, "_orig_mod"):
+        if unwrapped(model) is not model:
             raise ConfigurationError(
                 "the steps of a transformer that torch.compile has wrapped cannot be cached: its graph cannot skip "
                 "blocks. Compile the blocks one by one (`for block in transformer.transformer_blocks: "

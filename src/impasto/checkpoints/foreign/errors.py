@@ -51,6 +51,8 @@ def _fault(error: BaseException) -> str:
     return type(error).__name__ if not first or advice or len(first) > 200 else shown(first, 200).strip("'\"")
 
 
+#: Held while a tokenizer works: the truncation of a call stays in it until the next, which may be another thread's.
+TOKENIZING = threading.Lock()
 #: A process has one standard error.
 _one_at_a_time = threading.Lock()
 

@@ -299,7 +299,7 @@ def load_processor(folder: Path) -> Any:
     """GLM-Image's processor, put together from its tokenizer and the settings of its images.
 
     Its chat template is kept as text, for saving, and never executed: the text of a prompt is built in
-    ``pipelines.glm_image_prior``.
+    ``models.glm_image.prior``.
 
     Raises:
         CheckpointError: files are missing or damaged.

@@ -1,14 +1,12 @@
-"""The autoencoder between pictures and latents (Rombach et al. 2022, section 3.1, appendix G).
+"""The autoencoder between images and latents (Rombach et al. 2022, section 3.1, appendix G).
 
-Encoder and decoder are convolutional pyramids. Each level of the encoder but the last halves the
-sides, and the decoder mirrors it. Innermost lie two residual layers around one attention layer::
+Encoder and decoder are convolutional pyramids (layers.py). Each level of the encoder but the last halves the sides,
+and the decoder mirrors it. The innermost block has two residual layers around one attention layer::
 
-    picture -> conv_in -> down_blocks -> mid_block -> norm, SiLU, conv_out -> quant_conv -> mean, logvar
-    latents -> post_quant_conv -> conv_in -> mid_block -> up_blocks -> norm, SiLU, conv_out -> picture
+    image -> conv_in -> down_blocks -> mid_block -> norm, SiLU, conv_out -> quant_conv -> mean, logvar
+    latents -> post_quant_conv -> conv_in -> mid_block -> up_blocks -> norm, SiLU, conv_out -> image
 
-Nothing here reshapes a picture, so ``model.to(memory_format=torch.channels_last)`` holds throughout.
-
-Letters in the margins: B pictures, C channels, H and W the sides at that level, N = H * W.
+Nothing here reshapes an image, so ``model.to(memory_format=torch.channels_last)`` holds throughout.
 """
 
 from __future__ import annotations
@@ -17,18 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...checkpoints.config import records_config
 from ...checkpoints.values import Count, Levels, Scale, Shift
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
-from ...nn.attention import attention
 from ...nn.gaussian import DiagonalGaussianDistribution
 from ...nn.outputs import keyed
-from ...nn.precision import checkpointed
 from ..base import Model
+from .layers import Decoder, Encoder
 from .tiling import Tiling
 
 
@@ -47,27 +43,27 @@ class DecoderOutput(NamedTuple):
 
 
 class AutoencoderKL(Tiling, Model):
-    """Pictures <-> latents, 2 ** (levels - 1) times smaller on each side.
+    """Images <-> latents, 2 ** (levels - 1) times smaller on each side.
 
     Args:
-        in_channels, out_channels: of the picture that is encoded and of the one that is decoded.
-        down_block_types: "DownEncoderBlock2D" once a level.
-        up_block_types: "UpDecoderBlock2D" once a level.
-        block_out_channels: the width of each level, from the picture inwards.
+        in_channels, out_channels: of the image that is encoded and of the one that is decoded.
+        down_block_types: "DownEncoderBlock2D" for each level.
+        up_block_types: "UpDecoderBlock2D" for each level.
+        block_out_channels: the number of channels of each level, from the image inwards.
         layers_per_block: residual layers on each level of the encoder; the decoder has one more.
-        act_fn: "silu", or "swish", its other name.
+        act_fn: "silu", or its other name "swish".
         latent_channels: of the latents.
-        norm_num_groups: of every group normalisation; it divides every width.
+        norm_num_groups: of every group normalization; it must divide every width.
         sample_size: the side in pixels that the model was trained at, or [height, width].
-        scaling_factor, shift_factor: a diffusion model sees (latents - shift_factor) * scaling_factor. That
-            is for the pipelines to do: ``encode`` and ``decode`` work on plain latents.
-        latents_mean, latents_std: the same, one value a latent channel.
-        force_upcast: whether pipelines should run this model in float32 because it overflows in float16.
+        scaling_factor, shift_factor: a diffusion model works on (latents - shift_factor) * scaling_factor.
+            Pipelines apply this; ``encode`` and ``decode`` work on plain latents.
+        latents_mean, latents_std: the same with a value for each latent channel.
+        force_upcast: whether pipelines should run this model in float32, because it overflows in float16.
         use_quant_conv, use_post_quant_conv: a 1 x 1 convolution after the encoder, and before the decoder.
         mid_block_add_attention: whether the innermost blocks have an attention layer.
 
     Raises:
-        ConfigurationError: a value that is not among those above.
+        ConfigurationError: a value that is not one of those above.
     """
 
     stored_lists: ClassVar[Mapping[str, str]] = {
@@ -130,14 +126,14 @@ class AutoencoderKL(Tiling, Model):
     def encode(self, x: Tensor, return_dict: bool) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]: ...
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures to a distribution over latents.
+        """Images to a distribution over latents.
 
         Args:
             x: [B, in_channels, H, W], -1 to 1, in the dtype of the model.
             return_dict: whether to return an output with the field ``latent_dist``, or a plain tuple.
 
         Raises:
-            InputError: pictures of another shape.
+            InputError: images of another shape.
         """
         _check_channels("encode", x, self.in_channels)
         parameters = self._sliced(self._encode, x)  # [B, 2 C, H / f, W / f]
@@ -157,12 +153,12 @@ class AutoencoderKL(Tiling, Model):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents to pictures.
+        """Latents to images.
 
         Args:
             z: [B, latent_channels, H, W], scaling undone, in the dtype of the model.
             return_dict: whether to return an output with the field ``sample``, or a plain tuple.
-            generator: has no effect: decoding draws nothing.
+            generator: has no effect: decoding is deterministic.
 
         Raises:
             InputError: latents of another shape.
@@ -178,21 +174,21 @@ class AutoencoderKL(Tiling, Model):
         return_dict: bool = True,
         generator: Generator | Sequence[Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode: from a draw of the latents if ``sample_posterior``, else from their mode."""
+        """Encode and decode: from a sample of the latents if ``sample_posterior``, otherwise from their mode."""
         distribution = self.encode(sample)[0]
         latents = distribution.sample(generator) if sample_posterior else distribution.mode()
         return self.decode(latents, return_dict=return_dict)
 
     def enable_slicing(self) -> None:
-        """Work on one picture at a time: the same result in the memory of a single picture."""
+        """Compute one image at a time: the same result in the memory of a single image."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Work on the whole batch at once."""
+        """Compute the whole batch at once."""
         self.use_slicing = False
 
     def enable_gradient_checkpointing(self) -> None:
-        """In training, keep only the input of each block and compute the rest again in the backward pass."""
+        """In training, keep only the input of each block and recompute its activations in the backward pass."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
@@ -200,15 +196,14 @@ class AutoencoderKL(Tiling, Model):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor) -> Tensor:
-        parameters: Tensor = self._tiled_encoder(self.encoder, x) if self._tiles() else self.encoder(x)
+        parameters = self._run(self.encoder, x)
         return parameters if self.quant_conv is None else cast(Tensor, self.quant_conv(parameters))
 
     def _decode(self, z: Tensor) -> Tensor:
-        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        return self._tiled_decoder(self.decoder, z) if self._tiles() else cast(Tensor, self.decoder(z))
+        return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        # On the CPU in inference, in the order of memory in which convolutions are fastest; every layer keeps it.
+        # In inference on the CPU, in the memory format in which convolutions are fastest; every layer preserves it.
         last = torch.channels_last
         reorders = (
             batch.device.type == "cpu" and not torch.is_grad_enabled() and not batch.is_contiguous(memory_format=last)
@@ -223,7 +218,7 @@ class AutoencoderKL(Tiling, Model):
 
     @classmethod
     def _rename_key(cls, key: str) -> str:
-        """Checkpoints of 2022, sd-vae-ft-ema among them, name the projections of the attention otherwise."""
+        """Checkpoints of 2022, such as sd-vae-ft-ema, have other names for the projections of the attention."""
         for old, new in LEGACY_PROJECTIONS.items():
             key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
         return key
@@ -238,170 +233,10 @@ def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -
             raise ConfigurationError(f"{name}: {shown(block_type)} is not implemented; use {expected!r} for each level")
     if len(types) != levels:
         raise ConfigurationError(
-            f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one for every level"
+            f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one entry for every level"
         )
 
 
 def _check_channels(method: str, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise InputError(f"{method} needs [batch, {channels}, height, width]; it was given {list(x.shape)}")
-
-
-class Encoder(nn.Module):
-    """Pictures to the parameters of the distribution."""
-
-    def __init__(self, in_channels: int, out_channels: int, widths: list[int], layers: int, groups: int, attend: bool):
-        super().__init__()
-        inputs = [widths[0], *widths[:-1]]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(inputs[level], width, layers, groups, downsample=level < len(widths) - 1)
-            for level, width in enumerate(widths)
-        )
-        self.mid_block = MidBlock(widths[-1], groups, attend)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        x = self.conv_in(x)  # [B, widths[0], H, W]
-        for block in (*self.down_blocks, self.mid_block):
-            x = _run(block, x, self.gradient_checkpointing)  # in the end [B, widths[-1], H / f, W / f]
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))  # [B, out_channels, H / f, W / f]
-
-
-class Decoder(nn.Module):
-    """Latents to pictures: the encoder in the mirror, with one more residual layer on each level."""
-
-    def __init__(self, in_channels: int, out_channels: int, widths: list[int], layers: int, groups: int, attend: bool):
-        super().__init__()
-        outputs = widths[::-1]
-        inputs = [outputs[0], *outputs[:-1]]
-        self.conv_in = nn.Conv2d(in_channels, outputs[0], 3, padding=1)
-        self.mid_block = MidBlock(outputs[0], groups, attend)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(inputs[level], width, layers + 1, groups, upsample=level < len(widths) - 1)
-            for level, width in enumerate(outputs)
-        )
-        self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(outputs[-1], out_channels, 3, padding=1)
-        self.gradient_checkpointing = False
-
-    def forward(self, z: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        x: Tensor = self.conv_in(z)  # [B, widths[-1], H, W]
-        for block in (self.mid_block, *self.up_blocks):
-            x = _run(block, x, self.gradient_checkpointing)  # in the end [B, widths[0], f H, f W]
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))  # [B, out_channels, f H, f W]
-
-
-def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    if checkpointing and torch.is_grad_enabled():
-        return cast(Tensor, checkpointed(block, x))
-    return cast(Tensor, block(x))
-
-
-class DownBlock(nn.Module):
-    """One level of the encoder."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool):
-        super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.downsamplers = nn.ModuleList([Downsample(out_channels)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x  # [B, out_channels, H / 2, W / 2], or H, W on the innermost level
-
-
-class UpBlock(nn.Module):
-    """One level of the decoder."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        self.resnets = _resnets(in_channels, out_channels, layers, groups)
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x  # [B, out_channels, 2 H, 2 W], or H, W on the outermost level
-
-
-class MidBlock(nn.Module):
-    """Two residual layers, with attention between them if asked for."""
-
-    def __init__(self, channels: int, groups: int, add_attention: bool):
-        super().__init__()
-        self.resnets = _resnets(channels, channels, 2, groups)
-        self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        before, after = self.resnets
-        for layer in (before, *self.attentions, after):
-            x = layer(x)
-        return x  # [B, C, H, W]
-
-
-def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> nn.ModuleList:
-    inputs = [in_channels] + [out_channels] * (layers - 1)
-    return nn.ModuleList(Resnet(channels, out_channels, groups) for channels in inputs)
-
-
-class Resnet(nn.Module):
-    """x + f(x), f being twice normalisation, SiLU and a convolution (He et al. 2016, pre-activation)."""
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))  # [B, out_channels, H, W]
-        h = self.conv2(F.silu(self.norm2(h)))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + h  # [B, out_channels, H, W]
-
-
-class Attention(nn.Module):
-    """x + attention over the positions of the picture, with a single head as wide as the level."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
-        query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # [B, N, C]
-        h = attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)  # [B, N, C]
-        h = cast(Tensor, self.to_out(h)).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
-        return x + h
-
-
-class Downsample(nn.Module):
-    """Half the sides. The zeros are on the right and at the bottom only, as in the original training."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return cast(Tensor, self.conv(F.pad(x, (0, 1, 0, 1))))  # [B, C, H / 2, W / 2]
-
-
-class Upsample(nn.Module):
-    """Twice the sides: every pixel four times, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))  # [B, C, 2 H, 2 W]

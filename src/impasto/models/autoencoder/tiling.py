@@ -1,58 +1,57 @@
 """Exact tiling of the autoencoder: the same numbers as without it, to rounding, in a fraction of the memory.
 
-Tiles that go through the whole network on their own differ at their edges and in the statistics of every group
-normalisation, which is why they have to be blended. Here the whole picture goes through one layer after the other,
-and only within a layer in parts, strips of full rows:
+Tiles that go through the whole network independently differ at their edges and in the statistics of every group
+normalization, which is why they have to be blended. Here the whole image goes through one layer after the other, and
+only within a layer in strips of full rows:
 
-    convolution      carries the last rows of a strip to the next (halo exchange); zeros only around the picture
-    normalisation    with the statistics of the whole map, which are computed from all its strips beforehand
+    convolution      carries the last rows of a strip over to the next (halo exchange); zeros only around the image
+    normalization    with the statistics of the whole map, which are computed from all its strips beforehand
 
 A map between two layers is a list of strips that are freed as they are read for the last time. What is held and what
-is computed twice is decided by the plan (autoencoder_memory.py).
+is computed twice is decided by the plan (memory.py).
 
-A strip is [1, C, rows, W]: one picture at a time. Whoever waits for a next strip must hold no strip itself, or the
-memory would add up; that is why strips are handed on by ``map``, dropped by ``del`` and taken out of lists.
+A strip is [1, C, rows, W], of one image. Code that waits for the next strip must not hold one itself, or the memory
+would add up; that is why strips are passed on by ``map``, dropped by ``del`` and popped from lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.config import Config
 from ...errors import InputError
-from .memory import STATISTICS_BLOCK, STRIP_BYTES, Layer, Stage, decoder_layers, encoder_layers, make_plan
+from .layers import Attention, Coder, Downsample, Head, Resnet, Upsample
+from .memory import STATISTICS_BLOCK, STRIP_BYTES, Stage, make_plan, trace
 
 
 class Tiling:
-    """What an autoencoder has of tiling; beside ``encoder``, ``decoder`` and their config."""
+    """The methods of an autoencoder that are about tiling."""
 
-    config: Config
     use_tiling: bool = False
     _max_bytes: int | None = None
     _strip_bytes: int = STRIP_BYTES
 
     def enable_tiling(self, max_bytes: int | None = None, strip_bytes: int = STRIP_BYTES) -> None:
-        """Encode and decode in parts: the same result to rounding, without seams, in less memory.
+        """Encode and decode in strips: the same result to rounding, without seams, in less memory.
 
-        Pictures of a batch are worked on one at a time. It has its effect where no gradients are recorded (under
-        ``torch.no_grad()`` or ``torch.inference_mode()``); where they are, everything is computed at once. Layers are
-        called one by one, not the blocks they belong to: hooks on blocks do not run, and compiled blocks are not used.
+        The images of a batch are computed one at a time. It takes effect when no gradients are recorded (under
+        ``torch.no_grad()`` or ``torch.inference_mode()``); otherwise everything is computed at once. Layers are called
+        one by one, not the blocks that they belong to: hooks on blocks do not run, and compiled blocks are not used.
 
-        SDXL's autoencoder decodes 4096 x 4096 pixels in bfloat16 with 4.6 GB of activations, which take 26 GB untiled,
-        and 26 % more arithmetic; with ``max_bytes=9 * 10**9``, with 6 % more.
+        SDXL's autoencoder decodes 4096 x 4096 pixels in bfloat16 with 4.6 GB of activations instead of 26 GB and 26 %
+        more arithmetic; with ``max_bytes=9 * 10**9``, with 6 % more.
 
         Args:
-            max_bytes: how much the activations may take. The more, the less is computed twice. None, or less than
-                works, takes the least that works. ``decode_memory`` tells how much that is.
-            strip_bytes: the working memory of one strip, part of the above; strips of at least one row are used.
+            max_bytes: the memory for activations: the more, the less is computed twice. None, or less than the
+                smallest amount that works: that amount.
+            strip_bytes: the working memory of one strip, included in ``max_bytes``; a strip has at least one row.
 
         Raises:
-            InputError: sizes that are no positive numbers.
+            InputError: sizes that are not positive integers.
         """
         for name, value in (("max_bytes", max_bytes), ("strip_bytes", strip_bytes)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -60,84 +59,68 @@ class Tiling:
         self.use_tiling, self._max_bytes, self._strip_bytes = True, max_bytes, strip_bytes
 
     def disable_tiling(self) -> None:
-        """Work on whole pictures again."""
+        """Compute whole images again."""
         self.use_tiling = False
 
     def _tiles(self) -> bool:
         return self.use_tiling and not torch.is_grad_enabled()
 
-    def _tiled_encoder(self, encoder: Any, x: Tensor) -> Tensor:
-        levels = [module for block in encoder.down_blocks for module in (*block.resnets, *block.downsamplers)]
-        modules = [encoder.conv_in, *levels, *_in_order(encoder.mid_block), encoder]
-        return self._tiled(modules, encoder_layers(self.config, *x.shape[2:]), x)
-
-    def _tiled_decoder(self, decoder: Any, z: Tensor) -> Tensor:
-        levels = [module for block in decoder.up_blocks for module in (*block.resnets, *block.upsamplers)]
-        modules = [decoder.conv_in, *_in_order(decoder.mid_block), *levels, decoder]
-        return self._tiled(modules, decoder_layers(self.config, *z.shape[2:]), z)
-
-    def _tiled(self, modules: list[Any], layers: list[Layer], x: Tensor) -> Tensor:
-        if not all(layer.outputs for layer in layers):  # nothing to cut; the error is that of the whole
-            return cast(Tensor, modules[-1](x))
-        plan = make_plan(layers, x.element_size(), self._max_bytes, self._strip_bytes)
-        return compute(modules, plan.stages, x)
+    def _run(self, coder: Coder, x: Tensor) -> Tensor:
+        layers = trace(coder, *x.shape[2:]) if self._tiles() else []
+        if not layers or not all(layer.outputs for layer in layers):  # too small to be divided: torch raises the error
+            return cast(Tensor, coder(x))
+        return compute(make_plan(layers, x.element_size(), self._max_bytes, self._strip_bytes).stages, x)
 
 
-def _in_order(mid_block: Any) -> list[Any]:
-    before, after = mid_block.resnets
-    return [before, *mid_block.attentions, after]
-
-
-def compute(modules: list[Any], stages: list[Stage], x: Tensor) -> Tensor:
+def compute(stages: list[Stage], x: Tensor) -> Tensor:
     """All layers of an encoder or decoder, one after the other.
 
     Args:
-        modules: one a stage; the last is the encoder or decoder itself, for its ``conv_norm_out`` and ``conv_out``.
-        stages: how each is computed.
+        stages: how each layer is computed.
         x: [1, C, H, W].
 
     Returns:
         [1, C', H', W'].
     """
     source: Source = Map([x])
-    for module, stage in zip(modules, stages, strict=True):
-        rows, height = stage.rows, stage.layer.height
-        match stage.layer.kind:
-            case "conv_in":
-                source = Map.store(convolve(module, source.read(rows, free=True), height))
-            case "resnet":
-                source = _resnet(module, source, stage)
-            case "attention":
+    for stage in stages:
+        layer, rows, height = stage.layer.module, stage.rows, stage.layer.height
+        match layer:
+            case Resnet():
+                source = _resnet(layer, source, stage)
+            case Attention():
                 whole = [_join(list(source.read(height, free=True)))]
-                whole.append(module(whole.pop()))
-                source = Map.store(regroup(iter([whole.pop()]), -(-height // 8)))  # so that it is freed in parts
-            case "upsample":
-                source = Upsampled(module.conv, source, height)
+                whole.append(layer(whole.pop()))
+                source = Map.store(regroup(iter([whole.pop()]), -(-height // 8)))  # so that it is freed in strips
+            case Upsample():
+                source = Upsampled(layer.conv, source, height)
                 if stage.hold:
                     source = Map.store(source.read(rows, free=True))
-            case "downsample":
-                source = Map.store(halve(module.conv, source.read(rows, free=True), height))
-            case "head":
-                norm = normaliser(module.conv_norm_out, measure(source.read(rows)))
-                source = Map.store(convolve(module.conv_out, map(norm, source.read(rows, free=True)), height))
+            case Downsample():
+                source = Map.store(halve(layer.conv, source.read(rows, free=True), height))
+            case Head():
+                norm = normalizer(layer.norm, measure(source.read(rows)))
+                source = Map.store(convolve(layer.conv, map(norm, source.read(rows, free=True)), height))
+            case _:
+                source = Map.store(convolve(layer, source.read(rows, free=True), height))
     return _join(list(source.read(stages[-1].layer.height, free=True)))
 
 
 def _resnet(layer: Any, source: Source, stage: Stage) -> Map:
     """shortcut(x) + conv2(silu(norm2(h))), where h = conv1(silu(norm1(x)))."""
     rows, height = stage.rows, stage.layer.height
-    norm1 = normaliser(layer.norm1, measure(source.read(rows)))
+    norm1 = normalizer(layer.norm1, measure(source.read(rows)))
 
     def inner(strips: Iterator[Tensor]) -> Iterator[Tensor]:
         return convolve(layer.conv1, map(norm1, strips), height)
 
     if stage.hold:
         h = Map.store(inner(source.read(rows)))
-        norm2 = normaliser(layer.norm2, measure(h.read(rows)))
+        norm2 = normalizer(layer.norm2, measure(h.read(rows)))
         x = Queue(source.read(rows, free=True))
         strips = h.read(rows, free=True)
     else:
-        norm2 = normaliser(layer.norm2, measure(inner(source.read(rows))))
+        norm2 = normalizer(layer.norm2, measure(inner(source.read(rows))))
         x = Queue(iter(()))
         strips = inner(map(x.push, source.read(rows, free=True)))
 
@@ -149,13 +132,6 @@ def _resnet(layer: Any, source: Source, stage: Stage) -> Map:
 
 
 # --- where strips come from ---
-
-
-class Source(Protocol):
-    """A map that can be read several times, and freed by the last reading."""
-
-    def read(self, rows: int, free: bool = False) -> Iterator[Tensor]:
-        """Strips of about ``rows`` rows, from the top to the bottom."""
 
 
 class Map:
@@ -187,6 +163,10 @@ class Upsampled:
         return convolve(self.conv, enlarged, 2 * self.height)
 
 
+#: A map that can be read several times, in strips from top to bottom, and is freed by the last reading.
+Source = Map | Upsampled
+
+
 def _enlarge(strip: Tensor) -> Tensor:
     return F.interpolate(strip, scale_factor=2.0, mode="nearest")
 
@@ -198,7 +178,7 @@ def _compact(strip: Tensor) -> Tensor:
 
 
 class Queue:
-    """Rows in waiting: pushed, or drawn from ``source`` when they are needed."""
+    """Rows that wait for their turn: pushed, or read from ``source`` when they are needed."""
 
     def __init__(self, source: Iterator[Tensor]):
         self.source = source
@@ -210,17 +190,14 @@ class Queue:
 
     def pop(self, rows: int) -> Tensor:
         """The next ``rows`` rows."""
-        while _rows(self.strips) < rows:
-            strip = next(self.source, None)
-            assert strip is not None
-            self.push(strip)
-            del strip
         taken: list[Tensor] = []
-        while (missing := rows - _rows(taken)) > 0:
-            strip = self.strips.pop(0)
-            if strip.shape[2] > missing:
-                self.strips.insert(0, strip[:, :, missing:])
-                strip = strip[:, :, :missing]
+        while rows > 0:
+            strip = self.strips.pop(0) if self.strips else next(self.source, None)
+            assert strip is not None
+            if strip.shape[2] > rows:
+                self.strips.insert(0, strip[:, :, rows:])
+                strip = strip[:, :, :rows]
+            rows -= strip.shape[2]
             taken.append(strip)
             del strip
         return _join(taken)
@@ -252,14 +229,14 @@ def _join(strips: list[Tensor]) -> Tensor:
     return joined
 
 
-# --- what happens to strips ---
+# --- what is computed from strips ---
 
 
 def convolve(conv: nn.Module, strips: Iterator[Tensor], height: int) -> Iterator[Tensor]:
     """A 3 x 3 convolution with a padding of 1, over strips of a map of ``height`` rows.
 
     The convolution pads each strip. Its outermost rows are therefore wrong, and left out, unless they are those of the
-    map. The result's strips are a row higher up than those that were given: the row below is not known before.
+    map. The strips of the result end one row above those of the input, because the row below is not known yet.
     """
     window: list[Tensor] = []  # the last rows of the strips before, and a new strip
     seen = done = 0  # rows
@@ -274,7 +251,7 @@ def convolve(conv: nn.Module, strips: Iterator[Tensor], height: int) -> Iterator
 
 
 def _convolved(conv: nn.Module, window: list[Tensor], first: int, end: int) -> Tensor:
-    """Rows ``first`` to ``end`` of the convolution of ``window``, of which its last two rows are left."""
+    """Rows ``first`` to ``end`` of the convolution of ``window``, which is cut down to its last two rows."""
     joined = _join(window)
     window.append(joined[:, :, -2:].clone())
     result: Tensor = conv(joined)
@@ -304,11 +281,10 @@ def _halved(conv: nn.Module, window: list[Tensor], ready: int, bottom: int) -> T
 
 
 class Statistics:
-    """Mean and variance of every channel, of strips that come one after the other (Chan et al. 1983, eq. 2.1)."""
+    """Mean and variance of every channel, of strips that come one after the other."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())  # [C], and the sum of squared deviations from it, [C]
+        self.blocks: list[tuple[int, Tensor, Tensor]] = []  # positions, and mean and variance of each channel, [C]
 
     def add(self, strip: Tensor) -> None:
         # Blocks are reduced in float32 around their own mean, so nothing cancels; float64 joins them (not on MPS).
@@ -317,22 +293,17 @@ class Statistics:
         for rows in strip.split(max(1, STATISTICS_BLOCK // (strip.shape[1] * strip.shape[3])), dim=2):
             block = rows.to(single, copy=True)
             mean = block.mean(dim=(2, 3), keepdim=True)  # [1, C, 1, 1]
-            squares = block.sub_(mean).square_().sum(dim=(2, 3)).flatten().to(double)
-            mean, count = mean.flatten().to(double), block.shape[2] * block.shape[3]
-            if self.count == 0:
-                self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
-            total = self.count + count
-            delta = mean - self.mean
-            self.squares = self.squares + squares + delta.square() * (self.count * count / total)
-            self.mean = self.mean + delta * (count / total)
-            self.count = total
+            variance = block.sub_(mean).square_().mean(dim=(2, 3))  # [1, C]
+            self.blocks.append((rows.shape[2] * rows.shape[3], mean.flatten().to(double), variance[0].to(double)))
 
     def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of the group that each channel belongs to, [C] both."""
-        means = self.mean.view(groups, -1)
-        mean = means.mean(dim=1, keepdim=True)  # [groups, 1]
-        variance = (self.squares.view(groups, -1) / self.count + (means - mean).square()).mean(dim=1, keepdim=True)
-        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
+        counts, *rest = zip(*self.blocks, strict=True)
+        means, variances = (torch.stack(values).unflatten(1, (groups, -1)) for values in rest)  # [blocks, groups, C/g]
+        shares = means.new_tensor(counts).view(-1, 1, 1) / sum(counts)
+        mean = (shares * means).sum(0).mean(1, keepdim=True)  # [groups, 1]
+        variance = (shares * (variances + (means - mean).square())).sum(0).mean(1, keepdim=True)
+        return mean.expand_as(means[0]).flatten(), variance.expand_as(means[0]).flatten()
 
 
 def measure(strips: Iterator[Tensor]) -> Statistics:
@@ -344,15 +315,15 @@ def measure(strips: Iterator[Tensor]) -> Statistics:
     return statistics
 
 
-def normaliser(norm: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
-    """silu(norm(x)) of a strip x, where ``norm`` is a group normalisation and ``statistics`` are of the whole map."""
-    # With known statistics a group normalisation is a batch normalisation in evaluation. Its parameters are float32
+def normalizer(norm: Any, statistics: Statistics) -> Callable[[Tensor], Tensor]:
+    """silu(norm(x)) of a strip x, where ``norm`` is a group normalization and ``statistics`` are of the whole map."""
+    # With known statistics a group normalization is a batch normalization in evaluation. Its parameters are float32
     # whatever the dtype of the strip, so that the result is rounded only once.
     values = (*statistics.of_groups(norm.num_groups), norm.weight, norm.bias)
     wide = torch.promote_types(norm.weight.dtype, torch.float32)
-    mean, variance, weight, bias = (value.to(statistics.mean.device, wide) for value in values)
+    mean, variance, weight, bias = (value.to(values[0].device, wide) for value in values)
 
-    def normalise(strip: Tensor) -> Tensor:
+    def normalize(strip: Tensor) -> Tensor:
         return F.silu(F.batch_norm(strip, mean, variance, weight, bias, eps=norm.eps), inplace=True)
 
-    return normalise
+    return normalize

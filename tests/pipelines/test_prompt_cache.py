@@ -14,8 +14,8 @@ from torch import Tensor
 
 from impasto.errors import InputError, OutputError
 from impasto.pipelines import pixart
-from impasto.pipelines.embedding_cache import INDEX_NAME, fingerprint
 from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.pipelines.prompt_cache import INDEX_NAME, fingerprint
 
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, write_pipeline
 

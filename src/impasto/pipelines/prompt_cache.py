@@ -1,7 +1,7 @@
-"""Embeddings of prompts, kept on disk: a repeated prompt needs no text encoder.
+"""The prompt cache: embeddings on disk, so that a repeated prompt needs no text encoder.
 
 An entry is a safetensors file with the embeddings of the tokens, named by a hash of all that they depend on: the
-text, the number of tokens that it was cut to, tokenizer and text encoder. No text is stored. ``encoders.json`` says
+text, the length to which it was truncated, tokenizer and text encoder. No text is stored. ``encoders.json`` says
 which encoder a model was last used with, for pipelines that are loaded without one.
 """
 
@@ -27,26 +27,26 @@ from ..checkpoints.config import read_json
 from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
-from ..memory.streaming import unwrapped
-from .text import EncodedTexts
+from ..nn.changes import unwrapped
+from .prompts import EncodedTexts
 
 logger = logging.getLogger("impasto")
 
 INDEX_NAME = "encoders.json"
-#: Values of each tensor that are looked at to tell one encoder from another.
+#: Values of each tensor that the fingerprint of an encoder reads.
 SAMPLES = 16
 
 
-class EmbeddingCache:
+class PromptCache:
     """Embeddings in a folder, which several pipelines and processes may share.
 
     Args:
-        folder: made if it does not exist.
-        max_bytes: of all entries; those that were not used for longest are removed beyond it.
-        source: the folder of the model, by which the encoder is found where it is not loaded.
+        folder: created if it does not exist.
+        max_bytes: of all entries; beyond it the least recently used are removed.
+        source: the folder of the model, by which the encoder is identified if it is not loaded.
 
     Raises:
-        OutputError: the folder cannot be made.
+        OutputError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, max_bytes: int | None = None, source: Path | None = None):
@@ -64,12 +64,12 @@ class EmbeddingCache:
         tokenizer: Any,
         encode: Callable[[list[str]], EncodedTexts],
     ) -> EncodedTexts:
-        """What ``encode(texts)`` returns, by calling it only for texts that are not in the folder.
+        """The same as ``encode(texts)``, which is called only for texts that are not in the folder.
 
         Args:
-            texts: as they are encoded, cleaned.
+            texts: cleaned already, if they are to be cleaned.
             length: tokens of a text, M.
-            text_encoder: None if the pipeline has none: then only cached prompts can be used.
+            text_encoder: None if the pipeline has none: then only cached prompts work.
 
         Returns:
             embeds [B, M, C] and mask [B, M].
@@ -108,7 +108,7 @@ class EmbeddingCache:
         )
 
     def _encoder(self, text_encoder: nn.Module | None, tokenizer: Any) -> str | None:
-        """The fingerprint of the encoder, or of the one that this model was last used with."""
+        """The fingerprint of the encoder, or without one, of that which this model was last used with."""
         index = self._read_index()
         key = None if self._source is None else str(self._source.resolve())
         if text_encoder is not None:
@@ -123,7 +123,7 @@ class EmbeddingCache:
         if not isinstance(last, dict) or not isinstance(last.get("encoder"), str):
             return None
         known = last.get("files")
-        now = _sizes(self._source)  # files that are gone, or were never fetched, say nothing
+        now = _sizes(self._source)  # missing files, such as those never downloaded, do not count
         if not isinstance(known, dict) or any(known.get(name, size) != size for name, size in now.items()):
             return None
         return str(last["encoder"])
@@ -143,33 +143,33 @@ class EmbeddingCache:
             if not fits or header.dtype not in FLOATS:
                 raise CheckpointError(f"a tensor of {header.dtype} {list(header.shape)}")
             with safe_open(path, framework="pt") as file:
-                embeds: Tensor = file.get_tensor("embeds").clone()  # no file that is removed must stay mapped
+                embeds: Tensor = file.get_tensor("embeds").clone()  # a removed file must not stay mapped
                 stored = file.metadata() or {}
             if stored.get("checksum") != _checksum(path.stem, embeds):
-                raise CheckpointError("its checksum is another one")
+                raise CheckpointError("its checksum differs")
             if not bool(embeds.isfinite().all()):
                 raise CheckpointError("values that are not finite")
         except (SafetensorError, CheckpointError, OSError, KeyError, ValueError) as error:
             logger.warning("%s of the prompt cache is damaged (%s); its prompt is encoded again", path, error)
             return None
-        with contextlib.suppress(OSError):  # a cache that may only be read
+        with contextlib.suppress(OSError):  # a read-only cache
             os.utime(path)
         return embeds
 
     def _write(self, path: Path, embeds: Tensor) -> None:
         embeds = embeds.detach().cpu().contiguous().clone()
-        if not bool(embeds.isfinite().all()):  # a fault of the encoder, which must not outlive it
+        if not bool(embeds.isfinite().all()):  # an error of the encoder, which must not be kept
             return
         with contextlib.suppress(OSError):
-            if not path.is_file():  # a pipe, say, in the place of an entry
+            if not path.is_file():  # such as a pipe in place of an entry
                 path.unlink()
         try:
             write_file(path, save({"embeds": embeds}, {"checksum": _checksum(path.stem, embeds)}), durable=False)
-        except OutputError as error:  # the prompt is encoded all the same
+        except OutputError as error:  # the prompt was encoded nevertheless
             logger.warning("the prompt cache cannot be written: %s", error)
 
     def _shrink(self) -> None:
-        """Remove what was not used for longest, beyond the size that is allowed."""
+        """Remove the least recently used entries beyond ``max_bytes``."""
         if self.max_bytes is None:
             return
         entries = []
@@ -203,22 +203,22 @@ class EmbeddingCache:
 
 
 def _checksum(name: str, embeds: Tensor) -> str:
-    """A hash of an entry's values, dtype and shape (its tokens and width), and of the name under which it is kept."""
+    """A hash of an entry's values, dtype and shape (its tokens and width), and of its name."""
     digest = hashlib.sha256(f"{name} {embeds.dtype} {list(embeds.shape)}".encode())
     digest.update(embeds.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-# --- what tells encoders apart ---
+# --- identifying encoders ---
 
 
 def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
-    """A hash of an encoder as it is now (names, shapes and dtypes of its weights, some values of each) and of the
+    """A hash of an encoder in its current state (names, shapes, dtypes and some values of its weights) and of the
     vocabulary of its tokenizer. Adapters, other weights and another precision change it."""
     digest = hashlib.sha256()
     inner = unwrapped(text_encoder)
-    settings: dict[str, Any] = inner.config.to_dict()  # every model of transformers has one
-    # Where it was loaded from, and by which version, changes nothing.
+    settings: dict[str, Any] = inner.config.to_dict()  # every transformers model has one
+    # Origin and version do not change the embeddings.
     kept = {name: value for name, value in settings.items() if name not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps([type(inner).__name__, kept], sort_keys=True, default=str).encode())
     for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
@@ -234,7 +234,7 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
 
 
 def _plain(tensor: Any) -> Iterator[Tensor]:
-    """The ordinary tensors that a tensor is made of; quantised ones have several."""
+    """The ordinary tensors that a tensor consists of; quantized ones have several."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
@@ -244,7 +244,7 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
 
 
 def _sizes(source: Path | None) -> dict[str, int]:
-    """The sizes of the files of the text encoder and the tokenizer, as far as they are there."""
+    """The sizes of those files of the text encoder and the tokenizer that exist."""
     if source is None:
         return {}
     folders = [source / "text_encoder", source / "tokenizer"]

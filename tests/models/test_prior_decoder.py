@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.glm_image.modeling_glm_image import GlmImageRMSNorm
 
-from impasto.pipelines.glm_image_prior import generate_prior
-from impasto.pipelines.prior_decoder import PriorDecoder, Sampling, fast_norm
+from impasto.models.glm_image.prior import generate_prior
+from impasto.models.glm_image.prior_decoder import PriorDecoder, Sampling, fast_norm
 
 from ..tiny_glm import prior_parts
 
@@ -107,7 +107,7 @@ def test_the_same_numbers_give_the_same_tokens(parts: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"fixed": True}, {"fixed": True, "make_recorder": lambda device: twice}])
+@pytest.mark.parametrize("options", [{}, {"fixed": True}, {"fixed": True, "make_capture": lambda device: twice}])
 def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(
     parts: dict[str, Any], options: dict[str, Any]
 ) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from impasto.errors import InputError
-from impasto.pipelines.text import _tokenize, clean_caption, encode_texts, normalize_caption
+from impasto.pipelines.cleaning import clean_caption
+from impasto.pipelines.prompts import _tokenize, encode_texts, normalize_caption
 
 from ..tiny import tiny_text_encoder, tiny_tokenizer, write_tokenizer
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from impasto.errors import InputError, OutputError
-from impasto.pipelines import image as image_module
-from impasto.pipelines.image import GenerationSettings, ImageProcessor, check_picture_path, read_settings, save_picture
+from impasto.pipelines import image_files
+from impasto.pipelines.image_files import GenerationSettings, check_image_path, read_settings, save_image
+from impasto.pipelines.images import ImageProcessor
 
 SETTINGS = GenerationSettings(
     prompt="a red cube on top of a blue sphere",
@@ -27,12 +28,12 @@ SETTINGS = GenerationSettings(
 )
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+def sample_image(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
     levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(levels).convert(mode)
 
 
-# --- tensors <-> pictures -----------------------------------------------------------------------------------------
+# --- tensors <-> images ---
 
 
 def test_postprocess_gives_every_kind_of_output() -> None:
@@ -73,10 +74,10 @@ def test_nan_is_announced_and_black(dtype: torch.dtype, caplog: pytest.LogCaptur
     images[1, 0, 0, 0] = float("nan")
     images[2, :, 1, 1] = float("inf")
     with caplog.at_level(logging.WARNING, logger="impasto"):
-        pictures = ImageProcessor().postprocess(images)
+        pil_images = ImageProcessor().postprocess(images)
     assert "images 1, 2 (of 3) hold NaN" in caplog.text
-    assert np.asarray(pictures[1])[0, 0].tolist() == [0, 255, 255]
-    assert np.asarray(pictures[2]).min() == 255
+    assert np.asarray(pil_images[1])[0, 0].tolist() == [0, 255, 255]
+    assert np.asarray(pil_images[2]).min() == 255
     assert torch.as_tensor(ImageProcessor().postprocess(images, "pt")[1]).isnan().sum() == 1
 
 
@@ -95,7 +96,7 @@ def test_numpy_to_pil_does_not_wrap_around(caplog: pytest.LogCaptureFixture) -> 
 
 def test_preprocess_inverts_postprocess() -> None:
     processor = ImageProcessor(vae_scale_factor=8)
-    source = picture()
+    source = sample_image()
     encoded = processor.preprocess([source, source])
     assert encoded.shape == (2, 3, 16, 24)
     assert encoded.min() >= -1
@@ -105,22 +106,22 @@ def test_preprocess_inverts_postprocess() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_preprocess_makes_pictures_rgb(mode: str) -> None:
-    assert ImageProcessor().preprocess(picture(mode)).shape == (1, 3, 16, 24)
+def test_preprocess_makes_images_rgb(mode: str) -> None:
+    assert ImageProcessor().preprocess(sample_image(mode)).shape == (1, 3, 16, 24)
 
 
 def test_preprocess_cuts_sizes_down_to_whole_latents() -> None:
     processor = ImageProcessor(vae_scale_factor=8)
-    assert processor.preprocess(picture(size=(31, 17))).shape == (1, 3, 16, 24)
-    assert processor.preprocess(picture(size=(31, 17)), height=47, width=9).shape == (1, 3, 40, 8)
+    assert processor.preprocess(sample_image(size=(31, 17))).shape == (1, 3, 16, 24)
+    assert processor.preprocess(sample_image(size=(31, 17)), height=47, width=9).shape == (1, 3, 40, 8)
     assert processor.preprocess(np.zeros((17, 31, 3), np.float32)).shape == (1, 3, 16, 24)
     with pytest.raises(InputError, match="smaller than a latent of 8"):
-        processor.preprocess(picture(size=(7, 7)))
+        processor.preprocess(sample_image(size=(7, 7)))
 
 
 def test_preprocess_takes_integers_as_levels() -> None:
-    levels = np.array(picture())
-    expected = ImageProcessor().preprocess(picture())
+    levels = np.array(sample_image())
+    expected = ImageProcessor().preprocess(sample_image())
     assert torch.equal(ImageProcessor().preprocess(levels), expected)
     assert torch.equal(ImageProcessor().preprocess(torch.from_numpy(levels).permute(2, 0, 1)), expected)
 
@@ -139,12 +140,19 @@ def test_preprocess_takes_negative_values_as_normalized_and_says_so(caplog: pyte
 
 
 @pytest.mark.parametrize(
-    "pictures",
-    [[], "cat.png", [None], [picture(), torch.zeros(3, 8, 8)], torch.zeros(8), [np.zeros((8, 8)), np.zeros((8, 9))]],
+    "images",
+    [
+        [],
+        "cat.png",
+        [None],
+        [sample_image(), torch.zeros(3, 8, 8)],
+        torch.zeros(8),
+        [np.zeros((8, 8)), np.zeros((8, 9))],
+    ],
 )
-def test_preprocess_refuses_what_is_no_batch_of_pictures(pictures: Any) -> None:
+def test_preprocess_refuses_what_is_not_a_batch_of_images(images: Any) -> None:
     with pytest.raises(InputError):
-        ImageProcessor().preprocess(pictures)
+        ImageProcessor().preprocess(images)
 
 
 def test_config_has_the_scale_factor() -> None:
@@ -220,11 +228,11 @@ def test_text_without_settings_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("prompt", [SETTINGS.prompt, "two\nlines, 漢字 😀"])
 @pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "jpeg", "webp"])
-def test_pictures_carry_their_settings(tmp_path: Path, extension: str, prompt: str) -> None:
+def test_images_carry_their_settings(tmp_path: Path, extension: str, prompt: str) -> None:
     settings = GenerationSettings(prompt=prompt, steps=20, seed=7)
-    path = tmp_path / f"picture.{extension}"
+    path = tmp_path / f"image.{extension}"
     source = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
-    save_picture(source, path, settings)
+    save_image(source, path, settings)
     assert read_settings(path) == settings
     assert os.listdir(tmp_path) == [path.name]
     with Image.open(path) as stored:
@@ -238,28 +246,28 @@ def test_pictures_carry_their_settings(tmp_path: Path, extension: str, prompt: s
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
-def test_pictures_of_other_modes_are_written(tmp_path: Path, extension: str, mode: str) -> None:
-    path = tmp_path / f"picture.{extension}"
-    save_picture(picture(mode), path)
+def test_images_of_other_modes_are_written(tmp_path: Path, extension: str, mode: str) -> None:
+    path = tmp_path / f"image.{extension}"
+    save_image(sample_image(mode), path)
     with Image.open(path) as stored:
         assert stored.size == (24, 16)
         assert stored.mode == ("RGB" if extension == "jpg" and mode != "L" else stored.mode)
 
 
-def test_undecodable_characters_do_not_cost_the_picture(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="caf\udce9", steps=1))
+def test_undecodable_characters_do_not_cost_the_image(tmp_path: Path) -> None:
+    save_image(sample_image(), tmp_path / "a.png", GenerationSettings(prompt="caf\udce9", steps=1))
     assert read_settings(tmp_path / "a.png").prompt == "caf?"
 
 
 def test_new_files_have_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    save_picture(picture(), tmp_path / "a.png")
+    save_image(sample_image(), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_an_old_picture_is_replaced(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="old", steps=1))
-    save_picture(picture(), tmp_path / "a.png", GenerationSettings(prompt="new", steps=1))
+def test_an_old_image_is_replaced(tmp_path: Path) -> None:
+    save_image(sample_image(), tmp_path / "a.png", GenerationSettings(prompt="old", steps=1))
+    save_image(sample_image(), tmp_path / "a.png", GenerationSettings(prompt="new", steps=1))
     assert read_settings(tmp_path / "a.png").prompt == "new"
     assert os.listdir(tmp_path) == ["a.png"]
 
@@ -272,9 +280,9 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def fails(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_module.os, "fsync" if step == "write" else "replace", fails)
+    monkeypatch.setattr(image_files.os, "fsync" if step == "write" else "replace", fails)
     with pytest.raises(OutputError, match="No space left"):
-        save_picture(picture(), path)
+        save_image(sample_image(), path)
     assert os.listdir(tmp_path) == ["a.png"]
     assert path.read_bytes() == b"old"
 
@@ -283,9 +291,9 @@ def test_an_interruption_leaves_nothing_either(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_module.os, "fsync", interrupted)
+    monkeypatch.setattr(image_files.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_picture(picture(), tmp_path / "a.png")
+        save_image(sample_image(), tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
 
 
@@ -303,25 +311,25 @@ def test_paths_that_cannot_be_written(tmp_path: Path, name: str, message: str) -
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=message):
-        check_picture_path(tmp_path / name)
+        check_image_path(tmp_path / name)
     with pytest.raises(OutputError, match=message):
-        save_picture(picture(), tmp_path / name)
+        save_image(sample_image(), tmp_path / name)
 
 
 def test_an_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_module.os, "access", lambda *args: False)  # root may write everywhere
+    monkeypatch.setattr(image_files.os, "access", lambda *args: False)  # root may write everywhere
     with pytest.raises(OutputError, match="not writable"):
-        save_picture(picture(), tmp_path / "a.png")
+        save_image(sample_image(), tmp_path / "a.png")
 
 
-def test_a_picture_too_large_for_its_format(tmp_path: Path) -> None:
+def test_an_image_too_large_for_its_format(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"try \.png"):
-        save_picture(Image.new("RGB", (17000, 1)), tmp_path / "a.webp")
+        save_image(Image.new("RGB", (17000, 1)), tmp_path / "a.webp")
     assert os.listdir(tmp_path) == []
 
 
 def test_files_without_settings_are_refused(tmp_path: Path) -> None:
-    save_picture(picture(), tmp_path / "a.png")
+    save_image(sample_image(), tmp_path / "a.png")
     with pytest.raises(InputError, match="holds no generation settings"):
         read_settings(tmp_path / "a.png")
     with pytest.raises(InputError, match="No such file"):

@@ -1,4 +1,4 @@
-"""Plans for GLM-Image: the prior in few bits where it is too large, and how such a plan is followed."""
+"""Plans for GLM-Image: the prior quantized if it is too large, and how such a plan is followed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Con
 
 from impasto import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
 from impasto.errors import InputError, MissingDependencyError
-from impasto.memory import planner
+from impasto.memory import plan as planner
 from impasto.memory import streaming as moving
-from impasto.memory.inspection import Inspection, Part, inspect_model
+from impasto.memory.inspection import Component, Inspection, inspect_model
+from impasto.memory.moving import is_settled
 from impasto.memory.placement import OneAtATime
-from impasto.memory.planner import BLOCKS, IN_TURN, RESIDENT, BudgetTooSmallError, MemoryPlan, plan_memory
-from impasto.memory.streaming import Group, is_settled
+from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, Budget, BudgetTooSmallError, MemoryPlan, plan_memory
+from impasto.memory.streaming import Group
 from impasto.models.base import Model, parse_size
 from impasto.pipelines import loading
 from impasto.transforms.quantized_linear import QuantizedLinear
@@ -49,31 +50,31 @@ def released(stored: str = "bfloat16") -> Inspection:
             "transformer": GlmImageTransformer2DModel(num_attention_heads=32, attention_head_dim=128),
             "vae": AutoencoderKL(**VAE),
         }
-    parts = []
+    components = {}
     for name, model in models.items():
         config: Any = model.config
         settings = dict(config) if isinstance(model, Model) else config.to_dict()
         tensors = {key: (stored, value.numel()) for key, value in model.state_dict().items()}
-        parts.append(Part(name, type(model).__name__, settings, tensors, 0))
-    return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", tuple(parts))
+        components[name] = Component(name, type(model).__name__, settings, tensors, 0)
+    return Inspection("GLM-Image", Path("GLM-Image"), "GlmImagePipeline", components)
 
 
-def plan(size: str, device: str = "xpu", **options: Any) -> MemoryPlan:
-    return plan_memory(released(), size, device=device, limited=False, **options)
+def plan(size: int | str, device: str = "xpu", dtypes: dict[str, str] | None = None) -> MemoryPlan:
+    return plan_memory(released(), Budget(size, device), dtypes, limited=False)
 
 
 def chosen(made: MemoryPlan) -> dict[str, tuple[str, str]]:
-    return {part.name: (part.dtype, part.way) for part in made.parts}
+    return {each.name: (each.dtype, each.way) for each in made.components.values()}
 
 
 def test_the_sizes_are_those_of_the_release() -> None:
-    parts = released().by_name
+    parts = released().components
     assert 10.0e9 < parts["vision_language_encoder"].parameters < 10.5e9
     assert 6.9e9 < parts["transformer"].parameters < 6.95e9
 
 
 def test_budgets_of_a_gpu() -> None:
-    """24 GB hold the prior as it is and 16 GB its 8 bits, one part at a time; the transformer loses nothing."""
+    """24 GB hold the prior as it is and 16 GB its int8 weights, one component at a time; the transformer is exact."""
     large = chosen(plan("48GB"))
     assert {way for _, way in large.values()} == {RESIDENT}
     middle = chosen(plan("24GB"))
@@ -90,12 +91,12 @@ def test_budgets_of_a_gpu() -> None:
         plan("4GB")
 
 
-def test_few_bits_of_both_large_models_where_asked_for() -> None:
+def test_both_large_models_are_quantized_on_request() -> None:
     asked = {"vision_language_encoder": "nf4", "transformer": "int8"}
     made = plan("16GB", dtypes=asked)
     assert chosen(made)["transformer"] == ("int8", IN_TURN)
     assert chosen(made)["vision_language_encoder"] == ("nf4", IN_TURN)
-    weights = {part.name: part.weights for part in made.parts}
+    weights = {each.name: each.weights for each in made.components.values()}
     assert 7.5e9 < weights["transformer"] < 9e9  # modulation and embeddings stay as they are
     assert 7e9 < weights["vision_language_encoder"] < 9e9  # as do the vision tower and the vocabulary
     assert chosen(plan("24GB", dtypes=asked)) != chosen(plan("24GB"))
@@ -105,7 +106,7 @@ def test_few_bits_of_both_large_models_where_asked_for() -> None:
 
 def test_on_a_cpu_stored_weights_stay_in_their_file() -> None:
     made = plan("16GB", device="cpu")
-    assert {(part.loaded, part.way, part.weights) for part in made.parts} == {("bfloat16", RESIDENT, 0)}
+    assert {(each.loaded, each.way, each.weights) for each in made.components.values()} == {("bfloat16", RESIDENT, 0)}
 
 
 @pytest.mark.parametrize("computes", ["bfloat16", "float32"])
@@ -115,16 +116,16 @@ def test_on_a_cpu_stored_weights_stay_in_their_file() -> None:
 def test_no_plan_is_larger_than_its_budget(
     asked: dict[str, str], computes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor where what is in few bits stays in memory while other parts have their turns."""
+    """Not even if quantized weights stay in memory while the other components take turns."""
     monkeypatch.setattr(planner, "fast_dtype", lambda device: computes)
     for device in ("cpu", "xpu"):
         for size in ("6GB", "10GB", "12GB", "16GB", "24GB", "40GB"):
             enough = parse_size(size)
             try:
-                plan_memory(released(), enough, device=device, limited=False, dtypes=asked)
+                plan(enough, device, asked)
             except BudgetTooSmallError as error:
                 enough = error.smallest
-            made = plan_memory(released(), enough, device=device, limited=False, dtypes=asked)
+            made = plan(enough, device, asked)
             assert made.peak <= enough, (device, size)
             assert enough >= parse_size(size)
 
@@ -132,8 +133,8 @@ def test_no_plan_is_larger_than_its_budget(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe, _ = pipelines()
-    for name, part in prior_parts().items():
-        setattr(pipe, name, part)
+    for name, each in prior_parts().items():
+        setattr(pipe, name, each)
     pipe.to(torch.bfloat16)
     path = tmp_path_factory.mktemp("glm")
     pipe.save_pretrained(path)
@@ -157,10 +158,10 @@ def test_a_plan_generates_the_same(folder: Path) -> None:
     with low.using("vision_language_encoder") as prior:
         assert torch.equal(prior.model.language_model.rotary_emb.inv_freq, frequencies)
         assert prior.dtype == torch.bfloat16
-    assert {part.name for part in inspect_model(str(folder)).parts} >= {"vision_language_encoder", "processor"}
+    assert inspect_model(str(folder)).components.keys() >= {"vision_language_encoder", "processor"}
 
 
-def test_few_bits_are_made_when_loading_and_used(folder: Path) -> None:
+def test_weights_are_quantized_when_loading_and_used(folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(InputError, match=r"needs a memory_budget; without one, load it and call quantize"):
         GlmImagePipeline.from_pretrained(folder, dtype={"transformer": "nf4"})
@@ -177,14 +178,14 @@ def test_few_bits_are_made_when_loading_and_used(folder: Path) -> None:
 
 
 def test_a_missing_library_is_named_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_part", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_component", lambda *_: pytest.fail("loaded"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(MissingDependencyError, match=r"impasto\[quantize\]"):
         GlmImagePipeline.from_pretrained(folder, dtype={"transformer": "nf4"}, memory_budget="4GB")
 
 
 @pytest.mark.parametrize("method", ["int8-weight-only", "nf4"])
-def test_quantised_parts_come_to_a_device_and_go(folder: Path, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_components_are_moved(folder: Path, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Int8 weights are tensors of another library's class: they are copied like others, and are put back."""
     pytest.importorskip("torchao")
     pytest.importorskip("bitsandbytes")
@@ -194,7 +195,7 @@ def test_quantised_parts_come_to_a_device_and_go(folder: Path, method: Any, monk
     quantize(pipe.transformer, method)
     assert not is_settled(pipe.transformer)
     layer = pipe.transformer.transformer_blocks[0].attn1.to_q
-    home, bias = layer.weight, layer.bias.data_ptr()
+    on_host, bias = layer.weight, layer.bias.data_ptr()
     expected = call(pipe)
 
     # As to another device: nothing is the same afterwards.
@@ -203,23 +204,23 @@ def test_quantised_parts_come_to_a_device_and_go(folder: Path, method: Any, monk
     pipe.enable_sequential_cpu_offload()
     seen: list[bool] = []
     hook = layer.register_forward_pre_hook(
-        lambda *_: seen.append(layer.weight is home and layer.bias.data_ptr() == bias)
+        lambda *_: seen.append(layer.weight is on_host and layer.bias.data_ptr() == bias)
     )
     assert abs(call(pipe) - expected).max() == 0
     hook.remove()
     assert seen
     assert not any(seen)
-    assert layer.weight is home or torch.equal(layer.weight.dequantize(), home.dequantize())
+    assert layer.weight is on_host or torch.equal(layer.weight.dequantize(), on_host.dequantize())
     assert layer.bias.data_ptr() == bias
 
 
-def test_parts_take_turns_on_an_accelerator(folder: Path) -> None:
+def test_components_take_turns_on_an_accelerator(folder: Path) -> None:
     pipe = GlmImagePipeline.from_pretrained(folder, dtype="bfloat16")
     assert pipe.to("meta") is pipe
     assert isinstance(pipe.placement, OneAtATime)
     assert pipe.device.type == "meta"
-    for part in (pipe.transformer, pipe.vae, pipe.components["vision_language_encoder"]):
-        assert {parameter.device.type for parameter in part.parameters()} == {"cpu"}
+    for each in (pipe.transformer, pipe.vae, pipe.components["vision_language_encoder"]):
+        assert {parameter.device.type for parameter in each.parameters()} == {"cpu"}
     assert pipe.placement.visit_of(pipe.transformer).blocks is None
     pipe.to("cpu")
     assert not isinstance(pipe.placement, OneAtATime)
@@ -230,17 +231,17 @@ def test_parts_take_turns_on_an_accelerator(folder: Path) -> None:
     assert {parameter.device.type for parameter in whole.transformer.parameters()} == {"meta"}
 
 
-def test_offloads_draw_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloads_generate_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = call(GlmImagePipeline.from_pretrained(folder))
     monkeypatch.setattr(Group, "_copy", lambda group, slot: slot.read().clone())  # as to another device
     for method in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
         pipe = GlmImagePipeline.from_pretrained(folder)
         getattr(pipe, method)()
         prior = pipe.components["vision_language_encoder"]
-        home = prior.lm_head.weight.data_ptr()
+        on_host = prior.lm_head.weight.data_ptr()
         assert isinstance(pipe.placement, OneAtATime)
         assert pipe.placement.visit_of(prior).blocks is None  # each token needs all of them
         assert abs(call(pipe) - expected).max() == 0, method
-        assert prior.lm_head.weight.data_ptr() == home
+        assert prior.lm_head.weight.data_ptr() == on_host
         with pipe.using("vision_language_encoder"):
-            assert prior.lm_head.weight.data_ptr() != home
+            assert prior.lm_head.weight.data_ptr() != on_host

@@ -1,7 +1,7 @@
-"""GLM-Image's prior: an autoregressive model that says, token by token, what a picture is to show.
+"""GLM-Image's prior: an autoregressive model that generates the content of an image as tokens.
 
-It first draws a small picture and then the large one, or only that where there are images to refer to. Its tokens are
-of 32 x 32 pixels; the transformer's are of 16 x 16, so each stands for four of those.
+It first generates a small image and then the large one, or only the large one if there are reference images. Its tokens
+are 32 x 32 pixels and those of the transformer 16 x 16, so each stands for four of those.
 """
 
 from __future__ import annotations
@@ -12,63 +12,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from ..checkpoints.foreign.errors import translated
-from ..checks import shown
-from ..errors import InputError
-from ..family import PRIOR_PIXELS
-from ..nn.precision import computing
-from .image_inputs import as_batch, normalize, to_rgb
+from ...checkpoints.foreign.errors import TOKENIZING, translated
+from ...checks import shown
+from ...errors import InputError
+from ...nn.precision import computing
 from .prior_decoder import PriorDecoder, Sampling
-from .text import TOKENIZING
 
-#: Pictures whose tokens are sampled at a time: the weights are read once for all of them.
+#: Images whose tokens are sampled at a time: the weights are read once for all of them.
 _AT_ONCE = 8
 
-#: How many tokens apart the host waits for a GPU; it is at most twice as many ahead.
+#: The host waits for the GPU every so many tokens, and is at most twice as many ahead.
 _AHEAD = 16
 
-#: Told how many tokens there are; whether to go on.
+#: Called with the number of tokens so far; returns whether to continue.
 GoesOn = Callable[[int], bool]
 
 
 class PriorTokens(NamedTuple):
-    """What the prior says of B pictures, in the transformer's grid, and of the images that each refers to."""
+    """The prior's tokens of B images, in the grid of the transformer, and those of their reference images."""
 
     prior_token_ids: Tensor  # [B, N]
-    prior_token_image_ids: list[Tensor] | None = None  # P of [tokens of all of a prompt's images]
+    prior_token_image_ids: list[Tensor] | None = None  # P of [tokens of all reference images of a prompt]
     source_image_grid_thw: list[Tensor] | None = None  # P of [images, 3]: 1, and the rows and columns of each
-
-
-def reference_picture(image: Any) -> Image.Image:
-    """A PIL image, an array [H, W, C] or a tensor [C, H, W], of the values that ``ImageProcessor`` takes, as an RGB
-    image whose sides are multiples of 32: so the prior and the autoencoder see the same.
-
-    Raises:
-        InputError: something else, or an image that is too small.
-    """
-    if isinstance(image, np.ndarray | Tensor):
-        levels = ((normalize(as_batch(image).detach().cpu()).float() * 0.5 + 0.5) * 255).round().clamp(0, 255)
-        if len(levels) != 1 or levels.shape[1] not in (1, 3):
-            raise InputError(f"image must be one of 1 or 3 channels, not of shape {list(image.shape)}")
-        image = Image.fromarray(levels[0].expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())
-    if not isinstance(image, Image.Image):
-        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(image).__name__}")
-    size = tuple(side // PRIOR_PIXELS * PRIOR_PIXELS for side in image.size)
-    if 0 in size:
-        raise InputError(
-            f"an image of {image.width} x {image.height} pixels is too small to refer to: 32 x 32 at least"
-        )
-    if max(size) > 4 * min(size):
-        raise InputError(
-            f"an image of {image.width} x {image.height} pixels is too long to refer to: at most 4 times the other side"
-        )
-    rgb = to_rgb(image)
-    return rgb if rgb.size == size else rgb.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
@@ -85,18 +54,18 @@ def generate_prior(
     packed: bool = True,
     check: Callable[[Tensor], None] = lambda scores: None,
 ) -> PriorTokens:
-    """Sample the tokens of each picture, with numbers of its own; some pictures at a time.
+    """Sample the tokens of each image with its own random numbers, some images at a time.
 
     Args:
-        model, processor: of transformers, ``GlmImageForConditionalGeneration`` and its processor.
+        model, processor: transformers' ``GlmImageForConditionalGeneration`` and its processor.
         size: height and width in pixels.
-        images: for each prompt, those that its picture refers to.
-        generators: one for each picture, or one for all, one after the other; None: new numbers each time.
-        per_prompt: pictures of each prompt.
-        codebook_size: tokens from here on are no tokens of pictures, and are not sampled.
-        goes_on: told of the tokens that are made; where it says no, what is missing is 0.
-        packed: whether memory may be taken for copies of the weights that are read faster.
-        check: sees the first scores of some images, before anything is sampled.
+        images: the reference images of each prompt.
+        generators: one for each image, or one for all, one after the other; None: new random numbers each time.
+        per_prompt: images per prompt.
+        codebook_size: higher tokens are no image tokens, and are not sampled.
+        goes_on: called with the number of tokens so far; if it returns False, the missing ones are 0.
+        packed: whether copies of the weights that are read faster may take memory.
+        check: called with the first scores of some images, before anything is sampled.
     """
     reserved = [model.config.image_token_id, model.config.image_end_token_id]
     for mark in processor.tokenizer.convert_ids_to_tokens(reserved):
@@ -109,15 +78,15 @@ def generate_prior(
     read = [
         _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
     ]
-    drawn = [prompt for prompt in read for _ in range(per_prompt)]
+    repeated = [prompt for prompt in read for _ in range(per_prompt)]
     total = sum(rows * columns for rows, columns in read[0].targets)
-    uniform = _numbers(generators, len(drawn), total).to(model.device)  # [B, total]
+    uniform = _numbers(generators, len(repeated), total).to(model.device)  # [B, total]
     made = []
-    for start in range(0, len(drawn), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        told = partial(_after, goes_on, start * total)
+    for start in range(0, len(repeated), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        counted = partial(_after, goes_on, start * total)
         with computing(model):
-            made.append(_sample(model, drawn[part], uniform[part], codebook_size, told, packed, check))
+            made.append(_sample(model, repeated[some], uniform[some], codebook_size, counted, packed, check))
     rows, columns = read[0].targets[-1]
     ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
@@ -129,15 +98,15 @@ def generate_prior(
 class _Read(NamedTuple):
     """A prompt as the prior reads it."""
 
-    tokens: Tensor  # [S], those of images among them
+    tokens: Tensor  # [S], including those of reference images
     positions: Tensor  # [3, S]
-    targets: list[tuple[int, int]]  # rows and columns of what is to be drawn, in that order
-    grids: Tensor  # [images, 3]: 1, rows and columns of each image
-    image_tokens: Tensor  # those of all images, in the transformer's grid
+    targets: list[tuple[int, int]]  # rows and columns of the images to generate, in that order
+    grids: Tensor  # [images, 3]: 1, rows and columns of each reference image
+    image_tokens: Tensor  # of all reference images, in the grid of the transformer
 
 
 def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images: Sequence[Image.Image]) -> _Read:
-    # As the released chat template has it; that of a checkpoint is a program, which is not run.
+    # The same as the released chat template, which is a program and not run.
     config = model.config
     frame = [config.image_start_token_id, config.image_token_id, config.image_end_token_id]
     text = "".join(processor.tokenizer.convert_ids_to_tokens(frame)) * len(images) + prompt
@@ -149,15 +118,15 @@ def _read(model: Any, processor: Any, prompt: str, size: tuple[int, int], images
 
 
 def _used(path: str, name: str) -> AbstractContextManager[None]:
-    """What transformers raises of a component, where its files pass every check, is an error of ours."""
+    """Translate what transformers raises when a component is used, even if its files passed every check."""
     return translated(name, Path(path or name), done="used")
 
 
 def _with_images(model: Any, given: Mapping[str, Tensor], images: Sequence[Image.Image]) -> _Read:
-    """What the processor made of a prompt, with the tokens of the images that it refers to."""
+    """The output of the processor for a prompt, with the tokens of its reference images."""
     tokens, all_grids = given["input_ids"], given["image_grid_thw"]
     grids = all_grids[: len(images)]
-    # The picture itself, and behind it the small one, which is drawn first.
+    # The image itself and after it the small one, which is generated first.
     targets = [(rows, columns) for _, rows, columns in reversed(all_grids[len(images) :].tolist())]
     positions, _ = model.model.get_rope_index(
         tokens, image_grid_thw=all_grids, images_per_sample=torch.tensor([len(all_grids)])
@@ -181,7 +150,7 @@ def _sample(
     packed: bool,
     check: Callable[[Tensor], None],
 ) -> Tensor:
-    """Tokens [B, total], chosen by numbers [B, total]."""
+    """Tokens [B, total], sampled with numbers [B, total]."""
     batch, total = uniform.shape
     longest = max(len(prompt.tokens) for prompt in prompts)
     tokens = uniform.new_zeros(batch, longest, dtype=torch.long)
@@ -194,7 +163,7 @@ def _sample(
     decoder = PriorDecoder(model, batch, longest + total, codebook_size, packed)
     sampling = Sampling.of(model.generation_config)
     made = tokens.new_zeros(batch, total)
-    behind: list[torch.cuda.Event] = []  # so that what is said of the tokens, and their end, are not far ahead of them
+    pending: list[torch.cuda.Event] = []  # so that progress and interruption are not far ahead of the device
     scores = decoder.prefill(tokens, positions, mask)  # [B, V]
     check(scores)
     for i in range(total):
@@ -202,22 +171,22 @@ def _sample(
         if not goes_on(batch * (i + 1)):
             return torch.zeros_like(made)
         if tokens.is_cuda and i % _AHEAD == 0:
-            behind.append(torch.cuda.current_stream(tokens.device).record_event())
-            if len(behind) > 1:
-                behind.pop(0).synchronize()
+            pending.append(torch.cuda.current_stream(tokens.device).record_event())
+            if len(pending) > 1:
+                pending.pop(0).synchronize()
         if i + 1 < total:
             scores = decoder.step(made[:, i], following[:, :, i])
     return made
 
 
 def target_offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
-    """Where the tokens of pictures lie behind the prompt, [3, total]: picture, row and column."""
-    parts, start = [], 0
+    """Positions of image tokens relative to the end of the prompt, [3, total]: image, row and column."""
+    offsets, start = [], 0
     for rows, columns in targets:
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        parts.append(start + torch.stack([torch.zeros_like(row), row, column]).flatten(1))
+        offsets.append(start + torch.stack([torch.zeros_like(row), row, column]).flatten(1))
         start += max(rows, columns)
-    return torch.cat(parts, dim=1)
+    return torch.cat(offsets, dim=1)
 
 
 def _after(goes_on: GoesOn, before: int, more: int) -> bool:
@@ -225,13 +194,13 @@ def _after(goes_on: GoesOn, before: int, more: int) -> bool:
 
 
 def _doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows * columns] -> [2 rows * 2 columns], each token four times."""
+    """[rows * columns] -> [2 rows * 2 columns], each token repeated four times."""
     grid = tokens.view(rows, columns)
     return grid.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()
 
 
 def _numbers(generators: Generator | list[Generator] | None, batch: int, total: int) -> Tensor:
-    """Numbers [B, total] in [0, 1)."""
+    """Random numbers [B, total] in [0, 1)."""
     if generators is None:
         generators = Generator()
         generators.seed()

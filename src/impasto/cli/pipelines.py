@@ -1,0 +1,121 @@
+"""Pipelines for the commands: find, load and run one. Heavy imports are inside the functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checks import shown
+from ..errors import CheckpointError, ResourceError
+from ..memory.inspection import resolve_pipeline
+from .options import DType, Solver
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ..memory.plan import Budget
+
+PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
+SOLVERS = {
+    Solver.DPM: "DPMSolverMultistepScheduler",
+    Solver.DDIM: "DDIMScheduler",
+    Solver.DDPM: "DDPMScheduler",
+    Solver.LCM: "LCMScheduler",
+}
+
+
+def resolve(model: str) -> tuple[Path, str]:
+    """The folder of a pipeline that the commands can run, and the name of its class.
+
+    Raises:
+        CheckpointError: there is no such pipeline, or it is of another class.
+    """
+    folder, name = resolve_pipeline(model)
+    if name not in PIPELINES:
+        raise CheckpointError(f"{model} is a {shown(name)}; known pipelines are {', '.join(PIPELINES)}")
+    return folder, name
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; if not given, CUDA, or the CPU where there is none.
+
+    Raises:
+        InputError: not the name of a device.
+        ResourceError: this machine does not have it.
+    """
+    from ..nn.machine import CPU, default_device, require_device
+
+    if name is None:
+        device = default_device()
+        return device if device.type == "cuda" else CPU
+    device = require_device(name)
+    if device.type == "meta":
+        raise ResourceError("the device meta computes nothing; choose cpu or cuda")
+    return device
+
+
+def choose_dtype(name: DType, device: torch.device) -> torch.dtype:
+    """``auto`` is the dtype in which the device computes fastest."""
+    import torch
+
+    from ..nn.machine import fast_dtype
+
+    if name is DType.AUTO:
+        return fast_dtype(device)
+    chosen: torch.dtype = getattr(torch, name.value)
+    return chosen
+
+
+def load(
+    model: str,
+    class_name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    solver: Solver | None = None,
+    budget: Budget | None = None,
+) -> Any:
+    """Load a pipeline, without the progress bars and messages of transformers."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    import impasto
+
+    downloads_shown = not are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if downloads_shown:  # the line above is meant for the loading of weights, but hides downloads too
+        enable_progress_bars()
+    cls: Any = getattr(impasto, class_name)
+    pipe = cls.from_pretrained(model, dtype=dtype, memory_budget=budget)
+    if budget is None:
+        pipe.to(device)
+    if solver is not None:
+        pipe.scheduler = getattr(impasto, SOLVERS[solver]).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def solver_name(scheduler: Any) -> str:
+    """The value of ``--scheduler`` for a scheduler; the name of its class if there is none."""
+    name = type(scheduler).__name__
+    return next((solver.value for solver, class_name in SOLVERS.items() if class_name == name), name)
+
+
+def run(pipe: Any, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:
+    """Generate an image of each prompt.
+
+    Image i has a CPU generator of its own with ``seed + i``: it depends neither on the batch nor on the device.
+    """
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    (images,) = pipe(prompts, generator=generators, return_dict=False, **options)
+    assert isinstance(images, list)
+    return images
+
+
+def version() -> str:
+    """The program and its version, as files and reports record them."""
+    from .. import __version__
+
+    return f"impasto {__version__}"

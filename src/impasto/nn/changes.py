@@ -1,0 +1,136 @@
+"""What is in force on a module: our own changes, which are on record, and one predicate for those of others.
+
+A change of ours is an object in an attribute of the module that it changes (or the module that it has put there), so a
+record cannot outlive its change, and a copy of the module has its own records or none. Changes under one attribute form
+a chain, the last one first, and leave it in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+
+#: Where ``nn.Module.compile`` stores what is called in place of the module's own call. Torch leaves it out of copies.
+CALL = "_compiled_call_impl"
+
+
+class Handle:
+    """``remove()`` undoes what a function has changed, and so does leaving the handle's ``with`` block."""
+
+    def remove(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+# --- our own changes ---
+
+
+class Change:
+    """One of our changes to a module. The object holds what the change owns."""
+
+    change: ClassVar[str]  # what the module is: "quantized"
+    undo: ClassVar[str]  # how to undo it, as an instruction
+    conflicts: ClassVar[tuple[str, ...]] = ()  # what the module must not be when the change is made
+    varies: ClassVar[bool] = False  # whether calls with equal arguments may compute different things
+    before: Any = None  # what was in the same attribute
+
+    def put(self, module: nn.Module, attribute: str, *, innermost: bool = False) -> None:
+        """Record this change on a module, after our changes there or, if innermost, before them."""
+        present = vars(module).get(attribute)
+        if innermost and isinstance(present, Change):
+            *_, last = (change for change in _chain(present) if isinstance(change, Change))
+            self.before, last.before = last.before, self
+        else:
+            self.before, module.__dict__[attribute] = present, self
+
+    def take(self, module: nn.Module, attribute: str) -> None:
+        """Take this change off a module again; no effect if it is not there."""
+        head = vars(module).get(attribute)
+        for outer in _chain(head):
+            if outer is not self and isinstance(outer, Change) and outer.before is self:
+                outer.before = self.before
+        if head is self and self.before is None:
+            del module.__dict__[attribute]
+        elif head is self:
+            module.__dict__[attribute] = self.before
+
+
+def _chain(value: Any) -> Iterator[Any]:
+    while value is not None:
+        yield value
+        value = value.before if isinstance(value, Change) else getattr(value, "__wrapped__", None)
+
+
+def of(module: nn.Module) -> list[Change]:
+    """Our changes in force on a module itself."""
+    places = [module, *vars(module).values()]
+    return [found for place in places for found in _chain(place) if isinstance(found, Change)]
+
+
+def refuse_conflicts(module: nn.Module, change: type[Change]) -> None:
+    """Check that a module, with all that is inside, may be changed.
+
+    Raises:
+        ConfigurationError: a change that conflicts with this one is in force; the message says how to undo it.
+    """
+    for name, inner in module.named_modules():
+        for present in of(inner):
+            if present.change in change.conflicts:
+                consequence = "already" if present.change == change.change else f"and cannot be {change.change}"
+                raise ConfigurationError(
+                    f"{name or type(inner).__name__} is {present.change} {consequence}; {present.undo} first"
+                )
+
+
+# --- changes made by others ---
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module is its parameters alone and nobody would miss a call of it.
+
+    It is of exactly one of the classes (no adapter around it, no subclass), its parameters are ordinary ones (not
+    quantized, not sharded), and nothing else runs when it is called. Dropout must be idle.
+    """
+    if type(module) not in classes or is_observed(module) or module._compiled_call_impl is not None:
+        return False
+    if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+        return False
+    return all(parameter is None or type(parameter) is nn.Parameter for parameter in module._parameters.values())
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether code that its class does not know runs at each call of a module: hooks, or another ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is of no subclass with storage or products of its own."""
+    return type(tensor) in (nn.Parameter, Tensor)
+
+
+def is_managed_elsewhere(module: nn.Module) -> bool:
+    """Whether another library has quantized a module or given it its devices."""
+    return bool(getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether someone else has compiled a module: ``torch.compile(module)`` or ``module.compile()``."""
+    calls = _chain(vars(module).get(CALL))
+    return unwrapped(module) is not module or any(not isinstance(call, Change) for call in calls)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that ``torch.compile`` has wrapped as a whole, or the module itself."""
+    return getattr(module, "_orig_mod", module)

@@ -1,0 +1,185 @@
+"""The stages of GLM-Image's pipeline before and within its denoising loop: prior, texts, references, schedule.
+
+Shapes: P prompts, B images, M text tokens, N image tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..family import tokens_to_generate
+from ..models.glm_image.context import GlmImageContext, GlmImageReferences
+from ..models.glm_image.prior import PriorTokens, generate_prior
+from .glyphs import encode_glyphs, most_tokens
+from .prompts import EncodedTexts
+from .request import Schedule
+from .sampling import Half, Stop
+
+
+def run_prior(
+    pipe: Any,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    images: list[list[Any]] | None,
+    generators: torch.Generator | list[torch.Generator] | None,
+    per_prompt: int,
+    stop: Stop,
+) -> PriorTokens:
+    """Generate the tokens of B images, with a progress bar; ``stop`` ends it early."""
+    processor = pipe._require("processor")
+    total = len(prompts) * per_prompt * tokens_to_generate(*size, images is not None)
+    with pipe.using("vision_language_encoder") as model, pipe.progress_bar(total=total) as progress:
+
+        def goes_on(done: int) -> bool:
+            progress.update(done - progress.n)
+            return not stop.requested
+
+        return generate_prior(
+            model,
+            processor,
+            prompts,
+            size,
+            images,
+            generators,
+            per_prompt,
+            int(pipe._require("transformer").config["prior_vq_quantizer_codebook_size"]),
+            goes_on,
+            packed=pipe.plan is None,
+            check=partial(pipe._check_output, "vision_language_encoder"),
+        )
+
+
+def encode_quoted_texts(pipe: Any, texts: list[str], length: int) -> EncodedTexts:
+    """Embeddings [B, M, channels] and mask [B, M] of quoted texts, each of at most ``length`` bytes."""
+    tokenizer = pipe._require("tokenizer")
+
+    def encode(some: list[str]) -> EncodedTexts:
+        with pipe.using("text_encoder") as text_encoder:
+            encoded = EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, pipe.device))
+        pipe._check_output("text_encoder", encoded.embeds)
+        return encoded
+
+    if pipe.prompt_cache is None:
+        return encode(texts)
+    encoder = pipe.components["text_encoder"]
+    kept = {}
+    with nullcontext() if encoder is None else pipe.using("text_encoder"):  # once for all
+        for text in dict.fromkeys(texts):
+            most = most_tokens(text, length)
+            kept[text] = pipe.prompt_cache.encode([text], most, pipe.device, encoder, tokenizer, encode)
+    join = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return EncodedTexts(
+        embeds=join([kept[text].embeds[0] for text in texts]),
+        mask=join([kept[text].mask[0] for text in texts]),
+    )
+
+
+@torch.no_grad()
+def encode_references(
+    pipe: Any, images: Sequence[Sequence[Any]], token_ids: Sequence[Tensor], grids_of_images: Sequence[Tensor]
+) -> GlmImageReferences:
+    """The keys and values of the reference images, P rows."""
+    rows = []
+    for of_prompt, ids, grids in zip(images, token_ids, grids_of_images, strict=True):
+        encoded = []
+        each = ids.to(pipe.device).flatten().split(grids.prod(dim=-1).tolist())
+        for image, tokens, (_, high, wide) in zip(of_prompt, each, grids.tolist(), strict=True):
+            encoded.append(_encode_reference(pipe, image, tokens, high, wide))
+        rows.append(GlmImageReferences.one_after_another(encoded))
+    return GlmImageReferences.concat(rows)
+
+
+def _encode_reference(pipe: Any, image: Any, tokens: Tensor, rows: int, columns: int) -> GlmImageReferences:
+    transformer = pipe._require("transformer")
+    unit = pipe.vae_scale_factor * transformer.config["patch_size"]
+    pixels = pipe.image_processor.preprocess(image, height=rows * unit, width=columns * unit)  # [1, 3, H, W]
+    with pipe.using_vae() as (vae, dtype):
+        z = vae.encode(pixels.to(pipe.device, dtype)).latent_dist.mode()
+        mean, std = pipe._statistics(z)
+        latents = (z - mean) / std
+    with pipe.using("transformer") as transformer:
+        latents = latents.to(pipe.device, transformer.dtype)
+        none = latents.new_zeros(1, 0, transformer.config["text_embed_dim"])
+        context = transformer.encode_context(none, None, tokens, None, *latents.shape[-2:])
+        size = latents.new_tensor([pixels.shape[-2:]], dtype=torch.float32)
+        modulation = transformer.modulate(size.new_zeros(1), size, torch.zeros_like(size))
+        references: GlmImageReferences = transformer.encode_references(latents, context, modulation)
+    return references
+
+
+def shifted(scheduler: Any, schedule: Schedule, tokens: int) -> dict[str, Any]:
+    """GLM-Image's schedule: integer timesteps, not shifted, and noise levels that are shifted by the image's size.
+
+    Args:
+        tokens: the number of image tokens.
+
+    Returns:
+        arguments for the scheduler's ``set_timesteps``.
+    """
+    config, accepted = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
+    if "sigmas" not in accepted:
+        raise InputError(
+            f"{type(scheduler).__name__} takes no sigmas, which GLM-Image's schedule needs; use "
+            f"FlowMatchEulerDiscreteScheduler"
+        )
+    total = config["num_train_timesteps"]
+    evenly = np.linspace(total, 1.0, schedule.steps + 1)[:-1]
+    times = np.asarray(evenly if schedule.timesteps is None else schedule.timesteps).astype(np.int64).astype(np.float32)
+    levels = times / total if schedule.sigmas is None else np.asarray(schedule.sigmas, dtype=np.float32)
+    base = config.get("base_image_seq_len", 256)
+    mu = config.get("max_shift", 0.75) * (tokens / base) ** 0.5 + config.get("base_shift", 0.25)
+    arguments = {"timesteps": times.tolist(), "sigmas": levels.tolist(), "mu": mu}
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def encode_contexts(
+    transformer: Any,
+    prior: Tensor,
+    references: GlmImageReferences | None,
+    rows: int,
+    columns: int,
+    embeds: Any,
+    guided: bool,
+) -> list[Half]:
+    """Both halves for one call, or one call for each.
+
+    One call is faster unless it needs masking, for texts of different lengths or for references that the negative
+    half must not see.
+    """
+
+    def context(text: Tensor, drops: bool) -> GlmImageContext:
+        text = text.to(prior.device, transformer.dtype)
+        drop = torch.full((len(text),), drops, device=prior.device)
+        encoded: GlmImageContext = transformer.encode_context(text, _mask_of(text), prior, drop, rows, columns)
+        return encoded
+
+    def half(context: GlmImageContext, references: GlmImageReferences | None, copies: int = 1) -> Half:
+        return Half(copies, {"encoder_hidden_states": context, "kv_caches": references})
+
+    if references is not None:
+        references = references.for_batch(len(embeds.prompt_embeds))
+    positive = context(embeds.prompt_embeds, False)
+    if not guided:
+        return [half(positive, references)]
+    assert embeds.negative_prompt_embeds is not None
+    negative = context(embeds.negative_prompt_embeds, True)
+    alike = negative.text.shape == positive.text.shape and negative.bias is None
+    if references is None and alike and positive.bias is None:
+        return [half(GlmImageContext.concat([negative, positive]), None, copies=2)]
+    return [half(negative, None), half(positive, references)]
+
+
+def _mask_of(embeds: Tensor) -> Tensor | None:
+    """[B, M], true for tokens that are not all zeros, and for all tokens of an all-zero row; None if all are true."""
+    keep = embeds.any(dim=-1)  # [B, M]
+    keep |= ~keep.any(dim=1, keepdim=True)
+    return None if bool(keep.all()) else keep

@@ -1,0 +1,152 @@
+"""Prompts -> embeddings, by a T5 encoder that is run without padding."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import MAX_TOKENS, shown, whole_number
+from ..errors import InputError
+from ..nn.precision import precision_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("impasto")
+
+
+def normalize_caption(text: str) -> str:
+    """What is done to a prompt that is not cleaned: lower case, no white space at its ends."""
+    return text.lower().strip()
+
+
+class EncodedTexts(NamedTuple):
+    embeds: Tensor  # [B, max_sequence_length, C], zeros after the end token
+    mask: Tensor  # [B, max_sequence_length] int64, 1 where there is a token
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: PreTrainedModel,
+    texts: list[str],
+    max_sequence_length: int,
+    device: torch.device | str,
+) -> EncodedTexts:
+    """Tokenize and encode texts.
+
+    The encoder runs without padding, once for each length, and never twice on the same text: T5 has relative
+    positions, so the embedding of a token does not depend on masked padding. The embedding of the empty text is
+    kept between calls, unless gradients are recorded.
+
+    Args:
+        texts: cleaned already, if they are to be cleaned.
+        max_sequence_length: tokens of a text, including its end token; a warning quotes what is cut off.
+        device: of the result. The encoder runs where its weights are.
+
+    Returns:
+        embeds [B, max_sequence_length, C] in the encoder's dtype; mask [B, max_sequence_length], int64.
+
+    Raises:
+        InputError: ``texts`` is empty or is not a list of texts, or ``max_sequence_length`` is out of range.
+    """
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"expected a list of one or more texts to encode, not {shown(texts)}")
+    max_sequence_length = whole_number("max_sequence_length", max_sequence_length, most=MAX_TOKENS)
+
+    tokens = _tokenize(tokenizer, texts, max_sequence_length)
+    empty = next((ids for ids, text in zip(tokens, texts) if text == ""), None)
+    states: dict[Tokens, Tensor] = {}
+    by_length: defaultdict[int, list[Tokens]] = defaultdict(list)
+    for ids in dict.fromkeys(tokens):  # each once, in order
+        if ids == empty:
+            states[ids] = _encode_empty(text_encoder, ids, device)
+        else:
+            by_length[len(ids)].append(ids)
+    for batch in by_length.values():
+        states.update(zip(batch, _run(text_encoder, batch, device)))
+
+    rows = {ids: F.pad(state, (0, 0, 0, max_sequence_length - len(ids))) for ids, state in states.items()}
+    lengths = torch.tensor([len(ids) for ids in tokens], device=device)
+    return EncodedTexts(
+        embeds=torch.stack([rows[ids] for ids in tokens]).to(device),  # [B, max_sequence_length, C]
+        mask=(torch.arange(max_sequence_length, device=device) < lengths[:, None]).long(),
+    )
+
+
+Tokens = tuple[int, ...]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[Tokens]:
+    from ..checkpoints.foreign.errors import TOKENIZING
+
+    def tokenize(texts: list[str], **options: Any) -> list[Tokens]:
+        with TOKENIZING:
+            return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=True, **options)["input_ids"]]
+
+    tokens = tokenize(texts, truncation=True, max_length=max_length)
+    full = list(dict.fromkeys(text for text, ids in zip(texts, tokens) if len(ids) >= max_length))
+    if full:
+        # verbose=False: the tokenizer's own warning would give another limit.
+        for ids in tokenize(full, truncation=False, verbose=False):
+            if len(ids) > max_length:
+                logger.warning(
+                    "the prompt is %d tokens long, of which the text encoder reads %d (max_sequence_length); "
+                    "this part of it has no effect: %s",
+                    len(ids),
+                    max_length,
+                    shown(tokenizer.decode(list(ids[max_length - 1 : -1])), 400),
+                )
+    return tokens
+
+
+def _run(text_encoder: PreTrainedModel, batch: list[Tokens], device: torch.device | str) -> Tensor:
+    """Encode token sequences of one length: [n, length, C]."""
+    own = text_encoder.device
+    ids = torch.tensor(batch, device=device if own.type == "meta" else own)  # [n, length]
+    embeds: Tensor = text_encoder(ids, attention_mask=torch.ones_like(ids))[0]
+    return embeds.to(text_encoder.dtype)
+
+
+class _Kept(NamedTuple):
+    state: tuple[object, ...]
+    last_parameter: Tensor
+    embeds: Tensor
+
+
+# Weak keys: an encoder without other references is freed, and its entry with it.
+_empty_embeds: weakref.WeakKeyDictionary[torch.nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.device | str) -> Tensor:
+    """The embedding [length, C] of the empty text, kept as long as the encoder and its weights stay the same.
+
+    Changes are detected by the identities and version counters of the parameters, which in-place operations,
+    optimizer steps and loading change, and by the values of the last one (in T5 the final norm), which reveal writes
+    through ``.data``, such as those of moving averages. Data pointers do not count: offloading changes them.
+    """
+    parameters = list(text_encoder.parameters())
+    last = parameters[-1]
+    if torch.is_grad_enabled() or text_encoder.training or last.is_meta:
+        return _run(text_encoder, [ids], device)[0]
+    kind = last.device.type
+    state = (
+        ids,
+        last.device,
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        precision_of(text_encoder),
+        *((id(p), p.dtype, p.requires_grad, None if p.is_inference() else p._version) for p in parameters),
+    )
+    kept = _empty_embeds.get(text_encoder)
+    if kept is not None and kept.state == state and torch.equal(kept.last_parameter, last):
+        return kept.embeds
+    embeds = _run(text_encoder, [ids], device)[0]
+    with torch.inference_mode(False):  # ordinary tensors, which outside of inference mode work too
+        kept = _Kept(state, last.detach().clone(), embeds.detach().clone())
+    _empty_embeds[text_encoder] = kept
+    return kept.embeds
