@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .changes import Change, is_plain, refuse_conflicts
+from .changes import Change, is_plain, is_plain_tensor, refuse_conflicts
 
 
 class FusedLinear(Change):
@@ -32,10 +32,10 @@ class FusedLinear(Change):
         self.layers: list[nn.Linear] = []
         for layer in layers:
             refuse_conflicts(layer, FusedLinear)
-            if type(layer) is not nn.Linear:
+            if type(layer) is not nn.Linear or not all(map(is_plain_tensor, layer.parameters())):
                 raise ConfigurationError(
-                    f"cannot fuse a {type(layer).__name__}: an adapter is in the place of a linear projection. Merge "
-                    f"or remove it first."
+                    f"cannot fuse a {type(layer).__name__}: a linear projection has an adapter, or a weight that "
+                    f"another library has quantized or sharded. Merge or remove that first."
                 )
             self.layers.append(layer)
         sizes = [layer.out_features for layer in self.layers]

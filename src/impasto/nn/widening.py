@@ -33,9 +33,11 @@ class Widening(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        rule = _RULES.get(func)
+        if torch.compiler.is_compiling():  # compiled code would be invalidated by each new entry
+            return _rule_for(func)(func, args, kwargs or {})
+        rule = _known.get(func)
         if rule is None:
-            rule = _RULES[func] = _rule_for(func)
+            rule = _known[func] = _rule_for(func)
         return rule(func, args, kwargs or {})
 
 
@@ -79,6 +81,10 @@ def _dtype(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _to(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A cast to the dtype of another tensor, as that reads here."""
     return func(args[0], *map(widened, args[1:]), **{name: widened(x) for name, x in kwargs.items()})
+
+
+def _unflatten(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.unflatten(*args, **kwargs)  # torch.compile cannot trace the method of a tensor in this mode
 
 
 def _embedding(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,7 +155,7 @@ def _copied(weight: Tensor) -> Tensor:
 
 #: Functions that hand their tensors on, or read what is known of them: a 16-bit one stays one.
 _PLAIN = """
-    view view_as reshape reshape_as unflatten flatten ravel transpose t permute expand expand_as broadcast_to
+    view view_as reshape reshape_as flatten ravel transpose t permute expand expand_as broadcast_to
     chunk split split_with_sizes tensor_split unbind narrow select squeeze unsqueeze movedim moveaxis swapaxes swapdims
     unfold diagonal as_strided detach contiguous clone repeat repeat_interleave tile roll flip
     __getitem__ index_select gather take cat concat concatenate stack hstack vstack
@@ -167,9 +173,16 @@ _RULES: dict[Function, Rule] = {
     **{function: _weighted for name in _CONVOLUTIONS for function in (getattr(F, name), getattr(torch, name))},
 }
 
+#: The rules of the functions that were called.
+_known: dict[Function, Rule] = {}
+
 
 def _rule_for(func: Function) -> Rule:
+    if func in _RULES:
+        return _RULES[func]
     name = str(getattr(func, "__name__", ""))
+    if name == "unflatten":
+        return _unflatten
     if name in _PLAIN.split() or name.startswith("is_"):
         return _as_it_is
     if name in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError, InputError
-from ..nn.changes import Handle, is_observed, refuse_conflicts, unwrapped
+from ..nn.changes import Handle, is_plain, refuse_conflicts, unwrapped
 from .quantized_linear import SCHEMES, QuantizedLinear, Scheme
 
 Method = Literal["int8-weight-only", "int8-dynamic", "fp8", "nf4"]
@@ -93,8 +93,11 @@ def quantize(
             f"quantize: {type(module).__name__} has no linear layer that {method!r} supports and that is not skipped"
         )
     for name, _, _, layer in chosen:
-        if is_observed(layer):
-            raise ConfigurationError(f"quantize: {name} has hooks, which would be lost; remove them or skip it")
+        if not is_plain(layer, nn.Linear):
+            raise ConfigurationError(
+                f"quantize: {name} has hooks, or a weight that another library has quantized or sharded, which would "
+                f"be lost; undo that or skip it"
+            )
 
     made: dict[nn.Linear, QuantizedLinear] = {}  # a layer in two places is one layer
     for _, parent, key, layer in chosen:
