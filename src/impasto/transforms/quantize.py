@@ -28,6 +28,8 @@ KEPT = {
     "prior_projector": "runs once per image; every block reads its output",
     "visual": "the vision tower of GLM-Image's prior, which runs once per image: a wrong token stays wrong",
     "lm_head": "the last layer of the prior, which scores the tokens",
+    "lora_A": "a factor of an adapter, which is small",
+    "lora_B": "the other factor",
     "wo": "the last layer of each feed-forward of T5: its activations have outliers that overflow float16",
 }
 
