@@ -67,8 +67,9 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
     """Exponentials in the epilogue of the score product, while the scores are in registers; they are rounded once.
 
     oneDNN has no exponential epilogue, but far below zero its sigmoid is one. An additional channel of ones in the
-    value sums the weights. Also returns whether the scores were in the range where this holds: a key that was not sampled may
-    have a score far above the peak, and the rounding error of the peak of very large scores may exceed the depth.
+    value sums the weights. Also returns whether the scores were in the range where this holds: a key that was not
+    sampled may have a score far above the peak, and the rounding error of the peak of very large scores may exceed the
+    depth.
     """
     batch, heads, length, size = query.shape
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
