@@ -376,7 +376,7 @@ def test_threads_have_buffers_and_modes_of_their_own() -> None:
 
 
 @torch.no_grad()
-def test_an_error_leaves_no_mode_behind() -> None:
+def test_an_error_ends_the_mode() -> None:
     model = narrowed()
     with pytest.raises(RuntimeError, match="shapes"):
         model(random(2, 3))
