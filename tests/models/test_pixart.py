@@ -14,7 +14,7 @@ from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.models.pixart.text import Modulation, PixArtContext, TextKeys
 from impasto.nn.backends.absorbed import AbsorbedText
-from impasto.nn.plain import is_plain_linear
+from impasto.nn.changes import is_plain
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -159,16 +159,16 @@ def test_gradients_are_not_lost_in_a_context_that_was_made_without_them() -> Non
 
 def test_layers_with_another_forward_or_a_quantised_weight_are_not_taken_apart() -> None:
     layer = nn.Linear(3, 4)
-    assert is_plain_linear(layer)
+    assert is_plain(layer, nn.Linear)
     layer.forward = lambda x: x  # as offloading and patching libraries do
-    assert not is_plain_linear(layer)
+    assert not is_plain(layer, nn.Linear)
 
     class Packed(nn.Parameter):
         pass
 
     packed = nn.Linear(3, 4)
     packed.weight = Packed(packed.weight.data)
-    assert not is_plain_linear(packed)
+    assert not is_plain(packed, nn.Linear)
 
 
 def test_contexts_of_other_kinds_are_refused_in_either_order() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
-from .plain import is_idle_dropout, is_watched
+from .changes import is_plain
 from .tokens import Layout, addcmul_by_image
 
 
@@ -32,7 +32,7 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None)
 
 def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
     """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation."""
-    plain = type(norm) is nn.LayerNorm and not norm.elementwise_affine and not is_watched(norm)
+    plain = is_plain(norm, nn.LayerNorm) and not norm.elementwise_affine
     kind = x.device.type
     if not plain or layout is not None or shift.shape[0] > 1 or _is_autocast(kind):
         return modulate(norm(x), shift, scale, layout)
@@ -159,12 +159,15 @@ class FeedForward(nn.Module):
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""
-        if len(self.net) != 3 or is_watched(self.net):
+        if len(self.net) != 3 or not is_plain(self.net, nn.Sequential):
             return None
         activated, dropout, second = self.net
-        if type(activated) is not _Activated or activated.approximate is None or is_watched(activated):
+        if not is_plain(activated, _Activated):
             return None
-        if not is_idle_dropout(dropout):
+        assert isinstance(activated, _Activated)
+        if activated.approximate is None:
+            return None
+        if not is_plain(dropout, nn.Dropout):
             return None
         if not (multiplies(activated.proj, tokens) and multiplies(second, tokens)):
             return None

@@ -97,11 +97,6 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def is_compiled(block: nn.Module) -> bool:
-    """Whether ``block.compile()`` was called."""
-    return type(block._compiled_call_impl).__name__ == "function"
-
-
 def register_methods(modules: Iterable[nn.Module], *names: str) -> None:
     """Let FSDP gather the parameters of modules for these methods too, as it does for ``forward``."""
     if "torch.distributed.fsdp" not in sys.modules:

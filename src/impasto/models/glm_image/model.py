@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
+from ...nn.changes import is_compiled
 from ...nn.embeddings import rotary_2d
 from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.precision import checkpointed
-from ...nn.tokens import Layout, is_compiled, is_tracing
+from ...nn.tokens import Layout, is_tracing
 from ..base import Model
 from ..compat import GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text

@@ -22,17 +22,17 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
+from ...nn.changes import is_compiled, is_plain
 from ...nn.embeddings import sincos_2d
 from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
-from ...nn.plain import is_watched
 from ...nn.precision import checkpointed
-from ...nn.tokens import Layout, is_compiled, is_tracing, register_methods
+from ...nn.tokens import Layout, is_tracing, register_methods
 from ..base import Model
 from ..compat import FusedProjections, GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text
-from .blocks import AdaLayerNormSingle, PatchEmbed, PixArtBlock
+from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
 
@@ -215,7 +215,8 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     def _is_watched(self) -> bool:
         """Whether someone expects calls of an attention: then these are made, on [B, N, D] and the padded text."""
         blocks = cast(Sequence[PixArtBlock], self.transformer_blocks)
-        return any(is_watched(block.attn1) or (block.attn2 is not None and is_watched(block.attn2)) for block in blocks)
+        attentions = [attention for block in blocks for attention in (block.attn1, block.attn2)]
+        return not all(attention is None or is_plain(attention, Attention) for attention in attentions)
 
     def modulate(self, timestep: Tensor, conditions: Mapping[str, Tensor | None] | None = None) -> Modulation:
         """Embed timesteps and micro-conditions.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plain import is_idle_dropout, is_plain_linear, is_watched
+from ..changes import is_plain
 
 
 class AbsorbedText(NamedTuple):
@@ -38,12 +38,11 @@ class AbsorbedText(NamedTuple):
 
 def can_absorb(attention: Any, tokens: int) -> bool:
     """Whether a text of so many tokens makes less work absorbed, and the projections are plain."""
-    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-    watched = len(attention.to_out) != 2 or is_watched(attention.to_out) or not is_idle_dropout(attention.to_out[1])
-    plain = not watched and all(is_plain_linear(layer) for layer in layers)
-    return (
-        plain and not attention.training and not attention.upcast and tokens < layers[0].out_features // attention.heads
-    )
+    inputs, to_out = (attention.to_q, attention.to_k, attention.to_v), attention.to_out
+    if attention.training or attention.upcast or not is_plain(to_out, nn.Sequential) or len(to_out) != 2:
+        return False
+    plain = is_plain(to_out[1], nn.Dropout) and all(is_plain(layer, nn.Linear) for layer in (*inputs, to_out[0]))
+    return bool(plain and tokens < to_out[0].in_features // attention.heads)
 
 
 def absorb(attention: Any, text: Tensor, bias: Tensor | None) -> AbsorbedText:
