@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .backends.onednn import linear
 from .changes import Change, is_plain, is_plain_tensor, refuse_conflicts
 
 
@@ -73,4 +74,4 @@ def project(fused: FusedLinear | None, layers: Sequence[nn.Module], x: Tensor) -
     """``layer(x)`` for each of the layers, in one product if it may stand for them."""
     if fused is not None and fused.holds(*layers):
         return fused(x).chunk(len(layers), dim=-1)
-    return [layer(x) for layer in layers]
+    return [linear(layer, x) for layer in layers]

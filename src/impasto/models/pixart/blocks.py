@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...nn.attention import attention, attention_by_image
+from ...nn.backends.onednn import linear
 from ...nn.embeddings import timestep_features
 from ...nn.fused_linear import FusedLinear, project
 from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
@@ -162,13 +163,12 @@ class Attention(nn.Module):
         if encoder_hidden_states is None:
             query, key, value = project(self._fused, [self.to_q, self.to_k, self.to_v], hidden_states)
         else:
-            query = self.to_q(hidden_states)
+            query = linear(self.to_q, hidden_states)
             key, value = project(self._fused, [self.to_k, self.to_v], encoder_hidden_states)
         if isinstance(attention_mask, Layout):
             wide = torch.float32 if self.upcast else query.dtype
             q, k, v = (torch.unflatten(x.to(wide), -1, (self.heads, -1)) for x in (query, key, value))  # [T, heads, d]
-            out: Tensor = self.to_out(attention_by_image(q, k, v, attention_mask).to(query.dtype).flatten(1))
-            return out
+            return linear(self.to_out, attention_by_image(q, k, v, attention_mask).to(query.dtype).flatten(1))
         return self.attend(query, self._split(key), self._split(value), _four(attention_mask))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +182,7 @@ class Attention(nn.Module):
         if self.upcast:
             q, key, value = q.float(), key.float(), value.float()
         out = attention(q, key, value, bias).to(query.dtype)  # [B, heads, N, head_dim]
-        projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))  # [B, N, D]
-        return projected
+        return linear(self.to_out, out.transpose(1, 2).flatten(2))  # [B, N, D]
 
     def _split(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import InputError
 from ...nn.backends.absorbed import AbsorbedText, absorb, can_absorb
+from ...nn.backends.onednn import linear
 from ...nn.tokens import Layout
 
 
@@ -52,7 +53,7 @@ class TextKeys(NamedTuple):
 
     def attend(self, attn2: Any, x: Tensor) -> Tensor:
         batched = x if x.ndim == 3 else x[None]
-        attended: Tensor = attn2.attend(attn2.to_q(batched), self.key, self.value, self.bias)
+        attended: Tensor = attn2.attend(linear(attn2.to_q, batched), self.key, self.value, self.bias)
         return x + attended.view_as(x)
 
     def select(self, rows: slice | Tensor | list[int]) -> TextKeys:

@@ -27,13 +27,28 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), by oneDNN if that is faster.
+
+    Args:
+        layer: any; oneDNN multiplies only plain linear ones, also if idle dropout follows, and the others are called.
+        x: [..., in_features].
+    """
+    alone = layer
+    if is_plain(layer, nn.Sequential):
+        awake = [inner for inner in layer.children() if not is_plain(inner, nn.Dropout)]
+        alone = awake[0] if len(awake) == 1 else layer
+    out: Tensor = _product(alone, None, x) if multiplies(alone, x) else layer(x)
+    return out
+
+
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """gelu(layer(x)), with the activation applied while the product is still in registers if that is faster.
 
     This saves writing and reading the widest hidden state of a transformer, and one rounding.
 
     Args:
-        layer: any; oneDNN multiplies only plain linear ones, and the others are called.
+        layer: as for ``linear``, without dropout.
         x: [..., in_features].
         approximate: ``none`` or ``tanh``, as for torch's gelu.
     """
