@@ -295,8 +295,12 @@ def distance(ours: Tensor, expected: Tensor) -> float:
     return ((ours - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("few", [0, 128], ids=["by views", "by tensors"])
 @torch.no_grad()
-def test_images_of_several_sizes_share_a_forward(model: GlmImageTransformer2DModel) -> None:
+def test_images_of_several_sizes_share_a_forward(
+    model: GlmImageTransformer2DModel, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("impasto.nn.tokens._FEW_TOKENS", few)
     latents, inputs = mixed()
     expected = one_by_one(model, latents, inputs)
     together = model(latents, **inputs).sample
@@ -357,7 +361,11 @@ def test_one_graph_serves_every_layout(model: GlmImageTransformer2DModel) -> Non
     assert counts[1:] == [counts[1]] * 3
 
 
-def test_the_gradients_of_a_mixed_batch_are_those_of_its_images(model: GlmImageTransformer2DModel) -> None:
+@pytest.mark.parametrize("few", [0, 128], ids=["by views", "by tensors"])
+def test_the_gradients_of_a_mixed_batch_are_those_of_its_images(
+    model: GlmImageTransformer2DModel, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("impasto.nn.tokens._FEW_TOKENS", few)
     latents, inputs = mixed()
 
     def gradients(outputs: list[Tensor]) -> Tensor:

@@ -490,7 +490,11 @@ def one_by_one(model: nn.Module, latents: list[Tensor], inputs: dict[str, Any]) 
 
 @pytest.mark.parametrize("way", ["absorbed", "by row", "padded", "projected"])
 @pytest.mark.parametrize("upcast", [False, True], ids=["as it is", "upcast"])
-def test_images_of_several_sizes_share_a_forward(way: str, upcast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [0, 128], ids=["by views", "by tensors"])
+def test_images_of_several_sizes_share_a_forward(
+    few: int, way: str, upcast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("impasto.nn.tokens._FEW_TOKENS", few)
     model, latents, inputs = mixed(upcast_attention=upcast)
     with torch.set_grad_enabled(way == "projected"):
         expected = one_by_one(model, latents, inputs)
@@ -511,7 +515,9 @@ def test_linear_layers_see_all_tokens_of_a_mixed_batch(monkeypatch: pytest.Monke
     assert shapes == [(16 + 12 + 12 + 16 + 24, 24)]
 
 
-def test_the_gradients_of_a_mixed_batch_are_those_of_its_images() -> None:
+@pytest.mark.parametrize("few", [0, 128], ids=["by views", "by tensors"])
+def test_the_gradients_of_a_mixed_batch_are_those_of_its_images(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("impasto.nn.tokens._FEW_TOKENS", few)
     model, latents, inputs = mixed()
 
     def gradients(outputs: list[Tensor]) -> list[Tensor]:

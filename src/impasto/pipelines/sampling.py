@@ -115,51 +115,96 @@ class Run:
         self.halves.clear()
         self.memories.clear()
 
-    def caching(self, guided: bool, half: int) -> AbstractContextManager[None]:
+    @property
+    def can_share(self) -> bool:
+        """Whether the next step may share a forward pass: without a step cache, and not of a captured graph."""
+        return self.cache is None and self.call is self.transformer is unwrapped(self.transformer)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next step needs the negative half, too."""
+        return self.guidance[self.index] > 1.0
+
+    def inputs(self) -> tuple[Tensor, list[Half]]:
+        """Of the next step: what the transformer sees of the latents [B, C, h, w], and its other arguments."""
+        if self.guided not in self.halves:
+            self.halves[self.guided] = self.encode(self.embeds, self.guided)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", None)
+        t = self.scheduler.timesteps[self.index]
+        x = self.latents if scale_model_input is None else scale_model_input(self.latents, t)
+        return x.to(self.transformer.dtype), self.halves[self.guided]
+
+    def caching(self, half: int) -> AbstractContextManager[None]:
         """The context for a call of the transformer, in which a step cache may skip blocks."""
         if self.cache is None:
             return nullcontext()
-        if (guided, half) not in self.memories:
+        if (self.guided, half) not in self.memories:
             if half == 0:
                 self.memories.clear()  # guidance begins or ends
-            self.memories[guided, half] = self.cache.memory(self.end - self.start)
-        return self.memories[guided, half].current(self.index - self.start)
+            self.memories[self.guided, half] = self.cache.memory(self.end - self.start)
+        return self.memories[self.guided, half].current(self.index - self.start)
 
 
 @torch.no_grad()
 def advance(runs: Sequence[Run]) -> None:
-    """Take each run one step further."""
+    """Take each run one step further. Those of one transformer share a forward pass, whatever their sizes and steps."""
+    groups: dict[int, list[Run]] = {}
     for run in runs:
-        t, scale = run.scheduler.timesteps[run.index], run.guidance[run.index]
-        with run.pipe.placement.using(run.transformer):
-            predicted = predict(run, t, scale > 1.0)  # [B or 2 B, C, h, w]
-        if scale > 1.0:
-            negative, positive = predicted.chunk(2)
-            predicted = negative + scale * (positive - negative)  # classifier-free guidance (2207.12598)
-        result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
-        run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
-        run.index += 1
-        if run.known is not None:
-            run.latents = run.known.blend(run.scheduler, run.latents, run.index)
+        groups.setdefault(id(run.transformer) if run.can_share else id(run), []).append(run)
+    for group in groups.values():
+        with group[0].pipe.placement.using(group[0].transformer):
+            predictions = [predict(group[0])] if len(group) == 1 else predict_together(group)
+        for run, predicted in zip(group, predictions, strict=True):
+            take_step(run, predicted)
 
 
-def predict(run: Run, t: Tensor, guided: bool) -> Tensor:
+def take_step(run: Run, predicted: Tensor) -> None:
+    """One step of the solver from predictions [B, C, h, w], after those with the negative prompts if guided."""
+    t, scale = run.scheduler.timesteps[run.index], run.guidance[run.index]
+    if scale > 1.0:
+        negative, positive = predicted.chunk(2)
+        predicted = negative + scale * (positive - negative)  # classifier-free guidance (2207.12598)
+    result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
+    run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
+    run.index += 1
+    if run.known is not None:
+        run.latents = run.known.blend(run.scheduler, run.latents, run.index)
+
+
+def predict(run: Run) -> Tensor:
     """The transformer's predictions [B, C, h, w], after those with the negative prompts if guided."""
-    if guided not in run.halves:
-        run.halves[guided] = run.encode(run.embeds, guided)
-    scale_model_input = getattr(run.scheduler, "scale_model_input", None)
-    x = run.latents if scale_model_input is None else scale_model_input(run.latents, t)
-    x = x.to(run.transformer.dtype)
+    x, halves = run.inputs()
     timestep = run.modulation.select(slice(run.index, run.index + 1))
     predictions = []
-    for i, half in enumerate(run.halves[guided]):
-        with run.caching(guided, i):
+    for i, half in enumerate(halves):
+        with run.caching(i):
             rows = torch.cat([x] * half.copies)
             predictions.append(run.call(rows, timestep=timestep, return_dict=False, **half.arguments)[0])
     if run.transformer is not unwrapped(run.transformer):  # the next call of a compiled model may overwrite its output
         predictions = [prediction.clone() for prediction in predictions]
     # Channels beyond those of the latents are a learned variance.
     return torch.cat(predictions)[:, : x.shape[1]].to(run.latents.dtype)
+
+
+def predict_together(runs: Sequence[Run]) -> list[Tensor]:
+    """The same for several runs of one transformer, in one forward pass."""
+    images: list[Tensor] = []
+    contexts, modulations, references, counts = [], [], [], []
+    for run in runs:
+        x, halves = run.inputs()
+        for half in halves:
+            count = half.copies * len(x)
+            images += [*x] * half.copies
+            contexts.append(half.arguments["encoder_hidden_states"])
+            references.append((half.arguments.get("kv_caches"), count))
+            modulations.append(run.modulation.select([run.index] * count))
+        counts.append(sum(half.copies for half in halves) * len(x))
+    some = next((seen for seen, _ in references if seen is not None), None)
+    joined = {} if some is None else {"kv_caches": type(some).of_images(references)}
+    context, timestep = type(contexts[0]).concat(contexts), type(modulations[0]).concat(modulations)
+    outputs = iter(runs[0].transformer(images, context, timestep=timestep, return_dict=False, **joined)[0])
+    found = [torch.stack([next(outputs) for _ in range(count)]) for count in counts]
+    return [one[:, : run.latents.shape[1]].to(run.latents.dtype) for one, run in zip(found, runs, strict=True)]
 
 
 @torch.no_grad()

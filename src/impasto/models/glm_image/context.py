@@ -181,6 +181,14 @@ class GlmImageReferences(NamedTuple):
         return self._replace(bias=some.new_full((self.rows, 1, 1, self.length), -torch.inf))
 
     @staticmethod
+    def of_images(parts: Sequence[tuple[GlmImageReferences | None, int]]) -> GlmImageReferences:
+        """One batch: those that so many images refer to, or None."""
+        some = next(part for part, _ in parts if part is not None)
+        keys, values = (tuple(x[:1, :, :0] for x in layers) for layers in (some.keys, some.values))
+        none = GlmImageReferences(keys, values)
+        return GlmImageReferences.concat([(none if part is None else part).for_batch(count) for part, count in parts])
+
+    @staticmethod
     def one_after_another(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
         """Several images of the same images as one sequence."""
         bias = (
