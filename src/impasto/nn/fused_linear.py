@@ -35,7 +35,7 @@ class FusedLinear(Change):
             if type(layer) is not nn.Linear or not all(map(is_plain_tensor, layer.parameters())):
                 raise ConfigurationError(
                     f"cannot fuse a {type(layer).__name__}: a linear projection has an adapter, or a weight that "
-                    f"another library has quantized or sharded. Merge or remove that first."
+                    f"another library has quantized or sharded. Merge or remove it first."
                 )
             self.layers.append(layer)
         sizes = [layer.out_features for layer in self.layers]
