@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from impasto import GlmImageTransformer2DModel, cache_steps, compute_in_float32, quantize
 from impasto.errors import ConfigurationError
-from impasto.nn import changes
-from impasto.nn.graphs import CapturedCalls
+from impasto.nn.graphs import CapturedCalls, varies
 
 from ..tiny import tiny_transformer
 from ..tiny_glm import TRANSFORMER
@@ -105,9 +104,7 @@ def captured(subject: Subject) -> Undo:
         return run
 
     def check() -> bool:
-        modules = list(subject.model.modules())
-        varies = any(change.varies for module in modules for change in changes.of(module))
-        return len(captures) == (0 if varies or any(map(changes.is_observed, modules)) else 1)
+        return len(captures) == (0 if any(map(varies, subject.model.modules())) else 1)
 
     calls = CapturedCalls(lambda device: capture, device_type="cpu")
     subject.call = lambda x, **arguments: calls.begin(subject.model)(x, **arguments)

@@ -125,12 +125,6 @@ def is_managed_elsewhere(module: nn.Module) -> bool:
     return bool(getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None))
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether someone else has compiled a module: ``torch.compile(module)`` or ``module.compile()``."""
-    calls = _chain(vars(module).get(CALL))
-    return unwrapped(module) is not module or any(not isinstance(call, Change) for call in calls)
-
-
 def unwrapped(module: Any) -> Any:
     """The module that ``torch.compile`` has wrapped as a whole, or the module itself."""
     return getattr(module, "_orig_mod", module)

@@ -79,7 +79,7 @@ class CapturedCalls:
         That is the module itself on other devices, and if a submodule has hooks or caches steps.
         """
         device = next(model.parameters()).device
-        if device.type != self._device_type or any(map(_varies, model.modules())):
+        if device.type != self._device_type or any(map(varies, model.modules())):
             return model
         state = _state_of(model)
         with self._lock:
@@ -134,8 +134,8 @@ def _form_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
-def _varies(module: nn.Module) -> bool:
-    """Whether Python code has to run at each call of a module."""
+def varies(module: nn.Module) -> bool:
+    """Whether code that a graph does not capture has to run at each call of a module."""
     return changes.is_observed(module) or any(change.varies for change in changes.of(module))
 
 

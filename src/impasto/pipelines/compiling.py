@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConfigurationError, ResourceError
 from ..memory.streaming import block_lists
-from ..nn.changes import CALL, Change, Handle, is_compiled, refuse_conflicts, unwrapped
+from ..nn.changes import CALL, Change, Handle, of, refuse_conflicts, unwrapped
 from ..nn.graphs import CapturedCalls
 
 #: Text is padded (and the padding masked) to a multiple of this, so that most prompts share a captured graph.
@@ -58,11 +58,8 @@ class Compiled(Handle):
             modules.append(vae.get_submodule("decoder"))
         for module in modules:
             refuse_conflicts(module, CompiledCall)
-            if is_compiled(module):
-                raise ConfigurationError(
-                    "the blocks are compiled already, by their compile() method; pipe.compile() takes those of a model "
-                    "that is not compiled"
-                )
+            if module._compiled_call_impl is not None and not of(module):
+                raise ConfigurationError("the blocks are compiled already, by their compile() method; use plain ones")
         device = next(transformer.parameters()).device
         if cuda_graphs and device.type != "cuda":
             raise ResourceError(

@@ -86,10 +86,10 @@ def quantize(
         )
     refuse_conflicts(module, QuantizedLinear)
     scheme = SCHEMES[method]()
-    named = [place for place in _places(module) if not _stays(scheme, place, skip)]
-    for device, dtype in {(layer.weight.device, layer.weight.dtype) for _, _, _, layer in named}:
+    chosen = list(_chosen(module, scheme, skip))
+    for device, dtype in {(layer.weight.device, layer.weight.dtype) for _, _, _, layer in chosen}:
         scheme.check(device, dtype)
-    chosen = [place for place in named if _fits(scheme, place[3])]
+    chosen = [place for place in chosen if all(size % scheme.multiple == 0 for size in place[3].weight.shape)]
     if not chosen:
         raise ConfigurationError(
             f"quantize: {type(module).__name__} has no linear layer that {method!r} supports and that is not skipped"
@@ -138,19 +138,13 @@ class Quantization(Handle):
         dequantize(self.module)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """Every ``nn.Linear``, also inside of adapters: its name, the module that has it, its name there."""
+def _chosen(module: nn.Module, scheme: Scheme, skip: Sequence[str]) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """The layers to quantize, also inside of adapters: the name, the module that has the layer, its name there."""
     for prefix, parent in module.named_modules():
-        for key, child in parent._modules.items():
-            if type(child) is nn.Linear:
-                yield f"{prefix}.{key}" if prefix else key, parent, key, child
-
-
-def _stays(scheme: Scheme, place: tuple[str, nn.Module, str, nn.Linear], skip: Sequence[str]) -> bool:
-    name, _, _, layer = place
-    kept = (*KEPT, *scheme.kept.get("", ()), *scheme.kept.get(layer.weight.device.type, ()), *skip)
-    return any(f".{part}." in f".{name}." for part in kept)
-
-
-def _fits(scheme: Scheme, layer: nn.Linear) -> bool:
-    return not layer.in_features % scheme.multiple and not layer.out_features % scheme.multiple
+        for key, layer in parent._modules.items():
+            if type(layer) is not nn.Linear:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            kept = (*KEPT, *scheme.kept.get("", ()), *scheme.kept.get(layer.weight.device.type, ()), *skip)
+            if not any(f".{words}." in f".{name}." for words in kept):
+                yield name, parent, key, layer

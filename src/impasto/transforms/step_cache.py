@@ -213,9 +213,6 @@ class CachedCall(Change):
         self._cache: StepCache | None = cache
         self.block, self._index, self._count = block, index, count
 
-    def is_in_force(self) -> bool:
-        return self in of(self.block)
-
     def remove(self) -> None:
         self._cache = None  # offloading may call this object until the end of the generation
         self.take(self.block, CALL)
@@ -295,7 +292,7 @@ class StepCache(Handle):
     def _attach(self) -> None:
         """Change the call of every block of the current transformer."""
         blocks = self._blocks()
-        if [call.block for call in self._calls if call.is_in_force()] == blocks:
+        if [call.block for call in self._calls if call in of(call.block)] == blocks:
             return
         self._detach()
         self._calls = [CachedCall(self, block, i, len(blocks)) for i, block in enumerate(blocks)]
