@@ -2,10 +2,10 @@
 
     python benchmarks [NAME ...] [--avx2] [--table]
 
-Names: startup, attention, floor, step, text, decode, picture, memory, lossy, prior; all of them if none is given, which
-takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named. --avx2
-runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one with AVX-512
-imitate them. --table prints only what is stored.
+Names: startup, attention, floor, step, text, decode, picture, memory, lossy, edits, prior; all of them if none is
+given, which takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is
+named. --avx2 runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one
+with AVX-512 imitate them. --table prints only what is stored.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ RUNS: dict[str, list[list[str]]] = {
     "picture": [["--lossy", "cache interval 2", "cache interval 3", "cache interval 2, guidance 0.2-0.8"]],
     "memory": [[]],
     "lossy": [[]],
+    "edits": [[]],
     "prior": [["--tokens", "192"], ["--tokens", "192", "--batch", "4"]],
     "gpu": [[]],
 }

@@ -5,8 +5,7 @@
 A step is what the pipelines do: each image twice (negative and positive), 300 text tokens of which the real ones are
 few. With --best, diffusers takes further turns with fused projections and compiled. The outputs are compared before
 anything is timed, and with --exact each one's distance from float64 is measured (on the blocks' own weights; slow).
-Each library's peak memory is measured in a process of its own. The layers are alike, so that some of them show the
-ratio.
+Each library's peak memory is measured in a process of its own. The layers are alike, so some of them show the ratio.
 """
 
 from __future__ import annotations

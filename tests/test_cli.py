@@ -25,6 +25,7 @@ from impasto.memory.inspection import image_size, inspect_model
 from impasto.nn.machine import is_native
 from impasto.pipelines.image_files import check_image_path, read_settings
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+from impasto.pipelines.pixart_edits import PixArtSigmaImg2ImgPipeline
 from impasto.scenes.evaluate import held_out_prompts
 from impasto.scenes.judge import read
 from impasto.schedulers.lcm import LCMScheduler
@@ -329,3 +330,87 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
         (reading,) = read([image])
     assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]
     assert reading.relations == ("on top of",)
+
+
+# --- edits ---
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An image of 30 x 20 px, and a mask of its left half."""
+    folder = tmp_path_factory.mktemp("photo")
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(folder / "photo.png")
+    mask = np.zeros((20, 30), dtype=np.uint8)
+    mask[:, :15] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder / "photo.png", folder / "mask.png"
+
+
+def test_an_image_is_edited(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "edit.png"
+    options = ("--dtype", "float32", "--seed", 3, "--strength", 0.5, "--output", path)
+    result = generate(model, "a cat", "--image", photo[0], *options)
+    assert (result.exit_code, result.stdout) == (0, f"{path}\n")
+    pipe = PixArtSigmaImg2ImgPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("a cat", Image.open(photo[0]), 0.5, num_inference_steps=2, generator=[generator]).images[0]
+    assert expected.size == (30, 20)
+    assert np.array_equal(pixels(path), np.asarray(expected))
+    settings = read_settings(path)
+    assert settings.extra["Denoising strength"] == "0.5"
+    assert (settings.height, settings.width) == (20, 30)
+    assert generate(model, "a cat", "--image", photo[0], "--height", 16, "--width", 24, "--output", path).exit_code == 0
+    assert pixels(path).shape == (16, 24, 3)
+    assert read_settings(path).extra["Denoising strength"] == "0.8"
+
+
+def test_what_the_mask_does_not_select_stays(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "edits"
+    result = generate(model, "a cat", "a dog", "--image", photo[0], "--mask", photo[1], "--output", f"{out}/")
+    assert result.exit_code == 0, result.stderr
+    for name in ("0000.png", "0001.png"):
+        assert np.array_equal(pixels(out / name)[:, 15:], pixels(photo[0])[:, 15:])
+        assert not np.array_equal(pixels(out / name)[:, :15], pixels(photo[0])[:, :15])
+        assert read_settings(out / name).extra["Denoising strength"] == "1.0"
+    assert not np.array_equal(pixels(out / "0000.png"), pixels(out / "0001.png"))
+
+
+def test_an_edit_within_a_budget(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "edit.png"
+    result = generate(model, "a cat", "--image", photo[0], "--memory-budget", "4GB", "--output", path)
+    assert result.exit_code == 0, result.stderr
+    assert pixels(path).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strength", "0.5"], "--strength needs --image"),
+        (["--mask", "MASK"], "--mask needs --image"),
+        (["--image", "PHOTO", "--image", "PHOTO"], "PixArt edits one image, and --image was given 2 times"),
+        (["--image", "PHOTO", "--strength", "0.1"], "strength=0.1 leaves none of 2 steps"),
+        (["--image", "PHOTO", "--strength", "2"], "strength"),
+        (["--image", "PHOTO", "--height", "21"], "multiples of 4, not 21 x 30"),
+        (["--image", "PHOTO", "--mask", "SMALL"], "8 x 8 pixels for images of 20 x 30"),
+        (["--image", "PHOTO", "--mask", "BLACK"], "black everywhere"),
+        (["--image", "PHOTO", "--mask", "missing.png"], "'missing.png' cannot be read as an image"),
+        (["--image", "missing.png"], "'missing.png' cannot be read as an image"),
+    ],
+)
+def test_mistakes_of_edits_cost_no_loading(
+    model: Path,
+    photo: tuple[Path, Path],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipelines, "load", lambda *_: pytest.fail("loaded"))
+    files = {"PHOTO": photo[0], "MASK": photo[1], "SMALL": tmp_path / "small.png", "BLACK": tmp_path / "black.png"}
+    Image.new("L", (8, 8), 255).save(files["SMALL"])
+    Image.new("L", (30, 20)).save(files["BLACK"])
+    result = generate(model, "a cat", *(files.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr

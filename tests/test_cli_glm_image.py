@@ -54,6 +54,15 @@ def test_an_image_and_an_edit_are_those_of_the_pipeline(model: Path, tmp_path: P
     assert np.array_equal(np.asarray(Image.open(second)), np.asarray(expected))
 
 
+def test_an_edit_has_the_size_that_is_asked_for(model: Path, tmp_path: Path) -> None:
+    source, result = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (64, 64), "red").save(source)
+    options = ["--height", 50, "--width", 70, "--steps", 1, "--memory-budget", "4GB", "--output", result]
+    done = generate(model, "at night", "--image", source, *options)
+    assert done.exit_code == 0, done.stderr
+    assert Image.open(result).size == (70, 50)
+
+
 def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
     result = generate(model, "a cube", "--memory-budget", "4GB", "--steps", 1, "--output", tmp_path / "a.png")
     assert result.exit_code == 0, result.stderr
@@ -69,6 +78,8 @@ def test_budgets_and_parts_are_told(model: Path, tmp_path: Path) -> None:
         (["--height", "40"], "height must be multiples of 32, not 40; the nearest size is 32"),
         (["--scheduler", "ddim"], "--scheduler is for PixArt"),
         (["--image", "missing.png"], "'missing.png' cannot be read as an image"),
+        (["--image", "a.png", "--strength", "0.5"], "--strength is for PixArt"),
+        (["--image", "a.png", "--mask", "m.png"], "--mask is for PixArt"),
     ],
 )
 def test_a_mistake_costs_no_loading(
@@ -78,11 +89,3 @@ def test_a_mistake_costs_no_loading(
     result = generate(model, "a cube", *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
-
-
-def test_images_are_for_glm_image_alone(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.new("RGB", (64, 64)).save(path)
-    result = CliRunner().invoke(cli.app, ["generate", "a cube", "--image", str(path)])
-    assert result.exit_code == 1
-    assert "takes text alone; --image is for GLM-Image" in result.stderr

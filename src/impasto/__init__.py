@@ -28,7 +28,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
-    from .models.glm_image.model import GlmImageKVCache, GlmImageTransformer2DModel
+    from .models.glm_image.context import GlmImageKVCache
+    from .models.glm_image.model import GlmImageTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from .pipelines.base import ImagePipelineOutput
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+    from .pipelines.pixart_edits import (
+        PixArtAlphaImg2ImgPipeline,
+        PixArtAlphaInpaintPipeline,
+        PixArtSigmaImg2ImgPipeline,
+        PixArtSigmaInpaintPipeline,
+    )
     from .schedulers.base import SchedulerOutput
     from .schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
     from .schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
@@ -74,7 +81,11 @@ __all__ = [
     "LCMSchedulerOutput",
     "MissingDependencyError",
     "OutputError",
+    "PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline",
     "PixArtTransformer2DModel",
     "ResourceError",
@@ -103,13 +114,17 @@ _HOMES = {
     "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
-    "GlmImageKVCache": ".models.glm_image.model:GlmImageKVCache",
+    "GlmImageKVCache": ".models.glm_image.context:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
     "GlmImageTransformer2DModel": ".models.glm_image.model:GlmImageTransformer2DModel",
     "ImagePipelineOutput": ".pipelines.base:ImagePipelineOutput",
     "LCMScheduler": ".schedulers.lcm:LCMScheduler",
     "LCMSchedulerOutput": ".schedulers.lcm:LCMSchedulerOutput",
+    "PixArtAlphaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline": ".pipelines.pixart_edits:PixArtAlphaInpaintPipeline",
     "PixArtAlphaPipeline": ".pipelines.pixart:PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline": ".pipelines.pixart_edits:PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline": ".pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline": ".pipelines.pixart:PixArtSigmaPipeline",
     "PixArtTransformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",

@@ -1,4 +1,4 @@
-"""GlmImageTransformer2DModel: its stages, a prompt's picture whatever its batch, references, and what it refuses."""
+"""GlmImageTransformer2DModel: its stages, a prompt's image whatever its batch, references, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from impasto import GlmImageKVCache, GlmImageTransformer2DModel
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.glm_image.model import GlmImageContext, GlmImageModulation, GlmImageReferences
+from impasto.models.glm_image.context import GlmImageContext, GlmImageModulation, GlmImageReferences
 
 SMALL = {
     "in_channels": 4,
@@ -85,7 +85,7 @@ def test_forward_takes_what_the_stages_made(model: GlmImageTransformer2DModel) -
 
 
 @torch.no_grad()
-def test_a_prompt_gives_its_picture_whatever_its_batch_and_the_reference_does_not(
+def test_a_prompt_gives_its_image_whatever_its_batch_and_the_reference_does_not(
     model: GlmImageTransformer2DModel,
 ) -> None:
     inputs = arguments(batch=3)
@@ -116,7 +116,7 @@ def test_a_prompt_gives_its_picture_whatever_its_batch_and_the_reference_does_no
 
 
 @torch.no_grad()
-def test_references_of_several_lengths_and_pictures_that_see_none(model: GlmImageTransformer2DModel) -> None:
+def test_references_of_several_lengths_and_images_that_see_none(model: GlmImageTransformer2DModel) -> None:
     inputs = arguments(batch=1)
     context, modulation = context_of(model, inputs), modulation_of(model, inputs)
     latents = inputs["hidden_states"]
@@ -173,7 +173,7 @@ def test_a_cache_counts_only_samples_that_were_written(model: GlmImageTransforme
 
 
 def test_checkpointed_gradients_are_the_same(model: GlmImageTransformer2DModel) -> None:
-    """Of a picture that refers to an image, whose keys and values come out of recomputed blocks too."""
+    """Of a image that refers to an image, whose keys and values come out of recomputed blocks too."""
     inputs = arguments()
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     calls: list[int] = []
@@ -216,7 +216,7 @@ def test_bfloat16_is_as_near_to_float64_as_the_reference(model: GlmImageTransfor
         ({"hidden_states": torch.zeros(2, 5, 8, 6)}, r"\[batch, 4, height, width\]"),
         ({"hidden_states": torch.zeros(2, 4, 7, 6)}, "sides that 2 divides"),
         ({"encoder_hidden_states": torch.zeros(2, 7, 21)}, r"\[batch, tokens, 20\]"),
-        ({"encoder_hidden_states": torch.zeros(1, 7, 20)}, "of 1 pictures"),
+        ({"encoder_hidden_states": torch.zeros(1, 7, 20)}, "of 1 images"),
         ({"prior_token_id": None}, "prior_token_drop of ones"),
         ({"prior_token_id": torch.zeros(2, 11, dtype=torch.long)}, r"4 x 3 tokens.*\[2, 12\]"),
         ({"prior_token_id": torch.zeros(2, 12)}, "numbers of tokens"),
@@ -225,10 +225,10 @@ def test_bfloat16_is_as_near_to_float64_as_the_reference(model: GlmImageTransfor
         ({"timestep": torch.zeros(3)}, "1 or 2"),
         ({"target_size": None}, "target_size is None"),
         ({"crop_coords": torch.zeros(2, 3)}, r"crop_coords has shape.*\[2, 2\]"),
-        ({"attention_mask": torch.ones(2, 12)}, "masks text tokens"),
+        ({"attention_mask": torch.ones(2, 12)}, r"attention_mask has shape"),
         ({"attention_kwargs": {"gain": 2}}, "gain"),
         ({"image_rotary_emb": (torch.zeros(12, 4), torch.zeros(12, 4))}, r"\[12, 8\]"),
-        ({"image_rotary_emb": [(torch.zeros(12, 8), torch.zeros(12, 8))] * 3}, "one for each of 2 pictures"),
+        ({"image_rotary_emb": [(torch.zeros(12, 8), torch.zeros(12, 8))] * 3}, "one for each of 2 images"),
     ],
 )
 def test_what_does_not_fit_is_refused(model: GlmImageTransformer2DModel, change: dict[str, Any], message: str) -> None:
@@ -244,12 +244,13 @@ def test_what_a_context_holds_is_not_given_twice(model: GlmImageTransformer2DMod
         model(latents, context, inputs["prior_token_id"], timestep=modulation)
     with pytest.raises(InputError, match="target_size already"):
         model(latents, context, timestep=modulation, target_size=inputs["target_size"])
-    with pytest.raises(InputError, match="2 texts for 1 pictures"):
+    with pytest.raises(InputError, match="2 texts for 1 images"):
         model(latents[:1], context, timestep=modulation)
     with pytest.raises(InputError, match="of 12 image tokens"):
         model(torch.zeros(2, 4, 8, 8), context, timestep=modulation)
-    with pytest.raises(InputError, match="different sizes"):
-        GlmImageContext.concat([context, context_of(model, arguments(height=4))])
+    mixed = GlmImageContext.concat([context, context_of(model, arguments(height=4))])
+    with pytest.raises(InputError, match="of 12 image tokens, and latents of 4 x 6 are 6"):
+        model([latents[0], *torch.zeros(3, 4, 4, 6)], mixed, timestep=modulation_of(model, arguments(batch=4)))
 
 
 @pytest.mark.parametrize(
@@ -258,3 +259,113 @@ def test_what_a_context_holds_is_not_given_twice(model: GlmImageTransformer2DMod
 def test_configs_that_cannot_be_used_are_named(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(config))):
         GlmImageTransformer2DModel(**{**SMALL, **config})
+
+
+# Images of several sizes in one forward
+
+SIZES = [(8, 6), (4, 12), (8, 6), (2, 2)]
+MASK = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 1]])
+
+
+def mixed() -> tuple[list[Tensor], dict[str, Any]]:
+    """Latents of several sizes, and the other arguments."""
+    generator = torch.Generator().manual_seed(3)
+    counts = [height * width // 4 for height, width in SIZES]
+    return [torch.randn(4, *size, generator=generator) for size in SIZES], {
+        "encoder_hidden_states": torch.randn(4, 7, 20, generator=generator),
+        "attention_mask": MASK,
+        "prior_token_id": [torch.randint(0, 32, (count,), generator=generator) for count in counts],
+        "prior_token_drop": torch.tensor([False, True, False, False]),
+        "timestep": torch.tensor([3.0, 998.0, 500.0, 3.0]),
+        "target_size": torch.tensor(SIZES) * 8.0,
+        "crop_coords": torch.zeros(4, 2),
+    }
+
+
+def one_by_one(model: Any, latents: list[Tensor], inputs: dict[str, Any], references: Any = None) -> list[Tensor]:
+    outputs = []
+    for i, image in enumerate(latents):
+        own = {name: value[i : i + 1] for name, value in inputs.items()}
+        own["prior_token_id"] = inputs["prior_token_id"][i][None]
+        outputs.append(model(image[None], **own, kv_caches=None if references is None else references[i]).sample[0])
+    return outputs
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def test_images_of_several_sizes_share_a_forward(model: GlmImageTransformer2DModel) -> None:
+    latents, inputs = mixed()
+    expected = one_by_one(model, latents, inputs)
+    together = model(latents, **inputs).sample
+    assert [output.shape for output in together] == [(4, *size) for size in SIZES]
+    assert max(map(distance, together, expected)) <= 1e-6
+    contexts = [context_of_row(model, latents, inputs, i) for i in range(4)]
+    joined, modulation = GlmImageContext.concat([*contexts[2:], *contexts[:2]]), modulation_of(model, inputs)
+    assert joined.rows == 4
+    again = model.denoise(latents, joined.select([2, 3, 0, 1]), modulation)
+    assert max(map(distance, again, expected)) <= 1e-6
+
+
+def context_of_row(
+    model: GlmImageTransformer2DModel, latents: list[Tensor], inputs: dict[str, Any], i: int
+) -> GlmImageContext:
+    rows = (inputs[name][i : i + 1] for name in ("encoder_hidden_states", "attention_mask"))
+    return model.encode_context(
+        *rows, inputs["prior_token_id"][i], inputs["prior_token_drop"][i : i + 1], *latents[i].shape[-2:]
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled blocks"])
+def test_images_of_a_mixed_batch_see_their_own_references(model: GlmImageTransformer2DModel, compiled: bool) -> None:
+    latents, inputs = mixed()
+    short, long = references_of(model, 2), references_of(model, 6, seed=1)
+    each = [short, long, short.unseen(), GlmImageReferences.one_after_another([short, long])]
+    expected = one_by_one(model, latents, inputs, each)
+    assert distance(expected[0], one_by_one(model, latents, inputs)[0]) > 1e-3
+    if compiled:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=True, backend="eager")
+    together = model(latents, **inputs, kv_caches=GlmImageReferences.concat(each)).sample
+    assert max(map(distance, together, expected)) <= 1e-5
+    shared = model(latents, **inputs, kv_caches=short).sample  # one row serves all images
+    assert max(map(distance, shared, one_by_one(model, latents, inputs, [short] * 4))) <= 1e-5
+
+
+def test_one_graph_serves_every_layout(model: GlmImageTransformer2DModel) -> None:
+    latents, inputs = mixed()
+    with torch.no_grad():
+        expected = one_by_one(model, latents, inputs)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, dynamic=True, backend=backend)
+    counts = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 3, 2, 0], [2, 3, 1]):
+        some = {name: [x[i] for i in order] if isinstance(x, list) else x[order] for name, x in inputs.items()}
+        with torch.no_grad():
+            together = model([latents[i] for i in order], **some).sample
+        assert max(map(distance, together, [expected[i] for i in order])) <= 1e-5
+        counts.append(len(graphs))
+    assert counts[1:] == [counts[1]] * 3
+
+
+def test_the_gradients_of_a_mixed_batch_are_those_of_its_images(model: GlmImageTransformer2DModel) -> None:
+    latents, inputs = mixed()
+
+    def gradients(outputs: list[Tensor]) -> Tensor:
+        model.zero_grad()
+        sum(output.square().sum() for output in outputs).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradients(one_by_one(model, latents, inputs))
+    for _ in range(2):
+        assert distance(gradients(model(latents, **inputs).sample), expected) <= 1e-5
+        model.enable_gradient_checkpointing()

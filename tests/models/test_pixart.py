@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
-from impasto.models.pixart.model import Modulation, PixArtContext, PixArtTransformer2DModel
-from impasto.nn.plain import is_plain_linear
+from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.models.pixart.text import Modulation, PixArtContext, TextKeys
+from impasto.nn.backends.absorbed import AbsorbedText
+from impasto.nn.changes import is_plain
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -61,7 +63,7 @@ def test_stages_compose_to_forward(grad: bool) -> None:
         modulation = model.modulate(inputs["timestep"])
         staged = model.denoise(inputs["hidden_states"], context, modulation)
         given = model(inputs["hidden_states"], context, modulation).sample
-    assert (context.text is not None) == grad
+    assert (context.layers is None) == grad
     assert torch.equal(staged, expected)
     assert torch.equal(given, expected)
 
@@ -71,8 +73,8 @@ def test_discarded_tokens_are_left_out() -> None:
     mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]])
     with torch.no_grad():
         context = model.encode_context(inputs["encoder_hidden_states"], mask)
-    assert context.by_row is not None
-    assert [[layer.values.shape for layer in row] for row in context.by_row] == [[(4, 24)] * 2, [(1, 24)] * 2]
+    assert context.layers is not None
+    assert [[row.values.shape for row in layer] for layer in context.layers] == [[(4, 24), (1, 24)]] * 2
 
 
 MASKS = {
@@ -94,12 +96,14 @@ def test_every_way_to_hold_the_text_agrees(
     model, inputs = tiny(attention_bias=bias), arguments()
     expected = model(**inputs, encoder_attention_mask=mask).sample
     if way == "by row":
-        monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
+        monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
     with torch.no_grad():
         if way == "padded":  # as on an accelerator
-            monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+            monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
         context = model.encode_context(inputs["encoder_hidden_states"], mask)
-        assert (context.keys is not None) == (way == "padded")
+        assert context.layers is not None
+        kind = {"absorbed": AbsorbedText, "by row": TextKeys, "padded": TextKeys}[way]
+        assert all(isinstance(text if way == "padded" else text[0], kind) for text in context.layers)
         given = model(**{**inputs, "encoder_hidden_states": context}).sample
     assert distance(given, expected) <= 1e-6
 
@@ -111,7 +115,7 @@ def test_texts_held_in_different_ways_can_be_joined(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         expected = model(**inputs, encoder_attention_mask=mask).sample
         parts = [model.encode_context(text[:1], mask[:1])]
-        monkeypatch.setattr(PixArtTransformer2DModel, "_holds_rows", lambda *_: False)
+        monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
         parts.append(model.encode_context(text[1:], mask[1:]))
         joined = PixArtContext.concat(parts)
         assert joined.rows == 3
@@ -155,16 +159,16 @@ def test_gradients_are_not_lost_in_a_context_that_was_made_without_them() -> Non
 
 def test_layers_with_another_forward_or_a_quantised_weight_are_not_taken_apart() -> None:
     layer = nn.Linear(3, 4)
-    assert is_plain_linear(layer)
+    assert is_plain(layer, nn.Linear)
     layer.forward = lambda x: x  # as offloading and patching libraries do
-    assert not is_plain_linear(layer)
+    assert not is_plain(layer, nn.Linear)
 
     class Packed(nn.Parameter):
         pass
 
     packed = nn.Linear(3, 4)
     packed.weight = Packed(packed.weight.data)
-    assert not is_plain_linear(packed)
+    assert not is_plain(packed, nn.Linear)
 
 
 def test_contexts_of_other_kinds_are_refused_in_either_order() -> None:
@@ -185,7 +189,7 @@ def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monke
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
     model.bfloat16()
     absorbed = distance(predict(model, **inputs).double(), exact)
-    monkeypatch.setattr("impasto.models.pixart.blocks.Attention.can_absorb", lambda *_: False)
+    monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
     assert absorbed <= 1.2 * distance(predict(model, **inputs).double(), exact)
 
 
@@ -213,8 +217,8 @@ def test_concat_of_projected_text_pads_with_discarded_tokens() -> None:
     model, inputs = tiny(), arguments()
     text = inputs["encoder_hidden_states"]
     joined = PixArtContext.concat([model.encode_context(text[:1, :2]), model.encode_context(text[1:])])
-    assert joined.text is not None
-    assert joined.text.shape == (2, 5, 24)
+    assert joined.projected.text is not None
+    assert joined.projected.text.shape == (2, 5, 24)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
     expected = model(**inputs, encoder_attention_mask=mask).sample
     given = model(**{**inputs, "encoder_hidden_states": joined}).sample
@@ -453,6 +457,197 @@ def test_compiled_by_inductor() -> None:
     check_compiled("inductor")
 
 
+# Images of several sizes in one forward
+
+
+SIZES = [(8, 8), (4, 12), (12, 4), (8, 8), (16, 6)]
+MIXED_MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1]])
+
+
+def mixed(**options: Any) -> tuple[PixArtTransformer2DModel, list[Tensor], dict[str, Any]]:
+    """A model, latents of several sizes, and the rest of its arguments."""
+    model = tiny(**options)
+    torch.manual_seed(2)
+    latents = [torch.randn(4, *size) for size in SIZES]
+    text = torch.randn(5, 5, 10)
+    return (
+        model,
+        latents,
+        {
+            "encoder_hidden_states": text,
+            "timestep": torch.tensor([3, 998, 500, 3, 77]),
+            "encoder_attention_mask": MIXED_MASK,
+        },
+    )
+
+
+def one_by_one(model: nn.Module, latents: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
+    return [
+        model(image[None], **{name: value[i : i + 1] for name, value in inputs.items()}).sample[0]
+        for i, image in enumerate(latents)
+    ]
+
+
+@pytest.mark.parametrize("way", ["absorbed", "by row", "padded", "projected"])
+@pytest.mark.parametrize("upcast", [False, True], ids=["as it is", "upcast"])
+def test_images_of_several_sizes_share_a_forward(way: str, upcast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latents, inputs = mixed(upcast_attention=upcast)
+    with torch.set_grad_enabled(way == "projected"):
+        expected = one_by_one(model, latents, inputs)
+        if way == "by row":
+            monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
+        if way == "padded":
+            monkeypatch.setattr(PixArtTransformer2DModel, "_keeps_rows", lambda *_: False)
+        together = model(latents, **inputs).sample
+    assert [output.shape for output in together] == [(8, *size) for size in SIZES]
+    assert max(map(distance, together, expected)) <= 1e-6
+
+
+def test_linear_layers_see_all_tokens_of_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, latents, inputs = mixed()
+    shapes: list[tuple[int, ...]] = []
+    model.transformer_blocks[1].attn1.to_q.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    predict(model, hidden_states=latents, **inputs)
+    assert shapes == [(16 + 12 + 12 + 16 + 24, 24)]
+
+
+def test_the_gradients_of_a_mixed_batch_are_those_of_its_images() -> None:
+    model, latents, inputs = mixed()
+
+    def gradients(outputs: list[Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        sum(output.square().sum() for output in outputs).backward()
+        grads = [p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "to_k.bias" not in n]
+        assert len(grads) == len([*model.parameters()]) - 4  # the gradient of the keys' bias is 0, but for rounding
+        return grads
+
+    expected = gradients(one_by_one(model, latents, inputs))
+    for _ in range(2):
+        assert max(map(distance, gradients(model(latents, **inputs).sample), expected)) <= 1e-5
+        model.enable_gradient_checkpointing()
+
+
+def test_one_modulation_serves_a_mixed_batch_and_micro_conditions_differ() -> None:
+    model, latents, inputs = mixed(use_additional_conditions=True)
+    sizes = torch.tensor(SIZES, dtype=torch.float32)
+    conditions = {"resolution": sizes * 8, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    for timestep in (inputs["timestep"], inputs["timestep"][:1]):
+        each = timestep.expand(5)
+        with torch.no_grad():
+            expected = [
+                model(
+                    image[None],
+                    inputs["encoder_hidden_states"][i : i + 1],
+                    each[i : i + 1],
+                    {name: value[i : i + 1] for name, value in conditions.items()},
+                    encoder_attention_mask=MIXED_MASK[i : i + 1],
+                ).sample[0]
+                for i, image in enumerate(latents)
+            ]
+            together = model(latents, **{**inputs, "timestep": each}, added_cond_kwargs=conditions).sample
+        assert max(map(distance, together, expected)) <= 1e-6
+    model, latents, inputs = mixed()
+    inputs["timestep"] = torch.tensor([3])
+    expected = one_by_one(model, latents, {**inputs, "timestep": torch.tensor([3] * 5)})
+    assert max(map(distance, predict(model, hidden_states=latents, **inputs), expected)) <= 1e-6
+
+
+def test_without_text_a_mixed_batch_attends_to_its_own_images() -> None:
+    model, latents, inputs = mixed(caption_channels=None)
+    rest = {"timestep": inputs["timestep"]}
+    with torch.no_grad():
+        expected = one_by_one(model, latents, rest)
+        assert max(map(distance, model(latents, **rest).sample, expected)) <= 1e-6
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert max(map(distance, compiled(latents, **rest).sample, expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "its blocks"])
+def test_one_graph_serves_every_layout(whole: bool) -> None:
+    model, latents, inputs = mixed()
+    expected = one_by_one(model, latents, inputs)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": backend}
+    called: Any = model
+    if whole:
+        called = torch.compile(model, **options)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(**options)
+    counts = []
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [1, 0, 4, 3, 2], [2, 4, 3]):
+        some = [latents[i] for i in order]
+        rest = {name: value[order] for name, value in inputs.items()}
+        with torch.no_grad():
+            together = called(some, **rest).sample
+        assert max(map(distance, together, [expected[i] for i in order])) <= 1e-5
+        counts.append(len(graphs))
+    if not whole:  # the first layout and the next one, in which numbers are seen to change, may each make a graph
+        assert counts[1:] == [counts[1]] * 3
+
+
+def test_hooks_on_attentions_fire_and_see_halves_and_text() -> None:
+    """And the batch is [B, N, D], whatever sizes it holds."""
+    model, inputs = tiny(), arguments() | {"encoder_attention_mask": RAGGED}
+    expected = predict(model, **inputs)
+    seen: list[list[Any]] = []
+
+    def look(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
+        values = [*args, *kwargs.values()]
+        seen.append([None if value is None else tuple(value.shape) for value in values])
+
+    with torch.no_grad():
+        before = model.encode_context(inputs["encoder_hidden_states"], RAGGED)
+    handles = [
+        getattr(model.transformer_blocks[0], n).register_forward_hook(look, with_kwargs=True)
+        for n in ("attn1", "attn2")
+    ]
+    assert distance(predict(model, **inputs), expected) <= 1e-6
+    assert seen == [[(2, 16, 24), None, None], [(2, 16, 24), (2, 5, 24), (2, 1, 5)]]
+    seen.clear()
+    again = predict(model, **inputs | {"encoder_hidden_states": before, "encoder_attention_mask": None})
+    assert distance(again, expected) <= 1e-6
+    assert seen == [[(2, 16, 24), None, None], [(2, 16, 24), (2, 5, 24), (2, 1, 5)]]
+    seen.clear()
+    _, latents, rest = mixed()
+    together = predict(model, hidden_states=latents, **rest)
+    assert len(seen) == 10
+    assert all(one[0][0] == 1 for one in seen)
+    for handle in handles:
+        handle.remove()
+    assert max(map(distance, together, one_by_one(model, latents, rest))) <= 1e-6
+
+
+def test_an_attention_with_another_forward_is_called() -> None:
+    model, inputs = tiny(), arguments()
+
+    def nothing(hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    for block in model.transformer_blocks:
+        block.attn2.forward = nothing
+    bare = tiny()
+    for block in bare.transformer_blocks:
+        for parameter in block.attn2.to_out.parameters():
+            parameter.data.zero_()
+    assert distance(predict(model, **inputs), predict(bare, **inputs)) <= 1e-6
+
+
+def test_bad_mixed_batches() -> None:
+    model, latents, inputs = mixed()
+    with pytest.raises(InputError, match=r"hidden_states has shape \[1, 4, 7, 8\]"):
+        predict(model, hidden_states=[*latents[:4], torch.randn(4, 7, 8)], **inputs)
+    with pytest.raises(InputError, match="holds 5 texts for 4 images"):
+        predict(model, hidden_states=latents[:4], **inputs | {"timestep": inputs["timestep"][:4]})
+    with pytest.raises(InputError, match="attention_mask masks the tokens of images of one size"):
+        predict(model, hidden_states=latents, **inputs, attention_mask=torch.ones(5, 16))
+
+
 # Bad input
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -467,7 +662,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"encoder_hidden_states": torch.zeros(2, 5, 11)},
         r"encoder_hidden_states has shape \[2, 5, 11\]; expected \[batch, tokens, 10\]",
     ),
-    "text of another batch": ({}, {"encoder_hidden_states": torch.zeros(3, 5, 10)}, "holds 3 texts for 2 pictures"),
+    "text of another batch": ({}, {"encoder_hidden_states": torch.zeros(3, 5, 10)}, "holds 3 texts for 2 images"),
     "flat text": ({}, {"encoder_hidden_states": torch.zeros(5, 10)}, r"expected \[batch, tokens, 10\]"),
     "mask of another length": (
         {},
@@ -487,7 +682,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"encoder_attention_mask masks the image tokens: expected \[2, 16\]",
     ),
     "no timestep": ({}, {"timestep": None}, "timestep is None; give one number for the batch or one for each"),
-    "timesteps": ({}, {"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 values for 2 pictures; give 1 or 2"),
+    "timesteps": ({}, {"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 values for 2 images; give 1 or 2"),
     "no micro-conditions": ({"use_additional_conditions": True}, {}, "takes micro-conditions: give added_cond_kwargs"),
     "micro-conditions of None": (
         {"use_additional_conditions": True},
@@ -519,10 +714,10 @@ def test_prepared_inputs_of_another_batch_are_refused() -> None:
     model, inputs = tiny(), arguments()
     with torch.no_grad():
         context = model.encode_context(torch.randn(3, 5, 10))
-        with pytest.raises(InputError, match="holds 3 texts for 2 pictures"):
+        with pytest.raises(InputError, match="holds 3 texts for 2 images"):
             model(inputs["hidden_states"], context, inputs["timestep"])
         modulation = model.modulate(torch.tensor([1, 2, 3]))
-        with pytest.raises(InputError, match="timestep holds 3 rows for 2 pictures; give 1 or 2"):
+        with pytest.raises(InputError, match="timestep holds 3 rows for 2 images; give 1 or 2"):
             model(inputs["hidden_states"], inputs["encoder_hidden_states"], modulation)
 
 

@@ -28,23 +28,23 @@ def twice(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
+def components() -> dict[str, Any]:
     return prior_parts()
 
 
-def inputs_of(parts: dict[str, Any], text: str, height: int = 64, width: int = 96) -> Any:
-    return parts["processor"](text=[text], target_h=height, target_w=width, return_tensors="pt")
+def inputs_of(components: dict[str, Any], text: str, height: int = 64, width: int = 96) -> Any:
+    return components["processor"](text=[text], target_h=height, target_w=width, return_tensors="pt")
 
 
 def scores_of(model: Any, given: Any, made: list[int]) -> Tensor:
-    """transformers' own scores behind a prompt and some tokens, without any memory."""
+    """transformers' own scores after a prompt and some tokens, without a cache."""
     model.model.rope_deltas = None
     positions, _ = model.model.get_rope_index(
         given["input_ids"], given["image_grid_thw"], given["images_per_sample"], given["attention_mask"]
     )
-    behind = model.model._cached_decode_position_ids[0, :, : len(made)]  # [3, tokens]
+    following = model.model._cached_decode_position_ids[0, :, : len(made)]  # [3, tokens]
     ids = torch.cat([given["input_ids"], torch.tensor([made], dtype=torch.long)], dim=1)
-    found = model(ids, position_ids=torch.cat([positions, behind[:, None]], dim=2), use_cache=False)
+    found = model(ids, position_ids=torch.cat([positions, following[:, None]], dim=2), use_cache=False)
     return found.logits[0, -1, :VOCABULARY]
 
 
@@ -84,12 +84,12 @@ def test_norms_that_are_watched_or_something_else_are_called() -> None:
 
 
 @torch.no_grad()
-def test_the_same_numbers_give_the_same_tokens(parts: dict[str, Any]) -> None:
-    model, given = parts["vision_language_encoder"], inputs_of(parts, "a cube")
+def test_the_same_numbers_give_the_same_tokens(components: dict[str, Any]) -> None:
+    model, given = components["vision_language_encoder"], inputs_of(components, "a cube")
     total = 2 * 3 + 13 * 19
     found = generate_prior(
         model,
-        parts["processor"],
+        components["processor"],
         ["a cube"],
         (64, 96),
         None,
@@ -109,10 +109,10 @@ def test_the_same_numbers_give_the_same_tokens(parts: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"fixed": True}, {"fixed": True, "make_capture": lambda device: twice}])
 def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(
-    parts: dict[str, Any], options: dict[str, Any]
+    components: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    model = parts["vision_language_encoder"]
-    prompts = [inputs_of(parts, "a cube"), inputs_of(parts, "a red ball behind it")]
+    model = components["vision_language_encoder"]
+    prompts = [inputs_of(components, "a cube"), inputs_of(components, "a red ball behind it")]
     longest = max(given["input_ids"].shape[1] for given in prompts)
     tokens, mask = torch.zeros(2, longest, dtype=torch.long), torch.zeros(2, longest, dtype=torch.long)
     positions = torch.ones(3, 2, longest, dtype=torch.long)
@@ -130,15 +130,15 @@ def test_scores_of_prompts_of_different_lengths_are_those_that_each_has_alone(
                 assert ((scores[row] - expected).norm() / expected.norm()).item() <= 1e-5
             for row in range(2):
                 made[row].append(3 * i + row)
-            behind = torch.stack([model.model._cached_decode_position_ids[0, :, i]] * 2, dim=1)
-            behind[:, 0] -= prompts[1]["input_ids"].shape[1] - prompts[0]["input_ids"].shape[1]
-            scores = decoder.step(torch.tensor([row[-1] for row in made]), behind)
+            following = torch.stack([model.model._cached_decode_position_ids[0, :, i]] * 2, dim=1)
+            following[:, 0] -= prompts[1]["input_ids"].shape[1] - prompts[0]["input_ids"].shape[1]
+            scores = decoder.step(torch.tensor([row[-1] for row in made]), following)
 
 
-def test_images_are_read_as_transformers_reads_them(parts: dict[str, Any]) -> None:
+def test_images_are_read_as_transformers_reads_them(components: dict[str, Any]) -> None:
     from PIL import Image
 
-    model, processor = parts["vision_language_encoder"], parts["processor"]
+    model, processor = components["vision_language_encoder"], components["processor"]
     image = Image.effect_noise((96, 64), 80).convert("RGB")
     made = generate_prior(
         model,
@@ -190,14 +190,14 @@ def test_settings_are_the_checkpoints() -> None:
 
 
 @torch.no_grad()
-def test_layers_of_few_bits_are_called(parts: dict[str, Any]) -> None:
+def test_quantized_layers_are_called(components: dict[str, Any]) -> None:
     pytest.importorskip("bitsandbytes")
     from impasto import quantize
 
     model = prior_parts()["vision_language_encoder"]
     with quantize(model, "nf4") as handle:
         assert not any("visual" in name or "lm_head" in name for name in handle.layers)
-        given = inputs_of(parts, "a cube")
+        given = inputs_of(components, "a cube")
         count = given["input_ids"].shape[1]
         decoder = PriorDecoder(model, 1, count + 2, VOCABULARY)
         made: list[int] = []
@@ -207,7 +207,7 @@ def test_layers_of_few_bits_are_called(parts: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_recorded_steps_are_those_that_are_computed() -> None:
+def test_captured_tokens_are_those_that_are_computed() -> None:
     model = prior_parts()["vision_language_encoder"].cuda()
     tokens = torch.randint(0, VOCABULARY, (2, 9), device="cuda")
     positions = torch.arange(9, device="cuda").expand(3, 2, -1)

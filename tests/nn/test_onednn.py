@@ -20,7 +20,7 @@ needs_products = pytest.mark.skipif(
 )
 
 
-def parts(dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, Tensor]:
+def layer_and_input(dtype: torch.dtype, bias: bool = True) -> tuple[nn.Linear, Tensor]:
     torch.manual_seed(0)
     return nn.Linear(48, 96, bias=bias).to(dtype), torch.randn(2, 5, 48).to(dtype)
 
@@ -38,7 +38,7 @@ def test_it_is_gelu_of_the_linear_layer(
     dtype: torch.dtype, bound: float, epilogue: bool, bias: bool, approximate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "has_epilogues", lambda _: epilogue)
-    layer, x = parts(dtype, bias)
+    layer, x = layer_and_input(dtype, bias)
     with torch.no_grad():
         found = linear_gelu(layer, x, approximate)
     assert found.shape == (2, 5, 96)
@@ -48,14 +48,14 @@ def test_it_is_gelu_of_the_linear_layer(
 
 
 def test_gradients_flow() -> None:
-    layer, x = parts(torch.bfloat16)
+    layer, x = layer_and_input(torch.bfloat16)
     linear_gelu(layer, x, "tanh").sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.abs().max() > 0
 
 
-def test_layers_that_someone_changed_or_watches_are_called() -> None:
-    layer, x = parts(torch.bfloat16)
+def test_layers_that_someone_changed_or_observes_are_called() -> None:
+    layer, x = layer_and_input(torch.bfloat16)
     calls: list[int] = []
     layer.register_forward_hook(lambda *_: calls.append(1))
 
@@ -81,7 +81,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 def test_float32_is_multiplied_by_onednn_where_the_machine_says_so(
     products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x = parts(torch.float32)
+    layer, x = layer_and_input(torch.float32)
     with torch.no_grad():
         expected = layer(x)
         monkeypatch.setattr(onednn, "has_onednn_products", lambda dtype: dtype == torch.float32)
@@ -96,7 +96,7 @@ def test_float32_is_multiplied_by_onednn_where_the_machine_says_so(
 @torch.no_grad()
 def test_16_bit_weights_are_widened_for_the_same_products(products: list[torch.dtype]) -> None:
     """In the mode of ``nn/precision.py``: bit for bit the float32 layer of the same numbers."""
-    layer, x = parts(torch.bfloat16)
+    layer, x = layer_and_input(torch.bfloat16)
     wide = copy.deepcopy(layer).float()
     with in_float32():
         found = linear_gelu(layer, x.float(), "tanh")
@@ -120,14 +120,14 @@ def test_float32_is_never_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take as much memory again."""
     monkeypatch.setattr(onednn, "_pack", lambda *_: pytest.fail("packed"))
     monkeypatch.setattr(onednn, "PACKING_PAYS", 1)
-    layer, x = parts(torch.float32)
+    layer, x = layer_and_input(torch.float32)
     torch.testing.assert_close(onednn.product(layer, 10)(x), layer(x))
     torch.testing.assert_close(onednn.joined_product([layer, layer], 10)(x), torch.cat([layer(x)] * 2, dim=-1))
 
 
 @needs_products
 def test_the_epilogue_is_used_and_rounds_once_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = parts(torch.bfloat16)
+    layer, x = layer_and_input(torch.bfloat16)
     expected = exact(layer, x, "tanh")
     with torch.no_grad():
         fused = linear_gelu(layer, x, "tanh")
@@ -140,7 +140,7 @@ def test_the_epilogue_is_used_and_rounds_once_less(monkeypatch: pytest.MonkeyPat
 @needs_products
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_weight_packed_for_a_call_changes_no_bit(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = parts(torch.bfloat16, bias)
+    layer, x = layer_and_input(torch.bfloat16, bias)
     monkeypatch.setattr(onednn, "PACKING_PAYS", 10)
     with torch.no_grad():
         assert torch.equal(onednn.product(layer, 10, "tanh")(x), linear_gelu(layer, x, "tanh"))
@@ -150,7 +150,7 @@ def test_a_weight_packed_for_a_call_changes_no_bit(bias: bool, monkeypatch: pyte
 
 
 @needs_products
-def test_a_feed_forward_packs_for_many_tokens_and_what_is_watched_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_feed_forward_packs_for_many_tokens_and_what_is_observed_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = FeedForward(32).to(torch.bfloat16).eval()
     x = torch.randn(2, 40, 32, dtype=torch.bfloat16)

@@ -182,15 +182,14 @@ def test_prompts_of_other_lengths_share_a_graph_on_accelerators(
     pipe: PixArtSigmaPipeline, tape: Tape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded keys instead of rows of their own lengths, as on a GPU; the padding is masked."""
-    monkeypatch.setattr(type(pipe.transformer), "_holds_rows", staticmethod(lambda text: False))
+    monkeypatch.setattr(type(pipe.transformer), "_keeps_rows", staticmethod(lambda text: False))
     plain = tiny_pipeline(PixArtSigmaPipeline)
     for prompt in ("a cube", "a very large red cube on a blue ball", ""):
         torch.testing.assert_close(generate(pipe, prompt=prompt), generate(plain, prompt=prompt), rtol=1e-4, atol=1e-5)
     assert tape.captured == 1
     with torch.no_grad():
         context = pipe.transformer.encode_context(torch.randn(1, 33, 32), torch.ones(1, 33)).padded(32)
-    assert context.length == 64
-    assert torch.equal(context.bias[0, 0, 0] == 0, torch.arange(64) < 33)
+    assert all(torch.equal(text.bias[0, 0, 0] == 0, torch.arange(64) < 33) for text in context.layers)
 
 
 def test_a_driver_may_write_into_the_latents(pipe: PixArtSigmaPipeline, tape: Tape) -> None:

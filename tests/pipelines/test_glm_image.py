@@ -17,6 +17,7 @@ from impasto.checkpoints.foreign import from_transformers
 from impasto.errors import InputError, MissingDependencyError
 from impasto.family import small_grid, tokens_to_generate
 from impasto.pipelines.glm_image_inputs import reference_image
+from impasto.pipelines.resolution import resize_and_crop
 
 from ..tiny_glm import pipelines, prior_parts
 
@@ -85,6 +86,18 @@ def test_from_prompt_to_picture_with_and_without_images(whole: GlmImagePipeline)
     assert np.array_equal(whole(**call(image=[as_tensor])).images, changed)
     two = whole(**call(prompt=["a", "b"], image=[[image], [picture(64, 64)]], generator=[seeded(1), seeded(2)])).images
     assert two.shape == (2, 64, 96, 3)
+
+
+@pytest.mark.parametrize("size", [(96, 32), (50, 70), (20, 100)])
+def test_edits_have_the_size_that_is_asked_for(whole: GlmImagePipeline, size: tuple[int, int]) -> None:
+    """Whatever the size of the image; sizes that are not multiples of 32 are generated larger and scaled down."""
+    height, width = size
+    found = whole(**call(image=picture(64, 64), height=height, width=width)).images
+    assert found.shape == (1, height, width, 3)
+    generated = {"height": -(-height // 32) * 32, "width": -(-width // 32) * 32}
+    larger = whole.decode(whole(**call(image=picture(64, 64), **generated, output_type="latent")).images)
+    expected = whole.image_processor.postprocess(resize_and_crop(larger, height, width), "np")
+    assert np.allclose(found, expected, atol=1e-5)
 
 
 def test_sizes_from_the_prompt_and_from_the_model(whole: GlmImagePipeline) -> None:

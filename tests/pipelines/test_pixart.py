@@ -479,8 +479,8 @@ def test_padding_reaches_neither_t5_nor_attention(pipe: PixArtSigmaPipeline) -> 
     )
 
     def tokens(context: PixArtContext) -> int:
-        assert context.by_row is not None
-        unconditional, conditional = (row[0].values for row in context.by_row)  # [heads * tokens, D]
+        assert context.layers is not None
+        unconditional, conditional = (row.values for row in context.layers[0])  # [heads * tokens, D]
         assert len(unconditional) == 1  # the empty prompt is a constant
         return len(conditional) // pipe.transformer.transformer_blocks[0].attn2.heads
 

@@ -79,8 +79,8 @@ def test_components_of_another_library() -> None:
 def test_the_prior_of_glm_image_is_closer_to_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scores, which code of ours computes from the weights of layers of transformers."""
     pipe, _ = pipelines()
-    for name, part in prior_parts().items():
-        setattr(pipe, name, part)
+    for name, component in prior_parts().items():
+        setattr(pipe, name, component)
     prior: nn.Module = pipe.components["vision_language_encoder"].to(dtype)
     scores: list[Tensor] = []
     monkeypatch.setattr(pipe, "_check_output", lambda name, output: scores.append(output.double()))

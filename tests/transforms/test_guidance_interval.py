@@ -26,7 +26,7 @@ def pipe() -> PixArtSigmaPipeline:
     return tiny_pipeline(PixArtSigmaPipeline)
 
 
-def draw(pipe: PixArtSigmaPipeline, **arguments: Any) -> Tensor:
+def generate(pipe: PixArtSigmaPipeline, **arguments: Any) -> Tensor:
     call = {"prompt": "a red cube", "num_inference_steps": STEPS, "output_type": "latent", **arguments}
     images: Tensor = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     return images
@@ -36,27 +36,27 @@ def rows(pipe: PixArtSigmaPipeline, **arguments: Any) -> list[int]:
     """The batch of each call of the transformer."""
     found = []
     hook = pipe.transformer.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0].shape[0]))
-    draw(pipe, **arguments)
+    generate(pipe, **arguments)
     hook.remove()
     return found
 
 
 @pytest.mark.parametrize("prompt", ["a red cube", ["a cat", "a dog", "sky"]])
 def test_the_whole_interval_changes_nothing(pipe: PixArtSigmaPipeline, prompt: Any) -> None:
-    plain = draw(pipe, prompt=prompt)
+    plain = generate(pipe, prompt=prompt)
     with guide_between(pipe, 0, 1):
-        assert torch.equal(draw(pipe, prompt=prompt), plain)
+        assert torch.equal(generate(pipe, prompt=prompt), plain)
     with guide_between(pipe, 0, math.inf, by="noise"):
-        assert torch.equal(draw(pipe, prompt=prompt), plain)
+        assert torch.equal(generate(pipe, prompt=prompt), plain)
 
 
 @pytest.mark.parametrize("prompt", ["a red cube", ["a cat", "a dog", "sky"]])
 def test_an_empty_interval_is_no_guidance(pipe: PixArtSigmaPipeline, prompt: Any) -> None:
-    plain = draw(pipe, prompt=prompt, guidance_scale=1.0)
+    plain = generate(pipe, prompt=prompt, guidance_scale=1.0)
     with guide_between(pipe, 0.5, 0.5):
-        assert torch.equal(draw(pipe, prompt=prompt), plain)
+        assert torch.equal(generate(pipe, prompt=prompt), plain)
     with guide_between(pipe, 0, 0, by="noise"):
-        assert torch.equal(draw(pipe, prompt=prompt), plain)
+        assert torch.equal(generate(pipe, prompt=prompt), plain)
 
 
 def test_outside_of_the_interval_the_batch_is_halved(pipe: PixArtSigmaPipeline) -> None:
@@ -80,7 +80,7 @@ def test_the_text_is_encoded_once_for_each_kind_of_step(pipe: PixArtSigmaPipelin
 
     pipe.transformer.encode_context = counted
     with guide_between(pipe, 0.2, 0.8):
-        draw(pipe)
+        generate(pipe)
     assert calls == 3  # both halves for the guided steps, one for the others
 
 
@@ -109,24 +109,24 @@ def test_a_scheduler_without_noise_levels() -> None:
         noise_levels(flow, torch.tensor([1]))
 
 
-def test_removal_leaves_nothing_behind(pipe: PixArtSigmaPipeline) -> None:
-    before, plain = set(vars(pipe)), draw(pipe)
+def test_removal_undoes_everything(pipe: PixArtSigmaPipeline) -> None:
+    before, plain = set(vars(pipe)), generate(pipe)
     interval = guide_between(pipe, 0.4, 0.6)
-    assert not torch.equal(draw(pipe), plain)
+    assert not torch.equal(generate(pipe), plain)
     interval.remove()
     assert set(vars(pipe)) == before
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
     interval.remove()
 
 
 def test_together_with_cached_steps(pipe: PixArtSigmaPipeline) -> None:
     """Where guidance begins and ends the rows change, and what was cached is not used."""
     with guide_between(pipe, 0.4, 0.8):  # 1 1 2 2 1
-        plain = draw(pipe)
+        plain = generate(pipe)
         with cache_steps(pipe, "interval", interval=1):
-            assert torch.equal(draw(pipe), plain)
+            assert torch.equal(generate(pipe), plain)
         with cache_steps(pipe, "interval", interval=100, last=0) as cache:
-            draw(pipe)
+            generate(pipe)
         assert (cache.computed, cache.reused) == (3, 2)
 
 

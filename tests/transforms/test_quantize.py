@@ -1,4 +1,4 @@
-"""Quantised layers: near the float ones, undone bit by bit, and clean checkpoints.
+"""Quantized layers: near the float ones, undone bit by bit, and clean checkpoints.
 
 Tolerances, relative, of a weight matrix drawn from a normal distribution: int8 with 127 levels up to the largest of a
 row of some tens of weights (about 2.5 σ) rounds by up to 0.01 σ, 0.006 σ on average, and activations likewise; NF4 has
@@ -92,7 +92,7 @@ def test_a_model_is_near_the_float_one(method: Any) -> None:
     assert 1e-5 < distance(output(model), expected) < 2 * TOLERANCE[method]
 
 
-def test_a_pipeline_draws_with_it(method: Any) -> None:
+def test_a_pipeline_generates_with_it(method: Any) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     call = {"prompt": ["a cat", "a dog"], "num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0}
     plain = pipe(**call, generator=torch.Generator().manual_seed(0)).images
@@ -140,7 +140,7 @@ def test_a_short_text_is_still_absorbed_with_dynamic_activations(monkeypatch: py
     assert all("attn2" not in name for name, kind in kinds(model).items() if kind == "QuantizedLinear")
 
 
-def test_sizes_that_the_products_cannot_take_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_the_products_do_not_support_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
     monkeypatch.setattr(quantized_linear, "multiplies_int8_exactly", lambda: True)  # nothing is multiplied
     model = nn.Sequential(nn.Linear(24, 30), nn.Linear(32, 32))
@@ -276,7 +276,7 @@ def test_a_copy_stands_alone(method: Any) -> None:
     assert torch.equal(output(copied), plain)
 
 
-def test_an_offloaded_pipeline_draws_the_same(method: Any) -> None:
+def test_an_offloaded_pipeline_generates_the_same(method: Any) -> None:
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     quantize(pipe.transformer, method)
     call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}

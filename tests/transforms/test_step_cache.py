@@ -1,4 +1,4 @@
-"""Caching across steps: what is left out, what comes out, and that nothing of one generation reaches another."""
+"""Caching across steps: what is skipped, what comes out, and that nothing of one generation reaches another."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(seed: int = 0) -> PixArtSigmaPipeline:
     )
 
 
-def draw(pipe: PixArtSigmaPipeline, seed: int = 0, **arguments: Any) -> Tensor:
+def generate(pipe: PixArtSigmaPipeline, seed: int = 0, **arguments: Any) -> Tensor:
     call = {"prompt": "a red cube", "num_inference_steps": STEPS, "output_type": "latent", **arguments}
     prompts = len(call["prompt"]) if isinstance(call["prompt"], list) else 1
     images: Tensor = pipe(**call, generator=[torch.Generator().manual_seed(seed + i) for i in range(prompts)]).images
@@ -86,19 +86,19 @@ def last(steps: Iterator[DenoisingStep]) -> Tensor:
 def test_with_everything_computed_nothing_changes(
     pipe: PixArtSigmaPipeline, method: Any, arguments: dict[str, Any]
 ) -> None:
-    plain = draw(pipe, **arguments)
+    plain = generate(pipe, **arguments)
     with cache_steps(pipe, method, **EVERYTHING[method]) as cache:
-        assert torch.equal(draw(pipe, **arguments), plain)
+        assert torch.equal(generate(pipe, **arguments), plain)
         assert (cache.computed, cache.reused) == (STEPS, 0)
 
 
 @pytest.mark.parametrize("method", ["interval", "taylor"])
-def test_a_picture_does_not_depend_on_its_batch(pipe: PixArtSigmaPipeline, method: Any) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipe: PixArtSigmaPipeline, method: Any) -> None:
     prompts = ["a cat", "a dog", "sky"]
-    plain = draw(pipe, prompt=prompts)
+    plain = generate(pipe, prompt=prompts)
     with cache_steps(pipe, method, **SOME[method]) as cache:
-        together = draw(pipe, prompt=prompts)
-        alone = torch.cat([draw(pipe, seed=i, prompt=prompt) for i, prompt in enumerate(prompts)])
+        together = generate(pipe, prompt=prompts)
+        alone = torch.cat([generate(pipe, seed=i, prompt=prompt) for i, prompt in enumerate(prompts)])
     assert cache.reused == 4 * {"interval": 4, "taylor": 3}[method]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together, plain, rtol=1e-2, atol=1e-2)  # it has an effect
@@ -114,7 +114,7 @@ def test_an_unchanging_input_costs_nothing() -> None:
     torch.testing.assert_close(reused, computed, rtol=1e-5, atol=1e-5)
 
 
-def test_a_residual_along_a_line_is_foretold_exactly() -> None:
+def test_a_residual_along_a_line_is_extrapolated_exactly() -> None:
     """Blocks whose residual is linear in the step: "taylor" gives it exactly, from the third step on."""
     model = Line()
     with torch.no_grad(), cache_steps(model, "taylor", interval=2) as cache, cache.generation(9):
@@ -151,7 +151,7 @@ class Line(nn.Module):
         return x
 
 
-# --- what is left out ---
+# --- what is skipped ---
 
 
 @pytest.mark.parametrize(
@@ -164,26 +164,26 @@ class Line(nn.Module):
         ({"interval": 100, "last": 0}, 1),
     ],
 )
-def test_an_interval_leaves_out_the_promised_steps(
+def test_an_interval_skips_the_documented_steps(
     pipe: PixArtSigmaPipeline, arguments: dict[str, int], computed: int
 ) -> None:
     with cache_steps(pipe, "interval", **arguments) as cache, counting(pipe) as counts:
-        draw(pipe)
+        generate(pipe)
     assert counts == [computed] * LAYERS
     assert (cache.computed, cache.reused) == (computed, STEPS - computed)
 
 
-def test_the_first_block_always_runs_and_a_high_threshold_leaves_out_the_others(pipe: PixArtSigmaPipeline) -> None:
+def test_the_first_block_always_runs_and_a_high_threshold_skips_the_others(pipe: PixArtSigmaPipeline) -> None:
     with cache_steps(pipe, "first-block", threshold=1e6), counting(pipe) as counts:
-        draw(pipe)
+        generate(pipe)
     assert counts == [STEPS, 2, 2, 2]  # the first and the last step
 
 
-def test_a_higher_threshold_leaves_out_more(pipe: PixArtSigmaPipeline) -> None:
+def test_a_higher_threshold_skips_more(pipe: PixArtSigmaPipeline) -> None:
     computed = []
     for threshold in (0.0, 0.05, 0.2, 1e6):
         with cache_steps(pipe, "first-block", threshold=threshold) as cache:
-            draw(pipe)
+            generate(pipe)
         computed.append(cache.computed)
     assert computed == sorted(computed, reverse=True)
     assert computed[0] == STEPS
@@ -196,7 +196,7 @@ def test_not_a_number_is_never_reused(pipe: PixArtSigmaPipeline) -> None:
         cache_steps(pipe, "first-block", threshold=1e6) as cache,
         pytest.raises(CheckpointError, match=r"pos_embed\.proj"),
     ):
-        draw(pipe)
+        generate(pipe)
     assert cache.reused == 0
 
 
@@ -206,11 +206,11 @@ def test_not_a_number_is_never_reused(pipe: PixArtSigmaPipeline) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_generation_is_that_of_a_fresh_pipeline(pipe: PixArtSigmaPipeline, method: Any) -> None:
     with cache_steps(pipe, method, **SOME[method]):
-        draw(pipe, seed=7, prompt="a cat")
-        second = draw(pipe, seed=3)
+        generate(pipe, seed=7, prompt="a cat")
+        second = generate(pipe, seed=3)
     fresh = make()
     with cache_steps(fresh, method, **SOME[method]):
-        assert torch.equal(draw(fresh, seed=3), second)
+        assert torch.equal(generate(fresh, seed=3), second)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -242,7 +242,7 @@ def test_other_embeddings_are_not_answered_from_the_cache(pipe: PixArtSigmaPipel
         return {"prompt_embeds": cat} if index == 3 else {}
 
     with cache_steps(pipe, "interval", interval=100, last=0), counting(pipe) as counts:
-        draw(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+        generate(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert counts == [2] * LAYERS
 
 
@@ -258,7 +258,7 @@ def test_another_shape_is_not_answered_from_the_cache() -> None:
 def test_calls_outside_of_a_generation_compute_everything(pipe: PixArtSigmaPipeline) -> None:
     arguments = (torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.tensor([500]))
     with torch.no_grad(), cache_steps(pipe, "interval", interval=100), counting(pipe) as counts:
-        draw(pipe)
+        generate(pipe)
         counts[:] = [0] * LAYERS
         first, second = (pipe.transformer(*arguments, return_dict=False)[0] for _ in range(2))
     assert counts == [2] * LAYERS
@@ -276,45 +276,45 @@ def test_where_gradients_are_recorded_everything_is_computed() -> None:
 # --- what else happens to a pipeline ---
 
 
-def test_removal_leaves_nothing_behind(pipe: PixArtSigmaPipeline) -> None:
+def test_removal_undoes_everything(pipe: PixArtSigmaPipeline) -> None:
     before = [set(vars(module)) for module in pipe.transformer.modules()], set(vars(pipe))
     keys = list(pipe.transformer.state_dict())
-    plain = draw(pipe)
+    plain = generate(pipe)
     cache = cache_steps(pipe, "interval", interval=3)
     assert list(pipe.transformer.state_dict()) == keys
-    assert not torch.equal(draw(pipe), plain)
+    assert not torch.equal(generate(pipe), plain)
     cache.remove()
     assert ([set(vars(module)) for module in pipe.transformer.modules()], set(vars(pipe))) == before
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
     cache.remove()  # a second time does nothing
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(generate(pipe), plain)
 
 
 def test_new_weights_are_used(pipe: PixArtSigmaPipeline) -> None:
     other = make(seed=5)
     with cache_steps(pipe, "interval", interval=3), cache_steps(other, "interval", interval=3):
-        draw(pipe)
+        generate(pipe)
         pipe.transformer.load_state_dict(other.transformer.state_dict())
-        assert torch.equal(draw(pipe), draw(other))
+        assert torch.equal(generate(pipe), generate(other))
 
 
 def test_a_reassigned_transformer_is_cached_and_the_old_one_is_not(pipe: PixArtSigmaPipeline) -> None:
     old, new = pipe.transformer, tiny_transformer(5, num_layers=3)
     with cache_steps(pipe, "interval", interval=100, last=0):
-        draw(pipe)
+        generate(pipe)
         pipe.transformer = new
         with counting(pipe) as counts:
-            draw(pipe)
+            generate(pipe)
         assert counts == [1] * 3
         assert all("_compiled_call_impl" not in vars(block) for block in old.transformer_blocks)
 
 
 def test_a_reassigned_block_is_cached(pipe: PixArtSigmaPipeline) -> None:
     with cache_steps(pipe, "interval", interval=100, last=0):
-        draw(pipe)
+        generate(pipe)
         pipe.transformer.transformer_blocks[2] = copy.deepcopy(pipe.transformer.transformer_blocks[2])
         with counting(pipe) as counts:
-            draw(pipe)
+            generate(pipe)
     assert counts == [1] * LAYERS
 
 
@@ -328,33 +328,33 @@ def test_a_copy_of_the_model_is_a_plain_one(pipe: PixArtSigmaPipeline) -> None:
     assert out.abs().sum() > 0
 
 
-def test_a_copy_of_the_pipeline_draws_with_its_own_parts(pipe: PixArtSigmaPipeline) -> None:
+def test_a_copy_of_the_pipeline_generates_with_its_own_components(pipe: PixArtSigmaPipeline) -> None:
     with cache_steps(pipe, "interval", interval=3):
-        expected = draw(pipe)
+        expected = generate(pipe)
         copied = copy.deepcopy(pipe)
         for parameter in pipe.transformer.parameters():
             parameter.data.zero_()
-        assert torch.equal(draw(copied), expected)
+        assert torch.equal(generate(copied), expected)
 
 
 def test_two_pipelines_may_share_a_transformer(pipe: PixArtSigmaPipeline) -> None:
     other = PixArtSigmaPipeline.from_pipe(pipe)
-    plain = draw(pipe)
+    plain = generate(pipe)
     with cache_steps(pipe, "interval", interval=3) as mine:
-        cached = draw(pipe)
-        assert torch.equal(draw(other), plain)
+        cached = generate(pipe)
+        assert torch.equal(generate(other), plain)
         with cache_steps(other, "interval", interval=100, last=0) as theirs:
-            draw(other)
-            assert torch.equal(draw(pipe), cached)
+            generate(other)
+            assert torch.equal(generate(pipe), cached)
         assert theirs.computed == 1
         assert mine.computed == 2 * 4  # of two generations: 0 3 6 7
-        assert torch.equal(draw(other), plain)
+        assert torch.equal(generate(other), plain)
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
-def test_blocks_compiled_one_by_one_are_left_out_whole(pipe: PixArtSigmaPipeline, compiled_first: bool) -> None:
+def test_blocks_compiled_one_by_one_are_skipped_whole(pipe: PixArtSigmaPipeline, compiled_first: bool) -> None:
     with cache_steps(pipe, "interval", interval=3):
-        expected = draw(pipe)
+        expected = generate(pipe)
     traced = 0
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -374,18 +374,18 @@ def test_blocks_compiled_one_by_one_are_left_out_whole(pipe: PixArtSigmaPipeline
     with cache_steps(pipe, "interval", interval=3):
         if not compiled_first:  # takes the place around the blocks, which the next generation takes back
             compile_blocks()
-        found = draw(pipe)
+        found = generate(pipe)
         assert traced == 4 * LAYERS
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    draw(pipe)
+    generate(pipe)
     assert traced == (4 + STEPS) * LAYERS
 
 
 def test_offloaded_blocks_are_cached_too(pipe: PixArtSigmaPipeline) -> None:
     with cache_steps(pipe, "interval", interval=3) as cache:
-        expected = draw(pipe)
+        expected = generate(pipe)
         pipe.enable_model_cpu_offload(device="cpu")
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(generate(pipe), expected)
         assert cache.reused == 8
 
 
@@ -428,11 +428,11 @@ def test_what_cannot_be_cached(pipe: PixArtSigmaPipeline) -> None:
     assert "denoise" not in vars(pipe)
 
 
-def test_a_model_compiled_after_caching_is_refused_when_it_draws(pipe: PixArtSigmaPipeline) -> None:
+def test_a_model_compiled_after_caching_is_refused_when_it_generates(pipe: PixArtSigmaPipeline) -> None:
     cache: StepCache = cache_steps(pipe)
     plain = pipe.transformer
     pipe.transformer = torch.compile(plain, backend="eager")
     with pytest.raises(ConfigurationError, match="remove\\(\\) the cache"):
-        draw(pipe)
+        generate(pipe)
     cache.remove()
     assert all("_compiled_call_impl" not in vars(block) for block in plain.transformer_blocks)

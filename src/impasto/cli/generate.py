@@ -32,13 +32,23 @@ def generate(
     guidance_scale: Guidance = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", metavar="FILE", help="An image to edit or refer to; repeatable. GLM-Image only."),
+        typer.Option("--image", metavar="FILE", help="The image to edit. GLM-Image takes several."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(metavar="X", help="How much --image may change, up to 1; 0.8, or 1 with --mask.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", metavar="FILE", help="Repaint --image where this is white. PixArt only.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i has the seed N + i; random by default.")
     ] = None,
-    height: Annotated[int | None, typer.Option(metavar="PX", help="The model's default if not given.")] = None,
-    width: Annotated[int | None, typer.Option(metavar="PX", help="The model's default if not given.")] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
+    ] = None,
     num_images: Annotated[int, typer.Option(metavar="N", help="Images per prompt.")] = 1,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Images at once; 16 up to 256 px, else 4.")
@@ -85,14 +95,16 @@ def generate(
     family = family_of(class_name)
     steps = family.steps if steps is None else steps
     guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
-    if family is not GLM_IMAGE and image:
-        raise InputError(f"{model} takes text alone; --image is for GLM-Image")
     if family is GLM_IMAGE and scheduler is not None:
         raise InputError(f"--scheduler is for PixArt; {model} has a scheduler of its own")
+    _check_edit(family, steps, image or [], strength, mask)
     references = [image_files.open_image(path) for path in image or ()]
+    edit: dict[str, Any] = {}
+    if references and family is not GLM_IMAGE:
+        class_name, edit = _edit(class_name, references[0], strength, mask)
     chosen = pipelines.choose_device(device)
     chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
-    _check_size(folder, family, height, width)
+    _check_size(folder, family, height, width, references)
     if files[0] != Path(output):
         make_folder(Path(output))
     for file in files:
@@ -103,11 +115,10 @@ def generate(
     else:
         from ..memory.plan import Budget
 
-        batch_size = batch_size or 1
-        if references:  # the images have the size of the first one
-            sides = [side // PRIOR_PIXELS * PRIOR_PIXELS or None for side in references[0].size]
-            height, width = height or sides[1], width or sides[0]
-        budget = Budget(memory_budget, chosen, height, width, batch_size)
+        batch_size, sides = batch_size or 1, (height, width)
+        if references and family is GLM_IMAGE:
+            sides = _generated_sides(height, width, references[0])
+        budget = Budget(memory_budget, chosen, *sides, batch_size)
         pipe = pipelines.load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
         assert pipe.plan is not None
         for line in pipe.plan.lines():
@@ -129,7 +140,11 @@ def generate(
             height=image.height,
             width=image.width,
             model=model,
-            extra={"Dtype": str(chosen_dtype).removeprefix("torch."), "Version": pipelines.version()},
+            extra={
+                **({"Denoising strength": str(edit["strength"])} if edit else {}),
+                "Dtype": str(chosen_dtype).removeprefix("torch."),
+                "Version": pipelines.version(),
+            },
         )
         image_files.save_image(image, file, settings)
         say(str(file))
@@ -141,6 +156,7 @@ def generate(
         "width": width,
         # PixArt's default is an empty negative prompt, GLM-Image's is none.
         "negative_prompt": negative_prompt or (None if family is GLM_IMAGE else ""),
+        **edit,
     }
     jobs = list(zip([prompt for prompt in prompts for _ in range(num_images)], files))
     for start in range(0, len(jobs), batch_size):
@@ -149,7 +165,7 @@ def generate(
         which = f"image {last}" if len(batch) == 1 else f"images {start + 1} to {last}"
         # disable=None: no bar unless stderr is a terminal.
         pipe.set_progress_bar_config(disable=None, desc=f"{which} of {len(jobs)}", leave=False)
-        if references:
+        if references and family is GLM_IMAGE:
             options["image"] = [references] * len(batch)
         images = pipelines.run(pipe, [prompt for prompt, _ in batch], seed + start, **options)
         for i, ((prompt, file), generated) in enumerate(zip(batch, images), start):
@@ -177,13 +193,55 @@ def plan_files(output: str, count: int) -> list[Path]:
     return [path / f"{i:04d}.png" for i in range(count)]
 
 
-def _check_size(folder: Path, family: Family, height: int | None, width: int | None) -> None:
+def _check_edit(family: Family, steps: int, image: list[Path], strength: float | None, mask: Path | None) -> None:
+    """Refuse combinations of the options of edits, and a strength that leaves no step."""
+    for option, value in (("--strength", strength), ("--mask", mask)):
+        if value is not None and (family is GLM_IMAGE or not image):
+            reason = "is for PixArt" if family is GLM_IMAGE else "needs --image, the image to edit"
+            raise InputError(f"{option} {reason}")
+    if family is not GLM_IMAGE and len(image) > 1:
+        raise InputError(f"PixArt edits one image, and --image was given {len(image)} times")
+    if strength is not None:
+        from ..pipelines.request import Schedule
+
+        Schedule(steps, None, None).at(strength)
+
+
+def _edit(class_name: str, image: Image.Image, strength: float | None, mask: Path | None) -> tuple[str, dict[str, Any]]:
+    """The class of PixArt's pipeline that edits an image, and the options of its call."""
+    if mask is None:
+        return class_name.replace("Pipeline", "Img2ImgPipeline"), {
+            "image": image,
+            "strength": 0.8 if strength is None else strength,
+        }
+    from ..pipelines.edit_inputs import read_masks
+    from ..pipelines.image_files import open_image
+
+    masks = read_masks(open_image(mask), image.height, image.width)
+    strength = 1.0 if strength is None else strength
+    options = {"image": image, "mask_image": masks, "strength": strength, "overlay": True}
+    return class_name.replace("Pipeline", "InpaintPipeline"), options
+
+
+def _generated_sides(height: int | None, width: int | None, image: Image.Image) -> tuple[int, int]:
+    """The size at which GLM-Image generates an edit of this image."""
+    from ..pipelines.glm_image_inputs import next_multiple
+
+    sides = [max(1, side // PRIOR_PIXELS) * PRIOR_PIXELS for side in (image.height, image.width)]
+    return next_multiple(height or sides[0]), next_multiple(width or sides[1])
+
+
+def _check_size(folder: Path, family: Family, height: int | None, width: int | None, images: list[Image.Image]) -> None:
     """Refuse sides that the pipeline would refuse, before a large model is loaded."""
     if family is GLM_IMAGE:
         from ..pipelines.glm_image_inputs import check_sides
 
-        check_sides(height, width)
+        check_sides(height, width, edits=bool(images))
         return
+    if images:
+        if height is None and width is None:  # any size is valid
+            return
+        height, width = height or images[0].height, width or images[0].width
     from ..pipelines.inputs import plan_canvas
 
     transformer, vae = read_configs(folder, "transformer", "vae")

@@ -1,4 +1,4 @@
-"""The one seam between every attention of the project and the kernels that compute it."""
+"""The only entry to every backend that computes attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.tiles import tiled_attention, tiled_attention_in_graphs
+from .backends.varlen import runs_varlen, varlen_attention
 from .machine import processor_has
+from .tokens import Layout
 
 #: Above so many scores the products would not stay in cache, and they would take too much memory.
 _MAX_SCORES_IN_TRAINING = 2**25
@@ -35,6 +37,30 @@ def attention(
         tiled = tiled_attention_in_graphs if torch.compiler.is_compiling() else tiled_attention
         return tiled(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def attention_by_image(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Attention of the tokens of a mixed batch, each image's to its own.
+
+    Args:
+        query, key, value: [T, heads, head_dim].
+
+    Returns:
+        [T, heads, head_dim]
+    """
+    if runs_varlen(query, key, value):
+        return varlen_attention(query, key, value, layout)
+    if layout.by_tensors:
+        bias = layout.bias(layout.rows, query.dtype)  # [1, 1, T, T]
+        whole = [x.transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, T, head_dim] each
+        return attention(whole[0], whole[1], whole[2], bias)[0].transpose(0, 1)
+    results = []
+    for _, place, count in layout.groups():
+        group = [x[place].unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value)]
+        results.append(
+            attention(group[0], group[1], group[2]).transpose(1, 2).flatten(0, 1)
+        )  # [b * N, heads, head_dim]
+    return torch.cat(results)
 
 
 def _trains_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:

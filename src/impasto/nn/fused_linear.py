@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
-from .changes import Change, is_plain, refuse_conflicts
+from .changes import Change, is_plain, is_plain_tensor, refuse_conflicts
 
 
 class FusedLinear(Change):
@@ -32,24 +32,22 @@ class FusedLinear(Change):
         self.layers: list[nn.Linear] = []
         for layer in layers:
             refuse_conflicts(layer, FusedLinear)
-            if type(layer) is not nn.Linear:
+            if type(layer) is not nn.Linear or not all(map(is_plain_tensor, layer.parameters())):
                 raise ConfigurationError(
-                    f"cannot fuse a {type(layer).__name__}: an adapter is in the place of a linear projection. Merge "
-                    f"or remove it first."
+                    f"cannot fuse a {type(layer).__name__}: a linear projection has an adapter, or a weight that "
+                    f"another library has quantized or sharded. Merge or remove it first."
                 )
             self.layers.append(layer)
         sizes = [layer.out_features for layer in self.layers]
-        self._views: list[tuple[Tensor, Tensor]] = []  # each parameter and its slice of the fused one
+        self._views: list[tuple[nn.Linear, str, Tensor, Tensor]] = []  # each parameter, and its slice of the fused one
         with torch.no_grad():
             self.weight = torch.cat([layer.weight for layer in self.layers])
             self.bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])
-            for layer, part in zip(self.layers, torch.split(self.weight, sizes)):
-                layer.weight.data = part
-                self._views.append((layer.weight, part))
-            if self.bias is not None:
-                for layer, part in zip(self.layers, torch.split(self.bias, sizes)):
-                    layer.bias.data = part
-                    self._views.append((layer.bias, part))
+            for name, fused in (("weight", self.weight), ("bias", self.bias)):
+                for layer, view in zip(self.layers, () if fused is None else fused.split(sizes)):
+                    parameter = getattr(layer, name)
+                    parameter.data = view
+                    self._views.append((layer, name, parameter, view))
 
     def holds(self, *layers: nn.Module) -> bool:
         """Whether the product can replace calls of these layers: without gradients, and if nothing was replaced."""
@@ -59,16 +57,20 @@ class FusedLinear(Change):
             return False
         if not all(is_plain(layer, nn.Linear) for layer in self.layers):
             return False
-        current = [layer.weight for layer in self.layers]
-        if self.bias is not None:
-            current += [layer.bias for layer in self.layers]
-        if any(parameter is not mine for parameter, (mine, _) in zip(current, self._views)):
+        if any(getattr(layer, name) is not parameter for layer, name, parameter, _ in self._views):
             return False
         # Compiled graphs have no addresses: what assigns to ``.data`` must do so before compilation.
-        return torch.compiler.is_compiling() or all(mine.data_ptr() == part.data_ptr() for mine, part in self._views)
+        return torch.compiler.is_compiling() or all(p.data_ptr() == view.data_ptr() for _, _, p, view in self._views)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinear:
-        return FusedLinear(copy.deepcopy(self.layers, memo))  # a copy of a parameter is no view
+        return FusedLinear(copy.deepcopy(self.layers, memo))  # copies of parameters are no views
+
+
+def project(fused: FusedLinear | None, layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """``layer(x)`` for each of the layers, in one product if it may stand for them."""
+    if fused is not None and fused.holds(*layers):
+        return fused(x).chunk(len(layers), dim=-1)
+    return [layer(x) for layer in layers]

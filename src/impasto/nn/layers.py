@@ -11,27 +11,37 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
-from .plain import is_idle_dropout, is_watched
+from .changes import is_plain
+from .tokens import Layout, addcmul_by_image
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer normalisation's affine part (DiT, 2212.09748): x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation.
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
+    """Adaptive layer normalization's affine part (DiT, 2212.09748): x (1 + scale) + shift.
 
     Args:
-        x: [B, N, D].
+        x: [B, N, D], or [T, D] with a layout.
         shift, scale: [B or 1, 1, D].
     """
-    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or is_watched(norm):
-        return modulate(norm(x), shift, scale)
+    return torch.addcmul(shift, x, 1 + scale) if layout is None else addcmul_by_image(layout, shift, x, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None) -> Tensor:
+    """x + gate · change; x and change as in ``modulate``, gate [B or 1, 1, D]."""
+    return torch.addcmul(x, gate, change) if layout is None else addcmul_by_image(layout, x, gate, change)
+
+
+def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
+    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation."""
+    plain = is_plain(norm, nn.LayerNorm) and not norm.elementwise_affine
     kind = x.device.type
-    if shift.shape[0] > 1 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return modulate(norm(x), shift, scale)
+    if not plain or layout is not None or shift.shape[0] > 1 or _is_autocast(kind):
+        return modulate(norm(x), shift, scale, layout)
+    assert isinstance(norm, nn.LayerNorm)
     return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
+
+
+def _is_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
@@ -149,12 +159,15 @@ class FeedForward(nn.Module):
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""
-        if len(self.net) != 3 or is_watched(self.net):
+        if len(self.net) != 3 or not is_plain(self.net, nn.Sequential):
             return None
         activated, dropout, second = self.net
-        if type(activated) is not _Activated or activated.approximate is None or is_watched(activated):
+        if not is_plain(activated, _Activated):
             return None
-        if not is_idle_dropout(dropout):
+        assert isinstance(activated, _Activated)
+        if activated.approximate is None:
+            return None
+        if not is_plain(dropout, nn.Dropout):
             return None
         if not (multiplies(activated.proj, tokens) and multiplies(second, tokens)):
             return None

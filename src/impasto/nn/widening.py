@@ -1,8 +1,7 @@
-"""A mode in which functions of torch get float32 numbers in place of 16-bit ones.
+"""A mode in which torch functions get float32 tensors in place of 16-bit ones.
 
-Torch shows every function that it is about to call to the mode in force (``TorchFunctionMode``), so no layer has to be
-replaced. The weight of a linear layer or a convolution is widened into one buffer of the thread; what is left is
-widened as it comes.
+Torch hands every function call to the mode in force (``TorchFunctionMode``), so no layer has to be replaced. Weights of
+linear layers and convolutions are cast into one buffer per thread; other tensors are cast when they are used.
 """
 
 from __future__ import annotations
@@ -13,37 +12,41 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .changes import is_plain_tensor
+
 HALVES = (torch.bfloat16, torch.float16)
-#: Numbers of a weight that are widened at a time. For few rows they stay in the cache until they are multiplied, which
-#: makes a product faster than with float32 weights; for many, larger matrices are multiplied faster.
+#: How many elements of a weight are cast at a time. With few rows they stay in cache until they are multiplied, so a
+#: product is faster than with float32 weights; with many rows, larger matrices are multiplied faster.
 _FEW_ROWS, _FEW_ROWS_BLOCK, BLOCK = 64, 2**21, 2**23
 
 Function = Callable[..., Any]
-#: How a function is called in the mode: gets it and its arguments.
+#: Calls a function in the mode, given the function and its arguments.
 Rule = Callable[[Function, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Widening(TorchFunctionMode):
-    """Functions that compute get 16-bit tensors widened, and such a tensor's ``dtype`` reads as float32."""
+    """Functions that compute get 16-bit tensors cast to float32; the ``dtype`` of such a tensor reads as float32."""
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        rule = _RULES.get(func)
+        if torch.compiler.is_compiling():  # compiled code would be invalidated by each new entry
+            return _rule_for(func)(func, args, kwargs or {})
+        rule = _known.get(func)
         if rule is None:
-            rule = _RULES[func] = _rule_for(func)
+            rule = _known[func] = _rule_for(func)
         return rule(func, args, kwargs or {})
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether ``x`` is a 16-bit tensor to widen. Quantized tensors of other libraries have products of their own."""
+    """Whether ``x`` is a 16-bit tensor to widen. Quantized tensors of other libraries have their own products."""
     if not isinstance(x, Tensor) or x.dtype not in HALVES:
         return False
-    return type(x) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(x)
+    return is_plain_tensor(x) or not is_traceable_wrapper_subclass(x)
 
 
 def widened(x: Any) -> Any:
@@ -60,13 +63,13 @@ def _as_it_is(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _widen(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if "out" in kwargs:  # which says the dtype: compiled code writes so
+    if "out" in kwargs:  # whose dtype counts: compiled code calls functions this way
         return func(*args, **kwargs)
     return func(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})
 
 
 def _in_place(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument is written to, and keeps its dtype."""
+    """The first argument is modified and keeps its dtype."""
     if not args or is_narrow(args[0]):
         return func(*args, **kwargs)
     return _widen(func, args, kwargs)
@@ -77,23 +80,23 @@ def _dtype(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _to(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A cast to the dtype of another tensor, as that reads here."""
+    """A cast to the dtype of another tensor, as it reads in this mode."""
     return func(args[0], *map(widened, args[1:]), **{name: widened(x) for name, x in kwargs.items()})
 
 
+def _unflatten(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.unflatten(*args, **kwargs)  # torch.compile cannot trace the method of a tensor in this mode
+
+
 def _embedding(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return widened(func(*args, **kwargs))  # the rows found, never the whole table
+    return widened(func(*args, **kwargs))  # only the rows that were looked up, not the table
 
 
 def _weighted(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function of (input, weight, ...) whose weight is widened whole."""
+    """A function of (input, weight, ...); the weight is cast as a whole."""
     if len(args) < 2 or not is_narrow(args[1]) or _is_read_later(args[1]):
         return _widen(func, args, kwargs)
     return _widen(func, (args[0], _copied(args[1]), *args[2:]), kwargs)
-
-
-def _linear(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _product(*args, **kwargs)
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -104,10 +107,10 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x, widened(weight), bias)
     features, width = weight.shape
     rows = x.numel() // width if width else 0
-    parts = -(-weight.numel() // (_FEW_ROWS_BLOCK if rows <= _FEW_ROWS else BLOCK))
-    if parts <= 1:
+    blocks = -(-weight.numel() // (_FEW_ROWS_BLOCK if rows <= _FEW_ROWS else BLOCK))
+    if blocks <= 1:
         return F.linear(x, _copied(weight), bias)
-    size = -(-features // (16 * parts)) * 16
+    size = -(-features // (16 * blocks)) * 16
     flat, out = x.reshape(-1, width), x.new_empty(rows, features)
     for start in range(0, features, size):
         block = slice(start, start + size)
@@ -120,14 +123,14 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _is_read_later(weight: Tensor) -> bool:
-    """Whether a weight may be read after the call: in the backward pass, by a graph that is being made, on a GPU."""
+    """Whether a weight may be read after the call: in a backward pass, by a graph being traced, or on a GPU."""
     if torch.is_grad_enabled() or weight.device.type != "cpu":
         return True
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class _Buffer(threading.local):
-    """Memory that weights are widened into, one after the other: fresh memory takes longer than the widening."""
+    """Memory that weights are cast into, one after the other: allocating it each time takes longer than the cast."""
 
     memory: Tensor | None = None
 
@@ -139,7 +142,7 @@ def _copied(weight: Tensor) -> Tensor:
     """A weight in float32, until the next call."""
     memory, count = _buffer.memory, weight.numel()
     if memory is None or memory.numel() < count or memory.device != weight.device:
-        with torch.inference_mode(False):  # whose tensors could not be written to elsewhere
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside of it
             memory = _buffer.memory = torch.empty(count, device=weight.device)
     wide = memory[:count].view(weight.shape)
     if weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
@@ -147,9 +150,9 @@ def _copied(weight: Tensor) -> Tensor:
     return wide.copy_(weight.detach())
 
 
-#: Functions that hand their tensors on, or read what is known of them: a 16-bit one stays one.
+#: Functions that return their tensors rearranged, or read their metadata: 16-bit tensors stay 16-bit.
 _PLAIN = """
-    view view_as reshape reshape_as unflatten flatten ravel transpose t permute expand expand_as broadcast_to
+    view view_as reshape reshape_as flatten ravel transpose t permute expand expand_as broadcast_to
     chunk split split_with_sizes tensor_split unbind narrow select squeeze unsqueeze movedim moveaxis swapaxes swapdims
     unfold diagonal as_strided detach contiguous clone repeat repeat_interleave tile roll flip
     __getitem__ index_select gather take cat concat concatenate stack hstack vstack
@@ -162,16 +165,23 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpo
 _RULES: dict[Function, Rule] = {
     torch.Tensor.dtype.__get__: _dtype,  # type: ignore[attr-defined]
     torch.Tensor.to: _to,
-    F.linear: _linear,
+    F.linear: lambda _, args, kwargs: _product(*args, **kwargs),
     F.embedding: _embedding,
     **{function: _weighted for name in _CONVOLUTIONS for function in (getattr(F, name), getattr(torch, name))},
 }
 
+#: The rules of the functions that were called.
+_known: dict[Function, Rule] = {}
+
 
 def _rule_for(func: Function) -> Rule:
+    if func in _RULES:
+        return _RULES[func]
     name = str(getattr(func, "__name__", ""))
+    if name == "unflatten":
+        return _unflatten
     if name in _PLAIN.split() or name.startswith("is_"):
         return _as_it_is
     if name in _IN_PLACE.split() or (name.endswith("_") and not name.endswith("__")):
         return _in_place
-    return _weighted if name == "_linear_pointwise.default" else _widen  # oneDNN's linear layer with an activation
+    return _weighted if name == "_linear_pointwise.default" else _widen  # oneDNN's linear layer, with an activation

@@ -107,14 +107,19 @@ class Pipeline(Components):
 
     def _finish(self, latents: Tensor, request: Request) -> list[Image.Image] | np.ndarray[Any, Any] | Tensor:
         """The images of the last latents, in the requested form and size."""
-        self._check_output("transformer", latents)
         if request.output_type == "latent":
+            self._check_output("transformer", latents)
             return latents
-        images = self.decode(latents)  # [B, 3, H, W]
-        self._check_output("vae", images)
+        images = self._decode_checked(latents)  # [B, 3, H, W]
         if request.final_size is not None:
             images = resize_and_crop(images, *request.final_size)
         return self.image_processor.postprocess(images, output_type=request.output_type)
+
+    def _decode_checked(self, latents: Tensor) -> Tensor:
+        self._check_output("transformer", latents)
+        images = self.decode(latents)
+        self._check_output("vae", images)
+        return images
 
     def _check_output(self, name: str, output: Tensor) -> None:
         """Attribute NaN and infinite values to the component of this name if its weights contain some.

@@ -31,6 +31,8 @@ class Components:
     Any of them may be None, reassigned, or deleted (``del pipe.transformer``).
     """
 
+    #: The class that ``model_index.json`` names for these components; this one if None.
+    saved_as: ClassVar[str | None] = None
     #: Components that always move to the device whole, however the others move.
     never_in_blocks: ClassVar[tuple[str, ...]] = ()
 
@@ -131,7 +133,8 @@ class Components:
         )
         requested = dtype if dtype is not None else torch_dtype
         names = cls.component_names()
-        loaded, plan, folder = load_components(source, cls.__name__, names, components, requested, memory_budget)
+        name = cls.saved_as or cls.__name__
+        loaded, plan, folder = load_components(source, name, names, components, requested, memory_budget)
         pipe = cls(**loaded)
         pipe._source = folder
         if plan is not None:
@@ -167,7 +170,8 @@ class Components:
 
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         components = {name: unwrapped(component) for name, component in self.components.items()}
-        save_components(components, plain_path(save_directory), type(self).__name__, variant, shard_bytes)
+        name = self.saved_as or type(self).__name__
+        save_components(components, plain_path(save_directory), name, variant, shard_bytes)
 
     @classmethod
     def from_pipe(

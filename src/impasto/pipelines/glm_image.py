@@ -15,7 +15,8 @@ from torch import Tensor
 from ..checks import whole_number
 from ..memory.placement import OneAtATime
 from ..models.base import parse_dtype
-from ..models.glm_image.model import GlmImageReferences, GlmImageTransformer2DModel
+from ..models.glm_image.context import GlmImageReferences
+from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..models.glm_image.prior import PriorTokens
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device, check_dtype
@@ -158,7 +159,8 @@ class GlmImagePipeline(Pipeline):
                 an image of 32 H x 32 W pixels, unless height and width are given.
             image: reference images: one, or a list for one prompt; a list of lists of equal length for several
                 prompts.
-            height, width: in pixels, multiples of 32. If None, from the prompt, the first image, or the model.
+            height, width: in pixels, multiples of 32; with images, any, as the result is resized and cropped to them.
+                If None, from the prompt, the first image (cut to multiples of 32), or the model.
             num_inference_steps: number of steps.
             timesteps, sigmas: a custom schedule in place of the scheduler's, descending.
             guidance_scale: w of classifier-free guidance (2207.12598); 1 or less means no guidance.

@@ -77,8 +77,7 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     prompts, count = read_prompts(arguments["prompt"], arguments["prompt_embeds"])
     images = images_of_prompts(arguments["image"], count)
     sides, default = (arguments["height"], arguments["width"]), pipe.default_sample_size * pipe.vae_scale_factor
-    prompts, *planned = plan_size(prompts, *sides, images, default)
-    size = (int(planned[0]), int(planned[1]))  # NumPy integers pass the check, and stay NumPy integers
+    prompts, size, final = plan_size(prompts, *sides, images, default)
     texts = read_glm_image_texts(pipe, prompts, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
     shared = shared_fields(pipe, fields, arguments, texts, size, both=True)
     ids, image_ids, grids = (arguments[name] for name in PRIOR_FIELDS)
@@ -102,7 +101,8 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     for name in needed:
         pipe._require(name)
     corner = inputs.corner(arguments["crops_coords_top_left"])
-    return GlmImageRequest(**shared, size=size, images=images, prior=prior, corner=corner)
+    final_size = None if size == final else final
+    return GlmImageRequest(**shared, final_size=final_size, size=size, images=images, prior=prior, corner=corner)
 
 
 def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
@@ -163,14 +163,16 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
 
 def plan_size(
     prompts: list[str], height: int | None, width: int | None, images: list[list[Any]] | None, default: int
-) -> tuple[list[str], int, int]:
-    """The prompts without sizes, and the size: the given one, the prompt's, the first image's or the model's.
+) -> tuple[list[str], tuple[int, int], tuple[int, int]]:
+    """The prompts without sizes, the size of generation and that of the result, which differ only with images.
+
+    The size is the given one, the prompt's, the first image's (cut to multiples of 32) or the model's.
 
     Args:
         default: the side of the model's default size, in pixels.
 
     Raises:
-        InputError: different sizes in one batch, or a size that is not a multiple of 32.
+        InputError: different sizes in one batch, or without images a size that is not a multiple of 32.
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
@@ -182,19 +184,29 @@ def plan_size(
     else:
         high = wide = default
     height, width = high if height is None else height, wide if width is None else width
-    check_sides(height, width)
-    return [_SIZE.sub("", prompt).strip() for prompt in prompts], height, width
+    check_sides(height, width, images is not None)
+    height, width = int(height), int(width)  # NumPy integers pass the check, and stay NumPy integers
+    generated = (next_multiple(height), next_multiple(width))
+    return [_SIZE.sub("", prompt).strip() for prompt in prompts], generated, (height, width)
 
 
-def check_sides(height: Any, width: Any) -> None:
+def next_multiple(side: int) -> int:
+    """The side in pixels at which an edit of this side is generated."""
+    return -(-side // PRIOR_PIXELS) * PRIOR_PIXELS
+
+
+def check_sides(height: Any, width: Any, edits: bool = False) -> None:
     """Refuse sides in pixels that are not multiples of the prior's token size; None: not known yet.
+
+    Args:
+        edits: whether there are reference images. Their results are resized, so that any sides are valid.
 
     Raises:
         InputError: the message has the nearest valid sides.
     """
     sides = (("height", height), ("width", width))
     given = {name: whole_number(name, side, most=MAX_SIDE) for name, side in sides if side is not None}
-    if any(side % PRIOR_PIXELS for side in given.values()):
+    if not edits and any(side % PRIOR_PIXELS for side in given.values()):
         nearest = [str(max(1, round(side / PRIOR_PIXELS)) * PRIOR_PIXELS) for side in given.values()]
         raise InputError(
             f"{' and '.join(given)} must be multiples of {PRIOR_PIXELS}, not {' x '.join(map(str, given.values()))}; "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..family import tokens_to_generate
-from ..models.glm_image.model import GlmImageContext, GlmImageReferences
+from ..models.glm_image.context import GlmImageContext, GlmImageReferences
 from ..models.glm_image.prior import PriorTokens, generate_prior
 from .glyphs import encode_glyphs, most_tokens
 from .prompts import EncodedTexts

@@ -300,6 +300,14 @@ def normalize(images: Tensor) -> Tensor:
     return 2.0 * images - 1.0
 
 
+def unit_range(images: Tensor) -> Tensor:
+    """Images in [0, 1], from what ``normalize`` takes; floats that are in [0, 1] are returned unchanged."""
+    signed = normalize(images)
+    if not images.is_floating_point():
+        return images.float() / 255
+    return images if bool((images >= 0).all()) else signed * 0.5 + 0.5
+
+
 def check_pixels(size: tuple[int, int]) -> None:
     """Refuse an image of too many pixels, by its width and height."""
     if size[0] * size[1] > MAX_PIXELS:

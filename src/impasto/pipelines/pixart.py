@@ -19,15 +19,17 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..family import ALPHA, SIGMA, Family, mixtures
-from ..models.pixart.model import PixArtContext, PixArtTransformer2DModel
+from ..models.pixart.model import PixArtTransformer2DModel
+from ..models.pixart.text import PixArtContext
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .images import ImageProcessor
+from .latents import unscaled
 from .prompts import EncodedTexts, encode_texts, prepare
 from .request import read_pixart, read_pixart_texts, read_schedule
-from .sampling import DenoisingStep, Half, Run, denoising_steps, drive, own_scheduler, step_options
+from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
 logger = logging.getLogger("impasto")
 
@@ -254,6 +256,7 @@ class PixArtPipeline(Pipeline):
         guidance_scale: float = 4.5,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        edit: Edit | None = None,
     ) -> Generator[DenoisingStep, None, None]:
         """The denoising loop: a generator that yields after every step. No gradients are recorded.
 
@@ -265,8 +268,10 @@ class PixArtPipeline(Pipeline):
             embeds: what ``encode_prompt`` returned, for B images. Guidance is used if it has negative embeddings and
                 ``guidance_scale`` is above 1.
             num_inference_steps, timesteps, sigmas, guidance_scale, eta, generator: as in the call.
+            edit: an image to start from, all or part of which is changed.
         """
         schedule, guidance_scale = read_schedule(self, locals()), inputs.guidance(guidance_scale)
+        schedule = schedule if edit is None else schedule.at(edit.strength)
 
         def begin() -> Run:
             transformer, device = self._require("transformer"), self.device
@@ -279,8 +284,9 @@ class PixArtPipeline(Pipeline):
                 from .foreign_stages import ForeignStages
 
                 model = call = ForeignStages(transformer, call)
-            scheduler = own_scheduler(self.scheduler, device, **schedule.arguments)
-            latents = noise.to(device, model.dtype) * scheduler.init_noise_sigma  # [B, C, h, w]
+            start = schedule.skipped * getattr(self.scheduler, "order", 1)
+            scheduler = own_scheduler(self.scheduler, device, start, **schedule.arguments)
+            latents, known = first_latents(scheduler, noise.to(device, model.dtype), edit, start)  # [B, C, h, w]
             return Run(
                 self,
                 transformer,
@@ -293,6 +299,8 @@ class PixArtPipeline(Pipeline):
                 modulation=model.modulate(scheduler.timesteps.to(device), self._conditions(latents)),
                 options=step_options(scheduler, eta=eta, generator=generator),
                 takes_original=self.family.single_step_takes_original and schedule.steps == 1,
+                start=start,
+                known=known,
             )
 
         return denoising_steps(self, begin)
@@ -301,14 +309,7 @@ class PixArtPipeline(Pipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
         with self.using_vae() as (vae, dtype):
-            config = vae.config
-            z = latents.to(self.device, dtype)
-            z = z / config.get("scaling_factor", 1.0)
-            if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-                mean, std = (z.new_tensor(config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
-                z = z * std + mean
-            elif config.get("shift_factor") is not None:
-                z = z + config["shift_factor"]
+            z = unscaled(latents.to(self.device, dtype), vae.config)
             return cast(Tensor, vae.decode(z, return_dict=False)[0])
 
     # --- checks ---
@@ -341,7 +342,7 @@ class PixArtPipeline(Pipeline):
                 logger.warning("%s: %s", type(self).__name__, message)
 
 
-def _with_defaults(method: F, **defaults: Any) -> F:
+def with_defaults(method: F, **defaults: Any) -> F:
     """A copy of the method with other default values."""
     plain = cast(FunctionType, method)
     values = [
@@ -364,8 +365,8 @@ class PixArtAlphaPipeline(PixArtPipeline):
 
     family = ALPHA
 
-    __call__ = _with_defaults(PixArtPipeline.__call__, max_sequence_length=120)
-    encode_prompt = _with_defaults(PixArtPipeline.encode_prompt, max_sequence_length=120)
+    __call__ = with_defaults(PixArtPipeline.__call__, max_sequence_length=120)
+    encode_prompt = with_defaults(PixArtPipeline.encode_prompt, max_sequence_length=120)
 
 
 def _vae_scale_factor(vae: Any) -> int:

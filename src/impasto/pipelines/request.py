@@ -57,6 +57,26 @@ class Schedule(NamedTuple):
     steps: int
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    skipped: int = 0  # steps that are left out at the beginning (image to image)
+
+    @property
+    def taken(self) -> int:
+        """The number of steps that are taken."""
+        return self.steps - self.skipped
+
+    def at(self, strength: Any) -> Schedule:
+        """Only the last steps, a fraction ``strength`` of all.
+
+        Raises:
+            InputError: not a number from 0 to 1, or so small that no step is left.
+        """
+        taken = int(self.steps * finite("strength", strength, 0.0, 1.0))
+        if taken < 1:
+            least = f"{1 / self.steps:.3g}"
+            raise InputError(
+                f"strength={strength} leaves none of {self.steps} steps; give at least {least}, or more steps"
+            )
+        return self._replace(skipped=self.steps - taken)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -133,11 +153,14 @@ def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
     return Texts(prompts, negatives, embeds, mask, negative_embeds, negative_mask, each, length, clean)
 
 
-def read_pixart(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) -> Request:
+def read_pixart(
+    pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any], canvas: inputs.Canvas | None = None
+) -> Request:
     """The arguments of a call of a PixArt pipeline.
 
     Args:
         fields: names of the embeddings that a callback may ask for.
+        canvas: the sizes of the images; if None, from the arguments.
 
     Raises:
         InputError: an argument that cannot be used.
@@ -148,9 +171,10 @@ def read_pixart(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) 
     callback = arguments["callback"]
     if callback is not None and not callable(callback):
         raise InputError(f"callback must be a function, not {shown(callback)}")
-    base, unit = config["sample_size"] * factor, config["patch_size"] * factor
-    sides, binning = (arguments["height"], arguments["width"]), arguments["use_resolution_binning"]
-    canvas = inputs.plan_canvas(*sides, base, unit, binning)
+    if canvas is None:
+        base, unit = config["sample_size"] * factor, config["patch_size"] * factor
+        sides, binning = (arguments["height"], arguments["width"]), arguments["use_resolution_binning"]
+        canvas = inputs.plan_canvas(*sides, base, unit, binning)
     request = Request(
         **shared_fields(pipe, fields, arguments, texts, canvas[:2], " (give both, or use_resolution_binning=False)"),
         eta=finite("eta", arguments["eta"], 0.0, 1.0),
@@ -215,4 +239,6 @@ def read_schedule(pipe: Any, arguments: Mapping[str, Any], both: bool = False) -
     """
     timesteps, sigmas = arguments["timesteps"], arguments["sigmas"]
     steps = arguments["num_inference_steps"]
-    return Schedule(inputs.count_steps(pipe._require("scheduler"), steps, timesteps, sigmas, both), timesteps, sigmas)
+    count = inputs.count_steps(pipe._require("scheduler"), steps, timesteps, sigmas, both)
+    schedule = Schedule(count, timesteps, sigmas)
+    return schedule.at(arguments["strength"]) if "strength" in arguments else schedule

@@ -1,7 +1,7 @@
 """The only denoising loop: a run holds the state of one generation, and ``advance`` takes runs one step further.
 
-Progress bars, callbacks, previews and cancellation drive the loop. Guidance intervals, step caches, captured graphs
-and one-step models are its inputs.
+Progress bars, callbacks, previews and cancellation drive the loop. Images to edit, guidance intervals, step caches,
+captured graphs and one-step models are its inputs.
 
 Shapes: B images, C latent channels, h x w latent pixels.
 """
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..nn.changes import unwrapped
 from ..nn.precision import adapt
-from .inputs import call_back
+from .inputs import call_back, check_tensor
 from .request import Request
 
 if TYPE_CHECKING:
@@ -52,11 +53,33 @@ class Half(NamedTuple):
 class DenoisingStep:
     """One step that was taken. The caller of the loop may assign other latents or other embeddings."""
 
-    index: int
-    count: int  # of all steps
+    index: int  # among the steps that are taken
+    count: int  # of the steps that are taken
     timestep: Tensor  # a single number
     latents: Tensor  # [B, C, h, w], after the step
     embeds: Any  # as encode_prompt returns them, for B images
+
+
+class Edit(NamedTuple):
+    """An image to start from, in place of noise alone."""
+
+    latents: Tensor  # [B, C, h, w]
+    strength: float = 1.0  # the fraction of the schedule that is run, its end: above 0, at most 1
+    mask: Tensor | None = None  # [B or 1, 1, h, w] in [0, 1]: 1 where the image is repainted; None: everywhere
+
+
+class Known(NamedTuple):
+    """What a run keeps of an image: inpainting."""
+
+    latents: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, h, w]
+    mask: Tensor  # [B or 1, 1, h, w]: 0 keeps the image, 1 keeps what the run generates
+
+    def blend(self, scheduler: Any, latents: Tensor, index: int) -> Tensor:
+        """The run's latents and the image's, both at the noise level of step ``index``; after the last step, at 0."""
+        last = index >= len(scheduler.timesteps)
+        kept = self.latents if last else noised(scheduler, self.latents, self.noise, index)
+        return torch.lerp(kept, latents, self.mask)
 
 
 @dataclass(eq=False)
@@ -74,7 +97,8 @@ class Run:
     modulation: Any  # of all steps
     options: Mapping[str, Any]  # of the scheduler's step
     takes_original: bool = False  # the scheduler's x_0 instead of its next sample
-    start: int = 0
+    start: int = 0  # the steps before it are left out (image to image)
+    known: Known | None = None
 
     def __post_init__(self) -> None:
         self.index, self.end = self.start, len(self.scheduler.timesteps)
@@ -98,8 +122,8 @@ class Run:
         if (guided, half) not in self.memories:
             if half == 0:
                 self.memories.clear()  # guidance begins or ends
-            self.memories[guided, half] = self.cache.memory(self.end)
-        return self.memories[guided, half].current(self.index)
+            self.memories[guided, half] = self.cache.memory(self.end - self.start)
+        return self.memories[guided, half].current(self.index - self.start)
 
 
 @torch.no_grad()
@@ -115,6 +139,8 @@ def advance(runs: Sequence[Run]) -> None:
         result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
         run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
         run.index += 1
+        if run.known is not None:
+            run.latents = run.known.blend(run.scheduler, run.latents, run.index)
 
 
 def predict(run: Run, t: Tensor, guided: bool) -> Tensor:
@@ -156,7 +182,8 @@ def denoising_steps(pipe: Any, begin: Callable[[], Run]) -> Generator[DenoisingS
                 while run.index < run.end and not stop.requested:
                     index = run.index
                     advance([run])
-                    step = DenoisingStep(index, run.end, run.scheduler.timesteps[index], run.latents, run.embeds)
+                    t, count = run.scheduler.timesteps[index], run.end - run.start
+                    step = DenoisingStep(index - run.start, count, t, run.latents, run.embeds)
                     yield step
                     run.latents = step.latents
                     if step.embeds is not run.embeds:
@@ -174,13 +201,14 @@ def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor
         the last latents [B, C, h, w]; the given ones if there was no step.
     """
     order = getattr(pipe.scheduler, "order", 1)
-    with pipe.progress_bar(total=request.schedule.steps) as progress, closing(loop):
+    steps = request.schedule.taken
+    with pipe.progress_bar(total=steps) as progress, closing(loop):
         for step in loop:
             if request.on_step_end is not None:
                 call_back(pipe, step, request.on_step_end, request.on_step_end_names)
             latents = step.latents
             done = step.index + 1
-            warm_up = max(step.count - request.schedule.steps * order, 0)  # calls before the first step (PNDM has some)
+            warm_up = max(step.count - steps * order, 0)  # calls before the first step (PNDM has some)
             if done == step.count or (done > warm_up and done % order == 0):
                 progress.update()
                 if request.callback is not None and step.index % request.callback_steps == 0:
@@ -192,19 +220,52 @@ def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor
 SHOWING = threading.Lock()
 
 
-def own_scheduler(scheduler: Any, device: torch.device, **arguments: Any) -> Any:
+def own_scheduler(scheduler: Any, device: torch.device, start: int = 0, **arguments: Any) -> Any:
     """A copy of a scheduler for one run, with its timesteps set.
 
     Args:
+        start: the index of the first timestep that is used.
         arguments: for ``set_timesteps``.
     """
     with SHOWING:
         own = copy.deepcopy(scheduler)
     own.set_timesteps(device=device, **arguments)
     if hasattr(own, "set_begin_index"):  # otherwise the first step is looked up: ambiguous if timesteps repeat
-        own.set_begin_index(0)
+        own.set_begin_index(start)
     show_schedule(own, scheduler)
     return own
+
+
+def noised(scheduler: Any, latents: Tensor, noise: Tensor, index: int) -> Tensor:
+    """Latents [B, C, h, w] of an image with the noise of step ``index``."""
+    t = scheduler.timesteps[index : index + 1]
+    if hasattr(scheduler, "add_noise"):
+        result: Tensor = scheduler.add_noise(latents, noise, t)
+    else:  # flow matching of other libraries
+        result = scheduler.scale_noise(latents, t, noise)
+    return result.to(latents.dtype)
+
+
+def first_latents(scheduler: Any, noise: Tensor, edit: Edit | None, start: int) -> tuple[Tensor, Known | None]:
+    """What a run starts from, and what it keeps.
+
+    Args:
+        noise: [B, C, h, w] of variance 1.
+        start: the index of the first step.
+    """
+    if edit is None:
+        return noise * scheduler.init_noise_sigma, None
+    if start >= len(scheduler.timesteps):
+        raise InputError(f"strength={edit.strength} leaves no step of this schedule; give a larger one")
+    check_tensor("edit.latents", edit.latents, noise.shape)
+    if edit.mask is not None:
+        rows = 1 if len(edit.mask) == 1 else len(noise)
+        check_tensor("edit.mask", edit.mask, (rows, 1, *noise.shape[2:]))
+    image = edit.latents.to(noise)
+    known = None if edit.mask is None else Known(image, noise, edit.mask.to(noise))
+    if known is not None and edit.strength == 1.0:  # what is repainted owes nothing to the image
+        return noise * scheduler.init_noise_sigma, known
+    return noised(scheduler, image, noise, start), known
 
 
 def show_schedule(own: Any, scheduler: Any) -> None:

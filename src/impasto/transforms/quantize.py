@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError, InputError
-from ..nn.changes import Handle, is_observed, refuse_conflicts, unwrapped
+from ..nn.changes import Handle, is_plain, refuse_conflicts, unwrapped
 from .quantized_linear import SCHEMES, QuantizedLinear, Scheme
 
 Method = Literal["int8-weight-only", "int8-dynamic", "fp8", "nf4"]
@@ -28,6 +28,8 @@ KEPT = {
     "prior_projector": "runs once per image; every block reads its output",
     "visual": "the vision tower of GLM-Image's prior, which runs once per image: a wrong token stays wrong",
     "lm_head": "the last layer of the prior, which scores the tokens",
+    "lora_A": "a factor of an adapter, which is small",
+    "lora_B": "the other factor",
     "wo": "the last layer of each feed-forward of T5: its activations have outliers that overflow float16",
 }
 
@@ -93,8 +95,11 @@ def quantize(
             f"quantize: {type(module).__name__} has no linear layer that {method!r} supports and that is not skipped"
         )
     for name, _, _, layer in chosen:
-        if is_observed(layer):
-            raise ConfigurationError(f"quantize: {name} has hooks, which would be lost; remove them or skip it")
+        if not is_plain(layer, nn.Linear):
+            raise ConfigurationError(
+                f"quantize: {name} has hooks, or a weight that another library has quantized or sharded, which would "
+                f"be lost; undo that or skip it"
+            )
 
     made: dict[nn.Linear, QuantizedLinear] = {}  # a layer in two places is one layer
     for _, parent, key, layer in chosen:

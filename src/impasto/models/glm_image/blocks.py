@@ -1,7 +1,7 @@
 """The parts of GLM-Image's denoiser, from the outside in: patches, conditions, the block and its attention.
 
-Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, S = M + N, R reference tokens, d
-channels of a head, D width, T width of the conditions.
+Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens, S = M + N, R reference tokens, d
+channels of a head, D width, T tokens of a mixed batch, or the width of the conditions.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.attention import attention
 from ...nn.embeddings import apply_rotary, timestep_features
 from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
+from ...nn.tokens import Layout
+from .context import Past
+from .places import Places
 
 _EPS = 1e-5
 
@@ -31,7 +33,7 @@ class ImageProjector(nn.Module):
 
 
 class TimestepAndSizeEmbedder(nn.Module):
-    """Features of the timestep, of the crop's corner and of the picture's size, embedded and added."""
+    """Features of the timestep, of the crop's corner and of the image's size, embedded and added."""
 
     def __init__(self, width: int, condition_dim: int):
         super().__init__()
@@ -54,22 +56,24 @@ class AdaLayerNormZero(nn.Module):
         super().__init__()
         self.linear = nn.Linear(conditions, 12 * width)
 
-    def forward(self, embedded: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """[B, T] -> for image and for text: shift, scale, gate of attention; shift, scale, gate of the feed-forward."""
-        parts = self.linear(embedded)[:, None].chunk(12, dim=-1)  # [B, 1, D] each
-        return parts[0::2], parts[1::2]
+    def forward(self, embedded: Tensor) -> tuple[Tensor, ...]:
+        """[B, T] -> shift, scale, gate of attention; shift, scale, gate of the feed-forward: each [B, 2, D], the text's
+        and the image's.
+        """
+        image_and_text = torch.unflatten(self.linear(embedded), -1, (6, 2, -1))  # [B, 6, 2, D]
+        return image_and_text.flip(2).unbind(1)
 
 
 class AdaLayerNormContinuous(nn.Module):
-    """The last normalisation and its modulation; keys ``linear.*``."""
+    """The last normalization and its modulation; keys ``linear.*``."""
 
     def __init__(self, width: int, conditions: int):
         super().__init__()
         self.linear = nn.Linear(conditions, 2 * width)
 
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedded: Tensor, layout: Layout | None = None) -> Tensor:
         scale, shift = self.linear(embedded)[:, None].chunk(2, dim=-1)  # [B, 1, D] each
-        return modulate(_normalized(x), shift, scale)  # [B, N, D]
+        return modulate(_normalized(x), shift, scale, layout)  # [B, N, D], or [T, D] with a layout
 
 
 class GlmImageBlock(nn.Module):
@@ -85,34 +89,23 @@ class GlmImageBlock(nn.Module):
 
     def forward(
         self,
-        image: Tensor,
-        text: Tensor,
-        embedded: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        past: tuple[Tensor, Tensor] | None,
-        bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """image [B, N, D], text [B, M, D] -> both, and the keys and values [B, heads, S, d] of their tokens."""
-        lengths = [text.shape[1], image.shape[1]]
-        of_image, of_text = self.norm1(embedded)
+        x: Tensor,  # [B, S, D], or [T, D] of a mixed batch
+        embedded: Tensor,  # [B or 1, T]
+        places: Places,
+        past: Past = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens, and their keys and values [B, heads, S, d]."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.norm1(embedded)  # [B, 2, D] each
 
-        shift, scale, gate = of_image[:3]
-        shift_text, scale_text, gate_text = of_text[:3]
-        normed = [modulate(_normalized(text), shift_text, scale_text), modulate(_normalized(image), shift, scale)]
-        attended, key, value = self.attn1(torch.cat(normed, dim=1), lengths[0], rotary, past, bias)  # [B, S, D]
-        text_attended, image_attended = attended.split(lengths, dim=1)
-        image = torch.addcmul(image, gate, image_attended)  # [B, N, D]
-        text = torch.addcmul(text, gate_text, text_attended)  # [B, M, D]
-
-        shift, scale, gate = of_image[3:]
-        shift_text, scale_text, gate_text = of_text[3:]
-        normed = [modulate(_normalized(text), shift_text, scale_text), modulate(_normalized(image), shift, scale)]
-        text_out, image_out = self.ff(torch.cat(normed, dim=1)).split(lengths, dim=1)
-        return torch.addcmul(image, gate, image_out), torch.addcmul(text, gate_text, text_out), key, value
+        normed = places.modulate(_normalized(x), shift_attn, scale_attn)
+        attended, key, value = self.attn1(normed, places, past)
+        x = places.gated(x, gate_attn, attended)
+        normed = places.modulate(_normalized(x), shift_ff, scale_ff)
+        return places.gated(x, gate_ff, self.ff(normed)), key, value
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; positions of the image tokens alone."""
+    """Multi-head attention with normalized queries and keys; only image tokens have positions."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
@@ -122,41 +115,19 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, heads * head_dim)
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, width), nn.Dropout(0.0))
 
-    def forward(
-        self,
-        x: Tensor,
-        text_tokens: int,
-        rotary: tuple[Tensor, Tensor],
-        past: tuple[Tensor, Tensor] | None,
-        bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> [B, S, D], and its keys and values [B, heads, S, d].
+    def forward(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> [B, S, D], and its keys and values [B, heads, S, d]; or [T, D] of a mixed batch.
 
         Args:
-            text_tokens: M; the first ones of S.
-            rotary: cosines and sines [B or 1, 1, N, d].
-            past: keys and values [B, heads, R, d] of the references.
-            bias: [B, 1, 1, R + S], added to the scores.
+            past: keys and values [B, heads, R, d] of the references; of a mixed batch, a pair or None for each image.
         """
-        query, key, value = (self._split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))  # [B, heads, S, d]
-        query = _placed(_normalized(query), text_tokens, rotary)
-        key = _placed(_normalized(key), text_tokens, rotary)
-        keys, values = key, value
-        if past is not None:
-            keys, values = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)  # [B, heads, R + S, d]
-        out = attention(query, keys, values, bias)  # [B, heads, S, d]
-        projected: Tensor = self.to_out(out.transpose(1, 2).flatten(2))  # [B, S, D]
-        return projected, key, value
-
-    def _split(self, x: Tensor) -> Tensor:
-        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)  # [B, heads, S, d]
+        layers = (self.to_q, self.to_k, self.to_v)
+        query, key, value = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in layers)
+        query, key = (apply_rotary(_normalized(y), places.cos, places.sin) for y in (query, key))  # [B, S, heads, d]
+        out = places.attend(query, key, value, past).flatten(-2)  # [B, S, D]
+        projected: Tensor = self.to_out(out)
+        return projected, key.transpose(-3, -2), value.transpose(-3, -2)
 
 
 def _normalized(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=_EPS)
-
-
-def _placed(x: Tensor, text_tokens: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """The image tokens of [B, heads, S, d] turned by their positions."""
-    text, image = x[:, :, :text_tokens], x[:, :, text_tokens:]
-    return torch.cat([text, apply_rotary(image, *rotary)], dim=2)

@@ -1,13 +1,13 @@
 """What GLM-Image's denoiser reads beside latents: text, prior and positions, made once; time and size, once a step; and
 the keys and values of reference images.
 
-Shapes: B pictures, N image tokens, M text tokens, R reference tokens, d channels of a head, D width, L layers.
+Shapes: B images, N image tokens, M text tokens, R reference tokens, d channels of a head, D width, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 from ...errors import ConfigurationError, InputError
 
 Mode = Literal["write", "read", "skip"]
+
+#: A layer's keys and values [B, heads, R, d] of the references; of a mixed batch, those that each image sees.
+Past: TypeAlias = tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor] | None] | None
 
 
 class GlmImageContext(NamedTuple):
@@ -26,14 +29,36 @@ class GlmImageContext(NamedTuple):
     prior: Tensor  # [B, N, D], added to the image tokens
     cos: Tensor  # [B or 1, 1, N, d]
     sin: Tensor  # [B or 1, 1, N, d]
+    others: tuple[GlmImageContext, ...] = ()  # those of a mixed batch that follow, of images of other sizes
 
     @property
     def rows(self) -> int:
-        """How many pictures it is of, B."""
-        return self.text.shape[0]
+        """How many images it is of, B."""
+        return len(self.text) + sum(len(other.text) for other in self.others)
+
+    @property
+    def batches(self) -> tuple[GlmImageContext, ...]:
+        """Those of images of one size."""
+        return (self._replace(others=()), *self.others)
+
+    def each(self) -> list[GlmImageContext]:
+        """One for each image, without its discarded tokens."""
+        return [batch._row(i) for batch in self.batches for i in range(len(batch.text))]
+
+    def _row(self, i: int) -> GlmImageContext:
+        one = self.select([i])
+        if one.bias is None:
+            return one
+        keep = one.bias[0, 0, 0] > -torch.inf
+        bias = one.bias[..., keep]
+        return one._replace(text=one.text[:, keep], bias=bias if bool(bias.any()) else None)
 
     def select(self, rows: slice | Tensor | list[int]) -> GlmImageContext:
-        """The contexts of some rows of the batch."""
+        """The contexts of some images of the batch."""
+        if self.others:
+            each = [batch.select([i]) for batch in self.batches for i in range(len(batch.text))]
+            chosen = torch.arange(len(each))[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()]
+            return self.concat([each[i] for i in chosen.tolist()])
         shared = self.cos.shape[0] == 1
         return GlmImageContext(
             text=self.text[rows],
@@ -45,13 +70,10 @@ class GlmImageContext(NamedTuple):
 
     @staticmethod
     def concat(contexts: Sequence[GlmImageContext]) -> GlmImageContext:
-        """One batch of several, all of one size; shorter texts are padded with discarded tokens.
-
-        Raises:
-            InputError: contexts of pictures of different sizes.
-        """
+        """One batch of several. In a batch of one size, shorter texts are padded with discarded tokens."""
+        contexts = [batch for context in contexts for batch in context.batches]
         if len({context.prior.shape[1] for context in contexts}) > 1:
-            raise InputError("contexts of pictures of different sizes cannot be joined")
+            return contexts[0]._replace(others=tuple(contexts[1:]))
         lengths = [context.text.shape[1] for context in contexts]
         longest = max(lengths)
         bias: Tensor | None = None
@@ -74,11 +96,11 @@ class GlmImageContext(NamedTuple):
 
     def bias_or_zeros(self) -> Tensor:
         """[B, 1, 1, M]."""
-        return self.text.new_zeros(self.rows, 1, 1, self.text.shape[1]) if self.bias is None else self.bias
+        return self.text.new_zeros(*self.text.shape[:1], 1, 1, self.text.shape[1]) if self.bias is None else self.bias
 
 
 class GlmImageModulation(NamedTuple):
-    """The timestep and the picture's size and crop, embedded: what every block's normalisations are told."""
+    """The timestep and the image's size and crop, embedded: what every block's normalisations are told."""
 
     embedded: Tensor  # [B, time_embed_dim]
 
@@ -93,7 +115,7 @@ class GlmImageModulation(NamedTuple):
 
 
 class GlmImageReferences(NamedTuple):
-    """Every layer's keys and values of the reference images, which a picture's tokens attend to beside their own."""
+    """Every layer's keys and values of the reference images, which a image's tokens attend to beside their own."""
 
     keys: tuple[Tensor, ...]  # L of [B, heads, R, d]
     values: tuple[Tensor, ...]  # L of [B, heads, R, d]
@@ -109,7 +131,7 @@ class GlmImageReferences(NamedTuple):
         return self.keys[0].shape[2]
 
     def for_batch(self, batch: int) -> GlmImageReferences:
-        """As many rows as there are pictures: each row serves as many neighbours.
+        """As many rows as there are images: each row serves as many neighbours.
 
         Raises:
             InputError: the rows do not divide the batch.
@@ -131,14 +153,36 @@ class GlmImageReferences(NamedTuple):
             None if self.bias is None else repeat(self.bias),
         )
 
+    def of_layers(self, mixed: bool, dynamic: bool) -> list[Past]:
+        """Each layer's keys and values: [B, heads, R, d]; of a mixed batch, those that each image sees.
+
+        Args:
+            dynamic: as one row of keys instead, of which a bias says who sees them.
+        """
+        layers = zip(self.keys, self.values, strict=True)
+        if not mixed:
+            return [*layers]
+        if dynamic:
+            return [(_in_one_row(key), _in_one_row(value)) for key, value in layers]
+        keep = self.bias_or_zeros()[:, 0, 0] > -torch.inf  # [B, R]
+        seen = [None if bool(row.all()) else row for row in keep]
+        some = [bool(row.any()) for row in keep]
+        return [
+            [
+                (_kept(key[i], row), _kept(value[i], row)) if visible else None
+                for i, (row, visible) in enumerate(zip(seen, some))
+            ]
+            for key, value in layers
+        ]
+
     def unseen(self) -> GlmImageReferences:
-        """The same, and no picture sees it: for the unconditional half of a batch."""
+        """The same, and no image sees it: for the unconditional half of a batch."""
         some = self.keys[0]
         return self._replace(bias=some.new_full((self.rows, 1, 1, self.length), -torch.inf))
 
     @staticmethod
     def one_after_another(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
-        """Several images of the same pictures as one sequence."""
+        """Several images of the same images as one sequence."""
         bias = (
             torch.cat([part.bias_or_zeros() for part in parts], dim=3)
             if any(p.bias is not None for p in parts)
@@ -170,6 +214,16 @@ class GlmImageReferences(NamedTuple):
     def bias_or_zeros(self) -> Tensor:
         """[B, 1, 1, R]."""
         return self.keys[0].new_zeros(self.rows, 1, 1, self.length) if self.bias is None else self.bias
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """[heads, R, d] -> the kept ones of R, [1, heads, R', d]."""
+    return x[None] if keep is None else x[None, :, keep]
+
+
+def _in_one_row(x: Tensor) -> Tensor:
+    """[B, heads, R, d] -> [1, heads, B R, d]."""
+    return x.transpose(0, 1).flatten(1, 2)[None]
 
 
 class GlmImageKVCache:

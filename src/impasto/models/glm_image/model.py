@@ -1,50 +1,47 @@
 """GlmImageTransformer2DModel: the denoiser of GLM-Image.
 
-Latents are denoised together with the glyphs' text; what the picture is to show comes as the tokens of an
+Latents are denoised together with the glyphs' text; what the image is to show comes as the tokens of an
 autoregressive model, the prior, one for each image token. A forward pass is three stages::
 
     context    = model.encode_context(text_embeds, mask, prior_token_id, prior_token_drop, height, width)
     modulation = model.modulate(timestep, target_size, crop_coords)     # once a step, or once for all steps
     output     = model.denoise(latents, context, modulation)
 
-Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, R reference tokens, d channels of a
+Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens, R reference tokens, d channels of a
 head, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
+from ...nn.changes import is_compiled
 from ...nn.embeddings import rotary_2d
 from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.precision import checkpointed
+from ...nn.tokens import Layout, is_tracing
 from ..base import Model
+from ..compat import GradientCheckpointing
+from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
 from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
+from .places import Places, mixed_places, places_of
 
-__all__ = [
-    "GlmImageContext",
-    "GlmImageKVCache",
-    "GlmImageModulation",
-    "GlmImageReferences",
-    "GlmImageTransformer2DModel",
-]
-
-#: One pair of cosines and sines [N, d] for all pictures, or a pair for each.
+#: One pair of cosines and sines [N, d] for all images, or a pair for each.
 Rotary = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 
-class GlmImageTransformer2DModel(Model):
+class GlmImageTransformer2DModel(GradientCheckpointing, Model):
     """Predicts the velocity of latents, given glyphs, the prior's tokens, timestep and size.
 
     Arguments are those of the diffusers class of this name. The released model has 32 heads of 128.
@@ -108,7 +105,6 @@ class GlmImageTransformer2DModel(Model):
         self.patch_size = patch_size
         self.text_channels = text_embed_dim
         self.codebook_size = prior_vq_quantizer_codebook_size
-        self.gradient_checkpointing = False
 
         self.image_projector = ImageProjector(in_channels, width, patch_size)
         self.glyph_projector = FeedForward(text_embed_dim, "gelu", hidden=width, out=width)
@@ -120,8 +116,6 @@ class GlmImageTransformer2DModel(Model):
         )
         self.norm_out = AdaLayerNormContinuous(width, time_embed_dim)
         self.proj_out = nn.Linear(width, patch_size**2 * out_channels)
-
-    # The three stages
 
     def encode_context(
         self,
@@ -138,16 +132,16 @@ class GlmImageTransformer2DModel(Model):
         Args:
             text_embeds: [B, M, text_embed_dim]; M may be 0.
             mask: [B, M], true (or 1) keeps; or [B, 1, M], a bias added to the scores, where -10000 discards.
-            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all pictures.
+            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all images.
             prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
             height, width: of the latents.
-            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a picture.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a image.
 
         Raises:
             InputError: a shape that does not fit, with the shape that would.
         """
         rows, columns = height // self.patch_size, width // self.patch_size
-        self._check_text(text_embeds, mask)
+        check_text(text_embeds, mask, self.text_channels, "attention_mask")
         batch, tokens = text_embeds.shape[0], rows * columns
         if prior_token_id.ndim == 1:
             prior_token_id = prior_token_id.expand(batch, -1)
@@ -156,7 +150,7 @@ class GlmImageTransformer2DModel(Model):
         if tuple(prior_token_id.shape) != (batch, tokens):
             raise InputError(
                 f"prior_token_id has shape {list(prior_token_id.shape)}; latents of {height} x {width} are "
-                f"{rows} x {columns} tokens, of {batch} pictures: expected {[batch, tokens]}"
+                f"{rows} x {columns} tokens, of {batch} images: expected {[batch, tokens]}"
             )
         if prior_token_id.is_floating_point() or prior_token_id.dtype == torch.bool:
             raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
@@ -183,7 +177,7 @@ class GlmImageTransformer2DModel(Model):
 
         Args:
             timestep: [B], integers or fractions in the units of training (0 to 999).
-            target_size: [B, 2], the picture's height and width in pixels.
+            target_size: [B, 2], the image's height and width in pixels.
             crop_coords: [B, 2], where in it the crop begins, from the top and from the left.
         """
         for name, numbers in (("target_size", target_size), ("crop_coords", crop_coords)):
@@ -194,59 +188,77 @@ class GlmImageTransformer2DModel(Model):
 
     def denoise(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Tensor],
         context: GlmImageContext,
         modulation: GlmImageModulation,
         references: GlmImageReferences | None = None,
-    ) -> Tensor:
-        """Predict [B, out_channels, H, W] from latents [B, in_channels, H, W]; image and text see the references."""
-        return self._denoise(latents, context, modulation, references, keep=False)[0]
+    ) -> Any:
+        """Predict the velocity of latents; image and text see the references.
+
+        Args:
+            latents: [B, in_channels, H, W], or B of [in_channels, H, W] in any sizes.
+
+        Returns:
+            [B, out_channels, H, W], or B of [out_channels, H, W].
+        """
+        if isinstance(latents, Tensor):
+            return self._predict([latents], context, modulation, references)[0][0]
+        if len({image.shape for image in latents}) == 1:
+            return [*self.denoise(torch.stack([*latents]), context, modulation, references)]
+        images = [image[None] for image in latents]
+        return [output[0] for output in self._predict(images, context, modulation, references)[0]]
 
     def encode_references(
         self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation
     ) -> GlmImageReferences:
-        """Every layer's keys and values of images [B, in_channels, H, W], for the pictures that refer to them.
+        """Every layer's keys and values of images [B, in_channels, H, W], for the images that refer to them.
 
         The context is of the images' own prior tokens, and of no text; the timestep is 0: they have no noise.
         """
-        references = self._denoise(latents, context, modulation, None, keep=True)[1]
-        assert references is not None
-        return references
+        return self._encode_references([latents], context, modulation)[1]
 
-    def _denoise(
+    def _encode_references(
+        self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation
+    ) -> tuple[Tensor, GlmImageReferences]:
+        outputs, layers, places = self._predict(batches, context, modulation, None)
+        keys, values = zip(*layers, strict=True)
+        return outputs[0], GlmImageReferences(keys, values, None if context.bias is None else places.bias)
+
+    def _predict(
         self,
-        latents: Tensor,
+        batches: Sequence[Tensor],
         context: GlmImageContext,
         modulation: GlmImageModulation,
         references: GlmImageReferences | None,
-        keep: bool,
-    ) -> tuple[Tensor, GlmImageReferences | None]:
-        height, width = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
-        image = self.image_projector(latents) + context.prior  # [B, N, D]
-        text = context.text  # [B, M, D]
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Places]:
+        """Outputs of one batch [B, C, H, W], or of a mixed batch of several [1, C, H, W]; its keys and values."""
+        p, mixed = self.patch_size, len(batches) > 1
+        grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
+        dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
+        contexts = [context]
+        if mixed:
+            contexts = [context.select([i]) for i in range(context.rows)] if dynamic else context.each()
         if references is not None:
-            references = references.for_batch(latents.shape[0])
-        bias = _joint_bias(context, image, references)  # [B, 1, 1, R + M + N]
-        rotary = (context.cos, context.sin)
+            references = references.for_batch(sum(map(len, batches)))
+        parts = [
+            torch.cat([one.text, self.image_projector(latents) + one.prior], dim=1)  # [B, M + N, D]
+            for latents, one in zip(batches, contexts, strict=True)
+        ]
+        x = torch.cat([part[0] for part in parts]) if mixed else parts[0]  # [B, S, D], or [T, D]
+        places = mixed_places(contexts, references, dynamic) if mixed else places_of(context, references)
+        pasts = [None] * len(self.transformer_blocks) if references is None else references.of_layers(mixed, dynamic)
 
-        kept: list[tuple[Tensor, Tensor]] = []
-        for i, block in enumerate(self.transformer_blocks):
-            past = None if references is None else (references.keys[i], references.values[i])
-            arguments = (image, text, modulation.embedded, rotary, past, bias)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                image, text, key, value = checkpointed(block, *arguments)
-            else:
-                image, text, key, value = block(*arguments)
-            if keep:
-                kept.append((key, value))
+        inside = places.as_tensors() if dynamic else places
+        layers: list[tuple[Tensor, Tensor]] = []
+        for block, past in zip(self.transformer_blocks, pasts, strict=True):
+            run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
+            x, *key_value = run(x, modulation.embedded, inside, past)
+            layers.append((key_value[0], key_value[1]))
 
-        tokens = self.proj_out(self.norm_out(image, modulation.embedded))  # [B, N, C * p * p]
-        output = unpatchify_channels_first(tokens, height, width, self.patch_size)  # [B, C, H, W]
-        if not keep:
-            return output, None
-        keys, values = zip(*kept, strict=True)
-        seen = None if context.bias is None else bias
-        return output, GlmImageReferences(keys, values, seen)
+        layout = Layout.of([one.prior.shape[1] for one in contexts], x.device) if mixed else None
+        x = self.proj_out(self.norm_out(places.image_tokens(x), modulation.embedded, layout))  # [B, N, C * p * p]
+        outputs = [x] if layout is None else [one[None] for one in layout.split(x)]
+        return [unpatchify_channels_first(o, *grid, p) for o, grid in zip(outputs, grids, strict=True)], layers, places
 
     def forward(
         self,
@@ -269,17 +281,17 @@ class GlmImageTransformer2DModel(Model):
             hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W.
             encoder_hidden_states: glyph embeddings [B, M, text_embed_dim], or what ``encode_context`` made, in place of
                 them, of the prior's tokens and of the positions.
-            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all pictures.
+            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all images.
             prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
             timestep: [B] (or one for all), or what ``modulate`` made, in place of it, of size and crop.
-            target_size: [B, 2] (or one for all), the picture's height and width in pixels.
+            target_size: [B, 2] (or one for all), the image's height and width in pixels.
             crop_coords: [B, 2] (or one for all), where in it the crop begins, from the top and from the left.
             attention_kwargs: accepted as documented; attention takes none (``scale`` is ignored).
             return_dict: False returns a plain tuple.
             attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M], where -10000
                 discards.
             kv_caches: reference images: a cache, read or written as its mode says, or what ``encode_references`` made.
-            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a picture.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a image.
 
         Returns:
             ``.sample``: [B, out_channels, H, W].
@@ -287,10 +299,10 @@ class GlmImageTransformer2DModel(Model):
         Raises:
             InputError: a shape that does not fit, with the shape that would; or something missing.
         """
-        self._check_latents(hidden_states)
+        batches = as_batches(hidden_states, self.in_channels, self.patch_size)
         if attention_kwargs and set(attention_kwargs) - {"scale"}:
             raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
-        batch, _, height, width = hidden_states.shape
+        batch = sum(map(len, batches))
         if isinstance(encoder_hidden_states, GlmImageContext):
             replaced = {
                 "prior_token_id": prior_token_id,
@@ -306,8 +318,8 @@ class GlmImageTransformer2DModel(Model):
                     "prior_token_id is None; give a token for each image token. Where nothing is to be told, zeros, "
                     "with prior_token_drop of ones"
                 )
-            arguments = (encoder_hidden_states, attention_mask, prior_token_id, prior_token_drop, height, width)
-            context = self.encode_context(*arguments, image_rotary_emb)
+            per_image = (attention_mask, prior_token_id, prior_token_drop, image_rotary_emb)
+            context = self._contexts(batches, encoder_hidden_states, per_image)
         if isinstance(timestep, GlmImageModulation):
             _require_none({"target_size": target_size, "crop_coords": crop_coords}, "timestep is a modulation, of")
             modulation = timestep
@@ -315,31 +327,36 @@ class GlmImageTransformer2DModel(Model):
             given = {"timestep": timestep, "target_size": target_size, "crop_coords": crop_coords}
             missing = [name for name, value in given.items() if value is None]
             if missing:
-                raise InputError(f"{missing[0]} is None; give one for the batch or one for each picture")
-            times = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
-            if len(times) not in (1, batch):
-                raise InputError(f"timestep has {len(times)} values for {batch} pictures; give 1 or {batch}")
+                raise InputError(f"{missing[0]} is None; give one for the batch or one for each image")
+            times = as_timesteps(timestep, batch, batches[0].device)
             modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
-        self._check_rows(hidden_states, context, modulation)
+        self._check_rows(batches, context, modulation)
 
+        references = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
             references = kv_caches.read() if kv_caches.mode == "read" else None
-            writes = kv_caches.mode == "write"
-            output, written = self._denoise(hidden_states, context, modulation, references, keep=writes)
-            if written is not None:
-                kv_caches.write(written)
+        output: Any
+        if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
+            output, written = self._encode_references(batches, context, modulation)
+            kv_caches.write(written)
         else:
-            output = self.denoise(hidden_states, context, modulation, kv_caches)
+            output = self.denoise(hidden_states, context, modulation, cast(GlmImageReferences | None, references))
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    # Documented switches
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass, to save memory."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
+    def _contexts(self, batches: Sequence[Tensor], text: Tensor, per_image: Sequence[Any]) -> GlmImageContext:
+        """From text and mask, prior_token_id, prior_token_drop and image_rotary_emb; of a mixed batch, one each."""
+        mask, ids, drop, rotary = per_image
+        if len(batches) == 1 and isinstance(ids, Tensor):
+            height, width = batches[0].shape[-2:]
+            return self.encode_context(text, mask, ids, drop, height, width, rotary)
+        contexts = []
+        for i, latents in enumerate(batches):
+            own_ids, own_drop = (None if x is None else x[i].reshape(-1) for x in (ids, drop))
+            own_mask, own_rotary = (None if x is None else x[i : i + 1] for x in (mask, rotary))
+            (height, width), own_text = latents.shape[-2:], text[i : i + 1]
+            assert own_ids is not None
+            contexts.append(self.encode_context(own_text, own_mask, own_ids, own_drop, height, width, own_rotary))
+        return GlmImageContext.concat(contexts)
 
     # Checks
 
@@ -356,59 +373,30 @@ class GlmImageTransformer2DModel(Model):
             found = [[list(x.shape) for x in pair] for pair in pairs]
             raise InputError(
                 f"image_rotary_emb has shapes {found}; expected cosines and sines of {list(shape)}, as one pair, or "
-                f"one for each of {batch} pictures"
+                f"one for each of {batch} images"
             )
         cos, sin = (torch.stack(list(part))[:, None].to(device) for part in zip(*pairs, strict=True))
         return cos, sin
 
-    def _check_latents(self, latents: Tensor) -> None:
-        expected = f"[batch, {self.in_channels}, height, width] with sides that {self.patch_size} divides"
-        if latents.ndim != 4 or latents.shape[1] != self.in_channels:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-        if latents.shape[2] % self.patch_size or latents.shape[3] % self.patch_size or 0 in latents.shape[2:]:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-
-    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
-        if not isinstance(text, Tensor) or text.ndim != 3 or text.shape[2] != self.text_channels:
-            found = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
-            raise InputError(
-                f"encoder_hidden_states has shape {found}; expected [batch, tokens, {self.text_channels}], where there "
-                f"may be no tokens"
-            )
-        batch, tokens = text.shape[:2]
-        if mask is not None and tuple(mask.shape) not in {(batch, tokens), (batch, 1, tokens)}:
-            raise InputError(
-                f"attention_mask has shape {list(mask.shape)}; it masks text tokens: expected {[batch, tokens]} "
-                f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
-            )
-
-    def _check_rows(self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation) -> None:
-        batch, _, height, width = latents.shape
+    def _check_rows(self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation) -> None:
+        batch = sum(map(len, batches))
         if context.rows != batch:
-            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} pictures")
-        tokens = height // self.patch_size * (width // self.patch_size)
-        if context.prior.shape[1] != tokens:
-            raise InputError(
-                f"the context is of {context.prior.shape[1]} image tokens, and latents of {height} x {width} are "
-                f"{tokens}"
-            )
-        if modulation.embedded.shape[0] not in (1, batch):
-            raise InputError(
-                f"timestep holds {modulation.embedded.shape[0]} rows for {batch} pictures; give 1 or {batch}"
-            )
+            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
+        owners = [one for one in context.batches for _ in range(len(one.text) if len(batches) > 1 else 1)]
+        for latents, one in zip(batches, owners):
+            height, width = latents.shape[2:]
+            tokens = height // self.patch_size * (width // self.patch_size)
+            if one.prior.shape[1] != tokens:
+                raise InputError(
+                    f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are "
+                    f"{tokens}"
+                )
+        steps = len(modulation.embedded)
+        if steps != 1 and steps != batch:
+            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
 
 
 def _require_none(arguments: Mapping[str, Any], because: str) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise InputError(f"{because} {given[0]} already: leave {', '.join(given)} out")
-
-
-def _joint_bias(context: GlmImageContext, image: Tensor, references: GlmImageReferences | None) -> Tensor | None:
-    """The bias [B, 1, 1, R + M + N] of all keys: references, text, image; None where nothing is to be added."""
-    if context.bias is None and (references is None or references.bias is None):
-        return None
-    parts = [context.bias_or_zeros()]
-    if references is not None:
-        parts.insert(0, references.bias_or_zeros())
-    return F.pad(torch.cat([part.to(image.dtype) for part in parts], dim=3), (0, image.shape[1]))

@@ -6,35 +6,37 @@ A forward pass is three stages, from the one that is needed least often to the o
     modulation = model.modulate(timestep, conditions)       # once a step, or once for all steps
     output     = model.denoise(latents, context, modulation)
 
-Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, D width, L layers.
+Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens, D width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
+from ...nn.changes import is_compiled, is_plain
 from ...nn.embeddings import sincos_2d
-from ...nn.layers import TwoLayerMLP, gelu_tanh, modulate, unpatchify
+from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.precision import checkpointed
+from ...nn.tokens import Layout, is_tracing, register_methods
 from ..base import Model
+from ..compat import FusedProjections, GradientCheckpointing
+from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
-from .text import AbsorbedText, Modulation, PixArtContext, TextKeys, TextLayout, image_bias
-
-__all__ = ["Modulation", "PixArtContext", "PixArtTransformer2DModel"]
+from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
 
-class PixArtTransformer2DModel(Model):
+class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     """Predicts the noise (and, with twice the channels, its variance) in latents, given text and timestep.
 
     α and Σ differ by config alone. Arguments are those of the diffusers class of this name.
@@ -140,7 +142,6 @@ class PixArtTransformer2DModel(Model):
         self.base_size = sample_size // patch_size
         self.interpolation_scale = max(sample_size // 64, 1) if interpolation_scale is None else interpolation_scale
         self.use_additional_conditions = use_additional_conditions
-        self.gradient_checkpointing = False
 
         self.pos_embed = PatchEmbed(in_channels, width, patch_size)
         self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions)
@@ -161,6 +162,7 @@ class PixArtTransformer2DModel(Model):
             )
             for _ in range(num_layers)
         )
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
 
@@ -184,45 +186,37 @@ class PixArtTransformer2DModel(Model):
             if self.caption_projection is not None:
                 raise InputError(
                     "encoder_hidden_states is None, and this model projects captions; give text embeddings "
-                    "(those of the empty prompt for an unconditional picture)"
+                    "(those of the empty prompt for an unconditional image)"
                 )
-            return PixArtContext(None, None, None, None if mask is None else text_bias(mask))
-        self._check_text(text_embeds, mask)
+            return PixArtContext(ProjectedText(None, None if mask is None else text_bias(mask)[:, 0]))
+        check_text(text_embeds, mask, self.text_channels, "encoder_attention_mask")
         if not self.has_cross_attention:
-            return PixArtContext(None, None, None, None)
-        bias = None if mask is None else text_bias(mask)
-        layout = None
-        if bias is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            layout = TextLayout.of(bias)
-            text_embeds, bias = layout.pack(text_embeds), layout.pack_bias(bias)  # [1, T, C]: the real tokens alone
-
-        text = text_embeds if self.caption_projection is None else self.caption_projection(text_embeds)  # [B, M, D]
-        if torch.is_grad_enabled():
-            return PixArtContext(text, None, None, bias)
-        if self._holds_rows(text):
-            return PixArtContext(None, None, None, None, self._encode_rows(text, bias, layout))
-        pairs = [cast(PixArtBlock, block).encode_text(text) for block in self.transformer_blocks]
-        if layout is not None:
-            pairs = [(layout.unpack(key), layout.unpack(value)) for key, value in pairs]
-        return PixArtContext(None, tuple(key for key, _ in pairs), tuple(value for _, value in pairs), bias)
+            return PixArtContext(ProjectedText(None, None))
+        bias = None if mask is None else text_bias(mask)[:, 0]  # [B, 1, M]
+        project = self.caption_projection or nn.Identity()
+        if torch.is_grad_enabled() or is_tracing():
+            return PixArtContext(ProjectedText(project(text_embeds), bias))
+        rows, biases = kept_rows(text_embeds, bias)  # B of [M, C] and of [M], no longer padded
+        lengths = [len(row) for row in rows]
+        rows = project(torch.cat(rows)).split(lengths)  # B of [M, D]
+        projected = ProjectedText(pad(rows), bias_of(lengths, biases, text_embeds))
+        if self._is_watched():
+            return PixArtContext(projected)
+        register_methods(self.transformer_blocks, "encode_text")
+        separate = self._keeps_rows(text_embeds)
+        layers = [cast(PixArtBlock, block).encode_text(rows, biases, separate) for block in self.transformer_blocks]
+        return PixArtContext(projected, tuple(layers))
 
     @staticmethod
-    def _holds_rows(text: Tensor) -> bool:
+    def _keeps_rows(text: Tensor) -> bool:
         """Only on the CPU: rows of several lengths are no static graph, and small products do not fill a GPU."""
-        return text.device.type == "cpu" and not torch.compiler.is_compiling()
+        return text.device.type == "cpu"
 
-    def _encode_rows(
-        self, text: Tensor, bias: Tensor | None, layout: TextLayout | None
-    ) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
-        """Each row of a projected text [B, M, D], or of a packed one [1, T, D], for each layer."""
-        lengths = [text.shape[1]] * text.shape[0] if layout is None else layout.lengths
-        rows = text.flatten(0, 1).split(lengths)  # B of [M, D]
-        biases: list[Tensor | None] = [None] * len(rows)
-        if bias is not None:  # that of padding adds nothing to what is kept
-            kept = [bias[i, 0, 0, :length] for i, length in enumerate(lengths)]
-            biases = [row if bool(row.any()) else None for row in kept]
-        layers = [cast(PixArtBlock, block).encode_rows(rows, biases) for block in self.transformer_blocks]
-        return tuple(zip(*layers, strict=True))
+    def _is_watched(self) -> bool:
+        """Whether someone expects calls of an attention: then these are made, on [B, N, D] and the padded text."""
+        blocks = cast(Sequence[PixArtBlock], self.transformer_blocks)
+        attentions = [attention for block in blocks for attention in (block.attn1, block.attn2)]
+        return not all(attention is None or is_plain(attention, Attention) for attention in attentions)
 
     def modulate(self, timestep: Tensor, conditions: Mapping[str, Tensor | None] | None = None) -> Modulation:
         """Embed timesteps and micro-conditions.
@@ -235,36 +229,82 @@ class PixArtTransformer2DModel(Model):
         modulation: Modulation = self.adaln_single(timestep, conditions or {})
         return modulation
 
+    @overload
+    def denoise(
+        self, latents: Tensor, context: PixArtContext, modulation: Modulation, attention_mask: Tensor | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def denoise(
+        self, latents: Sequence[Tensor], context: PixArtContext, modulation: Modulation, attention_mask: None = None
+    ) -> list[Tensor]: ...
+
     def denoise(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Tensor],
         context: PixArtContext,
         modulation: Modulation,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Predict [B, out_channels, H, W] from latents [B, in_channels, H, W]; ``attention_mask`` as in forward."""
-        height, width = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
-        x = self.pos_embed(latents)  # [B, N, D]
-        x = x + sincos_2d(self.inner_dim, height, width, self.base_size, self.interpolation_scale, x.device).to(x.dtype)
+    ) -> Tensor | list[Tensor]:
+        """Predict the noise in latents.
 
-        self_bias = image_bias(attention_mask, x)  # [B, 1, 1, N]
-        for i, block in enumerate(self.transformer_blocks):
-            text = context.text if context.keys is None else None
-            key_value = None if context.keys is None or context.values is None else (context.keys[i], context.values[i])
-            rows = None if context.by_row is None else [row[i] for row in context.by_row]
-            arguments = (x, modulation.shared, text, key_value, context.bias, self_bias, rows)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpointed(block, *arguments)  # [B, N, D]
-            else:
-                x = block(*arguments)  # [B, N, D]
+        Args:
+            latents: [B, in_channels, H, W], or B of [in_channels, H, W] in any sizes.
+            attention_mask: as in ``forward``.
+
+        Returns:
+            [B, out_channels, H, W], or B of [out_channels, H, W].
+        """
+        if isinstance(latents, Tensor):
+            return self._predict([latents], context, modulation, attention_mask)[0]
+        if len({image.shape for image in latents}) == 1:  # one size
+            return [*self.denoise(torch.stack([*latents]), context, modulation, attention_mask)]
+        images = [image[None] for image in latents]
+        if self._is_watched():
+            return [
+                self.denoise(image, context.select([i]), modulation.select([i % len(modulation.shared)]))[0]
+                for i, image in enumerate(images)
+            ]
+        return [output[0] for output in self._predict(images, context, modulation)]
+
+    def _predict(
+        self,
+        batches: Sequence[Tensor],
+        context: PixArtContext,
+        modulation: Modulation,
+        attention_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """One batch [B, C, H, W], or a mixed batch of several [1, C, H, W]."""
+        p = self.patch_size
+        grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
+        embedded = [self._embed(latents, *grid) for latents, grid in zip(batches, grids, strict=True)]
+        counts = [rows * columns for rows, columns in grids]
+        layout = None if len(batches) == 1 else Layout.of(counts, batches[0].device)
+        x = embedded[0] if layout is None else torch.cat([tokens[0] for tokens in embedded])  # [B, N, D] or [T, D]
+
+        bias = image_bias(attention_mask, x)  # [B, 1, N]
+        if self._is_watched():
+            context = PixArtContext(context.projected)
+        dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
+        texts = context.of_layers(len(self.transformer_blocks), layout, dynamic)
+        places = layout.as_tensors() if layout is not None and dynamic else layout
+        for block, text in zip(self.transformer_blocks, texts, strict=True):
+            run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
+            x = run(x, modulation.shared, text, bias, places)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
-        x = modulate(F.layer_norm(x, (self.inner_dim,), eps=1e-6), shift, scale)
-        return unpatchify(self.proj_out(x), height, width, self.patch_size)  # [B, out_channels, H, W]
+        x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout))
+        outputs = [x] if layout is None else [one[None] for one in layout.split(x)]
+        return [unpatchify(out, *grid, p) for out, grid in zip(outputs, grids, strict=True)]
+
+    def _embed(self, latents: Tensor, rows: int, columns: int) -> Tensor:
+        x: Tensor = self.pos_embed(latents)  # [B, N, D]
+        positions = sincos_2d(self.inner_dim, rows, columns, self.base_size, self.interpolation_scale, x.device)
+        return x + positions.to(x.dtype)
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | Sequence[Tensor],
         encoder_hidden_states: Tensor | PixArtContext | None = None,
         timestep: Tensor | Modulation | None = None,
         added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
@@ -276,7 +316,8 @@ class PixArtTransformer2DModel(Model):
         """Predict the noise in latents.
 
         Args:
-            hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W.
+            hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W. Or B of [in_channels, H, W],
+                in any sizes.
             encoder_hidden_states: text embeddings [B, M, caption_channels], or what ``encode_context`` made.
             timestep: [B] (or one for all), or what ``modulate`` made.
             added_cond_kwargs: the micro-conditions ``resolution`` [B, 2] and ``aspect_ratio`` [B, 1].
@@ -288,17 +329,17 @@ class PixArtTransformer2DModel(Model):
             return_dict: False returns a plain tuple.
 
         Returns:
-            ``.sample``: [B, out_channels, H, W].
+            ``.sample``: [B, out_channels, H, W], or B of [out_channels, H, W].
 
         Raises:
             InputError: a shape that does not fit, with the shape that would.
         """
-        self._check_latents(hidden_states)
+        batches = as_batches(hidden_states, self.in_channels, self.patch_size)
         if cross_attention_kwargs and set(cross_attention_kwargs) - {"scale"}:
             raise InputError(
                 f"cross_attention_kwargs {sorted(cross_attention_kwargs)}: PixArt's attention takes none of them"
             )
-        batch = hidden_states.shape[0]
+        batch = sum(map(len, batches))
         if isinstance(encoder_hidden_states, PixArtContext):
             context = encoder_hidden_states
         else:
@@ -306,83 +347,34 @@ class PixArtTransformer2DModel(Model):
         if isinstance(timestep, Modulation):
             modulation = timestep
         else:
-            modulation = self.modulate(_timesteps(timestep, batch, hidden_states.device), added_cond_kwargs)
-        self._check_rows(hidden_states, context, modulation)
-        output = self.denoise(hidden_states, context, modulation, attention_mask)
+            modulation = self.modulate(as_timesteps(timestep, batch, batches[0].device), added_cond_kwargs)
+        self._check_rows(batches, context, modulation)
+        if attention_mask is not None and not isinstance(hidden_states, Tensor):
+            raise InputError("attention_mask masks the tokens of images of one size: give their latents as one tensor")
+        output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
-
-    # Documented switches
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass, to save memory."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-
-    def fuse_qkv_projections(self) -> None:
-        """One product for query, key and value of self-attention, and one for key and value of cross-attention.
-
-        The state dict stays as it is. Raises ``ConfigurationError`` where an adapter wraps a projection.
-        """
-        try:
-            for block in self.transformer_blocks:
-                cast(PixArtBlock, block).fuse()
-        except ConfigurationError:
-            self.unfuse_qkv_projections()
-            raise
-
-    def unfuse_qkv_projections(self) -> None:
-        """Undo ``fuse_qkv_projections``."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.unfuse()
-
-    def set_default_attn_processor(self) -> None:
-        """Go back to the default attention: that is, undo ``fuse_qkv_projections``."""
-        self.unfuse_qkv_projections()
 
     # Checks and loading
 
-    def _check_latents(self, latents: Tensor) -> None:
-        expected = f"[batch, {self.in_channels}, height, width] with sides that {self.patch_size} divides"
-        if latents.ndim != 4 or latents.shape[1] != self.in_channels:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-        if latents.shape[2] % self.patch_size or latents.shape[3] % self.patch_size or 0 in latents.shape[2:]:
-            raise InputError(f"hidden_states has shape {list(latents.shape)}; expected {expected}")
-
-    def _check_text(self, text: Tensor, mask: Tensor | None) -> None:
-        if text.ndim != 3 or self.text_channels not in (None, text.shape[2]):
-            raise InputError(
-                f"encoder_hidden_states has shape {list(text.shape)}; expected [batch, tokens, {self.text_channels}]"
-            )
-        batch, tokens = text.shape[:2]
-        if mask is not None and tuple(mask.shape) not in {(batch, tokens), (batch, 1, tokens)}:
-            raise InputError(
-                f"encoder_attention_mask has shape {list(mask.shape)}; expected {[batch, tokens]} (1 keeps) "
-                f"or {[batch, 1, tokens]} (a bias)"
-            )
-
-    def _check_rows(self, latents: Tensor, context: PixArtContext, modulation: Modulation) -> None:
-        batch, _, height, width = latents.shape
-        if context.rows not in (None, batch):
-            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} pictures")
-        if torch.is_grad_enabled() and context.by_row is not None and self._learns():
+    def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
+        batch, rows, bias = sum(map(len, batches)), context.rows, context.projected.bias
+        if rows is not None and rows != batch:
+            raise InputError(f"encoder_hidden_states holds {rows} texts for {batch} images")
+        if torch.is_grad_enabled() and context.layers is not None and self._learns():
             raise InputError(
                 "encoder_hidden_states is a context that was made without gradients, and gradients are recorded: make "
                 "it where they are, or call the model under torch.no_grad()"
             )
-        if context.rows is None and context.bias is not None and self.has_cross_attention:
-            tokens = height // self.patch_size * (width // self.patch_size)
-            if tuple(context.bias.shape) != (batch, 1, 1, tokens):
+        if rows is None and bias is not None and self.has_cross_attention:
+            tokens = batches[0].shape[2] // self.patch_size * (batches[0].shape[3] // self.patch_size)
+            if len(batches) > 1 or bias.shape != (batch, 1, tokens):
                 raise InputError(
                     f"without text, encoder_attention_mask masks the image tokens: expected {[batch, tokens]} "
                     f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
                 )
-        if modulation.shared.shape[0] not in (1, batch):
-            raise InputError(
-                f"timestep holds {modulation.shared.shape[0]} rows for {batch} pictures; give 1 or {batch}"
-            )
+        steps = len(modulation.shared)
+        if steps != 1 and steps != batch:
+            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
 
     def _learns(self) -> bool:
         return any(p.requires_grad for p in self.transformer_blocks.parameters())
@@ -394,12 +386,3 @@ class PixArtTransformer2DModel(Model):
             found = any(name.startswith("adaln_single.emb.resolution_embedder") for name in stored_names)
             config = {**config, "use_additional_conditions": found}
         return config
-
-
-def _timesteps(timestep: Tensor | float | None, batch: int, device: torch.device) -> Tensor:
-    if timestep is None:
-        raise InputError("timestep is None; give one number for the batch or one for each picture")
-    timesteps = torch.as_tensor(timestep, device=device).reshape(-1)
-    if timesteps.shape[0] not in (1, batch):
-        raise InputError(f"timestep has {timesteps.shape[0]} values for {batch} pictures; give 1 or {batch}")
-    return timesteps

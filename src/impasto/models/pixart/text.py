@@ -1,170 +1,256 @@
-"""What PixArt's denoiser reads beside latents: the text, made once a prompt, and the modulation, once a step.
+"""What PixArt's denoiser reads in addition to latents: the text, made once a prompt, and the modulation, once a step.
 
-Shapes: B pictures, N image tokens, M text tokens, C channels, D width, L layers.
+Shapes: B images, N image tokens, M text tokens, T tokens of a mixed batch, D width, d channels of a head, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import InputError
+from ...nn.backends.absorbed import AbsorbedText, absorb, can_absorb
+from ...nn.tokens import Layout
 
 
-class AbsorbedText(NamedTuple):
-    """One row's text of M tokens, absorbed into a layer's query and output projections.
+class ProjectedText(NamedTuple):
+    """The text as it enters the blocks, each of which makes its own keys and values by calling ``attn2`` as a module.
 
-    The scores x W_q kᵀ are x (W_q kᵀ), and p v W_o is p (v W_o): with fewer tokens than a head has channels, that
-    is less to multiply. A single token has weight 1 in every head: its cross-attention is a constant.
+    So it is where gradients flow, in a graph of the whole model, and where someone watches ``attn2``.
     """
 
-    scores: Tensor | None  # [D, M * heads], scaled; None for the constant
-    offsets: Tensor | None  # [M * heads]: what the query's bias and the text's bias add to the scores
-    values: Tensor  # [M * heads, D], the output's bias among them; [1, D] for the constant
+    text: Tensor | None  # [B, M, D]; None: the image tokens attend to themselves
+    bias: Tensor | None  # [B, 1, M], added to the scores; -inf discards
+
+    def attend(self, attn2: Any, x: Tensor) -> Tensor:
+        batched = x if x.ndim == 3 else x[None]
+        attended: Tensor = attn2(batched, self.text, self.bias)
+        return x + attended.view_as(x)
+
+    def select(self, rows: slice | Tensor | list[int]) -> ProjectedText:
+        return ProjectedText(*(None if x is None else x[rows] for x in self))
+
+    def padded(self, length: int) -> ProjectedText:
+        """The same with discarded tokens up to a length."""
+        assert self.text is not None
+        more = length - self.text.shape[1]
+        bias = self.text.new_zeros(len(self.text), 1, self.text.shape[1]) if self.bias is None else self.bias
+        return ProjectedText(F.pad(self.text, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf))
 
 
 class TextKeys(NamedTuple):
-    """One row's text of M tokens as a layer's keys and values."""
+    """A layer's keys and values of the text, padded to one length."""
 
-    key: Tensor  # [heads, M, head_dim]
-    value: Tensor  # [heads, M, head_dim]
-    bias: Tensor | None  # [M], added to the scores
+    key: Tensor  # [B, heads, M, d]
+    value: Tensor  # [B, heads, M, d]
+    bias: Tensor | None  # [B, 1, 1, M]
+
+    def attend(self, attn2: Any, x: Tensor) -> Tensor:
+        batched = x if x.ndim == 3 else x[None]
+        attended: Tensor = attn2.attend(attn2.to_q(batched), self.key, self.value, self.bias)
+        return x + attended.view_as(x)
+
+    def select(self, rows: slice | Tensor | list[int]) -> TextKeys:
+        return TextKeys(self.key[rows], self.value[rows], None if self.bias is None else self.bias[rows])
+
+    def separate(self) -> list[TextKeys | AbsorbedText]:
+        """Each image's, without padding."""
+        one = [self.select(slice(i, i + 1)) for i in range(len(self.key))]
+        if self.bias is None:
+            return [*one]
+        lengths = (self.bias[:, 0, 0] > -torch.inf).sum(dim=1).tolist()
+        return [
+            TextKeys(row.key[:, :, :length], row.value[:, :, :length], row.bias[..., :length])
+            for row, length in zip(one, lengths, strict=True)
+            if row.bias is not None
+        ]
+
+    def padded(self, length: int) -> TextKeys:
+        """The same with discarded tokens up to a length."""
+        more = length - self.key.shape[2]
+        bias = self.key.new_zeros(len(self.key), 1, 1, self.key.shape[2]) if self.bias is None else self.bias
+        key, value = (F.pad(x, (0, 0, 0, more)) for x in (self.key, self.value))
+        return TextKeys(key, value, F.pad(bias, (0, more), value=-torch.inf).to(key.dtype))
+
+
+#: The text in one layer, of a batch or of each image by itself.
+LayerText: TypeAlias = ProjectedText | TextKeys | list[TextKeys | AbsorbedText] | list[ProjectedText]
+
+
+def attend_text(attn2: Any, x: Tensor, text: LayerText, layout: Layout | None = None) -> Tensor:
+    """x [B, N, D], or [T, D] with a layout, plus its cross-attention to the text."""
+    if attn2 is None:
+        return x
+    if not isinstance(text, list):
+        return text.attend(attn2, x)
+    rows = x if layout is None else layout.split(x)  # B of [N, D]
+    changed = [one.attend(attn2, row) for one, row in zip(text, rows, strict=True)]
+    return torch.stack(changed) if layout is None else torch.cat(changed)
+
+
+def encode_layer(attn2: Any, rows: Sequence[Tensor], biases: Sequence[Tensor | None], separate: bool) -> LayerText:
+    """The text of B images in a layer.
+
+    Args:
+        rows: the projected text of each, [M, D].
+        biases: of each, [M].
+        separate: each image's by itself, and absorbed if that is less work; otherwise padded to one length.
+    """
+    if separate:
+        pairs = zip(rows, biases, strict=True)
+        return [
+            absorb(attn2, text, bias) if can_absorb(attn2, len(text)) else _keys_of(attn2, text, bias)
+            for text, bias in pairs
+        ]
+    keys_values = attn2.keys_values(torch.cat([*rows])[None])  # two of [1, heads, sum of M, d]
+    lengths = [len(row) for row in rows]
+    # pad_sequence takes [M, heads, d] each
+    key, value = (pad(x[0].transpose(0, 1).split(lengths)).transpose(1, 2) for x in keys_values)
+    bias = bias_of(lengths, biases, key)
+    return TextKeys(key, value, None if bias is None else bias[:, None])
+
+
+def _keys_of(attn2: Any, text: Tensor, bias: Tensor | None) -> TextKeys:
+    key, value = attn2.keys_values(text[None])
+    return TextKeys(key, value, None if bias is None else bias[None, None, None])
+
+
+def pad(rows: Sequence[Tensor]) -> Tensor:
+    """B of [M, ...] -> [B, longest M but at least 1, ...]; what is not there is 0."""
+    padded = pad_sequence([*rows], batch_first=True)
+    return padded if padded.shape[1] else padded.new_zeros(len(rows), 1, *padded.shape[2:])
+
+
+def bias_of(lengths: Sequence[int], biases: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """The bias [B, 1, M] of rows [M] padded to the longest; None if it adds nothing."""
+    longest = max(1, *lengths)
+    if min(lengths) == longest and all(bias is None for bias in biases):
+        return None
+    bias = torch.full((len(lengths), 1, longest), -torch.inf, dtype=torch.float32, device=like.device)
+    for i, (length, row) in enumerate(zip(lengths, biases, strict=True)):
+        bias[i, 0, :length] = 0.0 if row is None else row
+    return bias
+
+
+def kept_rows(text: Tensor, bias: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The tokens of text [B, M, C] that a bias [B, 1, M] keeps, B of [M, C], and their biases; None if all are 0."""
+    if bias is None:
+        return [*text], [None] * len(text)
+    keep = bias[:, 0] > -torch.inf  # [B, M]
+    rows, kept = [*text[keep].split(keep.sum(dim=1).tolist())], [row[some] for row, some in zip(bias[:, 0], keep)]
+    return rows, [row if bool(row.any()) else None for row in kept]
 
 
 class PixArtContext(NamedTuple):
     """What the denoiser needs of the text, made once a prompt.
 
-    Where gradients flow it holds the projected text, and each block makes its own keys and values, inside its
-    forward. In inference it holds every layer's: padded to one length on accelerators, which want one shape, and row
-    by row on the CPU, short ones absorbed. Without any text, blocks attend to their own image tokens.
+    In inference it also holds what every layer makes of it: on the CPU of each image by itself, short texts absorbed;
+    on accelerators, which want one shape, padded.
     """
 
-    text: Tensor | None  # [B, M, D]
-    keys: tuple[Tensor, ...] | None  # L of [B, heads, M, head_dim]
-    values: tuple[Tensor, ...] | None  # L of [B, heads, M, head_dim]
-    bias: Tensor | None  # [B, 1, 1, M], added to the scores; -inf discards
-    by_row: tuple[tuple[AbsorbedText | TextKeys, ...], ...] | None = None  # B of L
-
-    def select(self, rows: slice | Tensor | list[int]) -> PixArtContext:
-        """The contexts of some rows of the batch."""
-
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows]
-
-        return PixArtContext(
-            text=take(self.text),
-            keys=None if self.keys is None else tuple(key[rows] for key in self.keys),
-            values=None if self.values is None else tuple(value[rows] for value in self.values),
-            bias=take(self.bias),
-            by_row=None if self.by_row is None else _chosen(self.by_row, rows),
-        )
-
-    @staticmethod
-    def concat(contexts: Sequence[PixArtContext]) -> PixArtContext:
-        """One batch of several; shorter texts are padded with discarded tokens."""
-        first = contexts[0]
-        if len({context._kind for context in contexts}) > 1:
-            raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
-        if any(context.by_row is not None for context in contexts):
-            return PixArtContext(None, None, None, None, tuple(row for c in contexts for row in c._unpadded()))
-        if first.some is None:
-            return _concat_without_text(contexts)
-        lengths = [context.length for context in contexts]
-        longest = max(lengths)
-
-        def padded(x: Tensor, dim: int) -> Tensor:
-            return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, longest - x.shape[dim]))
-
-        def layers(name: str) -> tuple[Tensor, ...] | None:
-            columns = [getattr(context, name) for context in contexts]
-            if columns[0] is None:
-                return None
-            return tuple(torch.cat([padded(x, 2) for x in layer]) for layer in zip(*columns, strict=True))
-
-        text = None if first.text is None else torch.cat([padded(c.text, 1) for c in contexts if c.text is not None])
-        bias: Tensor | None = None
-        if any(c.bias is not None for c in contexts) or len(set(lengths)) > 1:
-            bias = torch.cat([F.pad(c._bias_or_zeros(), (0, longest - c.length), value=-torch.inf) for c in contexts])
-        return PixArtContext(text, layers("keys"), layers("values"), bias)
-
-    def padded(self, multiple: int) -> PixArtContext:
-        """The keys and values padded to a multiple of tokens, always with a bias, which discards the padding.
-
-        So texts of many lengths are contexts of one shape. Elsewhere than in inference on accelerators, nothing
-        changes.
-        """
-        if self.keys is None or self.values is None:
-            return self
-        more = -self.length % multiple
-        return self._replace(
-            keys=tuple(F.pad(key, (0, 0, 0, more)) for key in self.keys),
-            values=tuple(F.pad(value, (0, 0, 0, more)) for value in self.values),
-            bias=F.pad(self._bias_or_zeros(), (0, more), value=-torch.inf).to(self.keys[0].dtype),
-        )
+    projected: ProjectedText
+    layers: tuple[LayerText, ...] | None = None  # L
 
     @property
     def rows(self) -> int | None:
         """How many texts there are, B; None without text."""
-        if self.by_row is not None:
-            return len(self.by_row)
-        return None if self.some is None else self.some.shape[0]
+        return None if self.projected.text is None else len(self.projected.text)
 
-    @property
-    def some(self) -> Tensor | None:
-        """Any tensor of the text, [B, ..., M, channels]; None without text."""
-        return self.text if self.keys is None else self.keys[0]
+    def of_layers(self, count: int, layout: Layout | None, dynamic: bool) -> Sequence[LayerText]:
+        """The text in each of ``count`` layers.
 
-    @property
-    def length(self) -> int:
-        """Number of text tokens, M."""
-        some = self.some
-        assert some is not None
-        return some.shape[-2]
+        Args:
+            layout: of a mixed batch.
+            dynamic: the blocks are compiled, so that tensors say which text an image token sees, and not numbers.
+        """
+        if layout is None:
+            return self.layers or [self.projected] * count
+        if dynamic:
+            return self._in_one_row(count, layout)
+        if self.layers is not None:
+            return [text.separate() if isinstance(text, TextKeys) else text for text in self.layers]
+        batch = len(layout.lengths)
+        if self.projected.text is None:
+            return [[ProjectedText(None, None)] * batch] * count
+        return [[self.projected.select(slice(i, i + 1)) for i in range(batch)]] * count
+
+    def _in_one_row(self, count: int, layout: Layout) -> Sequence[LayerText]:
+        text, bias = self.projected
+        if text is None:
+            return [ProjectedText(None, layout.bias(layout.rows, torch.float32)[:, 0])] * count
+        owners = torch.arange(len(text), device=text.device).repeat_interleave(text.shape[1])  # [B * M]
+        allowed = layout.bias(owners, torch.float32)[:, 0]  # [1, T, B * M]
+        whole = ProjectedText(text.flatten(0, 1)[None], allowed if bias is None else allowed + bias.reshape(1, 1, -1))
+        return [whole] * count
+
+    def select(self, rows: slice | Tensor | list[int]) -> PixArtContext:
+        """The contexts of some images of the batch."""
+        if self.layers is None:
+            return PixArtContext(self.projected.select(rows))
+        chosen = torch.arange(self.rows or 0)[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()].tolist()
+        return PixArtContext(
+            self.projected.select(rows),
+            tuple([text[i] for i in chosen] if isinstance(text, list) else text.select(rows) for text in self.layers),
+        )
+
+    @staticmethod
+    def concat(contexts: Sequence[PixArtContext]) -> PixArtContext:
+        """One batch of several; shorter texts are padded with discarded tokens where they are not kept separately."""
+        if len({context._kind for context in contexts}) > 1:
+            raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
+        projected = _joined([context.projected for context in contexts])
+        layers = [context.layers for context in contexts if context.layers is not None]
+        return PixArtContext(projected, tuple(map(_join_layer, zip(*layers, strict=True))) if layers else None)
+
+    def padded(self, multiple: int) -> PixArtContext:
+        """The keys and values padded to a multiple of tokens, always with a bias, which discards the padding.
+
+        So texts of many lengths are contexts of one shape. Other contexts stay as they are.
+        """
+        if self.layers is None or not all(isinstance(text, TextKeys) for text in self.layers):
+            return self
+        keys = [text for text in self.layers if isinstance(text, TextKeys)]
+        length = -(-keys[0].key.shape[2] // multiple) * multiple
+        return PixArtContext(self.projected.padded(length), tuple(text.padded(length) for text in keys))
 
     @property
     def _kind(self) -> str:
-        if self.by_row is not None or self.keys is not None:
+        if self.layers is not None:
             return "inference"
-        return "no text" if self.text is None else "training"
-
-    def _unpadded(self) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
-        if self.by_row is not None:
-            return self.by_row
-        assert self.keys is not None
-        assert self.values is not None
-        keep = self._bias_or_zeros()[:, 0, 0] > -torch.inf  # [B, M]
-        return tuple(
-            tuple(
-                TextKeys(
-                    key[row][:, kept], value[row][:, kept], None if self.bias is None else self.bias[row, 0, 0, kept]
-                )
-                for key, value in zip(self.keys, self.values, strict=True)
-            )
-            for row, kept in enumerate(keep)
-        )
-
-    def _bias_or_zeros(self) -> Tensor:
-        some = self.some
-        assert some is not None
-        return some.new_zeros(some.shape[0], 1, 1, self.length) if self.bias is None else self.bias
+        return "no text" if self.projected.text is None else "training"
 
 
-def _chosen(
-    by_row: tuple[tuple[AbsorbedText | TextKeys, ...], ...], rows: slice | Tensor | list[int]
-) -> tuple[tuple[AbsorbedText | TextKeys, ...], ...]:
-    chosen = torch.arange(len(by_row))[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()]
-    return tuple(by_row[i] for i in chosen.tolist())
+def _joined(parts: Sequence[ProjectedText]) -> ProjectedText:
+    biases = [part.bias for part in parts if part.bias is not None]
+    texts = [part.text for part in parts if part.text is not None]
+    if not texts:
+        if biases and len(biases) < len(parts):
+            raise InputError("contexts without text can only be joined if all of them have a mask, or none")
+        return ProjectedText(None, torch.cat(biases) if biases else None)
+    longest = max(text.shape[1] for text in texts)
+    if biases or len({text.shape[1] for text in texts}) > 1:
+        padded = [part.padded(longest) for part in parts]
+        texts = [part.text for part in padded if part.text is not None]
+        biases = [part.bias for part in padded if part.bias is not None]
+    return ProjectedText(torch.cat(texts), torch.cat(biases) if biases else None)
 
 
-def _concat_without_text(contexts: Sequence[PixArtContext]) -> PixArtContext:
-    biases = [context.bias for context in contexts if context.bias is not None]
-    if biases and len(biases) < len(contexts):
-        raise InputError("contexts without text can only be joined if all of them have a mask, or none")
-    return contexts[0]._replace(bias=torch.cat(biases) if biases else None)
+def _join_layer(texts: Sequence[LayerText]) -> LayerText:
+    keys = [text for text in texts if isinstance(text, TextKeys)]
+    if len(keys) < len(texts):
+        each = [text.separate() if isinstance(text, TextKeys) else text for text in texts]
+        return [one for row in each if isinstance(row, list) for one in row if not isinstance(one, ProjectedText)]
+    lengths = {text.key.shape[2] for text in keys}
+    if len(lengths) > 1 or any(text.bias is not None for text in keys):
+        keys = [text.padded(max(lengths)) for text in keys]
+    biases = [text.bias for text in keys if text.bias is not None]
+    key, value = torch.cat([text.key for text in keys]), torch.cat([text.value for text in keys])
+    return TextKeys(key, value, torch.cat(biases) if biases else None)
 
 
 class Modulation(NamedTuple):
@@ -183,54 +269,15 @@ class Modulation(NamedTuple):
         return Modulation(torch.cat([m.shared for m in modulations]), torch.cat([m.timestep for m in modulations]))
 
 
-class TextLayout(NamedTuple):
-    """Where the kept text tokens of a batch lie: row by row in one packed sequence, or at the left of each row."""
-
-    keep: Tensor  # [B, M], true for the tokens that count
-    row: Tensor  # [T]
-    column: Tensor  # [T], counted among the kept ones
-    longest: int
-
-    @classmethod
-    def of(cls, bias: Tensor) -> TextLayout:
-        """The layout of a bias [B, 1, 1, M]."""
-        keep = bias[:, 0, 0] > -torch.inf  # [B, M]
-        row = keep.nonzero()[:, 0]
-        column = (keep.cumsum(dim=1) - 1)[keep]
-        return cls(keep, row, column, max(1, int(keep.sum(dim=1).max())))
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many tokens each row keeps."""
-        counts: list[int] = self.keep.sum(dim=1).tolist()
-        return counts
-
-    def pack(self, text: Tensor) -> Tensor:
-        """[B, M, C] -> [1, T, C]."""
-        return text[self.keep][None]
-
-    def pack_bias(self, bias: Tensor) -> Tensor | None:
-        """[B, 1, 1, M] -> [B, 1, 1, longest]; None where nothing is left to add."""
-        packed = bias.new_full((bias.shape[0], self.longest), -torch.inf)
-        packed[self.row, self.column] = bias[:, 0, 0][self.keep]
-        return packed[:, None, None] if bool((packed != 0).any()) else None
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """[1, heads, T, C] -> [B, heads, longest, C]; what is not there is 0."""
-        padded = x.new_zeros(self.keep.shape[0], self.longest, x.shape[1], x.shape[3])
-        padded[self.row, self.column] = x[0].transpose(0, 1)
-        return padded.transpose(1, 2)
-
-
 def image_bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The bias [B, 1, 1, N] of self-attention of x [B, N, D]. A row that discards every token keeps them all."""
+    """The bias [B, 1, N] of self-attention of x [B, N, D]. A row that discards every token keeps them all."""
     if mask is None:
         return None
-    if tuple(mask.shape) not in {(x.shape[0], x.shape[1]), (x.shape[0], 1, x.shape[1])}:
+    if mask.shape != x.shape[:2] and mask.shape != (x.shape[0], 1, x.shape[1]):
         raise InputError(
             f"attention_mask has shape {list(mask.shape)}; it masks image tokens: expected {list(x.shape[:2])} "
             f"(1 keeps) or {[x.shape[0], 1, x.shape[1]]} (a bias)"
         )
     if mask.ndim == 2:
-        return ((~mask.bool()).to(x.dtype) * -10_000.0)[:, None, None]
-    return mask.to(x.dtype)[:, None]
+        return ((~mask.bool()).to(x.dtype) * -10_000.0)[:, None]
+    return mask.to(x.dtype)

@@ -27,24 +27,13 @@ class Product(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by oneDNN if that is faster.
-
-    Args:
-        layer: any; oneDNN multiplies only plain linear ones, and the others are called.
-        x: [..., in_features].
-    """
-    out: Tensor = _product(layer, None, x) if multiplies(layer, x) else layer(x)
-    return out
-
-
 def linear_gelu(layer: nn.Module, x: Tensor, approximate: str) -> Tensor:
     """gelu(layer(x)), with the activation applied while the product is still in registers if that is faster.
 
     This saves writing and reading the widest hidden state of a transformer, and one rounding.
 
     Args:
-        layer: as for ``linear``.
+        layer: any; oneDNN multiplies only plain linear ones, and the others are called.
         x: [..., in_features].
         approximate: ``none`` or ``tanh``, as for torch's gelu.
     """

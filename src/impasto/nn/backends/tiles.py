@@ -1,7 +1,7 @@
-"""Attention in 16 bits on the CPU, as matrix products whose scores stay in cache.
+"""16-bit attention on the CPU, as matrix products whose scores stay in cache.
 
-torch's own multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX
-(benchmarks/attention.py). Shapes: B pictures, N queries, M keys, d channels of a head.
+The one in torch multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX
+(benchmarks/attention.py). Shapes: B images, N queries, M keys, d channels of a head.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from ..machine import has_onednn_products
 
 #: Scores of one tile: 4 MB in bfloat16, which two cores hold in their caches.
 _TILE_SCORES = 2**21
-#: For each tile all keys and values are read, which must pay even where they are many.
+#: All keys and values are read for each tile, which must pay even with many of them.
 _LEAST_ROWS = 256
-#: Among so many keys the largest score of a query is looked for.
+#: The largest score of a query is estimated from about so many keys.
 _SAMPLED_KEYS = 32
 
-#: From so many queries on, one product of one head is enough work for a call of its own.
+#: From so many queries on, the product of a single head is enough work for one call.
 _LONG = 512
-#: Taken off the scores beside the peak, so that the sigmoid is an exponential: e^x / (1 + e^x) ≈ e^x. The largest score
-#: may then be up to 41 above the peak, and the rounding of very large ones up to 39.
+#: Subtracted from the scores in addition to the peak, so that the sigmoid is an exponential: e^x / (1 + e^x) ≈ e^x. The
+#: largest score may then be up to 41 above the peak, and the rounding error of very large ones up to 39.
 _DEPTH = 48.0
-#: As long as a query's weights add up to less, each is off by a smaller share than bfloat16's rounding.
+#: If the weights of a query add up to less, the relative error of each is smaller than rounding to bfloat16.
 _LARGEST_SUM = 2.0**-10
-#: And as long as they add up to more, the small ones among them are not lost: float32 ends at 2 ** -126.
+#: If they add up to more, the small ones among them do not underflow: float32 ends at 2 ** -126.
 _SMALLEST_SUM = 2.0**-100
 
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """softmax(query keyᵀ · scale) value, without gradients.
 
-    Softmax does not mind what is taken off a query's scores. Here it is about the largest of them, found among some
-    of the keys (the peak), and inside the product, in float32: an additional channel of query and key.
+    Softmax is invariant to a number subtracted from all scores of a query. Here that is about the largest of them,
+    estimated from some of the keys (the peak), and subtracted inside the product, in float32, by an additional channel
+    of query and key.
 
     Args:
         query: [B, heads, N, d].
         key, value: [B, heads, M, d].
 
     Returns:
-        [B, heads, N, d], laid out as [B, N, heads, d], where the next projection wants it.
+        [B, heads, N, d], stored as [B, N, heads, d], the order that the next projection reads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.dtype == torch.bfloat16 and query.shape[2] >= _LONG and has_onednn_products(torch.bfloat16):
@@ -52,7 +53,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
 
 @torch.library.custom_op("impasto::tiled_attention", mutates_args=())
 def tiled_attention_in_graphs(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """The same as one operation of a compiled graph, which its tiles would only bloat."""
+    """The same as one operation of a compiled graph, which does not grow with the number of tiles."""
     return tiled_attention(query, key, value, scale)
 
 
@@ -63,11 +64,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
 
 
 def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, bool]:
-    """Exponentials in the epilogue of the scores' product, while they are in registers; they are rounded once.
+    """Exponentials in the epilogue of the score product, while the scores are in registers; they are rounded once.
 
-    oneDNN has no exponential there, but far below zero its sigmoid is one. An additional channel of ones in the
-    value adds the weights up. Also returns whether the scores were where this holds: a key that was not sampled may
-    have a score far above the peak, and the peak of very large scores is rounded by more than the depth.
+    oneDNN has no exponential epilogue, but far below zero its sigmoid is one. An additional channel of ones in the
+    value sums the weights. Also returns whether the scores were in the range where this holds: a key that was not
+    sampled may have a score far above the peak, and the rounding error of the peak of very large scores may exceed the
+    depth.
     """
     batch, heads, length, size = query.shape
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
@@ -92,8 +94,8 @@ def _sigmoid_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> t
 def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Some heads, or some queries of one head, at a time.
 
-    The scores are rounded between product and softmax, by a share of their size. It is the largest ones that count,
-    and with the peak off those are the smallest.
+    The scores are rounded between product and softmax, relative to their size. The largest ones matter most, and with
+    the peak subtracted they are closest to zero.
     """
     batch, heads, length, size = query.shape
     largest = torch.finfo(query.dtype).max / 2
@@ -106,28 +108,28 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
 
     rows = max(min(_LEAST_ROWS, length), _TILE_SCORES // key.shape[2])
     at_once = max(1, rows // length)  # heads
-    for picture in range(batch):
+    for image in range(batch):
         for first in range(0, heads, at_once):
             group = slice(first, first + at_once)
             for start in range(0, length, rows):
                 tile = slice(start, start + rows)
-                part = queries[picture, group, tile]  # [g, n, d + 1]
-                scores = part.new_empty(*part.shape[:2], key.shape[2])  # [g, n, M]
-                torch.baddbmm(scores, part, keys[picture, group], beta=0, alpha=scale, out=scores)
+                some = queries[image, group, tile]  # [g, n, d + 1]
+                scores = some.new_empty(*some.shape[:2], key.shape[2])  # [g, n, M]
+                torch.baddbmm(scores, some, keys[image, group], beta=0, alpha=scale, out=scores)
                 weights = torch.softmax(scores, dim=-1, out=scores)
-                out[picture, group, tile] = weights @ value[picture, group]  # [g, n, d]
+                out[image, group, tile] = weights @ value[image, group]  # [g, n, d]
     return out
 
 
 def _peak(query: Tensor, key: Tensor) -> Tensor:
-    """About the largest product of each query with a key: [..., N, d] and [..., M, d] -> [..., N, 1] in float32."""
+    """About the largest score of each query: [..., N, d] and [..., M, d] -> [..., N, 1] in float32."""
     some = key[..., :: max(1, key.shape[-2] // _SAMPLED_KEYS), :]
     products = query @ some.transpose(-2, -1)
-    return products.float().amax(-1, keepdim=True)  # torch takes five times as long over 16 bits
+    return products.float().amax(-1, keepdim=True)  # torch takes five times as long in 16 bits
 
 
 def _with_ones(x: Tensor) -> Tensor:
-    """A channel of ones behind the others: [..., M, d] -> [..., M, d + 1]."""
+    """Append a channel of ones: [..., M, d] -> [..., M, d + 1]."""
     longer = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
     longer[..., :-1] = x
     longer[..., -1] = 1

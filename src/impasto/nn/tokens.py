@@ -1,0 +1,110 @@
+"""Tokens of images of several sizes in one sequence.
+
+A batch of images of one size is a tensor [B, N, D]. A mixed batch is a sequence [T, D]: the images' tokens, one image
+after the other, with a ``Layout``. Linear layers work on all of its tokens at once; modulation and attention work on
+views of it, one for each run of neighbouring images with as many tokens. Inside a compiled graph, which is to serve
+every layout, they use the layout's tensors instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+#: In a sequence of so few tokens a modulation may be copied for each token, and tokens of all images be compared.
+_FEW_TOKENS = 128
+
+
+class Layout(NamedTuple):
+    """Where the images of a mixed batch lie in its sequence of T tokens."""
+
+    lengths: tuple[int, ...]  # tokens of each image, B numbers; not read inside a compiled graph
+    longest: int
+    rows: Tensor  # [T], the image of each token, 0 to B - 1
+    offsets: Tensor  # [B + 1] in int32, where each image begins, and T
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Layout:
+        rows = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), max(lengths), rows.to(device), ends.to(device))
+
+    def as_tensors(self) -> Layout:
+        """The same without the numbers, each of which a compiled graph would be specialized for."""
+        return self._replace(lengths=())
+
+    @property
+    def by_tensors(self) -> bool:
+        """Whether to use the tensors: in a compiled graph, and for so few tokens that copies cost less than calls."""
+        return torch.compiler.is_compiling() or len(self.rows) <= _FEW_TOKENS
+
+    def groups(self) -> Iterator[tuple[slice, slice, int]]:
+        """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
+        first = start = 0
+        while first < len(self.lengths):
+            length, last = self.lengths[first], first + 1
+            while last < len(self.lengths) and self.lengths[last] == length:
+                last += 1
+            count = last - first
+            yield slice(first, last), slice(start, start + count * length), count
+            first, start = last, start + count * length
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A view of each image's tokens."""
+        parts: tuple[Tensor, ...] = x.split(self.lengths)
+        return parts
+
+    def bias(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """The bias [1, 1, T, S] with which each token sees the keys of its own image.
+
+        Args:
+            keys: [S], the image of each key.
+        """
+        own = self.rows[:, None] == keys  # [T, S]
+        return torch.zeros(own.shape, dtype=dtype, device=own.device).masked_fill(~own, -torch.inf)[None, None]
+
+
+def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
+    """a + b · c, where some of the three are of the tokens, [T, D], and the others of the images, [B or 1, 1, D].
+
+    Returns:
+        [T, D]
+    """
+    if layout.by_tensors:  # compiled, it becomes one kernel, in which nothing is copied
+        return torch.addcmul(*(x if x.ndim == 2 else (x[0] if len(x) == 1 else x[layout.rows, 0]) for x in factors))
+    like = next(x for x in factors if x.ndim == 2)
+    needs_grad = torch.is_grad_enabled()
+    out = None if needs_grad else torch.empty_like(like)
+    results = []
+    for images, place, count in layout.groups():
+        own = [
+            x[place].unflatten(0, (count, -1)) if x.ndim == 2 else (x if len(x) == 1 else x[images]) for x in factors
+        ]
+        if out is None:
+            results.append(torch.addcmul(*own).flatten(0, 1))
+        else:
+            torch.addcmul(*own, out=out[place].unflatten(0, (count, -1)))
+    return torch.cat(results) if out is None else out
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being made that is to serve other values: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def register_methods(modules: Iterable[nn.Module], *names: str) -> None:
+    """Let FSDP gather the parameters of modules for these methods too, as it does for ``forward``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for name in names:
+                if name not in vars(module):
+                    register_fsdp_forward_method(module, name)
