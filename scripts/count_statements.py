@@ -8,7 +8,7 @@ BEFORE and AFTER are commits; without AFTER the files of the working tree are co
   syntax tree, without docstrings: they do not depend on layout;
 - the files over 400 lines, and the files of schedulers/ over 200;
 - what ``import impasto.pipelines.pixart`` loads of the package, in a fresh process;
-- PixArt's core, which text to image runs: the files CORE, and those of nn/, schedulers/ and models/pixart/ that they
+- PixArt's core, which text to image runs: the files CORE, and those of models/, nn/ and schedulers/ that they
   import, directly or not, when they are loaded. What is imported inside functions is not part of it.
 """
 
@@ -26,10 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST, LONGEST_SAMPLER = 400, 200
 #: The roots of PixArt's core: the path of each below the package, then those that it had in older commits.
 CORE = (
-    ("models/base.py", "nn/module.py"),
     ("models/pixart/model.py", "models/pixart.py"),
-    ("models/pixart/blocks.py", "models/pixart_blocks.py"),
-    ("models/pixart/text.py", "models/pixart_context.py"),
     ("models/autoencoder/model.py", "models/autoencoder_kl.py"),
     ("schedulers/dpm_solver.py",),
     ("pipelines/pixart.py",),
@@ -38,7 +35,7 @@ CORE = (
     ("pipelines/prompts.py", "pipelines/text.py"),
     ("pipelines/cleaning.py", "pipelines/text.py"),
 )
-CORE_FOLDERS = ("nn/", "schedulers/", "models/pixart")
+CORE_FOLDERS = ("models/", "nn/", "schedulers/")
 LOADED = """
 import sys
 import impasto.pipelines.pixart

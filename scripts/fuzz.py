@@ -119,12 +119,11 @@ def build_targets(root: Path) -> dict[str, Target]:
     (pending / STAGING / JOURNAL).touch()
 
     def load_images(folder: Path) -> None:
-        from impasto.pipelines import image_files
-        from impasto.pipelines.image_files import read_settings
+        from impasto.pipelines.image_files import open_image, read_settings
 
         refusal = None
         for path in sorted(folder.iterdir()):
-            for read in (read_settings, image_files.open_image):
+            for read in (read_settings, open_image):
                 try:
                     read(path)
                 except ImpastoError as error:

@@ -7,7 +7,7 @@ import pytest
 from diffusers import PixArtAlphaPipeline
 
 from impasto.pipelines.cleaning import clean_caption
-from impasto.pipelines.prompts import normalize_caption
+from impasto.pipelines.prompts import prepare
 
 CAPTIONS = [
     "",
@@ -78,7 +78,7 @@ def test_random_mixtures(joint: str) -> None:
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_without_cleaning(caption: str) -> None:
-    assert [normalize_caption(caption)] == PixArtAlphaPipeline._text_preprocessing(None, caption)
+    assert [prepare(caption, clean=False)] == PixArtAlphaPipeline._text_preprocessing(None, caption)
 
 
 ALPHABETS = [

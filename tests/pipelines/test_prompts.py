@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from impasto.errors import InputError
 from impasto.pipelines.cleaning import clean_caption
-from impasto.pipelines.prompts import _tokenize, encode_texts, normalize_caption
+from impasto.pipelines.prompts import _tokenize, encode_texts, prepare
 
 from ..tiny import tiny_text_encoder, tiny_tokenizer, write_tokenizer
 
@@ -42,8 +42,8 @@ def test_clean_caption_survives_markup_that_the_parser_rejects() -> None:
     assert clean_caption("a cat <![foo bar") == "a cat <! foo bar"
 
 
-def test_normalize_caption() -> None:
-    assert normalize_caption("  A Cat, http://x.com \n") == "a cat, http://x.com"
+def test_a_prompt_that_is_not_cleaned() -> None:
+    assert prepare("  A Cat, http://x.com \n", clean=False) == "a cat, http://x.com"
 
 
 # --- embeddings ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .images import ImageProcessor
 from .latents import unscaled
-from .prompts import EncodedTexts, encode_texts, normalize_caption
+from .prompts import EncodedTexts, encode_texts, prepare
 from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
@@ -231,12 +231,7 @@ class PixArtPipeline(Pipeline):
         )
 
     def _encode_texts(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> EncodedTexts:
-        if cleaned:
-            from .cleaning import clean_prompt
-
-            texts = [clean_prompt(text) for text in texts]
-        else:
-            texts = [normalize_caption(text) for text in texts]
+        texts = [prepare(text, cleaned) for text in texts]
 
         def encode(texts: list[str]) -> EncodedTexts:
             tokenizer = self._require("tokenizer")

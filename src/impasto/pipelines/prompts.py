@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("impasto")
 
 
-def normalize_caption(text: str) -> str:
-    """What is done to a prompt that is not cleaned: lower case, no white space at its ends."""
-    return text.lower().strip()
+def prepare(text: str, clean: bool) -> str:
+    """A prompt as it is encoded: cleaned as the training captions were, or only stripped and in lower case."""
+    if not clean:
+        return text.lower().strip()
+    from .cleaning import clean_prompt
+
+    return clean_prompt(text)
 
 
 class EncodedTexts(NamedTuple):
