@@ -135,7 +135,7 @@ def make_plan(
             groups.append([layer])
     ways = [_ways(group, itemsize, strip_bytes) for group in groups]
     least = max(min(_peak(way) for way in options) for options in ways)
-    budget = max(least, max_bytes or 0)
+    budget = max(int(1.01 * least), max_bytes or 0)  # strips are not all of one size
     chosen = [next(way for way in options if _peak(way) <= budget) for options in ways]
     stages = [stage for way in chosen for stage in way]
     again = sum(stage.computed_again for stage in stages)
@@ -157,17 +157,17 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
         row_bytes = channels * width * itemsize
         rows = min(max(1, strip_bytes // row_bytes), height) if channels else height
         strip = min(rows + 4, height) * row_bytes  # two rows above, and two below
-        # Where one strip follows another, each convolution computes two rows too many.
-        again += 2 * layer.products * -(-height // rows) // height if rows < height and channels else 0
+        if rows < height:  # at each strip a convolution computes two rows too many, and four if another one follows
+            again += (2 * layer.products + 4 * again) * -(-height // rows) // height
         return Stage(layer, rows, hold, maps * itemsize + strip, again)
 
-    def resnet(layer: Layer, held: int, waiting: int) -> list[Stage]:
-        """``held``: elements of the map that it is computed from; ``waiting``: channels of that map's strips."""
+    def resnet(layer: Layer, held: int) -> list[Stage]:
+        """``held``: elements of the map that it is computed from."""
         c, out = layer.in_channels, layer.out_channels
-        # Strips of x that wait for the sum; then whichever takes most of: activated and joined, or the sum's terms.
-        channels = waiting + 2 * c + max(2 * c, c + 2 * out, 3 * out)
+        # Rows of x that are not freed yet, and a strip of x; it activated and convolved, or the terms of the sum.
+        channels = 2 * c + max(c + out, 3 * out)
         return [
-            stage(layer, held + layer.outputs, channels + 2 * out),
+            stage(layer, held + layer.outputs, channels + out),
             stage(layer, max(held, layer.outputs), channels, layer.first_products, hold=False),
         ]
 
@@ -178,16 +178,16 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
         case Attention():
             return [[stage(layer, 8 * layer.inputs, 0)]]  # x, its tokens, q, k, v, the result twice, the sum
         case Downsample():
-            return [[stage(layer, either, 4 * c + out)]]  # strips of x, joined, padded; the output and its copy
+            return [[stage(layer, either, 3 * c + out)]]  # rows of x not freed yet, a strip of x, padded; the output
         case Resnet():
-            return [[way] for way in resnet(layer, layer.inputs, 0)]
+            return [[way] for way in resnet(layer, layer.inputs)]
         case Upsample():
-            held = stage(layer, either, 3 * c)  # enlarged, joined; the output and its copy
+            held = stage(layer, either, 3 * c)  # a strip of x, enlarged; the output and its copy
             lazy = stage(layer, 0, 3 * c, 2 * layer.first_products, hold=False)
-            ways = [[held, way] for way in resnet(group[1], layer.outputs, 0)]
-            return ways + [[lazy, way] for way in resnet(group[1], layer.inputs, c)]
+            ways = [[held, way] for way in resnet(group[1], layer.outputs)]
+            return ways + [[lazy, way] for way in resnet(group[1], layer.inputs)]
         case _:
-            return [[stage(layer, either, 4 * c + 2 * out)]]  # strips of x, activated, joined; the output and its copy
+            return [[stage(layer, either, 3 * c + 2 * out)]]  # as before, activated; the output and its copy
 
 
 def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:
