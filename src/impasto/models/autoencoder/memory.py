@@ -1,4 +1,4 @@
-"""What the autoencoder holds in memory: how it is tiled, and estimates, from its layers alone (layers.py).
+"""What the autoencoder holds in memory, and how it is tiled accordingly: all from the list of its layers (layers.py).
 
 A tiled pass computes one layer after the other, and each layer in strips of rows (tiling.py). A layer's input is freed
 as its output grows, so that the peak is about the largest map between two layers. When memory is short, what would
@@ -7,8 +7,8 @@ add to it is computed twice rather than held:
     resnet          the map between its convolutions: its statistics are needed before any of it is normalized
     upsample        its result, four times the input: the resnet after it reads it two or three times
 
-All sizes are bytes of one image's activations, without the weights and the working memory of kernels. They hold for
-models on the meta device, too.
+All sizes are bytes of one image's activations, without the weights and the working memory of kernels. The model may
+be on the meta device.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _channels(module: Any) -> tuple[int, int]:
 def make_plan(
     layers: Sequence[Layer], itemsize: int, max_bytes: int | None = None, strip_bytes: int = STRIP_BYTES
 ) -> Plan:
-    """The plan with the least recomputation that stays within ``max_bytes``, or within the smallest budget that works.
+    """The plan with the least recomputation that stays within ``max_bytes``, or within about the least that works.
 
     Its ``peak_bytes`` are at least what the pass takes and, unless the image is a single strip, at most a third more.
 

@@ -228,7 +228,7 @@ def halved(conv: nn.Module, rows: Rows, height: int) -> Rows:
     return read
 
 
-# --- normalization ---
+# --- normalization with the statistics of a whole map ---
 
 
 class Statistics:
