@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from impasto.errors import InputError
 from impasto.models.autoencoder.memory import make_plan, trace, untiled_peak
 from impasto.models.autoencoder.model import AutoencoderKL
-from impasto.models.autoencoder.tiling import Statistics, convolve, halve, normalizer
+from impasto.models.autoencoder.tiling import Map, Statistics, convolved, halved, normalizer, store
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline, tiny_vae
@@ -238,21 +238,20 @@ def test_limits_that_are_none(limits: dict[str, Any]) -> None:
 # --- strips ---
 
 
-def cut(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-    return iter(x.split(sizes, dim=2))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[11], [1] * 11, [2, 1, 5, 3], [1, 1, 8, 1], [10, 1]])
-def test_convolutions_of_strips(sizes: list[int]) -> None:
+@pytest.mark.parametrize("step", [1, 3, 11])
+def test_convolutions_of_strips(sizes: list[int], step: int) -> None:
     torch.manual_seed(0)
     x, same, half = torch.randn(1, 3, 11, 6), nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 3, stride=2)
-    result = torch.cat(list(convolve(same, cut(x, sizes), 11)), dim=2)
-    torch.testing.assert_close(result, same(x), rtol=0, atol=1e-6)
+    source = Map(list(x.split(sizes, dim=2)))
+    result = store(convolved(same, source.rows, 11), 11, step, source.free)
+    torch.testing.assert_close(result.rows(0, 11), same(x), rtol=0, atol=1e-6)
     for height in (11, 10):  # an odd and an even number of rows
-        sizes = sizes if height == 11 else [size for size in [*sizes[:-1], sizes[-1] - 1] if size]
-        result = torch.cat(list(halve(half, cut(x[:, :, :height], sizes), height)), dim=2)
-        torch.testing.assert_close(result, half(F.pad(x[:, :, :height], (0, 1, 0, 1))), rtol=0, atol=1e-6)
+        source = Map(list(x.split(sizes, dim=2)))
+        result = store(halved(half, source.rows, height), height // 2, step)
+        expected = half(F.pad(x[:, :, :height], (0, 1, 0, 1)))
+        torch.testing.assert_close(result.rows(0, height // 2), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -263,7 +262,7 @@ def test_statistics_of_values_far_from_zero(channels_last: bool, monkeypatch: py
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     statistics = Statistics()
-    for strip in cut(x, [1, 7, 15]):
+    for strip in x.split([1, 7, 15], dim=2):
         statistics.add(strip)
     mean, variance = statistics.of_groups(8)
     torch.testing.assert_close(variance, x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-4, atol=0)

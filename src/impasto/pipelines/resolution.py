@@ -18,15 +18,7 @@ from ..errors import InputError
 
 _MOST = 1 << 20  # pixels of a side
 
-#: Height and width of each bin at 1024 px, in units of 64 px; at 512 and 256 px: halves and quarters.
-_SIZES_1024 = (
-    (8, 32), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23), (11, 22), (11, 21),
-    (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17), (15, 16), (16, 16),
-    (16, 15), (17, 15), (17, 14), (18, 14), (18, 13), (19, 13), (20, 12), (21, 12), (22, 11),
-    (23, 11), (24, 10), (25, 10), (27, 9), (32, 8),
-)  # fmt: skip
-
-#: The same at 2048 px, in units of 128 px: seven more elongated sizes, most of them portraits.
+#: Height and width of each bin at 2048 px, in units of 128 px.
 _SIZES_2048 = (
     (8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23),
     (11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17),
@@ -34,6 +26,11 @@ _SIZES_2048 = (
     (21, 12), (22, 11), (23, 11), (24, 10), (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8),
     (31, 8), (32, 8),
 )  # fmt: skip
+
+#: At 1024 px in units of 64 px, and at 512 and 256 px: the same but for seven elongated sizes, most of them portraits.
+_SIZES_1024 = tuple(
+    size for size in _SIZES_2048 if size not in {(8, 31), (8, 30), (26, 9), (28, 9), (29, 8), (30, 8), (31, 8)}
+)
 
 _TABLES = {256: (16, _SIZES_1024), 512: (32, _SIZES_1024), 1024: (64, _SIZES_1024), 2048: (128, _SIZES_2048)}
 

@@ -1,4 +1,4 @@
-"""What the autoencoder holds in memory: how it is tiled, and estimates, from its layers alone (layers.py).
+"""What the autoencoder holds in memory, and how it is tiled accordingly: all from the list of its layers (layers.py).
 
 A tiled pass computes one layer after the other, and each layer in strips of rows (tiling.py). A layer's input is freed
 as its output grows, so that the peak is about the largest map between two layers. When memory is short, what would
@@ -7,8 +7,8 @@ add to it is computed twice rather than held:
     resnet          the map between its convolutions: its statistics are needed before any of it is normalized
     upsample        its result, four times the input: the resnet after it reads it two or three times
 
-All sizes are bytes of one image's activations, without the weights and the working memory of kernels. They hold for
-models on the meta device, too.
+All sizes are bytes of one image's activations, without the weights and the working memory of kernels. The model may
+be on the meta device.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _channels(module: Any) -> tuple[int, int]:
 def make_plan(
     layers: Sequence[Layer], itemsize: int, max_bytes: int | None = None, strip_bytes: int = STRIP_BYTES
 ) -> Plan:
-    """The plan with the least recomputation that stays within ``max_bytes``, or within the smallest budget that works.
+    """The plan with the least recomputation that stays within ``max_bytes``, or within about the least that works.
 
     Its ``peak_bytes`` are at least what the pass takes and, unless the image is a single strip, at most a third more.
 
@@ -135,7 +135,7 @@ def make_plan(
             groups.append([layer])
     ways = [_ways(group, itemsize, strip_bytes) for group in groups]
     least = max(min(_peak(way) for way in options) for options in ways)
-    budget = max(least, max_bytes or 0)
+    budget = max(int(1.01 * least), max_bytes or 0)  # strips are not all of one size
     chosen = [next(way for way in options if _peak(way) <= budget) for options in ways]
     stages = [stage for way in chosen for stage in way]
     again = sum(stage.computed_again for stage in stages)
@@ -157,17 +157,17 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
         row_bytes = channels * width * itemsize
         rows = min(max(1, strip_bytes // row_bytes), height) if channels else height
         strip = min(rows + 4, height) * row_bytes  # two rows above, and two below
-        # Where one strip follows another, each convolution computes two rows too many.
-        again += 2 * layer.products * -(-height // rows) // height if rows < height and channels else 0
+        if rows < height:  # at each strip a convolution computes two rows too many, and four if another one follows
+            again += (2 * layer.products + 4 * again) * -(-height // rows) // height
         return Stage(layer, rows, hold, maps * itemsize + strip, again)
 
-    def resnet(layer: Layer, held: int, waiting: int) -> list[Stage]:
-        """``held``: elements of the map that it is computed from; ``waiting``: channels of that map's strips."""
+    def resnet(layer: Layer, held: int) -> list[Stage]:
+        """``held``: elements of the map that it is computed from."""
         c, out = layer.in_channels, layer.out_channels
-        # Strips of x that wait for the sum; then whichever takes most of: activated and joined, or the sum's terms.
-        channels = waiting + 2 * c + max(2 * c, c + 2 * out, 3 * out)
+        # Rows of x that are not freed yet, and a strip of x; it activated and convolved, or the terms of the sum.
+        channels = 2 * c + max(c + out, 3 * out)
         return [
-            stage(layer, held + layer.outputs, channels + 2 * out),
+            stage(layer, held + layer.outputs, channels + out),
             stage(layer, max(held, layer.outputs), channels, layer.first_products, hold=False),
         ]
 
@@ -178,16 +178,16 @@ def _ways(group: Sequence[Layer], itemsize: int, strip_bytes: int) -> list[list[
         case Attention():
             return [[stage(layer, 8 * layer.inputs, 0)]]  # x, its tokens, q, k, v, the result twice, the sum
         case Downsample():
-            return [[stage(layer, either, 4 * c + out)]]  # strips of x, joined, padded; the output and its copy
+            return [[stage(layer, either, 3 * c + out)]]  # rows of x not freed yet, a strip of x, padded; the output
         case Resnet():
-            return [[way] for way in resnet(layer, layer.inputs, 0)]
+            return [[way] for way in resnet(layer, layer.inputs)]
         case Upsample():
-            held = stage(layer, either, 3 * c)  # enlarged, joined; the output and its copy
+            held = stage(layer, either, 3 * c)  # a strip of x, enlarged; the output and its copy
             lazy = stage(layer, 0, 3 * c, 2 * layer.first_products, hold=False)
-            ways = [[held, way] for way in resnet(group[1], layer.outputs, 0)]
-            return ways + [[lazy, way] for way in resnet(group[1], layer.inputs, c)]
+            ways = [[held, way] for way in resnet(group[1], layer.outputs)]
+            return ways + [[lazy, way] for way in resnet(group[1], layer.inputs)]
         case _:
-            return [[stage(layer, either, 4 * c + 2 * out)]]  # strips of x, activated, joined; the output and its copy
+            return [[stage(layer, either, 3 * c + 2 * out)]]  # as before, activated; the output and its copy
 
 
 def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:
