@@ -5,12 +5,10 @@ Shapes: P prompts, B images, C latent channels, h x w latent pixels, M text toke
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from types import FunctionType
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
+from .defaults import with_defaults
 from .images import ImageProcessor
 from .latents import unscaled
 from .prompts import EncodedTexts, encode_texts, prepare
@@ -32,8 +31,6 @@ from .request import read_pixart, read_pixart_texts, read_schedule
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
 logger = logging.getLogger("impasto")
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PromptEmbeds(NamedTuple):
@@ -340,20 +337,6 @@ class PixArtPipeline(Pipeline):
             if message not in self._warned:
                 self._warned.add(message)
                 logger.warning("%s: %s", type(self).__name__, message)
-
-
-def with_defaults(method: F, **defaults: Any) -> F:
-    """A copy of the method with other default values."""
-    plain = cast(FunctionType, method)
-    values = [
-        defaults.get(name, parameter.default)
-        for name, parameter in inspect.signature(plain).parameters.items()
-        if parameter.default is not parameter.empty
-    ]
-    copy = FunctionType(plain.__code__, plain.__globals__, plain.__name__, tuple(values), plain.__closure__)
-    copy.__doc__, copy.__annotations__ = plain.__doc__, plain.__annotations__
-    copy.__qualname__, copy.__module__ = plain.__qualname__, plain.__module__
-    return cast(F, copy)
 
 
 class PixArtSigmaPipeline(PixArtPipeline):

@@ -17,9 +17,10 @@ from ..errors import InputError
 from ..family import ALPHA, Family
 from ..nn.noise import draw_noise
 from .base import ImagePipelineOutput
+from .defaults import with_defaults
 from .edit_inputs import Originals, read_originals
 from .latents import scaled
-from .pixart import PixArtAlphaPipeline, PixArtPipeline, PromptEmbeds, with_defaults
+from .pixart import PixArtAlphaPipeline, PixArtPipeline, PromptEmbeds
 from .request import Request, read_pixart
 from .sampling import Edit, drive
 
