@@ -14,9 +14,20 @@ from ..checks import shown
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
-from .base import Scheduler, records_arguments
+from .base import Scheduler
+from .config import records_arguments
 from .noise_schedule import custom_timesteps, spaced_timesteps
-from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape, require_tensors
+from .process import (
+    Posterior,
+    alpha_sigma,
+    common_dtypes,
+    learned_log_variance,
+    limit,
+    posterior,
+    predicted_original,
+    require_same_shape,
+    require_tensors,
+)
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -26,26 +37,26 @@ class DDPMSchedulerOutput(NamedTuple):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], x_{t-1}
-    pred_original_sample: Tensor | None = None  # [B, C, H, W], the x_0 that the model implies
+    pred_original_sample: Tensor | None = None  # [B, C, H, W], the predicted x_0
 
 
 class DDPMScheduler(Scheduler):
-    """The sampler of the diffusion process itself: every step adds noise anew. A step depends only on its arguments.
+    """Ancestral sampling: every step adds new noise. Steps can be taken in any order.
 
     Args:
-        num_train_timesteps: of the model's training.
-        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear, squaredcos_cap_v2,
+        num_train_timesteps: T, the number of timesteps the model was trained on.
+        beta_start, beta_end, beta_schedule: the training noise schedule: linear, scaled_linear, squaredcos_cap_v2,
             sigmoid or laplace.
-        trained_betas: given instead, [num_train_timesteps].
-        variance_type: of the noise a step adds: fixed_small (the posterior's; also None), fixed_large (beta), each
-            also as ``_log`` with the same meaning, learned (the model's second half of channels is the variance),
+        trained_betas: [T], used instead of these.
+        variance_type: of the added noise: fixed_small (the posterior's; also None), fixed_large (beta), either with
+            ``_log`` and the same meaning, learned (the model's second half of channels is the variance),
             learned_range (it interpolates between the logarithms of both).
-        clip_sample, clip_sample_range: whether and where predicted originals are clipped; not for latents.
+        clip_sample, clip_sample_range: clip the predicted x_0 to [-range, range]; not for latents.
         prediction_type: what the model predicts: epsilon, sample or v_prediction.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
         timestep_spacing: leading, trailing or linspace.
         steps_offset: added to ``leading`` timesteps.
-        rescale_betas_zero_snr: let the last training timestep be pure noise.
+        rescale_betas_zero_snr: make the last training timestep pure noise.
 
     Raises:
         ConfigurationError: a value that cannot be used.
@@ -129,10 +140,10 @@ class DDPMScheduler(Scheduler):
 
         Args:
             model_output: [B, C, H, W], the model's prediction at ``timestep``; [B, 2 C, H, W] with a learned variance.
-            timestep: one, of ``timesteps``; without a schedule, any of training.
+            timestep: one of ``timesteps``; before ``set_timesteps``, any training timestep.
             sample: [B, C, H, W], x_t.
-            generator: of the noise; a list has one for each sample.
-            return_dict: whether to name the results; False gives a plain tuple of the same.
+            generator: for the noise; a list has one per sample.
+            return_dict: False returns a plain tuple.
 
         Raises:
             InputError: a timestep that is not in the schedule, shapes that do not fit.
@@ -147,33 +158,26 @@ class DDPMScheduler(Scheduler):
         previous = self.previous_timestep(timestep)
         bar = self._alpha_bar(t)
         previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
-        alpha = bar / previous_bar
-        beta = 1 - alpha
+        q = posterior(bar, previous_bar)
 
         dtype, working = common_dtypes(sample, model_output)
         x, output = sample.to(working), model_output.to(working)
-        config = self.config
-        original = predicted_original(config.prediction_type, output, x, bar.sqrt(), (1 - bar).sqrt())
-        if config.thresholding:
-            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
-
-        x_weight = alpha.sqrt() * (1 - previous_bar) / (1 - bar)
-        x = previous_bar.sqrt() * beta / (1 - bar) * original + x_weight * x  # eq. 7, the posterior's mean
+        original = predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar))
+        original = limit(original, self.config)
+        x = q.on_original * original + q.on_sample * x
         if t > 0:
-            posterior = ((1 - previous_bar) / (1 - bar) * beta).clamp(min=1e-20)  # eq. 7; its logarithm is taken below
             noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
-            x = x + self._std(beta, posterior, learned) * noise
-        output_tuple = DDPMSchedulerOutput(x.to(dtype), original.to(dtype))
-        return output_tuple if return_dict else tuple(output_tuple)
+            x = x + self._std(q, learned) * noise
+        result = DDPMSchedulerOutput(x.to(dtype), original.to(dtype))
+        return result if return_dict else tuple(result)
 
-    def _std(self, beta: Tensor, posterior: Tensor, learned: Tensor | None) -> Tensor:
+    def _std(self, q: Posterior, learned: Tensor | None) -> Tensor:
         """The standard deviation of the noise that a step adds (section 3.2)."""
+        variance = q.variance.clamp(min=1e-20)  # it is 0 at t = 0, and its logarithm is needed
         if self.variance_type in ("fixed_small", "fixed_small_log"):
-            return posterior.sqrt()
+            return variance.sqrt()
         if self.variance_type in ("fixed_large", "fixed_large_log"):
-            return beta.sqrt()
+            return q.beta.sqrt()
         if learned is None:
             raise InputError(
                 f"variance_type={self.variance_type!r} needs a model_output with twice the sample's channels: the "
@@ -182,5 +186,4 @@ class DDPMScheduler(Scheduler):
         learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
         if self.variance_type == "learned":
             return learned.sqrt()
-        fraction = (learned + 1) / 2  # improved DDPM (arXiv 2102.09672), eq. 15
-        return torch.exp(0.5 * (fraction * beta.log() + (1 - fraction) * posterior.log()))
+        return torch.exp(0.5 * learned_log_variance(learned, q.beta.log(), variance.log()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.glm_image.model import GlmImageTransformer2DModel
+from ..schedulers import process
 from .loop import Loss, Recipe, train
 from .randomness import Randomness
 
@@ -69,9 +70,10 @@ def train_flow_matching(
         count = len(x0)
         # Stratified levels: the same spread in every batch.
         share = random.stratified(count)
-        sigma = (recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid()[:, None, None, None]
+        sigma = process.per_sample((recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
         noise = random.normal(x0.shape)
-        xt = (1 - sigma) * x0 + sigma * noise
+        xt = process.add_noise(x0, noise, 1 - sigma, sigma)
+        target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
         drop = random.uniform([count]) < recipe.drop
         height, width = x0.shape[-2:]
         size = torch.tensor([[height * recipe.pixels, width * recipe.pixels]], dtype=torch.float32)
@@ -88,7 +90,7 @@ def train_flow_matching(
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)
             references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
-        errors = (velocity - (noise - x0)).square().flatten(1).mean(1)  # [B]
+        errors = (velocity - target).square().flatten(1).mean(1)  # [B]
         kind = "generated" if reference is None else "edited"
         parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # less noise first
         return Loss(errors.mean(), parts)
