@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--pixels 512] [--dtype bfloat16] [--rounds 3]
 
-The distance of each from our untiled picture is measured, and each one's peak memory in a process of its own.
+Also measured are the distance of each from our untiled image, and the peak memory of each in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import argparse
 from collections.abc import Callable
 
 import diffusers
+import picture
 import torch
 
 import impasto
 import measure
-import picture
 
 NAMES = ("impasto", "impasto tiled", "diffusers", "diffusers tiled")
 
@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="as 4096 px may need")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=list(NAMES), help="for sizes at which not all of them fit"
+    )
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+import image as picture
 import impasto
 import measure
-import picture
 from impasto.models.base import parse_size
 
 TRANSFORMER = {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False}

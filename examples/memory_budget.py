@@ -1,9 +1,9 @@
-"""Draw within a memory budget: precision, placement and tiling are chosen for it, and nothing else is lost.
+"""Generate within a memory budget, for which precision, placement and tiling are chosen; nothing else is lost.
 
     python examples/memory_budget.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --budget 8GB "cute cat"
 
-With --prompt-cache FOLDER a prompt that was drawn before needs no text encoder. ``impasto info MODEL`` shows the
-plans for other budgets.
+With --prompt-cache FOLDER, a prompt used before needs no text encoder. ``impasto info MODEL`` shows the plans for
+other budgets.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Draw within 7 GB of GPU memory: the text encoder in 4 bits, and every part only as long as it is needed.
+"""Generate within 7 GB of GPU memory: a text encoder in 4 bits, and every component only while it is needed.
 
     pip install -U accelerate bitsandbytes
     python examples/under_7gb.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --prompt "cute cat"
 
-Text embeddings that are computed in 4 bits lose more than in 8 (examples/under_8gb.py).
-Without a GPU it runs on the CPU. What needs no 4 bits and chooses by itself: examples/memory_budget.py.
+Text embeddings from 4 bits are less accurate than from 8 (examples/under_8gb.py).
+Without a GPU it runs on the CPU. For an automatic choice without 4 bits: examples/memory_budget.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 def quantization_config() -> Any:
-    """What transformers is told about the precision of the text encoder: 4 bits, in the format NF4 (2305.14314)."""
+    """transformers' configuration for a text encoder in 4 bits, NF4 (2305.14314)."""
     try:
         import bitsandbytes  # noqa: F401  (transformers does the rest)
         from transformers import BitsAndBytesConfig
@@ -38,7 +38,7 @@ def quantization_config() -> Any:
 
 
 def flush() -> None:
-    """Give back what is not referred to any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     del pipe.transformer
     flush()
 
-    # 3. The picture: the autoencoder alone.
+    # 3. The image: the autoencoder alone.
     image = pipe.image_processor.postprocess(pipe.decode(latents), output_type="pil")[0]
     image.save(args.output)
     print(args.output)

@@ -1,10 +1,10 @@
-"""Draw within 8 GB of GPU memory: the text encoder in 8 bits, and every part only as long as it is needed.
+"""Generate within 8 GB of GPU memory: a text encoder in 8 bits, and every component only while it is needed.
 
     pip install -U accelerate bitsandbytes   # or torchao, and --library torchao
     python examples/under_8gb.py --model PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --prompt "cute cat"
 
-Text embeddings that are computed in 8 bits lose a little; compare the pictures with and without (--bits 16).
-Without a GPU it runs on the CPU. What needs no 8 bits and chooses by itself: examples/memory_budget.py.
+Text embeddings from 8 bits are slightly less accurate; compare the images with those of --bits 16.
+Without a GPU it runs on the CPU. For an automatic choice without 8 bits: examples/memory_budget.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 
 
 def quantization_config(bits: int, library: str) -> Any:
-    """What transformers is told about the precision of the text encoder; None for 16 bits (32 on the CPU)."""
+    """transformers' configuration for the text encoder; None for 16 bits (32 on the CPU)."""
     if bits == 16:
         return None
     try:
@@ -46,7 +46,7 @@ def quantization_config(bits: int, library: str) -> Any:
 
 
 def flush() -> None:
-    """Give back what is not referred to any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     del pipe.transformer
     flush()
 
-    # 3. The picture: the autoencoder alone.
+    # 3. The image: the autoencoder alone.
     image = pipe.image_processor.postprocess(pipe.decode(latents), output_type="pil")[0]
     image.save(args.output)
     print(args.output)
