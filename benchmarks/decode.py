@@ -11,9 +11,9 @@ import argparse
 from collections.abc import Callable
 
 import diffusers
-import picture
 import torch
 
+import image
 import impasto
 import measure
 
@@ -25,11 +25,11 @@ def decoder(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    model = diffusers.AutoencoderKL(**picture.SDXL_VAE).eval()
+    model = diffusers.AutoencoderKL(**image.SDXL_VAE).eval()
     torch.set_default_dtype(torch.float32)
     if library == "impasto":
         with torch.device("meta"):
-            ours = impasto.AutoencoderKL(**picture.SDXL_VAE).eval()
+            ours = impasto.AutoencoderKL(**image.SDXL_VAE).eval()
         ours.load_state_dict(model.state_dict(), assign=True)
         model = ours
     if tiled:

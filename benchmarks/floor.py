@@ -18,7 +18,7 @@ from torch.profiler import profile
 import measure
 import step
 
-#: What torch's operations do here. The product with gelu and that of the scores are one operation; shapes distinguish them.
+#: What torch's operations do here. The products with gelu and of the scores are one operation, with different shapes.
 GROUPS = {
     "aten::addmm": "linear layers",
     "aten::mm": "attention: weights times values",

@@ -1,4 +1,4 @@
-"""On a GPU: 20 guided XL/2 steps at 1024 px in bfloat16, ours and diffusers', plain and compiled; text encoder and VAE separately.
+"""On a GPU: 20 guided XL/2 steps at 1024 px in bfloat16, ours and diffusers', plain and compiled; text encoder and VAE.
 
     python benchmarks/gpu.py [--pixels 1024] [--steps 20] [--rounds 5] [--skip text vae attention]
 
@@ -147,8 +147,8 @@ def main() -> None:
     differences = {name: measure.relative_error(found, latents["diffusers"]) for name, found in latents.items()}
     assert max(differences.values()) < 0.1, differences
     for name in pipes:
-        draw(name)
-    seconds = measure.in_turns({name: lambda name=name: draw(name) for name in pipes}, options.rounds)
+        generate(name)
+    seconds = measure.in_turns({name: lambda name=name: generate(name) for name in pipes}, options.rounds)
     result = measure.compared(seconds)
     peak = matmul_rate(device, 8192 if device == "cuda" else 1024)
     work = options.steps * flops(options.pixels, options.layers, options.real_tokens)
@@ -158,7 +158,7 @@ def main() -> None:
         result["peak_gigabytes"] = {}
         for name in pipes:
             torch.cuda.reset_peak_memory_stats()
-            draw(name)
+            generate(name)
             result["peak_gigabytes"][name] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     pipes.clear()
     if "attention" not in options.skip:

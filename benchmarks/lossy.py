@@ -3,7 +3,7 @@
     python benchmarks/lossy.py [--prompts 200] [--steps 20] [--xl-steps 8] [--only interval ...] [--device cpu]
 
 On the bundled model every option generates the same held-out prompts from the same seeds as the lossless pipeline. PSNR
-is the mean over image pairs (100 dB if they are equal), and the judge's score is the share of images in which everything
+is the mean over image pairs (100 dB if they are equal); the judge's score is the share of images in which everything
 that the prompt says is right. Times are of whole calls. On an XL/2 with random weights (bfloat16, 512 px, 20 real text
 tokens) only the denoising loop is timed. How many steps a cache that looks at its input reuses there says nothing about
 a trained model, so the number of computed steps is given with the time.

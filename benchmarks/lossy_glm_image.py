@@ -3,8 +3,8 @@
     python benchmarks/lossy_glm_image.py [--model runs/scenes_glm_image/checkpoint] [--count 200]
 
 `scripts/build_scenes_glm_image.py` makes the model. Every option generates the same held-out prompts and edits from the
-same seeds. The judge's score is the share of images in which everything is right; next to it is the share of the prior's
-tokens that are the same without quantization. Results go to benchmarks/results/.
+same seeds. The judge's score is the share of images in which everything is right; next to it is the share of the
+prior's tokens that are the same without quantization. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def main() -> None:
         same = float((tokens == whole).float().mean())
         results[name] = {"tokens_as_with_all_bits": round(same, 4), **accuracy}
         right = {kind: f"{accuracy[kind]['whole']['percent']:.1f} %" for kind in ("generated", "edited")}
-        print(
-            f"{name:20} generated {right['generated']:>8}   edited {right['edited']:>8}   the same tokens {100 * same:.1f} %"
-        )
+        shares = ", ".join(f"{kind} {share}" for kind, share in right.items())
+        print(f"{name:20} {shares}, same tokens {100 * same:.1f} %")
     what = f"GLM-Image with quantized weights: {options.count} prompts and {options.count} edits, CPU"
     measure.write("lossy-glm-image", {"what": what, "options": results})
 

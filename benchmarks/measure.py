@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:
-    """Store a dated result with a description of the machine, and print its path. Results for AVX2 have it in the name."""
+    """Store a dated result with a description of the machine, and print its path. Names of AVX2 results say so."""
     RESULTS.mkdir(exist_ok=True)
     if describe_processor().instruction_set == "AVX2":
         name += "-avx2"

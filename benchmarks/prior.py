@@ -3,10 +3,10 @@
     python benchmarks/prior.py [--layers 16] [--batch 1] [--tokens 48] [--dtype bfloat16] [--rounds 5] [--device cpu]
 
 A language model of GLM-Image's class with random weights; 16 layers of width 1536 are 0.57 B parameters, and 100 are
-3.4 B, which take 14 GB with packed copies. Both generate the tokens of one image after a prompt, in turns; the logits of
-the prompt are compared first. A token needs each weight once, so it takes at least the time to read them, measured as
-the sum of their bits in the same process. Both times include the prompt; ours is also given without it, next to the
-time of reading the weights.
+3.4 B, which take 14 GB with packed copies. Both generate the tokens of one image after a prompt, in turns, once
+the logits of the prompt have been compared. A token needs each weight once, so it takes at least the time to read them,
+measured as the sum of their bits in the same process. Both times include the prompt; ours is also given without it, next
+to the time of reading the weights.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def main() -> None:
     assert difference < (0.05 if options.dtype == "bfloat16" else 1e-4), difference
     calls = {
         "impasto": ours,
-        "reading the weights": lambda: reading(
-            bits, count, options.device
-        ),  # right after ours, as the bandwidth varies
+        "reading the weights": lambda: reading(bits, count, options.device),  # right after ours: bandwidth varies
         "transformers generate": theirs,
     }
     for call in calls.values():
