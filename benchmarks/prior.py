@@ -5,8 +5,7 @@
 A language model of GLM-Image's class with random weights; 16 layers of width 1536 are 0.57 B parameters, and 100 are
 3.4 B, which take 14 GB with packed copies. Both generate the tokens of one image after a prompt, in turns, once
 the logits of the prompt have been compared. A token needs each weight once, so it takes at least the time to read them,
-measured as the sum of their bits in the same process. Both times include the prompt; ours is also given without it, next
-to the time of reading the weights.
+measured as the sum of their bits in the same process. Both times include the prompt; ours is also given without.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference,
 from impasto.training.loop import Recipe
 from impasto.training.prior import Sequences, join, train_prior
 from impasto.training.state import load_state, save_state
-from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenise, train_visual_codebook
+from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenize, train_visual_codebook
 
 SEED = 2027
 STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")
@@ -232,7 +232,7 @@ def say_chunk(out: Path, chunk: int) -> None:
     rendered = np.load(kept) if kept.exists() else render_images(chunk)
     prior = build_prior(words=1024)
     load_codebook(out, prior)
-    tokens = tokenise(prior.model, halved(torch.from_numpy(rendered["images"])).float() / 127.5 - 1)
+    tokens = tokenize(prior.model, halved(torch.from_numpy(rendered["images"])).float() / 127.5 - 1)
     texts = {name: rendered[name] for name in ("captions", "instructions")}
     chunks.save(chunks.path_of(out / "tokens", chunk), tokens=tokens.to(torch.int16).numpy(), **texts)
 

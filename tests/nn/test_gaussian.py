@@ -34,7 +34,7 @@ def test_each_picture_with_its_own_generator_is_drawn_alone() -> None:
 
 
 def test_too_few_generators() -> None:
-    with pytest.raises(InputError, match="2 generators were given for 3 pictures"):
+    with pytest.raises(InputError, match="2 generators were given for 3 images"):
         distribution().sample(seeded(1, 2))
 
 
