@@ -30,7 +30,7 @@ from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
-from impasto.scenes.evaluate import held_out_prompts, judge_pictures
+from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
@@ -303,7 +303,7 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
         for i, image in enumerate(images):
             sheet.paste(image, (i % 8 * 64, i // 8 * 64))
         sheet.save(folder / f"images_{step:06d}.png")
-        counts = judge_pictures(prompts, images).counts()
+        counts = judge_images(prompts, images).counts()
         return {name: hit / max(1, n) for name, (hit, n) in counts.items()}
 
     ids, mask = tokenizer([""], return_tensors="pt").values()
