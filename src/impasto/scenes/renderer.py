@@ -159,7 +159,7 @@ def _occlude(
 def _closest_approach(
     body: Body, start: Vector, light: tuple[float, float, float], low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Golden-section search between `low` and `high` for the minimum signed distance along each ray, and its position."""
+    """The minimum signed distance along each ray between `low` and `high`, and its position (golden-section search)."""
 
     def at(t: Tensor) -> Tensor:
         return distance(body, (start[0] + t * light[0], start[1] + t * light[1], start[2] + t * light[2]))
