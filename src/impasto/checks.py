@@ -65,9 +65,9 @@ def _is_bool(value: Any) -> bool:
 def text(name: str, value: Any, most: int, *, error: type[ImpastoError] = InputError) -> str:
     """``value`` as a str of at most ``most`` characters, without lone surrogates (undecodable bytes)."""
     if not isinstance(value, str):
-        raise error(f"{name} must be a text, not {shown(value)}")
+        raise error(f"{name} must be a string, not {shown(value)}")
     if len(value) > most:
-        raise error(f"{name} has {len(value):,} characters, and at most {most:,} are taken; shorten it")
+        raise error(f"{name} has {len(value):,} characters, but at most {most:,} are accepted; shorten it")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise error(f"{name} is not valid Unicode: {shown(value)}; give it in UTF-8")
     return value

@@ -43,9 +43,9 @@ def test_tokens_of_a_batch_are_those_of_transformers() -> None:
     parts = prior_parts()
     model, images = parts["vision_language_encoder"], parts["processor"].image_processor
     images.image_mean = images.image_std = [0.5] * 3
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    given = images([Image.fromarray(picture)], do_resize=False, return_tensors="pt")
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, 64, 64]
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    given = images([Image.fromarray(image)], do_resize=False, return_tensors="pt")
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, 64, 64]
     features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output[0]
     seen = see(model.model.visual, pixels)[0].T.view_as(features)
     torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-5)

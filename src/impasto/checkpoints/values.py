@@ -101,7 +101,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
         return finite(name, value, least, most, above=above, error=ConfigurationError)
     if kind is str:
         if not isinstance(value, str):
-            raise ConfigurationError(f"{name} must be a text, not {shown(value)}")
+            raise ConfigurationError(f"{name} must be a string, not {shown(value)}")
         return value
     if isinstance(kind, type) and issubclass(kind, Sequence):
         least, most, _ = bounds or _LENGTH
