@@ -43,12 +43,6 @@ class Scheduler(SchedulerConfig):
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    def _require(self, name: str, value: object, allowed: Sequence[object]) -> None:
-        if value not in allowed:
-            raise ConfigurationError(
-                f"{type(self).__name__}: {name} must be one of {', '.join(map(repr, allowed))}, not {shown(value)}"
-            )
-
     def _make_tables(
         self,
         allowed: Sequence[str],
@@ -60,8 +54,9 @@ class Scheduler(SchedulerConfig):
         zero_snr: bool,
     ) -> None:
         """Set betas, alphas and alphas_cumprod, and every training timestep as the schedule."""
-        if trained is None:
-            self._require("beta_schedule", schedule, allowed)
+        if trained is None and schedule not in allowed:
+            options = ", ".join(map(repr, allowed))
+            raise ConfigurationError(f"beta_schedule must be one of {options}, not {shown(schedule)}")
         self.betas = training_betas(schedule, count, start, end, trained, zero_snr)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,8 @@ from ..errors import ConfigurationError
 from ..folders import reading
 
 P = ParamSpec("P")
+Prediction = Literal["epsilon", "sample", "v_prediction"]
+Spacing = Literal["linspace", "leading", "trailing"]
 S = TypeVar("S", bound="SchedulerConfig")
 
 #: The arguments that were left at their defaults: part of the config, but not of the file.

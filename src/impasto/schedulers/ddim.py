@@ -15,9 +15,9 @@ from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from .base import Scheduler
-from .config import records_arguments
+from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import spaced_timesteps
-from .process import alpha_sigma, common_dtypes, limit, predicted_noise, predicted_original, require_same_shape
+from .process import alpha_sigma, limit, predicted_noise, predicted_original, widened
 
 
 @keyed
@@ -58,16 +58,14 @@ class DDIMScheduler(Scheduler):
         clip_sample: bool = True,
         set_alpha_to_one: bool = True,
         steps_offset: Offset = 0,
-        prediction_type: str = "epsilon",
+        prediction_type: Prediction = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         clip_sample_range: Scale = 1.0,
         sample_max_value: Scale = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
     ):
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         self._make_tables(
             ("linear", "scaled_linear", "squaredcos_cap_v2"),
             beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
@@ -114,7 +112,7 @@ class DDIMScheduler(Scheduler):
             InputError: no schedule yet, a timestep or an eta out of range, shapes that differ.
         """
         steps = self._require_timesteps()
-        require_same_shape(model_output, sample)
+        output, x, dtype = widened(model_output, sample)
         eta = finite("eta", eta, 0, 1)
         if eta > 0 and variance_noise is not None and generator is not None:
             raise InputError("give either generator or variance_noise, not both: each determines the noise")
@@ -124,8 +122,6 @@ class DDIMScheduler(Scheduler):
         previous_bar = self._alpha_bars[int(previous)] if previous >= 0 else self.final_alpha_cumprod
         alpha, sigma = alpha_sigma(bar)
 
-        dtype, working = common_dtypes(sample, model_output)
-        x, output = sample.to(working), model_output.to(working)
         kind = self.config.prediction_type
         original = limit(predicted_original(kind, output, x, alpha, sigma), self.config)
         noise = predicted_noise(kind, output, x, alpha, sigma)

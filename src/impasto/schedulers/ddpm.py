@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,22 +14,12 @@ from ..checks import shown
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
+from . import process
 from .base import Scheduler
-from .config import records_arguments
+from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps, spaced_timesteps
-from .process import (
-    Posterior,
-    alpha_sigma,
-    common_dtypes,
-    learned_log_variance,
-    limit,
-    posterior,
-    predicted_original,
-    require_same_shape,
-    require_tensors,
-)
 
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
 @keyed
@@ -70,20 +60,17 @@ class DDPMScheduler(Scheduler):
         beta_end: Share = 0.02,
         beta_schedule: str = "linear",
         trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
-        variance_type: str | None = "fixed_small",
+        variance_type: Variance | None = "fixed_small",
         clip_sample: bool = True,
-        prediction_type: str = "epsilon",
+        prediction_type: Prediction = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         clip_sample_range: Scale = 1.0,
         sample_max_value: Scale = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Spacing = "leading",
         steps_offset: Offset = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._require("variance_type", variance_type, (*VARIANCES, None))
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         self._make_tables(
             ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
             beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
@@ -148,22 +135,20 @@ class DDPMScheduler(Scheduler):
         Raises:
             InputError: a timestep that is not in the schedule, shapes that do not fit.
         """
-        require_tensors(model_output=model_output, sample=sample)
+        process.require_tensors(model_output=model_output, sample=sample)
         learned = None
         doubled = min(sample.ndim, model_output.ndim) > 1 and model_output.shape[1] == 2 * sample.shape[1]
         if self.variance_type in ("learned", "learned_range") and doubled:
             model_output, learned = model_output.chunk(2, dim=1)
-        require_same_shape(model_output, sample)
+        output, x, dtype = process.widened(model_output, sample)
         t, _ = self._locate(timestep)
         previous = self.previous_timestep(timestep)
         bar = self._alpha_bar(t)
         previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
-        q = posterior(bar, previous_bar)
+        q = process.posterior(bar, previous_bar)
 
-        dtype, working = common_dtypes(sample, model_output)
-        x, output = sample.to(working), model_output.to(working)
-        original = predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar))
-        original = limit(original, self.config)
+        original = process.predicted_original(self.config.prediction_type, output, x, *process.alpha_sigma(bar))
+        original = process.limit(original, self.config)
         x = q.on_original * original + q.on_sample * x
         if t > 0:
             noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
@@ -171,7 +156,7 @@ class DDPMScheduler(Scheduler):
         result = DDPMSchedulerOutput(x.to(dtype), original.to(dtype))
         return result if return_dict else tuple(result)
 
-    def _std(self, q: Posterior, learned: Tensor | None) -> Tensor:
+    def _std(self, q: process.Posterior, learned: Tensor | None) -> Tensor:
         """The standard deviation of the noise that a step adds (section 3.2)."""
         variance = q.variance.clamp(min=1e-20)  # it is 0 at t = 0, and its logarithm is needed
         if self.variance_type in ("fixed_small", "fixed_small_log"):
@@ -186,4 +171,4 @@ class DDPMScheduler(Scheduler):
         learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
         if self.variance_type == "learned":
             return learned.sqrt()
-        return torch.exp(0.5 * learned_log_variance(learned, q.beta.log(), variance.log()))
+        return torch.exp(0.5 * process.learned_log_variance(learned, q.beta.log(), variance.log()))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,19 +33,8 @@ from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
 from .base import CountingScheduler, SchedulerOutput
-from .config import records_arguments
-from .process import (
-    common_dtypes,
-    limit,
-    per_sample,
-    predicted_noise,
-    predicted_original,
-    require_same_shape,
-    require_tensors,
-)
-
-#: Values in configs of related schedulers -> what is used here instead.
-RELATED = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+from .config import Spacing, records_arguments
+from .process import limit, per_sample, predicted_noise, predicted_original, require_tensors, widened
 
 
 class DPMSolverMultistepScheduler(CountingScheduler):
@@ -59,7 +48,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         prediction_type: what the model predicts: epsilon, sample, v_prediction or flow_prediction.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0; not for latents.
         algorithm_type: dpmsolver++ or sde-dpmsolver++ (integrate x_0), dpmsolver or sde-dpmsolver (the noise).
-        solver_type: the second-order method, midpoint or heun.
+        solver_type: the second-order method, midpoint or heun. From configs of related schedulers, ``deis`` stands for
+            dpmsolver++, and logrho, bh1 and bh2 for midpoint.
         lower_order_final: with fewer than 15 steps, lower the order of the last ones.
         euler_at_final: make the last step first-order in any case.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas, use_flow_sigmas: at most one way
@@ -89,12 +79,12 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         beta_schedule: str = "linear",
         trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
         solver_order: int = 2,
-        prediction_type: str = "epsilon",
+        prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         sample_max_value: Scale = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
+        algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"] = "dpmsolver++",
+        solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"] = "midpoint",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
         use_karras_sigmas: bool = False,
@@ -103,27 +93,18 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         use_lu_lambdas: bool = False,
         use_flow_sigmas: bool = False,
         flow_shift: Scale = 1.0,
-        final_sigmas_type: str = "zero",
+        final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
         lambda_min_clipped: Shift = -float("inf"),
         variance_type: str | None = None,
-        timestep_spacing: str = "linspace",
+        timestep_spacing: Spacing = "linspace",
         steps_offset: Offset = 0,
         rescale_betas_zero_snr: bool = False,
         use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
+        time_shift_type: Literal["exponential"] = "exponential",
     ):
-        algorithm_type = RELATED.get(algorithm_type, algorithm_type)
-        solver_type = RELATED.get(solver_type, solver_type)
-        self._require("solver_order", solver_order, (1, 2, 3))
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction", "flow_prediction"))
-        self._require(
-            "algorithm_type", algorithm_type, ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
-        )
-        self._require("solver_type", solver_type, ("midpoint", "heun"))
-        self._require("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
-        self._require("time_shift_type", time_shift_type, ("exponential",))
-        self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
+        if solver_order not in (1, 2, 3):
+            raise ConfigurationError(f"solver_order must be one of 1, 2, 3, not {solver_order}")
+        self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++", "deis")
         self._stochastic = algorithm_type in ("sde-dpmsolver++", "sde-dpmsolver")
         if not self._over_original:
             if final_sigmas_type == "zero":
@@ -141,7 +122,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         self._spacing = schedules.chosen_spacing(self.config, "use_lu_lambdas", "use_flow_sigmas")
         self._flow = use_flow_sigmas
         self._order = solver_order
-        self._midpoint = solver_type == "midpoint"
+        self._midpoint = solver_type != "heun"
 
         self._make_tables(
             ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -274,10 +255,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         require_tensors(model_output=model_output, sample=sample)
         if self.config.variance_type in ("learned", "learned_range") and min(sample.ndim, model_output.ndim) > 1:
             model_output = model_output[:, : sample.shape[1]]
-        require_same_shape(model_output, sample)
-        dtype, working = common_dtypes(sample, model_output)
-        x = sample.to(working)
-        prediction = self._convert(model_output.to(working), x, index)
+        output, x, dtype = widened(model_output, sample)
+        prediction = self._convert(output, x, index)
         level = self._level(index)[2]
         if self._history and self._history[-1][0] == level:  # slopes need distinct levels
             self._history.pop()

@@ -17,9 +17,9 @@ from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
 from .base import CountingScheduler
-from .config import records_arguments
+from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps
-from .process import add_noise, alpha_sigma, common_dtypes, limit, predicted_original, require_same_shape
+from .process import add_noise, alpha_sigma, limit, predicted_original, widened
 
 logger = logging.getLogger("impasto")
 
@@ -67,16 +67,14 @@ class LCMScheduler(CountingScheduler):
         clip_sample_range: Scale = 1.0,
         set_alpha_to_one: bool = True,
         steps_offset: Offset = 0,
-        prediction_type: str = "epsilon",
+        prediction_type: Prediction = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         sample_max_value: Scale = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Spacing = "leading",
         timestep_scaling: Scale = 10.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         self._make_tables(
             ("linear", "scaled_linear", "squaredcos_cap_v2"),
             beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
@@ -153,11 +151,9 @@ class LCMScheduler(CountingScheduler):
             InputError: no schedule yet, all steps taken, a timestep out of range, shapes that differ.
         """
         index = self._this_step(timestep)
-        require_same_shape(model_output, sample)
+        output, x, dtype = widened(model_output, sample)
         t, _ = self._locate(timestep)
         bar = self._alpha_bar(t)
-        dtype, working = common_dtypes(sample, model_output)
-        x, output = sample.to(working), model_output.to(working)
         original = predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar))
         original = limit(original, self.config)
 

@@ -117,11 +117,17 @@ def dynamic_threshold(original: Tensor, ratio: float, largest: float) -> Tensor:
     return original.clamp(-bound, bound) / bound
 
 
-def common_dtypes(sample: Tensor, prediction: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype of a step's result and of its arithmetic, at least float32: differences of near-equal terms lose
-    half precision's few digits."""
-    result = torch.promote_types(sample.dtype, prediction.dtype)
-    return result, torch.promote_types(result, torch.float32)
+def widened(prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Both in at least float32, as differences of near-equal terms lose half precision's few digits, and the dtype of
+    the step's result.
+
+    Raises:
+        InputError: other than two dense floating-point tensors of the same shape.
+    """
+    require_same_shape(prediction, sample)
+    dtype = torch.promote_types(sample.dtype, prediction.dtype)
+    working = torch.promote_types(dtype, torch.float32)
+    return prediction.to(working), sample.to(working), dtype
 
 
 def require_tensors(**given: object) -> None:
