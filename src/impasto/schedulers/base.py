@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,25 +41,17 @@ class Scheduler(SchedulerConfig):
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    def _make_tables(
-        self,
-        allowed: Sequence[str],
-        schedule: str,
-        count: int,
-        start: float,
-        end: float,
-        trained: Sequence[float] | np.ndarray[Any, Any] | None,
-        zero_snr: bool,
-    ) -> None:
+    def _make_tables(self, *allowed: str) -> None:
         """Set betas, alphas and alphas_cumprod, and every training timestep as the schedule."""
-        if trained is None and schedule not in allowed:
+        config = self.config
+        if config.trained_betas is None and config.beta_schedule not in allowed:
             options = ", ".join(map(repr, allowed))
-            raise ConfigurationError(f"beta_schedule must be one of {options}, not {shown(schedule)}")
-        self.betas = training_betas(schedule, count, start, end, trained, zero_snr)
+            raise ConfigurationError(f"beta_schedule must be one of {options}, not {shown(config.beta_schedule)}")
+        self.betas = training_betas(config)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self._alpha_bars = self.alphas_cumprod.clone()  # stays on the CPU: reading it never waits for a device
-        self.timesteps = torch.arange(count - 1, -1, -1, device="cpu")
+        self.timesteps = torch.arange(len(self) - 1, -1, -1, device="cpu")
 
     # --- the schedule ---
 

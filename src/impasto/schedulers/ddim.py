@@ -66,10 +66,7 @@ class DDIMScheduler(Scheduler):
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
     ):
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self._alpha_bars[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:

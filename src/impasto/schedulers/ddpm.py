@@ -71,10 +71,7 @@ class DDPMScheduler(Scheduler):
         steps_offset: Offset = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
         self.variance_type = variance_type or "fixed_small"
         self.custom_timesteps = False
 

@@ -124,10 +124,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         self._order = solver_order
         self._midpoint = solver_type != "heun"
 
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.alphas_cumprod[-1] == 0:
             self.alphas_cumprod[-1] = 2**-24  # the first noise level must be finite
         log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())

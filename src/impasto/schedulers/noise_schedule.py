@@ -76,18 +76,17 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 
-def training_betas(
-    schedule: str, count: int, start: float, end: float, trained: Sequence[float] | Array | None, zero_snr: bool
-) -> Tensor:
-    """The betas of a scheduler's config, [count].
+def training_betas(config: Config) -> Tensor:
+    """The betas of a scheduler's config, [num_train_timesteps].
 
     Raises:
         ConfigurationError: betas outside [0, 1], or a schedule that adds no noise or leaves no signal.
     """
+    count, start, end, trained = config.num_train_timesteps, config.beta_start, config.beta_end, config.trained_betas
     if trained is None:
-        betas = BETA_SCHEDULES[schedule](count, start, end)
+        betas = BETA_SCHEDULES[config.beta_schedule](count, start, end)
     else:
-        betas = torch.as_tensor(trained, dtype=torch.float32, device="cpu").clone()
+        betas = torch.tensor(trained, dtype=torch.float32, device="cpu")
         if betas.shape != (count,):
             raise ConfigurationError(
                 f"trained_betas must hold num_train_timesteps={count} numbers; its shape is {tuple(betas.shape)}"
@@ -100,7 +99,7 @@ def training_betas(
             f"{source} and num_train_timesteps={count} give a schedule whose first step adds no noise, or that leaves "
             f"no signal long before its end"
         )
-    return rescale_zero_terminal_snr(betas) if zero_snr else betas
+    return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
