@@ -137,11 +137,10 @@ def spaced_timesteps(
                 f"use at most {last - skip_lowest}, or another spacing"
             )
         timesteps = (np.arange(count) * (last // count))[::-1][:steps] + offset
-    elif spacing == "trailing":
+    else:
+        assert spacing == "trailing"
         # For some numbers of steps (61, 103, ...), rounding makes arange one too long.
         timesteps = np.arange(last, 0, -train_steps / steps).round()[:steps] - 1
-    else:
-        raise ConfigurationError(f"timestep_spacing must be linspace, leading or trailing, not {spacing!r}")
     if timesteps[0] >= train_steps:
         raise InputError(
             f"steps_offset={offset} moves the first of {steps} steps to timestep {int(timesteps[0])}, beyond the "

@@ -99,22 +99,18 @@ def learned_log_variance(interpolation: Tensor, log_beta: Tensor, log_variance: 
 
 
 def limit(original: Tensor, config: Config) -> Tensor:
-    """Apply the scheduler's dynamic thresholding or clipping, if any, to x_0."""
+    """Apply the scheduler's clipping or dynamic thresholding, if any, to x_0. For pixels; latents have no fixed range.
+
+    Thresholding clips each sample to a quantile of its magnitudes, in [1, sample_max_value], and divides by it (Imagen,
+    arXiv 2205.11487, section 2.3).
+    """
     if config.thresholding:
-        return dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+        bound = torch.quantile(original.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)  # [B]
+        bound = per_sample(bound.clamp(min=1.0, max=config.sample_max_value), original)
+        return original.clamp(-bound, bound) / bound
     if config.get("clip_sample"):
         return original.clamp(-config.clip_sample_range, config.clip_sample_range)
     return original
-
-
-def dynamic_threshold(original: Tensor, ratio: float, largest: float) -> Tensor:
-    """Clip each sample to the ``ratio`` quantile of its magnitudes, in [1, largest], and divide by it.
-
-    For pixels (Imagen, arXiv 2205.11487, section 2.3); latents have no fixed range.
-    """
-    bound = torch.quantile(original.abs().flatten(1), ratio, dim=1).clamp(min=1.0, max=largest)  # [B]
-    bound = per_sample(bound, original)
-    return original.clamp(-bound, bound) / bound
 
 
 def widened(prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
