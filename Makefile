@@ -15,17 +15,17 @@ export PROMPT
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    draw a picture with the bundled model into out/   (PROMPT='...' for another one)"
-	@echo "make test    the default test run, under ten minutes           (PYTEST_ARGS='tests/nn -x' for a part)"
+	@echo "make demo    generate an image with the bundled model in out/   (PROMPT='...' for another one)"
+	@echo "make test    the default test run, under ten minutes           (PYTEST_ARGS='tests/nn -x' for some)"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "Each of them builds .venv first where it is missing or older than pyproject.toml."
+	@echo "Each of them first builds .venv if it is missing or older than pyproject.toml."
 
 demo: $(STAMP)
 	@mkdir -p out
 	$(BIN)/impasto generate "$$PROMPT" --output out/demo.png --seed 7
-	@echo "The picture is $(CURDIR)/out/demo.png"
+	@echo "The image is $(CURDIR)/out/demo.png"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

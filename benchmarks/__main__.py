@@ -2,10 +2,10 @@
 
     python benchmarks [NAME ...] [--avx2] [--table]
 
-Names: startup, attention, floor, step, text, decode, picture, memory, lossy, edits, prior; all of them if none is
-given, which takes about an hour and a half on two cores and 25 GB of disk. gpu, which needs one, runs only if it is
-named. --avx2 runs what concerns processors without 16-bit products (attention, floor, step, precision), and has one
-with AVX-512 imitate them. --table prints only what is stored.
+Names: startup, attention, floor, step, packed, text, decode, image, memory, lossy, edits, prior; all of them if none is
+given, which takes about two hours on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named.
+--avx2 runs the benchmarks for processors without 16-bit products (attention, floor, step, precision); processors with AVX-512
+imitate them. --table only prints stored results.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ RUNS: dict[str, list[list[str]]] = {
     ],
     "text": [[]],
     "decode": [[]],
-    "picture": [["--lossy", "cache interval 2", "cache interval 3", "cache interval 2, guidance 0.2-0.8"]],
+    "image": [["--lossy", "cache interval 2", "cache interval 3", "cache interval 2, guidance 0.2-0.8"]],
     "memory": [[]],
     "lossy": [[]],
     "edits": [[]],
+    "packed": [[]],
     "prior": [["--tokens", "192"], ["--tokens", "192", "--batch", "4"]],
     "gpu": [[]],
 }
@@ -77,13 +78,13 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
-    parser.add_argument("--avx2", action="store_true", help="for processors without 16-bit products")
-    parser.add_argument("--table", action="store_true", help="print what is stored, and run nothing")
+    parser.add_argument("--avx2", action="store_true", help="benchmark as a processor without 16-bit products")
+    parser.add_argument("--table", action="store_true", help="only print stored results")
     options = parser.parse_args()
     runs, environment = (RUNS_AVX2, os.environ | AVX2) if options.avx2 else (RUNS, os.environ)
     unknown = [name for name in options.names if name not in runs]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(runs)}")
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(runs)}")
     if not options.table:
         for name in options.names or [name for name in runs if name != "gpu"]:
             for arguments in runs[name]:

@@ -1,4 +1,4 @@
-"""The attention seam on the CPU against torch's own, at the sizes of XL/2: seconds and errors.
+"""``nn.attention`` on the CPU against torch's own attention, at the sizes of XL/2: seconds and errors.
 
 python benchmarks/attention.py [--tokens 256 1024 4096] [--dtype bfloat16] [--rounds 5]
 """

@@ -1,9 +1,9 @@
-"""What the checks of a checkpoint cost: CPU time inside them against that of loading XL/2 and T5-XXL.
+"""The cost of checking a checkpoint: CPU time in checks against the time to load XL/2 and T5-XXL.
 
     python benchmarks/checks.py [--folder FOLDER] [--dtype bfloat16] [--rounds 5]
 
-Makes the full-size folder of ``memory.py`` (22 GB in float32), once, and loads its transformer and text encoder. Every
-function that only checks is timed where it is called from loading; a check within a check counts once.
+Creates the full-size folder of ``memory.py`` (22 GB in float32) once, and loads its transformer and text encoder. Every
+function that only checks is timed when loading calls it; nested checks count once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from impasto.checkpoints.foreign import configs, from_transformers, tokenizer_fi
 from impasto.models import base as module
 from impasto.pipelines import loading
 
-#: What only checks, or finds out what is checked.
+#: Functions that only check, or find what to check.
 CHECKS: dict[Any, tuple[str, ...]] = {
     config: ("read_json",),
     values: ("check_arguments",),
@@ -45,7 +45,7 @@ CHECKS: dict[Any, tuple[str, ...]] = {
 
 
 class Clock:
-    """CPU seconds inside of the outermost checks, by their names."""
+    """CPU seconds in the outermost checks, by name."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -67,7 +67,7 @@ class Clock:
 
 
 def watch(clock: Clock) -> None:
-    """Time every check wherever the package has imported it."""
+    """Time every check in all modules that have imported it."""
     modules = [m for name, m in sys.modules.items() if name.startswith("impasto")]
     for owner, names in CHECKS.items():
         for name in names:
@@ -82,8 +82,8 @@ def watch(clock: Clock) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="made, if it is not there; kept. By default made and removed")
-    parser.add_argument("--dtype", default="bfloat16", help="in which it is loaded, from float32")
+    parser.add_argument("--folder", type=Path, help="created if missing, and kept; by default a temporary one")
+    parser.add_argument("--dtype", default="bfloat16", help="to load in; the files hold float32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     folder = options.folder or Path("full-size-float32")
@@ -93,7 +93,7 @@ def main() -> None:
     try:
         clock = Clock()
         watch(clock)
-        for _ in range(options.rounds + 1):  # the first also imports
+        for _ in range(options.rounds + 1):  # the first one also imports
             clock.seconds.clear()
             start, begun = time.process_time(), time.perf_counter()
             pipe = impasto.PixArtSigmaPipeline.from_pretrained(folder, dtype=options.dtype, vae=None, scheduler=None)
@@ -111,7 +111,7 @@ def main() -> None:
         "percent": {"median": round(100 * statistics.median(shares), 2), "most": round(100 * max(shares), 2)},
     }
     measure.write("checks", result)
-    assert loading  # so that every module with a check is imported before it is watched
+    assert loading  # imports every module with a check before it is watched
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--pixels 512] [--dtype bfloat16] [--rounds 3]
 
-The distance of each from our untiled picture is measured, and each one's peak memory in a process of its own.
+Also measured are the distance of each from our untiled image, and the peak memory of each in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 import diffusers
 import torch
 
+import image
 import impasto
 import measure
-import picture
 
 NAMES = ("impasto", "impasto tiled", "diffusers", "diffusers tiled")
 
@@ -25,11 +25,11 @@ def decoder(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    model = diffusers.AutoencoderKL(**picture.SDXL_VAE).eval()
+    model = diffusers.AutoencoderKL(**image.SDXL_VAE).eval()
     torch.set_default_dtype(torch.float32)
     if library == "impasto":
         with torch.device("meta"):
-            ours = impasto.AutoencoderKL(**picture.SDXL_VAE).eval()
+            ours = impasto.AutoencoderKL(**image.SDXL_VAE).eval()
         ours.load_state_dict(model.state_dict(), assign=True)
         model = ours
     if tiled:
@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="as 4096 px may need")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=list(NAMES), help="for sizes at which not all of them fit"
+    )
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:

@@ -1,9 +1,9 @@
-"""Where the time of our guided XL/2 step on the CPU goes, against the machine's floor.
+"""Where the time of our guided XL/2 step goes on the CPU, compared with the least time this machine could take.
 
     python benchmarks/floor.py [--pixels 256 512 1024] [--dtype bfloat16] [--layers 6]
 
-The floor is the time of a step's multiplications at the rate of a large product of the same run (and, for what only
-moves memory, of a large copy). The layers are alike, so that some of them show the shares.
+That floor is the time of the step's multiplications at the rate of a large matrix product in the same run (and of its
+memory traffic at the rate of a large copy). All layers have the same shape, so a few of them show the proportions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.profiler import profile
 import measure
 import step
 
-#: What torch's operations do here. A gelu product and the scores' product are one operation, told apart by shapes.
+#: What torch's operations do here. The products with gelu and of the scores are one operation, with different shapes.
 GROUPS = {
     "aten::addmm": "linear layers",
     "aten::mm": "attention: weights times values",
@@ -50,9 +50,9 @@ def floor_rates(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def work(pixels: int, layers: int, real_tokens: int) -> dict[str, float]:
-    """Multiplications and additions of a guided step: of the linear layers, and of self-attention."""
+    """Multiplications and additions of a guided step in linear layers and in self-attention."""
     tokens, width = (pixels // 16) ** 2, 1152
-    absorbed = 2 * 2 * real_tokens * 16 * width * tokens  # of the row with a text; the other's is a constant
+    absorbed = 2 * 2 * real_tokens * 16 * width * tokens  # of the row with text; that of the other row is constant
     linear = 2 * 2 * (4 + 8) * width * width * tokens + absorbed
     return {"linear layers": layers * linear, "self-attention": layers * 2 * 2 * 2 * width * tokens * tokens}
 
@@ -81,8 +81,8 @@ def profile_step(pixels: int, layers: int, dtype: torch.dtype) -> dict[str, obje
 
 
 def _of_product(weight: list[int]) -> str:
-    """What oneDNN's product with a weight [out_features, in_features] is for."""
-    if 73 in weight:  # a head's channels, and one for the peak
+    """The purpose of oneDNN's product with a weight [out_features, in_features]."""
+    if 73 in weight:  # the channels of a head, and one for the maximum
         return "attention: scores"
     return "linear layer with gelu" if weight[0] == 4608 else "linear layers"
 

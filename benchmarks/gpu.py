@@ -1,12 +1,11 @@
-"""On a GPU: 20 guided XL/2 steps at 1024 px in bfloat16, ours and diffusers', plain and compiled; text and VAE apart.
+"""On a GPU: 20 guided XL/2 steps at 1024 px in bfloat16, ours and diffusers', plain and compiled; text encoder and VAE.
 
     python benchmarks/gpu.py [--pixels 1024] [--steps 20] [--rounds 5] [--skip text vae attention]
 
-Every contestant draws from the same weights and embeddings, and the latents are compared before anything is timed.
-diffusers is compiled as its model card says, as a whole with mode="reduce-overhead" and fullgraph=True; ours by
-``pipe.compile()``, and as the model card says too. "share of the peak" is that of the card's own matrix products of
-8192 x 8192, measured in the same run. Attention: each of torch's kernels at 4096 tokens, 2 x 16 heads of 72 channels,
-and of 72 padded to 80.
+All candidates use the same weights and embeddings, and the latents are compared before anything is timed. diffusers is
+compiled as its model card says, as a whole with mode="reduce-overhead" and fullgraph=True; ours by ``pipe.compile()``
+and also as a whole. "share of the peak" is relative to matrix products of 8192 x 8192 on this card, measured in the
+same run. Attention: each of torch's kernels at 4096 tokens, 2 x 16 heads of 72 channels, and of 72 padded to 80.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import image
 import impasto
 import measure
-import picture
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -39,7 +38,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds_of(call: Callable[[], Any], device: str, rounds: int) -> float:
-    """The median of some calls, after two that do not count."""
+    """The median over calls, after two warm-up calls."""
     found = []
     for turn in range(rounds + 2):
         synchronize(device)
@@ -58,7 +57,7 @@ def matmul_rate(device: str, side: int) -> float:
 
 
 def flops(pixels: int, layers: int, real_tokens: int) -> float:
-    """Multiplications and additions of a guided step: linear layers and both attentions, padding left out."""
+    """Multiplications and additions of a guided step: linear layers and both attentions, without padding."""
     tokens, width = (pixels // 16) ** 2, 1152
     linear = (4 + 2 + 8) * width * width * tokens  # self-attention, cross-attention's query and output, feed-forward
     attention = 2 * width * tokens * (tokens + real_tokens)
@@ -66,7 +65,7 @@ def flops(pixels: int, layers: int, real_tokens: int) -> float:
 
 
 def compare_attention(device: str, tokens: int, rounds: int) -> dict[str, float | str]:
-    """Milliseconds of each kernel; the message of one that refuses."""
+    """Milliseconds of each kernel, or its error message."""
     found: dict[str, float | str] = {}
     for size in (72, 80):
         qkv = [torch.randn(2, 16, tokens, size, device=device, dtype=torch.bfloat16) for _ in range(3)]
@@ -88,10 +87,10 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=28, help="fewer for a trial")
+    parser.add_argument("--layers", type=int, default=28, help="fewer for a quick trial")
     parser.add_argument("--real-tokens", type=int, default=20)
     parser.add_argument("--skip", nargs="*", default=[], choices=["text", "vae", "attention", "compiled"])
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries the script only")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu only tests the script")
     options = parser.parse_args()
     device, side = options.device, options.pixels // 8
 
@@ -105,7 +104,7 @@ def main() -> None:
     masks[0, :, : options.real_tokens] = 1
     masks[1, :, :1] = 1  # the empty prompt is one token
     texts = torch.randn(2, 1, 300, 4096, device=device, dtype=torch.bfloat16)
-    vae = diffusers.AutoencoderKL(**picture.SDXL_VAE).to(device, torch.bfloat16).eval()
+    vae = diffusers.AutoencoderKL(**image.SDXL_VAE).to(device, torch.bfloat16).eval()
 
     def pipeline(library: Any, transformer: torch.nn.Module) -> Any:
         parts = {"tokenizer": None, "text_encoder": None, "vae": vae}
@@ -128,7 +127,7 @@ def main() -> None:
         pipes["impasto compiled whole"] = pipeline(impasto, torch.compile(copy_of_ours(), **whole))
         pipes["diffusers compiled"] = pipeline(diffusers, torch.compile(theirs, **whole))
 
-    def draw(name: str) -> torch.Tensor:
+    def generate(name: str) -> torch.Tensor:
         return pipes[name](
             prompt=None,
             negative_prompt=None,
@@ -144,12 +143,12 @@ def main() -> None:
             use_resolution_binning=False,
         ).images
 
-    latents = {name: draw(name) for name in pipes}  # also compiles
+    latents = {name: generate(name) for name in pipes}  # also compiles
     differences = {name: measure.relative_error(found, latents["diffusers"]) for name, found in latents.items()}
     assert max(differences.values()) < 0.1, differences
     for name in pipes:
-        draw(name)
-    seconds = measure.in_turns({name: lambda name=name: draw(name) for name in pipes}, options.rounds)
+        generate(name)
+    seconds = measure.in_turns({name: lambda name=name: generate(name) for name in pipes}, options.rounds)
     result = measure.compared(seconds)
     peak = matmul_rate(device, 8192 if device == "cuda" else 1024)
     work = options.steps * flops(options.pixels, options.layers, options.real_tokens)
@@ -159,13 +158,13 @@ def main() -> None:
         result["peak_gigabytes"] = {}
         for name in pipes:
             torch.cuda.reset_peak_memory_stats()
-            draw(name)
+            generate(name)
             result["peak_gigabytes"][name] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     pipes.clear()
     if "attention" not in options.skip:
         result["attention_milliseconds"] = compare_attention(device, (options.pixels // 16) ** 2, options.rounds)
     if "vae" not in options.skip:
-        ours = impasto.AutoencoderKL(**picture.SDXL_VAE).to(device, torch.bfloat16).eval()
+        ours = impasto.AutoencoderKL(**image.SDXL_VAE).to(device, torch.bfloat16).eval()
         ours.load_state_dict(vae.state_dict())
         z = torch.randn(1, 4, side, side, device=device, dtype=torch.bfloat16)
         with torch.no_grad():
@@ -174,7 +173,7 @@ def main() -> None:
                 for name, model in (("impasto", ours), ("diffusers", vae))
             }
     if "text" not in options.skip:
-        encoder = picture.text_encoder().to(device)
+        encoder = image.text_encoder().to(device)
         tokens = torch.ones(1, options.real_tokens, dtype=torch.long, device=device)
         padded = torch.ones(2, 300, dtype=torch.long, device=device)
         with torch.no_grad():

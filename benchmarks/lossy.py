@@ -1,15 +1,14 @@
-"""The lossy options: how much faster, how far from the lossless pictures, and what the judge says.
+"""The lossy options: how much faster they are, how far from the lossless images, and the judge's score.
 
     python benchmarks/lossy.py [--prompts 200] [--steps 20] [--xl-steps 8] [--only interval ...] [--device cpu]
 
-On the bundled model every option draws the same held-out prompts from the same seeds as the lossless pipeline: PSNR is
-that between the pictures (mean over the pictures, 100 dB where they are equal), and the judge's score is the share of
-pictures in which all that the prompt tells is right. Times are of whole calls. On an XL/2 of random weights (bfloat16,
-512 px, 20 real text tokens) only the denoising loop is timed: how much a cache that looks at its input reuses there
-says nothing about a trained model, so the number of computed steps stands beside it.
+On the bundled model every option generates the same held-out prompts from the same seeds as the lossless pipeline. PSNR
+is the mean over image pairs (100 dB if they are equal); the judge's score is the share of images in which everything
+that the prompt says is right. Times are of whole calls. On an XL/2 with random weights (bfloat16, 512 px, 20 real text
+tokens) only the denoising loop is timed. How many steps a cache that looks at its input reuses there says nothing about
+a trained model, so the number of computed steps is given with the time.
 
-All options take turns in every round, and the order changes from round to round; the ratios are those within a round.
-Results go to benchmarks/results/.
+All options run in every round, in a changing order; ratios are within a round. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ LOSSLESS = "lossless"
 
 
 class Option(NamedTuple):
-    """A lossy option: its name, and what it changes; each change is undone by leaving its ``with`` block."""
+    """A lossy option: its name and its changes, each a context manager that undoes it."""
 
     name: str
     changes: tuple[Callable[[Any], Any], ...]
@@ -76,11 +75,11 @@ OPTIONS = [
 
 
 class Quality(NamedTuple):
-    """What an option's pictures are like."""
+    """The quality of an option's images."""
 
-    pictures: list[Tensor]  # each [3, H, W]
+    images: list[Tensor]  # each [3, H, W]
     judged: dict[str, Any]
-    steps: dict[str, int] | None  # computed and reused ones, of a cache
+    steps: dict[str, int] | None  # computed and reused, if there is a cache
 
 
 # --- the bundled model ---
@@ -90,29 +89,29 @@ def generators(first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
-def draw_and_judge(pipe: Any, option: Option, options: argparse.Namespace) -> Quality:
-    pictures: list[Tensor] = []
+def generate_and_judge(pipe: Any, option: Option, options: argparse.Namespace) -> Quality:
+    images: list[Tensor] = []
 
     def generate(prompts: list[str]) -> Sequence[Tensor]:
-        drawn = pipe(
+        generated = pipe(
             prompts,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
-            generator=generators(len(pictures), len(prompts)),
+            generator=generators(len(images), len(prompts)),
             output_type="pt",
         ).images
-        pictures.extend(drawn.float().cpu())
-        return list(drawn.float().cpu())
+        images.extend(generated.float().cpu())
+        return list(generated.float().cpu())
 
     with option.applied(pipe) as cache:
         report = evaluate(generate, n=options.prompts, batch_size=options.batch)
     steps = None if cache is None else {"computed": cache.computed, "reused": cache.reused}
-    return Quality(pictures, report.to_dict()["accuracy"]["all"], steps)
+    return Quality(images, report.to_dict()["accuracy"]["all"], steps)
 
 
-def psnr(pictures: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-    """dB, of pictures in [0, 1]."""
-    errors = [(a - b).square().mean().clamp_min(1e-10) for a, b in zip(pictures, references, strict=True)]
+def psnr(images: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """dB, for images in [0, 1]."""
+    errors = [(a - b).square().mean().clamp_min(1e-10) for a, b in zip(images, references, strict=True)]
     return float((-10 * torch.stack(errors).log10()).mean())
 
 
@@ -138,7 +137,7 @@ def bundled_run(options: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
 
 
 def xl_run(options: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
-    """An XL/2 of random weights, and its denoising loop for one guided picture of 512 px."""
+    """An XL/2 with random weights, and its denoising loop for one guided image of 512 px."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -168,17 +167,17 @@ def xl_run(options: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
 def time_in_turns(
     pipe: Any, run: Callable[[], None], chosen: Sequence[Option], options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every option in every round, and how often faster than the lossless run of the same round."""
+    """Seconds of every option in every round, and the speed-up over the lossless run of the same round."""
     seconds: dict[str, list[float]] = {option.name: [] for option in chosen}
     steps: dict[str, Any] = {}
     run()  # the first one allocates and packs
     for turn in range(options.rounds):
         for option in (*chosen[turn % len(chosen) :], *chosen[: turn % len(chosen)]):
             with option.applied(pipe) as cache:
-                synchronise(options.device)
+                synchronize(options.device)
                 start = time.perf_counter()
                 run()
-                synchronise(options.device)
+                synchronize(options.device)
                 seconds[option.name].append(time.perf_counter() - start)
                 steps[option.name] = None if cache is None else {"computed": cache.computed, "reused": cache.reused}
     results = {}
@@ -195,7 +194,7 @@ def time_in_turns(
     return results
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize()
 
@@ -204,7 +203,7 @@ def synchronise(device: str) -> None:
 
 
 def available(pipe: Any, chosen: Sequence[Option], absent: dict[str, str]) -> list[Option]:
-    """The options that this machine has; why it lacks the others goes into ``absent``."""
+    """The options that this machine supports; the reasons for the others go into ``absent``."""
     found = []
     for option in chosen:
         try:
@@ -216,7 +215,7 @@ def available(pipe: Any, chosen: Sequence[Option], absent: dict[str, str]) -> li
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown. "-" is what was not measured in this run."""
+    """Markdown; "-" means not measured in this run."""
     scenes, xl, quality = results["scenes"], results["xl"], results["quality"]
     lines = [
         "| Option | Speed-up | PSNR, dB | Judge: all right, % | Speed-up, XL/2 at 512 px (computed steps) |",
@@ -243,14 +242,14 @@ def _computed(steps: dict[str, int] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts to draw and judge; 0: none")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts to generate and judge; 0: none")
     parser.add_argument("--steps", type=int, default=20, help="of the bundled model")
     parser.add_argument("--guidance-scale", type=float, default=4.5)
-    parser.add_argument("--batch", type=int, default=8, help="pictures at once")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each option is timed; 0: not at all")
-    parser.add_argument("--xl-steps", type=int, default=8, help="of the XL/2; 0 leaves it out")
-    parser.add_argument("--xl-layers", type=int, default=28, help="fewer for a trial")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="options whose name has one of these words in it")
+    parser.add_argument("--batch", type=int, default=8, help="images at once")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each option; 0: none")
+    parser.add_argument("--xl-steps", type=int, default=8, help="of the XL/2; 0 skips it")
+    parser.add_argument("--xl-layers", type=int, default=28, help="fewer for a quick trial")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only options whose name contains one of these words")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="a JSON file; by default a dated one in benchmarks/results")
     options = parser.parse_args()
@@ -261,10 +260,10 @@ def main() -> None:
     chosen = available(pipe, chosen, results["not available"])
     reference: Quality | None = None
     for option in chosen if options.prompts else []:
-        found = draw_and_judge(pipe, option, options)
+        found = generate_and_judge(pipe, option, options)
         reference = found if reference is None else reference  # the first option is the lossless one
         results["quality"][option.name] = {
-            "psnr": round(psnr(found.pictures, reference.pictures), 2),
+            "psnr": round(psnr(found.images, reference.images), 2),
             "judge": found.judged,
             "steps": found.steps,
         }

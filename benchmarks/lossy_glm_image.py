@@ -1,10 +1,10 @@
-"""What weights of few bits do to GLM-Image's pictures and edits, on the small one of docs/scenes/glm_image.md.
+"""The effect of quantized weights on GLM-Image's images and edits, on the small model of docs/scenes/glm_image.md.
 
     python benchmarks/lossy_glm_image.py [--model runs/scenes_glm_image/checkpoint] [--count 200]
 
-`scripts/build_scenes_glm_image.py` makes the model. Every option draws the same held-out prompts and edits from the
-same seeds; the judge's score is the share of pictures in which everything is right. Beside it stands how many of the
-prior's tokens are those that it draws with all of its bits. Results go to benchmarks/results/.
+`scripts/build_scenes_glm_image.py` makes the model. Every option generates the same held-out prompts and edits from the
+same seeds. The judge's score is the share of images in which everything is right; next to it is the share of the
+prior's tokens that are the same without quantization. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from impasto import GlmImagePipeline
 from impasto.scenes.evaluate import evaluate, evaluate_edits
 
 PRIOR, TRANSFORMER = "vision_language_encoder", "transformer"
-#: Which parts have few bits; the others are in bfloat16.
+#: The quantized components; the others are in bfloat16.
 OPTIONS: dict[str, dict[str, str]] = {
     "lossless": {},
     "prior int8": {PRIOR: "int8"},
@@ -36,22 +36,22 @@ CALL: dict[str, Any] = {"height": 128, "width": 128, "num_inference_steps": 20, 
 
 
 def judged(model: Path, dtypes: dict[str, str], count: int) -> tuple[dict[str, Any], Tensor]:
-    """The judge's numbers, and the tokens of all pictures and edits."""
+    """The judge's numbers, and the tokens of all images and edits."""
     dtype = {"default": "bfloat16", **dtypes}
     pipe = GlmImagePipeline.from_pretrained(model, dtype=dtype, memory_budget="8GB")
     pipe.set_progress_bar_config(disable=True)
     tokens: list[Tensor] = []
 
-    def draw(texts: list[str], pictures: list[Tensor] | None = None) -> list[Image.Image]:
+    def generate(texts: list[str], sources: list[Tensor] | None = None) -> list[Image.Image]:
         first = sum(map(len, tokens))
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(texts))]
-        images = None if pictures is None else [[picture] for picture in pictures]
+        images = None if sources is None else [[source] for source in sources]
         prior = pipe.generate_prior_tokens(texts, 128, 128, image=images, generator=generators)
         tokens.append(prior.prior_token_ids)
         given = {name: getattr(prior, name) for name in prior._fields}
         return pipe(texts, image=images, generator=generators, **given, **CALL).images
 
-    reports = {"drawn": evaluate(draw, count), "edited": evaluate_edits(draw, count)}
+    reports = {"generated": evaluate(generate, count), "edited": evaluate_edits(generate, count)}
     return {name: report.to_dict()["accuracy"]["all"] for name, report in reports.items()}, torch.cat(tokens)
 
 
@@ -67,9 +67,10 @@ def main() -> None:
         whole = tokens if whole is None else whole
         same = float((tokens == whole).float().mean())
         results[name] = {"tokens_as_with_all_bits": round(same, 4), **accuracy}
-        right = {kind: f"{accuracy[kind]['whole']['percent']:.1f} %" for kind in ("drawn", "edited")}
-        print(f"{name:20} drawn {right['drawn']:>8}   edited {right['edited']:>8}   the same tokens {100 * same:.1f} %")
-    what = f"GLM-Image's weights of few bits: {options.count} prompts and {options.count} edits, CPU"
+        right = {kind: f"{accuracy[kind]['whole']['percent']:.1f} %" for kind in ("generated", "edited")}
+        shares = ", ".join(f"{kind} {share}" for kind, share in right.items())
+        print(f"{name:20} {shares}, same tokens {100 * same:.1f} %")
+    what = f"GLM-Image with quantized weights: {options.count} prompts and {options.count} edits, CPU"
     measure.write("lossy-glm-image", {"what": what, "options": results})
 
 

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after another in every round, so that a slow minute of the machine hits all."""
+    """Seconds of each call, one after another in every round, so that a slow minute of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
@@ -38,7 +38,7 @@ def in_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
 
 
 def compared(seconds: Mapping[str, list[float]], ours: str = "impasto") -> dict[str, Any]:
-    """Medians, least and most, and how many times as long as ours the others take; ratios pair by pair too."""
+    """Medians, minima, maxima and, pair by pair, the ratios of the others to ours."""
     others = [name for name in seconds if name != ours]
     return {
         "seconds": {name: [round(x, 4) for x in values] for name, values in seconds.items()},
@@ -66,7 +66,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:
-    """Store a dated result with the machine's description, and say where. The name of one for AVX2 says so."""
+    """Store a dated result with a description of the machine, and print its path. Names of AVX2 results say so."""
     RESULTS.mkdir(exist_ok=True)
     if describe_processor().instruction_set == "AVX2":
         name += "-avx2"
@@ -87,7 +87,7 @@ def peak_gigabytes(script: str, *options: str) -> float:
 def own_peak() -> float:
     """Peak resident gigabytes of this process so far.
 
-    Linux' ``ru_maxrss`` begins with that of the process that started this one; VmHWM is of this program alone.
+    On Linux, ``ru_maxrss`` includes the process that started this one; VmHWM is of this program alone.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+import image
 import impasto
 import measure
-import picture
 from impasto.models.base import parse_size
 
 TRANSFORMER = {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False}
@@ -63,12 +63,12 @@ def save_random(model: nn.Module, folder: Path, stem: str, dtype: torch.dtype) -
 def make_folder(folder: Path, dtype: torch.dtype) -> None:
     scheduler = impasto.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**picture.T5_XXL))
+        encoder = T5EncoderModel(T5Config(**image.T5_XXL))
         transformer = impasto.PixArtTransformer2DModel(**TRANSFORMER)
-        vae = impasto.AutoencoderKL(**picture.SDXL_VAE)
+        vae = impasto.AutoencoderKL(**image.SDXL_VAE)
     pipe = impasto.PixArtSigmaPipeline(None, None, None, None, scheduler)
     pipe.save_pretrained(folder)
-    picture.tokenizer().save_pretrained(folder / "tokenizer")
+    image.tokenizer().save_pretrained(folder / "tokenizer")
     save_random(encoder, folder / "text_encoder", "model", dtype)
     encoder.config.save_pretrained(folder / "text_encoder")
     for name, model in (("transformer", transformer), ("vae", vae)):
@@ -97,7 +97,7 @@ def anonymous(pid: int) -> int:
 
 def generate_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
     target = folder.parent / f"{budget}.png"
-    command = [sys.executable, "-m", "impasto", "generate", picture.PROMPT, "--model", str(folder)]
+    command = [sys.executable, "-m", "impasto", "generate", image.PROMPT, "--model", str(folder)]
     command += ["--memory-budget", budget, "--steps", str(steps), "--device", "cpu", "--seed", "0"]
     start = time.perf_counter()
     process = subprocess.Popen([*command, "--output", str(target)], stderr=subprocess.PIPE, text=True)
@@ -114,7 +114,7 @@ def generate_on_cpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
 
 
 def generate_on_gpu(folder: Path, budget: str, steps: int) -> dict[str, object]:
-    arguments = [sys.executable, "-c", GPU_CALL, str(folder), budget, picture.PROMPT, str(steps)]
+    arguments = [sys.executable, "-c", GPU_CALL, str(folder), budget, image.PROMPT, str(steps)]
     start = time.perf_counter()
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     peak = int(done.stdout.split()[-1])

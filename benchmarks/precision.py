@@ -3,8 +3,8 @@
     python benchmarks/precision.py [step] [text] [image] [--pixels 256] [--layers 7] [--rounds 9] [--exact]
 
 step: a guided XL/2 step; text: one layer of the size of T5-XXL's, at 1, 20 and 300 tokens; image: a whole image of the
-bundled model. All have random weights but the last. diffusers takes turns in the step, in the 16-bit dtype, as often as
---theirs says. With --exact the distances from float64 of both are measured, on the same 16-bit weights.
+bundled model. All but the last have random weights. The step is also timed with diffusers in the 16-bit dtype, for
+--theirs rounds. --exact measures the distance of both from float64, with the same 16-bit weights.
 
 A machine that multiplies bfloat16 imitates one that does not with
 ``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2``; the result says so.
@@ -70,7 +70,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text_layer(options: argparse.Namespace) -> dict[str, Any]:
-    """A layer of T5-XXL's size, alone: what a short prompt takes is the reading of its weights."""
+    """A single layer of T5-XXL's size: for a short prompt the time is that of reading its weights."""
     torch.manual_seed(0)
     layer = T5Block(T5Config(**T5_XXL, is_decoder=False), has_relative_attention_bias=True).eval()
     layers = {"float32": layer}
@@ -100,13 +100,13 @@ def image(options: argparse.Namespace) -> dict[str, Any]:
                 "a large red cube and a small blue sphere", generator=torch.Generator().manual_seed(0), output_type="pt"
             ).images
         )
-    pictures = {name: call().float() for name, call in calls.items()}
-    errors = {name: float((pictures[name] - pictures["float32"]).abs().mean()) for name in HALVES}
+    images = {name: call().float() for name, call in calls.items()}
+    errors = {name: float((images[name] - images["float32"]).abs().mean()) for name in HALVES}
     return {"what": "a whole bundled image", "mean_difference": errors, **timed(calls, options)}
 
 
 def timed(contestants: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """How many times as long as float32 each takes, in turns, after a round that is not timed."""
+    """The time of each relative to float32, in turns, after a warm-up round."""
     measure.in_turns(contestants, 1)
     return measure.compared(measure.in_turns(contestants, options.rounds), "float32")
 
@@ -116,12 +116,12 @@ PARTS = {"step": steps, "text": text_layer, "image": image}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all by default")
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--theirs", type=int, default=1, help="rounds of diffusers; 0: none")
-    parser.add_argument("--exact", action="store_true", help="measure the distances from float64")
+    parser.add_argument("--exact", action="store_true", help="measure the distance from float64")
     options = parser.parse_args()
     options.batch, options.real_tokens = 1, 20
     widened = [name for name, dtype in HALVES.items() if not is_native(dtype)]

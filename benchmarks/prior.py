@@ -2,11 +2,10 @@
 
     python benchmarks/prior.py [--layers 16] [--batch 1] [--tokens 48] [--dtype bfloat16] [--rounds 5] [--device cpu]
 
-A language model of the class that GLM-Image has, with random weights; 16 layers of width 1536 are 0.57 B, and 100 are
-3.4 B, which with packed copies take 14 GB. Both draw the tokens of one picture (those behind a prompt), in turns; the
-scores of a prompt are compared before. A token needs each weight once, so it cannot take less time than reading them:
-measured as the sum of their bits, in the same process. Reading the prompt is a part of both contestants' times; beside
-the reading of the weights stands ours without it.
+A language model of GLM-Image's class with random weights; 16 layers of width 1536 are 0.57 B parameters, and 100 are
+3.4 B, which take 14 GB with packed copies. Both generate the tokens of one image after a prompt, in turns, once
+the logits of the prompt have been compared. A token needs each weight once, so it takes at least the time to read them,
+measured as the sum of their bits in the same process. Both times include the prompt; ours is also given without.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def build(layers: int, dtype: torch.dtype, device: str) -> Any:
 
 
 def reading(weights: list[torch.Tensor], times: int, device: str) -> None:
-    """Read all weights so many times."""
+    """Read all weights ``times`` times."""
     for _ in range(times):
         for weight in weights:
             weight.sum()
@@ -82,7 +81,7 @@ def main() -> None:
     sampling = Sampling.of(model.generation_config)
 
     start = time.perf_counter()
-    decoder = PriorDecoder(model, batch, PROMPT + count, VOCABULARY)  # packs weights, where that helps
+    decoder = PriorDecoder(model, batch, PROMPT + count, VOCABULARY)  # packs weights if that helps
     made_in = time.perf_counter() - start
 
     prompts: list[float] = []
@@ -115,7 +114,7 @@ def main() -> None:
     assert difference < (0.05 if options.dtype == "bfloat16" else 1e-4), difference
     calls = {
         "impasto": ours,
-        "reading the weights": lambda: reading(bits, count, options.device),  # right behind ours: bandwidth changes
+        "reading the weights": lambda: reading(bits, count, options.device),  # right after ours: bandwidth varies
         "transformers generate": theirs,
     }
     for call in calls.values():
@@ -125,14 +124,14 @@ def main() -> None:
     billions = sum(weight.numel() for weight in weights) / 1e9
     result = measure.compared(seconds)
     per_token = {name: statistics.median(values) / count for name, values in seconds.items()}
-    # The prompt gives the first of the tokens.
+    # The prompt yields the first token.
     steps = [(whole - prompt) / (count - 1) for whole, prompt in zip(seconds["impasto"], prompts, strict=True)]
     pairs = [step * count / read for step, read in zip(steps, seconds["reading the weights"], strict=True)]
     per_token["impasto, without the prompt"] = statistics.median(steps)
     measure.write(
         f"prior-{billions:.2f}B-{options.dtype}-batch{batch}",
         {
-            "what": f"{count} tokens of a prior of {billions:.2f} B behind {PROMPT}, {options.dtype}, batch {batch}",
+            "what": f"{count} tokens of a prior of {billions:.2f} B after {PROMPT}, {options.dtype}, batch {batch}",
             "difference": difference,
             "seconds_to_make_the_decoder": round(made_in, 2),
             **result,

@@ -1,9 +1,9 @@
-"""Seconds until the package can be used, in fresh processes: ours against diffusers'.
+"""Seconds until the package is ready, in fresh processes: ours against diffusers'.
 
     python benchmarks/startup.py [--rounds 5]
 
-`import` is what `import torch` alone does not take; `load` imports the pipeline and loads the bundled one (diffusers
-reads it too); `help` is the command line's.
+`import` excludes `import torch`; `load` imports the pipeline and loads the bundled checkpoint (as diffusers does);
+`help` is the command line's.
 """
 
 from __future__ import annotations

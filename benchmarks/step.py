@@ -2,10 +2,10 @@
 
     python benchmarks/step.py [--pixels 512] [--dtype bfloat16] [--layers 28] [--rounds 5] [--exact] [--best] ...
 
-A step is what the pipelines do: each image twice (negative and positive), 300 text tokens of which the real ones are
-few. With --best, diffusers takes further turns with fused projections and compiled. The outputs are compared before
-anything is timed, and with --exact each one's distance from float64 is measured (on the blocks' own weights; slow).
-Each library's peak memory is measured in a process of its own. The layers are alike, so some of them show the ratio.
+A step is that of the pipelines: each image twice (negative and positive), and 300 text tokens, few of them real. With
+--best, diffusers is also timed with fused projections and compiled. The outputs are compared before anything is timed;
+--exact also measures the distance of each from float64 (on the blocks' own weights; slow). The peak memory of each
+library is measured in a process of its own. All layers have the same shape, so a few of them show the ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def build(library: str, pixels: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class Step:
-    """One guided step of a library, with what its pipeline keeps between steps."""
+    """One guided step of a library, including what its pipeline keeps between steps."""
 
     def __init__(self, library: str, model: torch.nn.Module, options: argparse.Namespace, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(1)
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, default=1, help="images; each is two rows")
+    parser.add_argument("--batch", type=int, default=1, help="images, two rows each")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real-tokens", type=int, default=20)

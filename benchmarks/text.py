@@ -1,9 +1,9 @@
-"""Text encoding with a full-size T5 of random weights: what the pipelines do with a prompt and the empty one.
+"""Text encoding of a prompt and the empty prompt, as in the pipelines, with a full-size T5 of random weights.
 
     python benchmarks/text.py [--rounds 3]
 
-diffusers gives T5 300 tokens for each, ours the real ones; the empty prompt is encoded once and kept, so that our
-second call is a prompt alone. The embeddings of real tokens are compared.
+diffusers passes 300 tokens for each to T5, ours only the real ones. Ours encodes the empty prompt once, so later calls
+encode a prompt alone. The embeddings of real tokens are compared.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import argparse
 
 import torch
 
+import image
 import measure
-import picture
 
-PROMPTS = [picture.PROMPT] + [f"{picture.PROMPT} {word}" for word in ("desert", "golden", "sharp", "face", "hour")]
+PROMPTS = [image.PROMPT] + [f"{image.PROMPT} {word}" for word in ("desert", "golden", "sharp", "face", "hour")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    pipes = picture.pipelines(512, torch.bfloat16)
+    pipes = image.pipelines(512, torch.bfloat16)
     prompts = {name: iter(PROMPTS * options.rounds) for name in pipes}
     given = {"impasto": {}, "diffusers": {"clean_caption": False}}
 

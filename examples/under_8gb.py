@@ -46,7 +46,7 @@ def quantization_config(bits: int, library: str) -> Any:
 
 
 def flush() -> None:
-    """Give back what is not referred to any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

@@ -53,14 +53,14 @@ from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference,
 from impasto.training.loop import Recipe
 from impasto.training.prior import Sequences, join, train_prior
 from impasto.training.state import load_state, save_state
-from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenise, train_visual_codebook
+from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenize, train_visual_codebook
 
 SEED = 2027
 STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")
-SIDE = 128  # pixels of a image
+SIDE = 128  # pixels
 CHUNKS, GEOMETRIES, COLOURINGS, WORDINGS = 250, 32, 4, 4  # each colouring is rendered twice: as it is, and edited
 AUTOENCODER_CHUNKS = 48
-SAID_CHUNKS = 1250  # of which the prior learns; the images of most are not kept
+SAID_CHUNKS = 1250  # for the prior; the images of most are not kept
 
 AUTOENCODER = {
     "in_channels": 3,
@@ -81,13 +81,13 @@ AUTOENCODER = {
 
 
 def render(out: Path, count: int) -> None:
-    """Chunks of images and of what an edit makes of them, with captions and instructions."""
+    """Chunks of images before and after an edit, with captions and instructions."""
     folder = out / "images"
     chunks.make_missing(folder, range(count), functools.partial(render_chunk, folder))
 
 
 def render_images(chunk: int) -> dict[str, Any]:
-    """Images [2 N, 3, H, W]: N as they are, and the same edited. No combination that is held out is among them."""
+    """Images [2 N, 3, H, W]: N originals, then their edits. None shows a held-out combination."""
     rng = np.random.default_rng([SEED, chunk])
     count = GEOMETRIES * COLOURINGS
     images = torch.empty(2 * count, 3, SIDE, SIDE, dtype=torch.uint8)
@@ -141,7 +141,7 @@ VISION = {
 }
 CODES = 512
 QUANTISER = {"embed_dim": 8, "num_embeddings": CODES, "latent_channels": VISION["hidden_size"]}
-#: After the codes: what frames a image, and sizes. Their order is that of their numbers.
+#: Tokens after the codes, in the order of their ids: frames of an image, and sizes.
 SPECIALS = ("<start>", "<end>", "<image>", "<sop>", "<eop>", "<pad>", "<unk>")
 LANGUAGE = {
     "hidden_size": 256,
@@ -155,7 +155,7 @@ LANGUAGE = {
     "pad_token_id": CODES + SPECIALS.index("<pad>"),
     "rope_parameters": {
         "rope_type": "default",
-        "rope_theta": 10.0,  # columns turn by 0.24 a step; with 10,000 it is 0.003
+        "rope_theta": 10.0,  # columns rotate by 0.24 per step; with 10,000 it is 0.003
         "partial_rotary_factor": 0.5,
         "mrope_section": [2, 3, 3],
     },
@@ -180,7 +180,7 @@ def halved(images: Tensor) -> Tensor:
 
 
 class Halves:
-    """All images in memory as the vision tower sees them, and what they show."""
+    """All images in memory as the vision tower sees them, with their labels."""
 
     def __init__(self, out: Path, numbers: Sequence[int]):
         rendered = [np.load(chunks.path_of(out / "images", chunk)) for chunk in numbers]
@@ -199,11 +199,11 @@ def train_codebook(out: Path, steps: int) -> None:
     folder = out / "codebook"
     model = build_prior(words=1024).model
     reader = CodeReader(QUANTISER["embed_dim"], LABEL_CLASSES, SIDE // 32)
-    if chunks.steps_done(folder) < steps:  # then codes change
+    if chunks.steps_done(folder) < steps:  # the codes will change
         trained = [str(out / name) for name in ("prior", "transformer") if (out / name).exists()]
         if trained:
             raise SystemExit(
-                f"{' and '.join(trained)} learned the codes as they are: move them away, or give another --out"
+                f"{' and '.join(trained)} learned the present codes: move them away, or give another --out"
             )
         shutil.rmtree(out / "tokens", ignore_errors=True)
     images = Halves(out, chunks.known(out / "images")[1:])
@@ -218,10 +218,10 @@ def load_codebook(out: Path, prior: GlmImageForConditionalGeneration) -> None:
 
 
 def say(out: Path, count: int) -> None:
-    """The tokens of images with their captions and instructions: what the prior learns from.
+    """Store the tokens of images with their captions and instructions, which the prior learns from.
 
-    It takes many more images than are kept (docs/scenes/glm_image.md says why): the others are rendered, turned into
-    tokens and dropped.
+    It needs many more images than are kept (docs/scenes/glm_image.md says why); the others are rendered, turned into
+    tokens and discarded.
     """
     chunks.make_missing(out / "tokens", range(count), functools.partial(say_chunk, out))
 
@@ -232,13 +232,13 @@ def say_chunk(out: Path, chunk: int) -> None:
     rendered = np.load(kept) if kept.exists() else render_images(chunk)
     prior = build_prior(words=1024)
     load_codebook(out, prior)
-    tokens = tokenise(prior.model, halved(torch.from_numpy(rendered["images"])).float() / 127.5 - 1)
+    tokens = tokenize(prior.model, halved(torch.from_numpy(rendered["images"])).float() / 127.5 - 1)
     texts = {name: rendered[name] for name in ("captions", "instructions")}
     chunks.save(chunks.path_of(out / "tokens", chunk), tokens=tokens.to(torch.int16).numpy(), **texts)
 
 
 def make_processor(out: Path) -> GlmImageProcessor:
-    """A byte-level vocabulary of the captions after the codes, and the images' preparation."""
+    """The image processor, and a tokenizer whose byte-level vocabulary comes after the codes."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -280,17 +280,16 @@ def texts_of(out: Path, count: int) -> Iterator[str]:
 
 
 class Sayings:
-    """Prompts of all images and edits in memory, and the tokens that they are to be answered with.
+    """Prompts of all images and edits in memory, and the tokens that answer them.
 
-    A prompt for a image is answered with a small one of 16 x 16 tokens first, as it is with the released model. Here
-    the image itself is but 4 x 4, so the small one is left empty: the same code everywhere. Most of the training has
-    only the last few of them.
+    As in the released model, an answer begins with a small image of 16 x 16 tokens. Here the image itself has only
+    4 x 4, so the small one is empty: the same code everywhere. Most of the training sees only its last few tokens.
     """
 
     GRID = SIDE // 32
     SMALL = 16
     EMPTY = 0  # the code of the small image
-    LAST = 4  # of its tokens, in a shortened answer
+    LAST = 4  # how many of its tokens a shortened answer has
     EMPTY_WEIGHT = 0.02
 
     def __init__(self, out: Path, tokenizer: PreTrainedTokenizerFast, numbers: Sequence[int]):
@@ -309,10 +308,10 @@ class Sayings:
                 self.captions.append([f"{text}{size}<sop>{self.SMALL} {self.SMALL}<eop><start>" for text in texts])
             self.instructions += [f"{text}{size}<start>" for text in json.loads(str(stored["instructions"]))]
         self.codes = torch.cat(codes)  # [N, GRID * GRID]
-        self.pairs = torch.tensor(pairs)  # [edits, 2]: what is edited, and what it becomes
+        self.pairs = torch.tensor(pairs)  # [edits, 2]: indices of the source and the result
 
     def batch(self, size: int, edits: float, whole: float, step: int) -> Sequences:
-        """``edits`` and ``whole``: the shares of batches of edits, and of answers that are not shortened."""
+        """``edits`` and ``whole``: the shares of batches of edits and of full-length answers."""
         rng = np.random.default_rng([SEED, step])
         grid, small = (self.GRID, self.GRID), (self.SMALL, self.SMALL)
         padding: int = self.tokenizer.pad_token_id
@@ -336,7 +335,7 @@ class Sayings:
         return join(prompts, places, targets, offsets, padding, name)._replace(weights=weights)
 
     def asked(self, edit: int) -> tuple[Tensor, Tensor]:
-        """An edit's prompt, the image's own tokens in front, and the positions of its tokens, [3, S]."""
+        """An edit's prompt after the tokens of its image, and the positions of its tokens, [3, S]."""
         text = torch.tensor(self.tokenizer(self.instructions[edit]).input_ids)
         frame = torch.tensor([CODES, CODES + 1])  # <start>, <end>
         tokens = torch.cat([frame[:1], self.codes[self.pairs[edit, 0]], frame[1:], text])
@@ -346,7 +345,7 @@ class Sayings:
 
 
 def train_language_model(out: Path, steps: int) -> None:
-    """The prior: captions and instructions to tokens."""
+    """The prior: from captions and instructions to tokens."""
     torch.manual_seed(SEED)
     processor = make_processor(out)
     processor.save_pretrained(out / "processor")
@@ -364,14 +363,14 @@ def train_language_model(out: Path, steps: int) -> None:
 
 
 def train_vae(out: Path, start: Path, steps: int) -> None:
-    """8 times smaller. Its inner stages start as the bundled model's, which is for 64 pixels and 4 times smaller."""
+    """It reduces sides 8 times. Its inner stages start from the bundled model, which reduces 64 px 4 times."""
     torch.manual_seed(SEED)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     folder = out / "autoencoder"
     own, known = model.state_dict(), AutoencoderKL.from_pretrained(start).float().state_dict()
     for name, value in known.items():
         stage = re.match(r"encoder\.down_blocks\.(\d+)\.", name)
-        if stage:  # one more comes before it
+        if stage:  # one more stage comes before it
             name = f"encoder.down_blocks.{int(stage[1]) + 1}.{name[stage.end() :]}"
         if name in own and own[name].shape == value.shape:
             own[name].copy_(value)
@@ -384,7 +383,7 @@ def train_vae(out: Path, start: Path, steps: int) -> None:
 
 # --- the transformer ---
 
-#: Of what stands in quotes, which is nothing in this world: the glyphs of no text.
+#: The glyphs of quoted text, of which this world has none.
 TEXT_ENCODER = {
     "vocab_size": 384,
     "d_model": 64,
@@ -408,7 +407,7 @@ TRANSFORMER = {
     "sample_size": SIDE // 8,
     "prior_vq_quantizer_codebook_size": CODES,
 }
-#: Without a shift, levels of noise and timesteps tell the same.
+#: Without a shift, so that noise levels and timesteps agree.
 SCHEDULER = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 1.0, "max_shift": 0.0}
 
 
@@ -419,7 +418,7 @@ def build_text_encoder() -> tuple[ByT5Tokenizer, T5EncoderModel]:
 
 @torch.no_grad()
 def encode(out: Path) -> None:
-    """The latents' mean and deviation into the autoencoder's config; then the latents of every chunk."""
+    """Put the latents' mean and deviation into the autoencoder's config; then encode every chunk."""
     if not (out / "vae" / "config.json").exists():
         model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
         latents = chunks.encode_images(model, torch.cat([load_images(out, chunk)[::8] for chunk in range(8)]))
@@ -460,14 +459,14 @@ class Latents:
         self.tokens = grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
 
     def batch(self, size: int, edits: float, text: Tensor, step: int) -> Batch:
-        """``text``: the glyphs [1, M, channels] of no text. A batch of edits is half as large, and costs as much."""
+        """``text``: the glyphs [1, M, channels] of no text. A batch of edits is half as large and costs the same."""
         rng = np.random.default_rng([SEED, step])
         if rng.random() >= edits:
             rows = torch.from_numpy(rng.integers(len(self.latents), size=size))
             return Batch(self.latents[rows].float(), self.tokens[rows], text.expand(size, -1, -1))
         before = self.sources[rng.integers(len(self.sources), size=size // 2)]
         after = before + self.half
-        if rng.random() < 0.5:  # the other way round is an edit, too
+        if rng.random() < 0.5:  # the reverse is an edit as well
             before, after = after, before
         reference = Reference(self.latents[before].float(), self.tokens[before])
         return Batch(self.latents[after].float(), self.tokens[after], text.expand(size // 2, -1, -1), reference)
@@ -485,7 +484,7 @@ def train_transformer(out: Path, steps: int) -> None:
     model.save_pretrained(folder / "model")
 
 
-# --- the recipes, and how far a run has come ---
+# --- recipes and progress ---
 
 
 def codebook_recipe(steps: int) -> CodebookRecipe:
@@ -500,12 +499,12 @@ def transformer_recipe(steps: int) -> FlowMatchingRecipe:
     return FlowMatchingRecipe(steps=steps, save_every=250)
 
 
-#: The stages that are trained; each has a folder of this name in a run, with a log.
+#: The training stages; each has a folder of this name in a run, with a log.
 TRAINED = ("autoencoder", "codebook", "prior", "transformer")
 
 
 def record(out: Path, records: Path) -> None:
-    """Copy the logs, and write down what the run is made of."""
+    """Copy the logs, and record the configuration of the run."""
     records.mkdir(parents=True, exist_ok=True)
     done = {}
     for name in TRAINED:
@@ -540,7 +539,7 @@ def record(out: Path, records: Path) -> None:
 
 
 def export(out: Path, target: Path) -> None:
-    """The averaged models in float16, and the ordinary folder format."""
+    """Write the averaged models in float16, in the ordinary folder format."""
     tokenizer, text_encoder = build_text_encoder()
     processor = GlmImageProcessor.from_pretrained(out / "processor")
     prior = build_prior(len(processor.tokenizer))

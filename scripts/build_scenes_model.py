@@ -1,4 +1,4 @@
-"""Make the bundled model from nothing: render, autoencoder, latents, tokenizer, text encoder and transformer, export.
+"""Make the bundled model from scratch: render, autoencoder, latents, tokenizer, text encoder and transformer, export.
 
     python scripts/build_scenes_model.py --out runs/scenes [--stage STAGE]
 
@@ -30,7 +30,7 @@ from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
-from impasto.scenes.evaluate import held_out_prompts, judge_pictures
+from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
@@ -87,7 +87,7 @@ TRANSFORMER = {
 }
 #: The noise of the published PixArt checkpoints.
 SCHEDULER = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
-#: The records of a run: where they are published, and where the run writes them.
+#: The records of a run -> the paths at which the run writes them.
 RECORDS = {
     "autoencoder.jsonl": "autoencoder/log.jsonl",
     "warm_start.jsonl": "warm_start/log.jsonl",
@@ -134,11 +134,11 @@ def train_vae(out: Path, steps: int) -> None:
 
 @torch.no_grad()
 def encode(out: Path) -> None:
-    """Standardise the latents' channels inside the autoencoder, and store the latents of every chunk."""
+    """Standardize the latents' channels inside the autoencoder, and store the latents of every chunk."""
     model = AutoencoderKL.from_pretrained(out / "autoencoder" / "model").to(memory_format=torch.channels_last)
     if not (out / "vae" / "config.json").exists():
         latents = chunks.encode_images(model, torch.cat([load_images(out, chunk)[::2] for chunk in range(4)]))
-        standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+        standardize(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
         model.save_pretrained(out / "vae")
     chunks.make_missing(out / "latents", chunks.known(out / "images"), functools.partial(encode_chunk, out))
 
@@ -150,10 +150,10 @@ def encode_chunk(out: Path, chunk: int) -> None:
     chunks.save(chunks.path_of(out / "latents", chunk), latents=scaled.numpy())
 
 
-def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def standardize(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Fold an affine map into the 1 x 1 convolutions, so that scaled latents have mean 0 and deviation 1.
 
-    z' = (z - mean) / (std * scaling_factor), and back in front of the decoder.
+    z' = (z - mean) / (std * scaling_factor), and its inverse before the decoder.
     """
     assert model.quant_conv is not None
     assert model.post_quant_conv is not None
@@ -173,12 +173,12 @@ def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 def train_tokenizer(out: Path) -> None:
     """A sentencepiece unigram model on the training captions, in T5's layout: pad 0, </s> 1, unk 2.
 
-    So few words give the trainer nothing to compress, and it spells most of them; each becomes a piece afterwards.
+    With so few words the trainer has nothing to compress and spells most of them, so each is added as a piece.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     folder = out / "tokenizer"
-    if (folder / "spiece.model").exists():  # another one would give the words other numbers
+    if (folder / "spiece.model").exists():  # another one would change the ids
         return
     folder.mkdir(parents=True, exist_ok=True)
     captions = [text for chunk in chunks.known(out / "images")[:40] for text in captions_of(out, chunk)]
@@ -227,7 +227,7 @@ class Samples:
         for chunk in chunks.known(out / "latents"):
             latents = torch.from_numpy(np.load(chunks.path_of(out / "latents", chunk))["latents"])
             labels = torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["labels"])
-            tokens = tokenise(tokenizer, captions_of(out, chunk))
+            tokens = tokenize(tokenizer, captions_of(out, chunk))
             of_size.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
         self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in of_size.values()]
 
@@ -243,13 +243,13 @@ class Samples:
         )
 
 
-def tokenise(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     encoded = tokenizer(texts, padding="max_length", max_length=TRAINED_TOKENS, truncation=True, return_tensors="pt")
     return encoded.input_ids, encoded.attention_mask
 
 
 def labelled_text(tokenizer: T5Tokenizer, size: int, step: int) -> LabelledText:
-    """Captions of scenes that need not be rendered, with what they say of each solid."""
+    """Captions of scenes that are never rendered, with labels of each solid."""
     rng = np.random.default_rng([SEED, 1, step])
     texts, labels = [], torch.zeros(size, 3, 5, dtype=torch.long)  # 0: not said
     while len(texts) < size:
@@ -267,7 +267,7 @@ def labelled_text(tokenizer: T5Tokenizer, size: int, step: int) -> LabelledText:
         if f"on a {scene.background} background" in text:
             row[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
         texts.append(text)
-    return LabelledText(*tokenise(tokenizer, texts), labels)
+    return LabelledText(*tokenize(tokenizer, texts), labels)
 
 
 def text_to_image_recipe(steps: int) -> TextToImageRecipe:
@@ -292,7 +292,7 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae")
     pipeline = PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = held_out_prompts(48, seed=1)  # not those of the final table
+    prompts = held_out_prompts(48, seed=1)  # different from those of the final table
     samples = Samples(out, tokenizer)
 
     def check(step: int) -> dict[str, float]:
@@ -303,7 +303,7 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
         for i, image in enumerate(images):
             sheet.paste(image, (i % 8 * 64, i // 8 * 64))
         sheet.save(folder / f"images_{step:06d}.png")
-        counts = judge_pictures(prompts, images).counts()
+        counts = judge_images(prompts, images).counts()
         return {name: hit / max(1, n) for name, (hit, n) in counts.items()}
 
     ids, mask = tokenizer([""], return_tensors="pt").values()
@@ -312,7 +312,7 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
 
 
 def restore(out: Path, target: Path, records: Path) -> None:
-    """Continue from an exported checkpoint if the run's own folder is gone. Renders and latents are made again."""
+    """Recreate the folder of a run from an exported checkpoint. Renders and latents are made again."""
     configuration = json.loads((records / "configuration.json").read_text())
     steps, autoencoder_steps = configuration["step"], configuration["autoencoder_recipe"]["steps"]
     pipeline = PixArtSigmaPipeline.from_pretrained(target)
@@ -330,7 +330,7 @@ def restore(out: Path, target: Path, records: Path) -> None:
 
 
 def export(out: Path, target: Path, records: Path) -> None:
-    """The averaged models in float16 and the ordinary folder format, and the run's records."""
+    """Write the averaged models in float16, in the ordinary folder format, and the records of the run."""
     state = load_state(out / "transformer" / "state.pt")
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
@@ -348,7 +348,7 @@ def export(out: Path, target: Path, records: Path) -> None:
     PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(target)
     shutil.copyfile(out / "tokenizer" / "spiece.model", target / "tokenizer" / "spiece.model")  # for older readers
     for path in target.rglob("*.*"):
-        path.chmod(0o644)  # some writers leave files that only their owner can read
+        path.chmod(0o644)  # some writers create files that only their owner can read
     records.mkdir(parents=True, exist_ok=True)
     autoencoder_steps = int(load_state(out / "autoencoder" / "state.pt")["step"])
     for name, path in RECORDS.items():

@@ -1,4 +1,4 @@
-"""What the scripts share: numbered chunks of arrays in a folder, made by all cores, each written completely."""
+"""Shared by the scripts: numbered chunks of arrays in a folder, made on all cores, each written completely."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def known(folder: Path) -> list[int]:
 
 
 def make_missing(folder: Path, chunks: Iterable[int], make: Callable[[int], None]) -> None:
-    """Make those that do not exist: one process per core, with one thread each."""
+    """Make the missing chunks: one process per core, with one thread each."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted(set(chunks) - set(known(folder)))
     if not missing:
@@ -37,7 +37,7 @@ def make_missing(folder: Path, chunks: Iterable[int], make: Callable[[int], None
 
 
 def save(path: Path, **arrays: Any) -> None:
-    """Whole, or not at all."""
+    """Write the arrays completely or not at all."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -54,7 +54,7 @@ def image_batch(images: Sequence[Tensor], size: int, seed: int, step: int) -> Te
 
 
 def fast_autoencoder(folder: Path) -> AutoencoderKL:
-    """A stored autoencoder in the dtype that this machine computes fastest in."""
+    """A stored autoencoder in the fastest dtype of this machine."""
     model = AutoencoderKL.from_pretrained(folder, dtype=fast_dtype(torch.device("cpu")))
     return model.to(memory_format=torch.channels_last)
 
@@ -66,6 +66,6 @@ def encode_images(model: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def steps_done(folder: Path) -> int:
-    """How far the training that logs there has come."""
+    """The steps that the training with a log in this folder has done."""
     log = folder / "log.jsonl"
     return int(json.loads(log.read_text().splitlines()[-1])["step"]) if log.exists() else 0

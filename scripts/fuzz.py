@@ -1,11 +1,11 @@
-"""Mutate checkpoints, tokenizers, images and training states, and load what comes out.
+"""Mutate checkpoints, tokenizers, images and training states, and load the results.
 
     python scripts/fuzz.py --mutations 20000 --seed 0 --minutes 30
 
-Whatever is done to a file, loading it succeeds or raises an ImpastoError, in 10 seconds and 1 GB. Mutation i of a seed
-is always the same one: ``--only i`` repeats it and keeps its folder. Mutations run in forks of an imported process,
-many to a fork; one that kills its fork is found by running it again alone. What was found belongs into
-``tests/hostile/``. Needs the checkout (it builds its small checkpoints with ``tests/tiny.py``) and POSIX.
+Whatever happens to a file, loading it must succeed or raise an ImpastoError within 10 seconds and 1 GB. Mutation i of a
+seed is always the same; ``--only i`` repeats it and keeps its folder. Mutations run in forks of an imported process,
+many per fork; if a fork dies, they run again one by one. Findings belong in ``tests/hostile/``.
+Needs the checkout (it builds its small checkpoints with ``tests/tiny.py``) and POSIX.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ Loader = Callable[[Path], object]
 
 
 class Target(NamedTuple):
-    """A folder that loads, which of its files are mutated, and how it is loaded."""
+    """A folder that loads, the files to mutate, and how to load it."""
 
     folder: Path
     files: tuple[str, ...]
     load: Loader
 
     def copy(self, folder: Path) -> None:
-        """An undamaged copy. A journal counts only in the folder where it was made, so a copy gets one of its own."""
+        """An undamaged copy. A journal is valid only in the folder where it was made, so a copy gets its own."""
         shutil.copytree(self.folder, folder)
         journal = folder / STAGING / JOURNAL
         if journal.exists():
@@ -76,7 +76,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     from impasto.training.state import save_state
 
     pixart = tiny.write_pipeline(root / "pixart")
-    published = root / "published"  # whose tokenizer is SentencePiece's
+    published = root / "published"  # with a SentencePiece tokenizer
     tiny.write_pipeline(published)
     shutil.rmtree(published / "tokenizer")
     tiny.write_tokenizer(published / "tokenizer")
@@ -192,7 +192,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     }
 
 
-#: How much of the mutations each target gets.
+#: The relative number of mutations of each target.
 SHARES = {
     "configs": 5,
     "weights": 4,
@@ -237,7 +237,7 @@ def mutate_json(rng: random.Random, text: bytes) -> bytes:
         elif action == 8:
             other, name = rng.choice(places)
             with contextlib.suppress(Exception):
-                # Copies: one may lie within the other.
+                # Copies, as one may lie within the other.
                 owner[key], other[name] = copy.deepcopy(other[name]), copy.deepcopy(owner[key])
         else:
             owner[key] = [owner[key]] * rng.choice((0, 2, 100))
@@ -389,13 +389,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many, and say how far it came")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time and print the progress")
     parser.add_argument("--only", type=int, help="run this mutation alone, in this process, and keep its folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="impasto-fuzz-"))
     targets = build_targets(root / "good")
-    for name, target in targets.items():  # what is not damaged loads, which also imports everything before the forks
+    for name, target in targets.items():  # undamaged ones load, which also imports everything before the forks
         target.copy(root / "try")
         target.load(root / "try")
         shutil.rmtree(root / "try")

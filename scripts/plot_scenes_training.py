@@ -38,7 +38,7 @@ def curve(axes: Axes, rows: Rows, name: str, **style: object) -> None:
 
 
 def name_ends(axes: Axes, rows: Rows, names: dict[str, str], gap: float) -> None:
-    """Write each curve's name at its right end, the names at least `gap` of the axis apart."""
+    """Write the name of each curve at its right end, at least `gap` of the axis apart."""
     axes.figure.canvas.draw()  # settles the limits
     to_share = axes.transData + axes.transAxes.inverted()
     ends = {name: to_share.transform((rows[-1]["step"], rows[-1][name]))[1] for name in names}
@@ -71,7 +71,7 @@ def draw_loss(axes: Axes, rows: Rows) -> None:
 
 
 def draw_judged(axes: Axes, rows: Rows) -> None:
-    axes.set_title("Transformer: what the judge finds right")
+    axes.set_title("Transformer: share right according to the judge")
     axes.set_ylabel("share right, 48 validation prompts")
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

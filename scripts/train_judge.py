@@ -3,8 +3,8 @@
     python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
 
 Every stage resumes where it was interrupted. Without --stage all of them run in order. Unlike the generator, the judge
-learns from all combinations, those that the generator never sees included: it is the one that has to read them.
-Arrangements are traced once and coloured anew every time they are used.
+learns from all combinations, including those held out from the generator, because it has to read them. Arrangements are
+traced once, and colored anew each time they are used.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31
 ARRANGEMENTS_A_CHUNK = 256
 FRAMES = [(128, 128), (96, 160), (128, 128), (160, 96), (128, 128), (112, 144), (128, 128), (144, 112)]
-KEEP = {1: 0.5, 2: 0.7, 3: 1.0}  # part of the sampled arrangements that is kept: three solids are the hardest to read
+KEEP = {1: 0.5, 2: 0.7, 3: 1.0}  # share of the sampled arrangements to keep: three solids are the hardest to read
 DIFFUSE_UNIT = 240  # brightness goes up to 1.05
 
 STEPS = 4500
-SETTLED_STEPS = 500  # the last ones, with batch normalisation as it is in use
+SETTLED_STEPS = 500  # the last steps, with batch normalization in evaluation mode
 SETTLING_BATCHES = 100
 BATCH = 32
-CELL_WEIGHT = 1.0  # of the loss of finding the solids, relative to those of the answers
+CELL_WEIGHT = 1.0  # of locating the solids, relative to the answers
 VALIDATION_SCENES = 384
 REPORT_SCENES = 2000
 
@@ -104,7 +104,7 @@ def render_chunk(folder: Path, chunk: int) -> None:
 
 
 def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Buffers [N, 5, H, W], labels [N, 7] and the part of each cell that a slot covers [N, 1 + SLOTS, h, w], uint8."""
+    """Buffers [N, 5, H, W], labels [N, 7] and the share of each cell that a slot covers [N, 1 + SLOTS, h, w], uint8."""
     with np.load(path) as chunk:
         buffers, labels = torch.from_numpy(chunk["buffers"]), torch.from_numpy(chunk["labels"])
     solids = F.avg_pool2d((buffers[:, 1:4] > DIFFUSE_UNIT // 8).float(), CELL)
@@ -113,7 +113,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor, random: Randomness) -> Tensor:
-    """Images [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colours."""
+    """Images [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colors."""
     grounds = torch.tensor(list(BACKGROUNDS.values()))[backgrounds][:, None]  # [B, 1, 3]
     palette = torch.cat([grounds, torch.tensor(list(COLOURS.values()))[colours]], 1)  # [B, 1 + SLOTS, 3]
     palette = (palette + 0.025 * random.normal(palette.shape)).clamp(0, 1)
@@ -124,7 +124,7 @@ def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor, random: Random
 
 
 def degrade(images: Tensor, random: Randomness, everything: bool = False) -> Tensor:
-    """What generated images may suffer from, each in some of the images, or in all, and to a varied degree."""
+    """Degrade images as generators may: each defect in some of the images, or in all, to a varying degree."""
     batch, _, height, width = images.shape
 
     def few(share: float) -> Tensor:
@@ -176,7 +176,7 @@ def losses(
 
 
 def unseen(name: str, count: int, folder: Path) -> tuple[list[Tensor], list[Scene]]:
-    """Renders that no chunk holds: scenes as the world samples them, of all frame sizes and combinations."""
+    """Renders that are in no chunk: scenes as the world samples them, in all frame sizes and combinations."""
     rng = np.random.default_rng([UNSEEN_SEED, *name.encode()])
     scenes = [sample_scene(rng) for _ in range(count)]
     path = folder / f"{name}.pt"
@@ -188,7 +188,7 @@ def unseen(name: str, count: int, folder: Path) -> tuple[list[Tensor], list[Scen
 
 
 def accuracy(readings: list[Reading], scenes: list[Scene]) -> dict[str, tuple[int, int]]:
-    """Of each attribute, how often it is read right and how often it was there."""
+    """For each attribute, how often it is read right and how often it occurs."""
     scores = [compare(reading, scene) for reading, scene in zip(readings, scenes)]
     flags = {
         "solids counted": [score.count for score in scores],
@@ -212,7 +212,7 @@ def sample(geometry: list[tuple[Tensor, Tensor, Tensor]], random: Randomness) ->
 
 
 def answer(judge: Judge, images: Tensor) -> JudgeOutput:
-    """The output of a judge in training, in float32. Between its fast layers it takes means in float32 itself."""
+    """The output of a judge in training, in float32. The judge itself averages in float32."""
     dtype = fast_dtype(torch.device("cpu"))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return JudgeOutput(*(value.float() for value in judge(images)))
@@ -220,7 +220,7 @@ def answer(judge: Judge, images: Tensor) -> JudgeOutput:
 
 @torch.no_grad()
 def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Measure the statistics of batch normalization anew, evenly over all frame sizes."""
+    """Measure the batch-normalization statistics again, evenly over all frame sizes."""
     norms = [module for module in judge.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -236,7 +236,7 @@ def train(out: Path, steps: int) -> None:
     images, scenes = unseen("validation", VALIDATION_SCENES, out)
 
     def loss(step: int, random: Randomness) -> Loss:
-        # A batch has one frame size, whose statistics are not those of the mixture that the judge will use.
+        # A batch has one frame size, whose statistics differ from those of the mixture that the judge is used on.
         if step == steps - SETTLED_STEPS:
             settle(judge, geometry)
         if step >= steps - SETTLED_STEPS:

@@ -281,10 +281,10 @@ def test_evaluate_prints_the_table_and_writes_the_verdicts(model: Path, tmp_path
     path = tmp_path / "report.json"
     result = call("evaluate", "--model", model, "--n", 3, "--steps", 1, "--batch-size", 2, "--output", path)
     assert result.exit_code == 0, result.output
-    assert "3 pictures: 2 unseen prompt, 1 never trained." in result.stdout
+    assert "3 images: 2 unseen prompt, 1 never trained." in result.stdout
     report = json.loads(path.read_text())
     assert report["settings"]["n"] == 3
-    assert [picture["prompt"] for picture in report["pictures"]] == [prompt.text for prompt in held_out_prompts(3)]
+    assert [image["prompt"] for image in report["images"]] == [prompt.text for prompt in held_out_prompts(3)]
 
 
 # --- in a process of its own ---

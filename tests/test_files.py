@@ -512,7 +512,7 @@ def test_a_copy_of_an_interrupted_folder_is_not_taken_for_it(
 ) -> None:
     interrupted(folder, monkeypatch)
     shutil.copytree(folder, tmp_path / "copy")
-    with pytest.raises(CheckpointError, match="it was not made in this place"), reading(tmp_path / "copy"):
+    with pytest.raises(CheckpointError, match="it was not made here"), reading(tmp_path / "copy"):
         pass
     with reading(folder):
         assert tree(folder) == NEW

@@ -1,7 +1,7 @@
-"""Checks of arguments and config values that every floor uses: a value comes back as a plain number, or is refused.
+"""Checks of arguments and config values: each returns the value as a plain Python number, or raises.
 
-A message names the value, says what was expected, and quotes what was given, shortened. NumPy's numbers are numbers;
-booleans, texts, NaN and infinities are not.
+The message names the value, says what was expected, and quotes what was given. NumPy's numbers count as numbers;
+booleans, strings, NaN and infinity do not.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ def finite(
 
 
 def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bool:
-    """``value`` as a bool: True or False, and nothing that merely counts as one."""
+    """``value`` as a bool; only True and False are accepted."""
     if not _is_bool(value):
         raise error(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether it is a bool of Python or of NumPy, which this file does not import."""
+    """Whether it is a bool of Python or NumPy (which this file does not import)."""
     kind = type(value)
     return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
 
 
 def text(name: str, value: Any, most: int, *, error: type[ImpastoError] = InputError) -> str:
-    """``value`` as a str of at most so many characters, without the lone surrogates of undecodable bytes."""
+    """``value`` as a str of at most ``most`` characters, without lone surrogates (undecodable bytes)."""
     if not isinstance(value, str):
-        raise error(f"{name} must be a text, not {shown(value)}")
+        raise error(f"{name} must be a string, not {shown(value)}")
     if len(value) > most:
-        raise error(f"{name} has {len(value):,} characters, and at most {most:,} are taken; shorten it")
+        raise error(f"{name} has {len(value):,} characters, but at most {most:,} are accepted; shorten it")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise error(f"{name} is not valid Unicode: {shown(value)}; give it in UTF-8")
     return value
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """``repr(value)``, shortened, for a message. It never fails, and never prints a control character."""
+    """``repr(value)`` for a message: shortened, without control characters. It never raises."""
     try:
         text = repr(value)
     except Exception as problem:  # the repr of a foreign object, or of an integer of 5,000 digits
@@ -83,18 +83,18 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-#: How allocators say, in a RuntimeError, that they have no memory.
+#: How RuntimeErrors of allocators report a lack of memory.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking: a MemoryError, or a RuntimeError of torch that says so."""
+    """Whether it is a MemoryError, or a RuntimeError of torch that reports a lack of memory."""
     said = isinstance(error, RuntimeError) and any(mark in str(error) for mark in _NO_MEMORY)
     return isinstance(error, MemoryError) or said
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters and lone surrogates escaped (``\x1b``), so that a terminal only shows them."""
+    r"""The text with control characters and lone surrogates escaped (``\x1b``), safe to print on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

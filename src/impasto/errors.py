@@ -2,14 +2,14 @@
 
     ImpastoError
     ├── ConfigurationError (ValueError)        a constructor argument or config value that cannot be used
-    ├── InputError (ValueError)                an argument of a call: prompt, size, mask, guidance, ...
+    ├── InputError (ValueError)                an argument of a call that cannot be used: prompt, size, mask, ...
     ├── CheckpointError (ValueError)           a folder or file that is not a readable checkpoint
     │   ├── CheckpointNotFoundError (FileNotFoundError)   a model, a component or a file is missing
     │   └── WeightsMismatchError               tensors that do not fit the model: missing, extra, misshapen
-    ├── HubError (ConnectionError)             a model has to be downloaded and cannot be
-    ├── MissingDependencyError (ImportError)   an optional library; the message has the install command
+    ├── HubError (ConnectionError)             a model cannot be downloaded
+    ├── MissingDependencyError (ImportError)   an optional library is missing; the message has the install command
     ├── ResourceError (RuntimeError)           the machine lacks a device, a dtype or memory
-    └── OutputError (OSError)                  a result cannot be written where it was asked for
+    └── OutputError (OSError)                  a result cannot be written
 
 Users' mistakes raise one of these; broken invariants inside the package are plain assertions.
 """
@@ -42,16 +42,16 @@ class WeightsMismatchError(CheckpointError):
 
 
 class HubError(ImpastoError, ConnectionError):
-    """A model has to be downloaded and cannot be."""
+    """A model cannot be downloaded."""
 
 
 class MissingDependencyError(ImpastoError, ImportError):
-    """An optional library is not installed; the message has the command that installs it."""
+    """An optional library is not installed; the message has the install command."""
 
 
 class ResourceError(ImpastoError, RuntimeError):
-    """The machine lacks a device, a dtype or the memory that was asked for."""
+    """The machine lacks the requested device, dtype or memory."""
 
 
 class OutputError(ImpastoError, OSError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written."""

@@ -1,9 +1,9 @@
-"""Write a file completely or not at all, whenever the process or the machine stops.
+"""Write a file completely or not at all, even if the process or the machine stops.
 
-A file is written under a temporary name, forced to the disk, and renamed. Folders are replaced by ``folders.py``.
+A file is written under a temporary name, synced to disk, and renamed. For folders see ``folders.py``.
 
-Locks (``flock``) leave nothing behind and end with their process. On systems or disks without them, two processes that
-write to one place at once are not kept apart.
+Locks (``flock``) end with their process. On systems or disks without them, two processes that write to the same place
+at once are not synchronized.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WAIT_SECONDS = 600.0
 def write_file(
     path: str | os.PathLike[str], content: bytes | str | Callable[[Path], object], *, durable: bool = True
 ) -> None:
-    """Write a file whole or not at all, with the permissions that the umask leaves. Its folder must exist.
+    """Write a file completely or not at all, with the permissions of the umask. Its folder must exist.
 
     Args:
         content: bytes, text (UTF-8), or a function that writes to the path it is given.
-        durable: force it to the disk first, so that it also survives a power failure; False for caches.
+        durable: sync it to disk before the rename, so that it survives a power failure; False for caches.
 
     Raises:
-        OutputError: the disk is full, or the file or its folder cannot be written. The old file is then untouched.
+        OutputError: the disk is full, or the file or its folder cannot be written. The old file remains.
     """
     path = plain_path(path)
     temporary = path.with_name(f".impasto-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
@@ -75,10 +75,10 @@ def write_file(
 
 
 def plain_path(path: str | os.PathLike[str], error: type[ImpastoError] = OutputError) -> Path:
-    """The path of a file or folder, checked only for its form: InputError if it is none, ``error`` for a bad name."""
+    """The path of a file or folder, which need not exist: InputError for other types, ``error`` for an invalid name."""
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(name, str):
-        raise InputError(f"a file or folder is named by a text or a pathlib.Path, not {shown(path)}")
+        raise InputError(f"a file or folder is named by a str or a pathlib.Path, not {shown(path)}")
     if "\0" in name:
         raise error(f"{shown(name)} is not a valid file name; choose another")
     return Path(name)
@@ -91,16 +91,16 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 def _open_alone(path: Path) -> int:
-    """An empty file of which no other process or thread holds the lock."""
+    """Open an empty file and lock it."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     end = deadline()
     while True:
         descriptor = os.open(path, flags, 0o666)
         try:
             lock(descriptor, path, end)
-            if os.fstat(descriptor).st_nlink > 1:  # another name of a file that is not ours to empty
+            if os.fstat(descriptor).st_nlink > 1:  # a hard link to a file that is not ours
                 path.unlink()
-            elif is_same_file(descriptor, path):  # not renamed or removed by the process before
+            elif is_same_file(descriptor, path):  # the previous holder has not renamed or removed it
                 os.ftruncate(descriptor, 0)
                 return descriptor
         except BaseException:
@@ -110,7 +110,7 @@ def _open_alone(path: Path) -> int:
 
 
 def remove_abandoned(folder: Path, pattern: str = ".impasto-*.tmp") -> None:
-    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
+    """Remove the temporary files of killed processes from a folder; those of running ones are locked."""
     for temporary in folder.glob(pattern) if HAS_LOCKS else ():
         with contextlib.suppress(OSError):
             descriptor = os.open(temporary, os.O_RDONLY | os.O_NONBLOCK)
@@ -123,7 +123,7 @@ def remove_abandoned(folder: Path, pattern: str = ".impasto-*.tmp") -> None:
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add a line to a log in one piece, so that a killed process leaves no half of it. The folder must exist.
+    """Append a line to a log in one write, so that a killed process leaves no partial line. The folder must exist.
 
     Raises:
         OutputError: the disk is full, or the file cannot be written.
@@ -142,27 +142,27 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a folder, and those around it, unless it exists.
+    """Create a folder and its parents, unless it exists.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: it cannot be created.
     """
     try:
         plain_path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be made: {error.strerror}; choose another place") from error
+        raise OutputError(f"the folder {folder} cannot be created: {error.strerror}; choose another place") from error
 
 
-# --- what files and folders share -----------------------------------------------------------------------------------
+# --- shared with folders.py -----------------------------------------------------------------------------------------
 
 
 def deadline() -> float:
-    """Until when to wait for another process, by the monotonic clock."""
+    """When to stop waiting for another process, by the monotonic clock."""
     return time.monotonic() + WAIT_SECONDS
 
 
 def sync(path: Path) -> None:
-    """Force a file to the disk."""
+    """Sync a file to disk."""
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,20 +171,20 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, where the system can."""
+    """Sync a folder's entries to disk, if the system supports it."""
     if os.name == "posix":
         try:
             sync(folder)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EINVAL):  # may be written and not read; some network disks
+            if error.errno not in (errno.EACCES, errno.EINVAL):  # write-only folders; some network disks
                 raise
 
 
 def lock(descriptor: int, path: Path, end: float | None, *, exclusive: bool = True) -> None:
-    """Lock an open file or folder until it is closed; wait for it until ``end``, if that is given.
+    """Lock an open file or folder until it is closed, waiting until ``end`` if given.
 
     Raises:
-        BlockingIOError: another process or thread holds it, and did so until then.
+        BlockingIOError: another process or thread still holds it.
     """
     if fcntl is None:
         return
@@ -196,12 +196,12 @@ def lock(descriptor: int, path: Path, end: float | None, *, exclusive: bool = Tr
             if end is None or time.monotonic() > end:
                 raise BlockingIOError(errno.EAGAIN, f"another process holds {path}") from None
             time.sleep(0.005)
-        except OSError:  # a disk without locks, as some networks have
+        except OSError:  # a disk without locks, such as some network disks
             return
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that now has this name."""
+    """Whether the path still refers to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

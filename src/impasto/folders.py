@@ -1,13 +1,12 @@
-"""Replace the files of a folder all together or not at all, whenever the process or the machine stops.
+"""Replace the files of a folder all together or not at all, even if the process or the machine stops.
 
-A folder cannot be replaced by a rename, so its new files are written into ``FOLDER/.impasto-save``. Then a *journal* in
-there, which appears by a rename, commits the save: it lists the files to move into place and those that they
-supersede. The next process that saves to or reads from the folder finishes what a committed journal says, and discards
-what was never committed.
+A rename cannot replace a folder, so its new files are written into ``FOLDER/.impasto-save``. A *journal*, renamed into
+place there, commits the save: it lists the files to move into place and the files that they supersede. The next process
+that saves to or reads from the folder completes committed saves and discards uncommitted ones.
 
     with saving(folder) as staging:     # write into ``staging``; the folder is unchanged until the block ends
         ...
-    with reading(folder) as folder:     # nobody changes the folder while this block reads it
+    with reading(folder) as folder:     # no other process changes the folder during this block
         ...
 
 Locks are on the folders themselves.
@@ -33,7 +32,7 @@ from .files import HAS_LOCKS, deadline, is_same_file, lock, plain_path, sync, sy
 
 STAGING = ".impasto-save"
 JOURNAL = "journal.json"
-#: Errors of a folder that may be read but not written.
+#: Errors of folders that are readable but not writable.
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _JOURNAL_BYTES = 10_000_000
 _MOST_NAMES = 10_000
@@ -47,18 +46,18 @@ def _nothing_superseded(present: Sequence[str], written: Sequence[str]) -> Itera
 
 @contextmanager
 def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_superseded) -> Iterator[Path]:
-    """Yield an empty folder whose files replace those of ``folder``, all of them together, when the block ends.
+    """Yield an empty folder whose files replace those of ``folder``, all together, when the block ends.
 
-    If the block raises, or the process is killed in it, ``folder`` stays as it was. Its other files are kept.
+    If the block raises or the process is killed, ``folder`` is unchanged. Files that are not replaced are kept.
 
     Args:
-        folder: made if it does not exist.
-        superseded: given the names that are there and those that were written, each relative to ``folder``, returns
-            the names of old files that belong to what is replaced and are to be removed.
+        folder: created if it does not exist.
+        superseded: takes the present and the written names, relative to ``folder``, and returns the names of old files
+            to remove.
 
     Raises:
         OutputError: the disk is full, the folder cannot be written, or another process keeps saving to it.
-        CheckpointError: an earlier save left a journal that cannot be trusted.
+        CheckpointError: an earlier save left an untrustworthy journal.
     """
     folder = _real(folder)
     try:
@@ -69,7 +68,7 @@ def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_sup
                 yield staging
                 _commit(folder, staging, _finish_staged(folder, staging), superseded)
             except BaseException:
-                if not _has_journal(folder):  # else it is committed, and the next one finishes it
+                if not _has_journal(folder):  # otherwise it is committed, and the next process completes it
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
     except OSError as error:
@@ -80,10 +79,10 @@ def saving(folder: str | os.PathLike[str], superseded: Superseded = _nothing_sup
 
 @contextmanager
 def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a folder in which every save is finished, and keep others from changing it until the block ends.
+    """Yield the folder with every committed save completed, locked against changes until the block ends.
 
-    It is ``folder`` itself. Only where a killed process has committed a save, and this one may not write there, it is
-    a temporary folder of links to the files as they would be.
+    This is ``folder`` itself, unless it has a committed save that this process has no permission to complete: then it
+    is a temporary folder of links to the files as they should be.
 
     Raises:
         CheckpointError: a journal is damaged, or another process does not stop writing.
@@ -110,7 +109,7 @@ def reading(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _begin(folder: Path, held: ExitStack) -> Path:
-    """Finish what a killed process has committed, discard what it has not, and hold the right to save."""
+    """Complete or discard the saves of killed processes, and lock the folder for a save."""
     staging = folder / STAGING
     end = deadline()
     while True:
@@ -128,7 +127,7 @@ def _begin(folder: Path, held: ExitStack) -> Path:
 
 
 def _make_real_folder(staging: Path) -> None:
-    """Make a folder, in the place of a link or pipe where a stranger put one: what a link leads to is not ours."""
+    """Create a folder; a link or pipe of this name is replaced, because the target of a link is not ours."""
     if os.path.lexists(staging) and not _is_real_folder(staging):
         staging.unlink()
     with contextlib.suppress(FileExistsError):
@@ -140,7 +139,7 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def _hold(staging: Path, held: ExitStack) -> bool:
-    """Lock the folder of a save until the end of the save; False if another process holds it."""
+    """Lock the staging folder until the end of the save; False if another process holds it."""
     if not HAS_LOCKS:
         return True
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -156,7 +155,7 @@ def _hold(staging: Path, held: ExitStack) -> bool:
 
 
 def _finish_staged(folder: Path, staging: Path) -> list[str]:
-    """Force every staged file to the disk, with the umask's permissions. Their names."""
+    """Sync every staged file to disk, with the permissions of the umask, and return the names."""
     probe = staging / f"{JOURNAL}.tmp"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -166,18 +165,18 @@ def _finish_staged(folder: Path, staging: Path) -> list[str]:
             path = Path(root, name)
             if path == probe:
                 continue
-            path.chmod(mode)  # safetensors makes files that nobody else may read
+            path.chmod(mode)  # safetensors creates files that only the owner can read
             sync(path)
             written.append(path.relative_to(staging).as_posix())
         sync_folder(Path(root))
     for name in written:
         if (folder / name).is_dir():
-            raise OSError(errno.EISDIR, f"{folder / name} is a folder, and a file of this name is to be saved")
+            raise OSError(errno.EISDIR, f"{folder / name} is a folder, but a file of this name is to be saved")
     for place in {(folder / name).parent for name in written} - {folder}:
         if place.exists() and not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, f"{place} is not writable")
         if place.is_symlink() or (place.exists() and place.stat().st_dev != folder.stat().st_dev):
-            raise OSError(errno.EXDEV, f"{place} is a link or lies on another disk; save what it holds there by itself")
+            raise OSError(errno.EXDEV, f"{place} is a link or lies on another disk; save to it separately")
     return sorted(written)
 
 
@@ -203,22 +202,22 @@ def _commit(folder: Path, staging: Path, written: list[str], superseded: Superse
 
 
 def _roll_forward(folder: Path) -> None:
-    """Finish a save that a killed process has committed."""
-    with _locked([folder], exclusive=True):  # which a process that saves holds for as long as its journal lasts
+    """Complete a save that a killed process has committed."""
+    with _locked([folder], exclusive=True):  # held by a saving process as long as its journal exists
         files, remove = _read_journal(folder)
         with _locked(_folders_of(folder, files, remove)[1:], exclusive=True):
-            if _has_journal(folder):  # not finished by another process meanwhile
+            if _has_journal(folder):  # not yet completed by another process
                 _apply(folder)
 
 
 def _apply(folder: Path) -> None:
-    """Do what the journal says, however much of it has been done already, and remove it. The lock is held."""
+    """Do what the journal says, as far as it is not done, and remove it. The caller holds the lock."""
     files, remove = _read_journal(folder)
     staging = folder / STAGING
     for name in files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # moved already
+        with contextlib.suppress(FileNotFoundError):  # already moved
             os.replace(staging / name, target)
     for name in remove:
         (folder / name).unlink(missing_ok=True)
@@ -231,12 +230,12 @@ def _apply(folder: Path) -> None:
 
 
 def _folders_of(folder: Path, *names: Sequence[str]) -> list[Path]:
-    """The folder and those within it that hold these files, in the order in which everyone locks them."""
+    """The folder and its subfolders that hold these files, in locking order."""
     return sorted({(folder / name).parent for some in names for name in some} | {folder})
 
 
 def _as_committed(folder: Path, held: ExitStack) -> Path:
-    """A temporary folder of links to the files of ``folder`` as its journals say that they should be."""
+    """A temporary folder of links to the files of ``folder`` as its journals say they should be."""
     found: dict[str, Path] = {}
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != STAGING]
@@ -259,7 +258,7 @@ def _as_committed(folder: Path, held: ExitStack) -> Path:
 
 
 def _real(folder: str | os.PathLike[str]) -> Path:
-    """The folder itself, whatever links lead to it: what belongs to it is judged by where it lies."""
+    """The folder with links resolved."""
     return Path(os.path.realpath(plain_path(folder)))
 
 
@@ -267,10 +266,10 @@ def _real(folder: str | os.PathLike[str]) -> Path:
 
 
 def _pending(folder: Path) -> list[Path]:
-    """The folders with a committed save that concerns ``folder``, a real path: itself, the one around it, those within.
+    """The folders with a committed save that concerns ``folder``, a real path: itself, its parent, its subfolders.
 
-    The folder around it may be anyone's, such as ``/tmp``: only a save of this user or of its owner counts there, and
-    only one that has files for ``folder``.
+    The parent may belong to anyone, such as ``/tmp``: there, only a save by this user or the owner counts, and only if
+    it has files for ``folder``.
     """
     around = folder.parent
     found = [around] if _has_journal(around) and _is_trusted(around) and _has_files_for(around, folder) else []
@@ -285,10 +284,10 @@ def _has_files_for(around: Path, folder: Path) -> bool:
 
 
 def _is_trusted(folder: Path) -> bool:
-    """Whether a save in a folder was begun by this user or by the folder's owner."""
+    """Whether the save in a folder was started by this user or the folder's owner."""
     try:
         return os.name != "posix" or os.stat(folder / STAGING).st_uid in (os.geteuid(), os.stat(folder).st_uid)
-    except FileNotFoundError:  # finished by another process
+    except FileNotFoundError:  # completed by another process
         return True
 
 
@@ -302,11 +301,11 @@ def _has_journal(folder: Path) -> bool:
 
 
 def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
-    """The files that a journal moves into place, and those that it removes, as names within the folder.
+    """The files that a journal moves into place, and those that it removes, relative to the folder.
 
     Raises:
-        CheckpointError: it is damaged, names something outside the folder, or was made elsewhere: an archive cannot
-            know which inode its folder will get.
+        CheckpointError: it is damaged, names something outside the folder, or was made elsewhere (an archive cannot
+            predict the inode of its folder).
     """
     staging = folder / STAGING
     try:
@@ -316,7 +315,7 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
         if not isinstance(files, list) or not isinstance(remove, list):
             raise ValueError("not two lists of names")
         if content["inode"] != inode or not _is_trusted(folder):
-            raise ValueError("it was not made in this place")
+            raise ValueError("it was not made here")
         if len(files) + len(remove) > _MOST_NAMES:
             raise ValueError(f"more than {_MOST_NAMES} names")
         for name in (*files, *remove):
@@ -326,13 +325,13 @@ def _read_journal(folder: Path) -> tuple[list[str], list[str]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{staging / JOURNAL} cannot be trusted ({shown(str(error))}). Remove {staging}, and check or save again "
-            f"what {folder} holds"
+            f"the files in {folder}"
         ) from error
     return files, remove
 
 
 def _bytes_and_inode(staging: Path) -> tuple[bytes, int]:
-    """A journal, and the inode of the folder that it is in, even if another takes the place of that meanwhile."""
+    """A journal and the inode of its own folder, even if that is being replaced."""
     if not HAS_LOCKS:
         return (staging / JOURNAL).read_bytes()[:_JOURNAL_BYTES], staging.stat().st_ino
     with contextlib.ExitStack() as held:
@@ -345,7 +344,7 @@ def _bytes_and_inode(staging: Path) -> tuple[bytes, int]:
 
 def _check_name(folder: Path, name: object) -> None:
     steps = name.split("/") if isinstance(name, str) else [""]
-    os.fsencode("/".join(steps))  # a ValueError, if no system could have such a name
+    os.fsencode("/".join(steps))  # a ValueError for names that no system allows
     if len(steps) > 4 or any(not step or step[0] == "." or set(step) & set("\\\0:") for step in steps):
         raise ValueError(f"{shown(name)} is not the name of a file that a save writes")
     for place in (folder, folder / STAGING):
@@ -362,13 +361,13 @@ def _check_name(folder: Path, name: object) -> None:
 
 @contextmanager
 def _locked(folders: Iterable[Path], *, exclusive: bool) -> Iterator[None]:
-    """Hold the locks of folders: one process may change them, or any number may read them."""
+    """Lock folders: exclusively to change them, or shared to read them."""
     end = deadline()
     with ExitStack() as held:
         for folder in folders:
             try:
                 descriptor = os.open(folder, os.O_RDONLY)
-            except OSError:  # not there, or not readable: using it will say so
+            except OSError:  # missing or not readable: using it will say so
                 continue
             held.callback(os.close, descriptor)
             lock(descriptor, folder, end, exclusive=exclusive)

@@ -42,7 +42,7 @@ def test_what_is_not_there_and_what_is_read_only() -> None:
         config.weight  # noqa: B018
     with pytest.raises(KeyError):
         config["weight"]
-    with pytest.raises(ConfigurationError, match=r"config.size is read-only; construct the module anew with size=3"):
+    with pytest.raises(ConfigurationError, match=r"config.size is read-only; construct a new module with size=3"):
         config.size = 3
     assert config.size == 4
 
@@ -125,7 +125,7 @@ def test_damaged_json(tmp_path: Path, content: bytes) -> None:
 
 def test_json_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match=r"config.json should hold a JSON object, and holds a list"):
+    with pytest.raises(CheckpointError, match=r"config.json should hold a JSON object, but holds a list"):
         Thing.load_config(tmp_path)
 
 

@@ -235,7 +235,7 @@ def change(folder: Path, **changes: Tensor | None) -> None:
 
 def test_wrong_shape(folder: Path) -> None:
     change(folder, **{"proj_out.bias": torch.zeros(5)})
-    message = rf"{NAME}: proj_out.bias has shape \[5\], and the config asks for \[32\]. Weights and config.json do not"
+    message = rf"{NAME}: proj_out.bias has shape \[5\], but the config requires \[32\]. Weights and config.json do not"
     with pytest.raises(WeightsMismatchError, match=message):
         load(folder)
 

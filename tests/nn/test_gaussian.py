@@ -24,7 +24,7 @@ def test_sample_is_mean_plus_scaled_noise() -> None:
     assert torch.equal(d.sample(seeded(5)[0]), d.mean + d.std * noise)
 
 
-def test_each_picture_with_its_own_generator_is_drawn_alone() -> None:
+def test_each_image_with_its_own_generator_is_drawn_alone() -> None:
     d = distribution()
     together = d.sample(seeded(1, 2, 3))
     for index, seed in enumerate((1, 2, 3)):
@@ -34,7 +34,7 @@ def test_each_picture_with_its_own_generator_is_drawn_alone() -> None:
 
 
 def test_too_few_generators() -> None:
-    with pytest.raises(InputError, match="2 generators were given for 3 pictures"):
+    with pytest.raises(InputError, match="2 generators were given for 3 images"):
         distribution().sample(seeded(1, 2))
 
 

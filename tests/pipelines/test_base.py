@@ -241,7 +241,7 @@ def test_a_damaged_text_encoder(own_folder: Path) -> None:
 def test_a_text_encoder_with_missing_weights(own_folder: Path) -> None:
     path = own_folder / "text_encoder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 3}))
-    with pytest.raises(WeightsMismatchError, match=r"num_layers is 3, and the weights have 2 layers"):
+    with pytest.raises(WeightsMismatchError, match=r"num_layers is 3, but the weights have 2 layers"):
         PixArtSigmaPipeline.from_pretrained(own_folder)
 
 

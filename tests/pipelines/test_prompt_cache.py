@@ -231,7 +231,7 @@ def test_no_text_is_written(folder: Path, tmp_path: Path) -> None:
 def test_folders_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     pipe = tiny_pipeline(PixArtSigmaPipeline)
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be created"):
         pipe.enable_prompt_cache(tmp_path / "file")
     pipe.enable_prompt_cache(tmp_path / "cache")
     (tmp_path / "cache").rmdir()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from impasto.checkpoints.hub import resolve
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.dataset import scene_batch
-from impasto.scenes.evaluate import held_out_prompts, judge_pictures
+from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.judge import read
 from impasto.scenes.reading import Reading
 from impasto.scenes.world import ON_TOP
@@ -50,9 +50,9 @@ def test_diffusers_draws_the_same(folder: Path, pipeline: PixArtSigmaPipeline) -
     assert ((found - expected).norm() / expected.norm()).item() <= 1e-4
 
 
-def test_its_autoencoder_keeps_pictures(pipeline: PixArtSigmaPipeline) -> None:
-    pictures = scene_batch(seed=77, geometries=24, colourings=1).pictures
-    halved = F.avg_pool2d(pictures.float(), 2) / 127.5 - 1
+def test_its_autoencoder_keeps_images(pipeline: PixArtSigmaPipeline) -> None:
+    images = scene_batch(seed=77, geometries=24, colourings=1).images
+    halved = F.avg_pool2d(images.float(), 2) / 127.5 - 1
     with torch.no_grad():
         latents = pipeline.vae.encode(halved).latent_dist.mode()
         back = pipeline.vae.decode(latents).sample
@@ -68,23 +68,23 @@ def shows_the_demo(reading: Reading) -> bool:
 
 
 def test_it_draws_a_red_cube_on_top_of_a_blue_sphere(pipeline: PixArtSigmaPipeline) -> None:
-    """And not only with one seed: the judge reads both solids and their order in five of six pictures at least."""
+    """And not only with one seed: the judge reads both solids and their order in five of six images at least."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
-    pictures = pipeline(["a red cube on top of a blue sphere"] * 6, generator=generators).images
-    assert sum(shows_the_demo(reading) for reading in read(pictures)) >= 5
+    images = pipeline(["a red cube on top of a blue sphere"] * 6, generator=generators).images
+    assert sum(shows_the_demo(reading) for reading in read(images)) >= 5
 
 
 def test_it_follows_prompts_that_it_never_saw(pipeline: PixArtSigmaPipeline) -> None:
     prompts = held_out_prompts(24, seed=3)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    pictures = pipeline([prompt.text for prompt in prompts], generator=generators).images
-    counts = judge_pictures(prompts, pictures).counts()
+    images = pipeline([prompt.text for prompt in prompts], generator=generators).images
+    counts = judge_images(prompts, images).counts()
     for attribute, bar in (("colours", 0.9), ("shapes", 0.85), ("relations", 0.85), ("whole", 0.6)):
         hits, of = counts[attribute]
         assert hits >= bar * of, (attribute, hits, of)
 
 
-def test_the_prompt_changes_the_picture(pipeline: PixArtSigmaPipeline) -> None:
+def test_the_prompt_changes_the_image(pipeline: PixArtSigmaPipeline) -> None:
     def draw(prompt: str) -> torch.Tensor:
         return pipeline(prompt, generator=torch.Generator().manual_seed(3), output_type="pt").images[0]
 

@@ -44,14 +44,14 @@ def test_the_judge_tells_what_was_edited_from_what_was_not() -> None:
     assert right.counts(KINDS[1])["whole"][1] == 6
 
 
-def test_pictures_and_instructions_come_in_batches() -> None:
+def test_images_and_instructions_come_in_batches() -> None:
     targets = {edit.text: edit.target for edit in held_out_edits(7, seed=3)}
     sizes = []
 
-    def edit(texts: list[str], pictures: list[torch.Tensor]) -> list[torch.Tensor]:
-        sizes.append((len(texts), len(pictures)))
-        assert all(picture.shape == (3, 128, 128) for picture in pictures)
-        return [drawn(targets[text]) for text in texts[:-1]] + pictures[-1:]  # the last one is left as it was
+    def edit(texts: list[str], images: list[torch.Tensor]) -> list[torch.Tensor]:
+        sizes.append((len(texts), len(images)))
+        assert all(image.shape == (3, 128, 128) for image in images)
+        return [drawn(targets[text]) for text in texts[:-1]] + images[-1:]  # the last one is left as it was
 
     report = evaluate_edits(edit, n=7, seed=3, batch_size=4)
     assert sizes == [(4, 4), (3, 3)]

@@ -40,7 +40,7 @@ def true_renders(prompts: list[str]) -> list[Tensor]:
 
 
 def swapped_colours(prompts: list[str]) -> list[Tensor]:
-    pictures = []
+    images = []
     for prompt in prompts:
         scene = scenes()[prompt]
         colours = [solid.color for solid in scene.solids]
@@ -48,8 +48,8 @@ def swapped_colours(prompts: list[str]) -> list[Tensor]:
             colours = ["red" if colours[0] == "blue" else "blue"] * len(colours)
         colours = colours[1:] + colours[:1]
         solids = tuple(Solid(s.shape, color, s.size) for s, color in zip(scene.solids, colours))
-        pictures.append(drawn(Scene(solids, scene.relations, scene.background, scene.height, scene.width, scene.seed)))
-    return pictures
+        images.append(drawn(Scene(solids, scene.relations, scene.background, scene.height, scene.width, scene.seed)))
+    return images
 
 
 def test_prompts_are_deterministic_distinct_and_of_both_kinds() -> None:
@@ -101,7 +101,7 @@ def test_swapped_colours_are_caught() -> None:
     assert report.counts()["shapes"][0] >= 0.7 * report.counts()["shapes"][1]
 
 
-def test_pil_images_and_a_wrong_picture() -> None:
+def test_pil_images_and_a_wrong_image() -> None:
     def gray(prompts: list[str]) -> list[Image.Image]:
         return [Image.new("RGB", (128, 128), (181, 181, 184)) for _ in prompts]
 
@@ -115,22 +115,22 @@ def test_the_table_shows_percentages_with_counts() -> None:
     assert asked == 4
     assert f"{100 * right / asked:.1f} % ({right}/{asked})" in table
     assert all(word in table for word in (*ATTRIBUTES, *KINDS))
-    assert "8 pictures" in table
+    assert "8 images" in table
 
 
-def test_the_dict_is_json_with_every_picture() -> None:
+def test_the_dict_is_json_with_every_image() -> None:
     report = evaluate(true_renders, n=4, seed=1)
     content = json.loads(json.dumps(report.to_dict()))
-    assert [picture["prompt"] for picture in content["pictures"]] == [p.text for p in held_out_prompts(4, seed=1)]
+    assert [image["prompt"] for image in content["images"]] == [p.text for p in held_out_prompts(4, seed=1)]
     assert content["accuracy"]["all"]["count"]["asked"] == 4
 
 
 def test_wrong_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match="3 pictures were asked for, and 1 came back"):
+    with pytest.raises(InputError, match="3 images were requested, and 1 returned"):
         evaluate(lambda prompts: [torch.rand(3, 128, 128)], n=3)
     with pytest.raises(InputError, match="at least 1"):
         evaluate(true_renders, n=0)
     with pytest.raises(InputError, match="not 3 and 0"):
         evaluate(true_renders, n=3, batch_size=0)
     with pytest.raises(InputError, match="not 0 and 16"):
-        evaluate_edits(lambda texts, pictures: pictures, n=0)
+        evaluate_edits(lambda texts, images: images, n=0)

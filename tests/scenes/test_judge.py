@@ -137,30 +137,30 @@ def test_sizes_and_background_count_only_if_told() -> None:
 
 
 def test_the_bundled_judge_reads_fresh_renders() -> None:
-    pictures, scenes = renders()
-    scores = [compare(reading, scene) for reading, scene in zip(read(pictures), scenes)]
+    images, scenes = renders()
+    scores = [compare(reading, scene) for reading, scene in zip(read(images), scenes)]
     for name in ("colours", "shapes", "sizes", "relations", "background"):
         assert np.mean([flag for score in scores for flag in getattr(score, name)]) >= 0.97, name
     assert np.mean([score.count for score in scores]) >= 0.97
 
 
-def test_it_reads_slightly_imperfect_pictures() -> None:
-    pictures, scenes = renders()
+def test_it_reads_slightly_imperfect_images() -> None:
+    images, scenes = renders()
     generator = torch.Generator().manual_seed(0)
-    noisy = [(0.95 * p + 0.02 * torch.randn(p.shape, generator=generator)).clamp(0, 1) for p in pictures]
+    noisy = [(0.95 * p + 0.02 * torch.randn(p.shape, generator=generator)).clamp(0, 1) for p in images]
     worse = [torch.nn.functional.avg_pool2d(p, 3, 1, 1, count_include_pad=False) for p in noisy]
     scores = [compare(reading, scene) for reading, scene in zip(read(worse), scenes)]
     for name in ("colours", "shapes", "relations"):
         assert np.mean([flag for score in scores for flag in getattr(score, name)]) >= 0.93, name
 
 
-def test_a_picture_reads_the_same_in_every_form_and_company() -> None:
-    pictures, _ = renders()
-    one = pictures[0]
+def test_an_image_reads_the_same_in_every_form_and_company() -> None:
+    images, _ = renders()
+    one = images[0]
     image = Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy())
     alone = read(one[None])[0]
     assert read([image]) == read([(one * 255).round().byte()]) == [alone]
-    assert read(pictures[:8])[0] == alone
+    assert read(images[:8])[0] == alone
 
 
 def test_other_sizes_are_read() -> None:
@@ -179,25 +179,25 @@ def test_fitting_keeps_proportions_and_fills_a_frame(size: tuple[int, int]) -> N
 
 
 def test_frames_are_left_as_they_are() -> None:
-    picture = torch.rand(3, 96, 160)
-    assert fit(picture) is picture
+    image = torch.rand(3, 96, 160)
+    assert fit(image) is image
 
 
 @pytest.mark.parametrize(
-    "picture", [torch.rand(1, 8, 8), torch.rand(3, 8), 2 * torch.ones(3, 8, 8), torch.ones(3, 8, 8).long(), "a.png"]
+    "image", [torch.rand(1, 8, 8), torch.rand(3, 8), 2 * torch.ones(3, 8, 8), torch.ones(3, 8, 8).long(), "a.png"]
 )
-def test_what_is_no_picture_is_refused(picture: object) -> None:
+def test_what_is_no_image_is_refused(image: object) -> None:
     with pytest.raises(InputError):
-        as_tensor(picture)  # type: ignore[arg-type]
+        as_tensor(image)  # type: ignore[arg-type]
 
 
 def test_it_is_saved_and_loaded(tmp_path: object) -> None:
     judge = Judge(fine_channels=8, coarse_channels=8, hidden_channels=8, blocks=1).eval()
     judge.save_pretrained(str(tmp_path))
     again = Judge.from_pretrained(str(tmp_path))
-    picture = torch.rand(1, 3, 32, 48)
+    image = torch.rand(1, 3, 32, 48)
     assert again.config.blocks == 1
-    torch.testing.assert_close(again(picture).arrangement, judge(picture).arrangement)
+    torch.testing.assert_close(again(image).arrangement, judge(image).arrangement)
 
 
 def test_the_bundled_weights_are_small() -> None:

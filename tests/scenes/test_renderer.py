@@ -19,10 +19,10 @@ def scene_of(*shapes: str, relations: tuple[str, ...] = (), color: str = "red", 
     return Scene(tuple(Solid(shape, color, "large") for shape in shapes), relations, "gray", 64, 64, seed)
 
 
-def hsv(picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hue in degrees, saturation and value of a picture [3, H, W]."""
-    r, g, b = picture
-    high, low = picture.amax(0), picture.amin(0)
+def hsv(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue in degrees, saturation and value of an image [3, H, W]."""
+    r, g, b = image
+    high, low = image.amax(0), image.amin(0)
     span = (high - low).clamp_min(1e-6)
     hue = torch.where(high == r, (g - b) / span % 6, torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4))
     return hue * 60, (high - low) / high.clamp_min(1e-6), high
@@ -62,7 +62,7 @@ def test_rays_meet_the_surface_that_distances_are_measured_from(shape: str) -> N
         assert (distance(body, (x, y, z))[~hit] > -1e-4).all()
 
 
-def test_same_scene_same_picture() -> None:
+def test_same_scene_same_image() -> None:
     scene = scene_of("cube", "sphere", relations=("on top of",))
     assert torch.equal(render(scene), render(scene))
     assert not torch.equal(render(scene), render(replace(scene, seed=1)))
@@ -77,14 +77,14 @@ def test_colours_do_not_change_the_geometry() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [*FRAMES, (48, 48), (80, 256)])
-def test_pictures_have_the_size_asked_for_and_hold_every_solid(height: int, width: int) -> None:
+def test_images_have_the_size_asked_for_and_hold_every_solid(height: int, width: int) -> None:
     for seed in range(3):
         scene = replace(scene_of("cube", "sphere", "cone", relations=RELATION_PAIRS[seed]), height=height, width=width)
-        picture = render(scene, seed)
-        assert picture.shape == (3, height, width)
-        assert picture.dtype == torch.float32
-        assert picture.min() >= 0
-        assert picture.max() <= 1
+        image = render(scene, seed)
+        assert image.shape == (3, height, width)
+        assert image.dtype == torch.float32
+        assert image.min() >= 0
+        assert image.max() <= 1
         ids = trace(scene, height, width, seed).ids
         border = torch.cat([ids[0], ids[-1], ids[:, 0], ids[:, -1]])
         assert not border.any()
@@ -164,7 +164,7 @@ def test_sizes_are_told_apart() -> None:
     assert RADIUS["large"] / RADIUS["small"] >= 1.5
 
 
-def test_larger_pictures_show_the_same_scene() -> None:
+def test_larger_images_show_the_same_scene() -> None:
     scene = scene_of("cylinder", "cube", relations=("in front of",))
     small, large = (trace(scene, side, side, 0) for side in (32, 128))
     pooled = torch.nn.functional.avg_pool2d(large.diffuse, 4)

@@ -76,17 +76,17 @@ def test_a_combination_and_its_mirror_wording_are_held_out_together() -> None:
 
 
 def test_batches_leave_out_held_out_scenes_and_are_deterministic() -> None:
-    pictures, scenes, captions, ids = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
-    assert pictures.shape == (30, 3, 32, 48)
+    images, scenes, captions, ids = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
+    assert images.shape == (30, 3, 32, 48)
     assert len(scenes) == len(captions) == 30
     assert not any(is_held_out(scene) for scene in scenes)
     again = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
-    assert (again[0] == pictures).all()
+    assert (again[0] == images).all()
     assert again[1:3] == (scenes, captions)
     assert (again.ids == ids).all()
     for scene, shown in zip(scenes, ids, strict=True):
         assert set(shown.unique().tolist()) == set(range(1 + len(scene.solids)))
-    assert (scene_batch(6, 6, 5, 32, 48)[0] != pictures).any()
+    assert (scene_batch(6, 6, 5, 32, 48)[0] != images).any()
 
 
 def test_canonical_caption() -> None:

@@ -48,7 +48,7 @@ def test_a_generator_for_each_sample_makes_it_independent_of_its_batch(cls: Any,
 
 @pytest.mark.parametrize(("cls", "options", "step"), STOCHASTIC)
 def test_a_wrong_number_of_generators_is_refused(cls: Any, options: Any, step: Any) -> None:
-    with pytest.raises(InputError, match="2 generators were given for 3 pictures"):
+    with pytest.raises(InputError, match="2 generators were given for 3 images"):
         sample(cls, options, step, torch.randn(3, 4, 4, 4), [torch.Generator(), torch.Generator()])
 
 

@@ -12,16 +12,16 @@ from impasto.errors import ConfigurationError, InputError
 
 
 @pytest.mark.parametrize("config", [{}, {"shift": 4.0}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1}])
-def test_a_true_velocity_leads_to_the_picture_in_any_number_of_steps(config: dict[str, Any]) -> None:
+def test_a_true_velocity_leads_to_the_image_in_any_number_of_steps(config: dict[str, Any]) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     torch.manual_seed(0)
-    picture, noise = torch.randn(2, 1, 4, 4, 4)
+    image, noise = torch.randn(2, 1, 4, 4, 4)
     for steps in (2, 9):
         scheduler.set_timesteps(steps)
-        x = scheduler.scale_noise(picture, scheduler.timesteps[:1], noise)
+        x = scheduler.scale_noise(image, scheduler.timesteps[:1], noise)
         for t in scheduler.timesteps:
-            x = scheduler.step(noise - picture, t, x).prev_sample
-        torch.testing.assert_close(x, picture, rtol=1e-5, atol=1e-5)
+            x = scheduler.step(noise - image, t, x).prev_sample
+        torch.testing.assert_close(x, image, rtol=1e-5, atol=1e-5)
 
 
 def test_a_shift_spends_more_steps_where_there_is_much_noise() -> None:

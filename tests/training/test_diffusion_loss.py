@@ -44,7 +44,7 @@ def test_add_noise_has_the_mean_and_variance_of_the_forward_process(objective: D
     assert float(xt.var()) == pytest.approx(1 - alpha_bar, rel=0.02)
 
 
-def test_add_noise_takes_a_timestep_for_each_picture(objective: DiffusionLoss) -> None:
+def test_add_noise_takes_a_timestep_for_each_image(objective: DiffusionLoss) -> None:
     x0, noise = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
     both = objective.add_noise(x0, noise, torch.tensor([7, 900]))
     for i, t in enumerate([7, 900]):
@@ -52,7 +52,7 @@ def test_add_noise_takes_a_timestep_for_each_picture(objective: DiffusionLoss) -
         torch.testing.assert_close(both[i].double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_mse_is_the_mean_over_each_picture_and_there_is_no_bound_without_a_variance(objective: DiffusionLoss) -> None:
+def test_mse_is_the_mean_over_each_image_and_there_is_no_bound_without_a_variance(objective: DiffusionLoss) -> None:
     x0, noise, xt, t = sample(300)
     prediction = noise + torch.tensor([0.0, 0.1, 2.0]).view(-1, 1, 1, 1)
     losses = objective(prediction, x0, noise, xt, t)
@@ -92,7 +92,7 @@ def test_bound_is_the_kl_divergence_of_the_two_normals_in_bits(objective: Diffus
 def test_likelihood_at_the_last_step_sums_to_one_over_the_values_of_a_pixel(
     objective: DiffusionLoss, mean: float, interpolation: float
 ) -> None:
-    x0 = torch.linspace(-1, 1, 256).view(256, 1, 1, 1)  # a picture of one pixel for each value
+    x0 = torch.linspace(-1, 1, 256).view(256, 1, 1, 1)  # an image of one pixel for each value
     xt = torch.full_like(x0, mean * float(ALPHA_BAR[0].sqrt()))  # with ε = 0 the mean is x_t / √ᾱ_0
     output = torch.cat([torch.zeros_like(x0), torch.full_like(x0, interpolation)], 1)
     bits = objective(output, x0, torch.zeros_like(x0), xt, torch.zeros(256, dtype=torch.long)).variational_bound

@@ -23,7 +23,7 @@ from impasto.training.visual_codebook import (
     Images,
     OnlineCodebook,
     see,
-    tokenise,
+    tokenize,
     train_visual_codebook,
 )
 
@@ -43,13 +43,13 @@ def test_tokens_of_a_batch_are_those_of_transformers() -> None:
     parts = prior_parts()
     model, images = parts["vision_language_encoder"], parts["processor"].image_processor
     images.image_mean = images.image_std = [0.5] * 3
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    given = images([Image.fromarray(picture)], do_resize=False, return_tensors="pt")
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, 64, 64]
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    given = images([Image.fromarray(image)], do_resize=False, return_tensors="pt")
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1  # [1, 3, 64, 64]
     features = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output[0]
     seen = see(model.model.visual, pixels)[0].T.view_as(features)
     torch.testing.assert_close(seen, features, rtol=1e-5, atol=1e-5)
-    assert torch.equal(tokenise(model.model, pixels)[0], model.get_image_tokens([features]).flatten())
+    assert torch.equal(tokenize(model.model, pixels)[0], model.get_image_tokens([features]).flatten())
 
 
 def test_codes_follow_tokens_and_rare_ones_begin_anew() -> None:
@@ -89,7 +89,7 @@ def test_a_codebook_learns_to_tell_images_apart_and_resumes(tmp_path: Path) -> N
     assert log[-1]["labels"] < 0.2 * log[0]["labels"]
     assert log[0]["codes_in_use"] == 0 < log[-1]["codes_in_use"]
     batch = coloured(1000)
-    tokens = tokenise(model, batch.pixels)  # [8, 16]
+    tokens = tokenize(model, batch.pixels)  # [8, 16]
     kinds = batch.labels[:, 0, 0, 0]
     for kind in kinds.unique():
         assert (tokens[kinds == kind] == tokens[kinds == kind][0]).all()
@@ -99,7 +99,7 @@ def test_a_codebook_learns_to_tell_images_apart_and_resumes(tmp_path: Path) -> N
     again = prior_parts()["vision_language_encoder"].model
     train_visual_codebook(again, CodeReader(8, (4,), side=4), coloured, recipe, tmp_path)  # nothing is left to do
     assert torch.equal(again.vqmodel.quantize.embedding.weight, codes)
-    assert torch.equal(tokenise(again, batch.pixels), tokens)
+    assert torch.equal(tokenize(again, batch.pixels), tokens)
 
 
 # --- the prior ---

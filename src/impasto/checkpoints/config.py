@@ -19,7 +19,7 @@ from .values import check_arguments
 
 logger = logging.getLogger("impasto")
 
-#: Of a JSON file: indexes of the largest models are about a megabyte.
+#: The largest JSON file that is read; indexes of the largest models have about a megabyte.
 MOST_BYTES = 10_000_000
 
 P = ParamSpec("P")
@@ -27,7 +27,7 @@ T = TypeVar("T", bound="Configurable")
 
 
 class Config(Mapping[str, Any]):
-    """The constructor arguments of a module: read by attribute, by item, or with ``get``; never written."""
+    """The constructor arguments of a module, read-only: by attribute, by item, or with ``get``."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.__dict__["_values"] = dict(values)
@@ -44,7 +44,7 @@ class Config(Mapping[str, Any]):
             raise AttributeError(f"the config has no {name!r}; it has: {', '.join(self._values)}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise ConfigurationError(f"config.{name} is read-only; construct the module anew with {name}={value!r}")
+        raise ConfigurationError(f"config.{name} is read-only; construct a new module with {name}={value!r}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -63,9 +63,9 @@ class Config(Mapping[str, Any]):
 
 
 def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
-    """Decorate an ``__init__`` so that its arguments are checked against their types (``values.py``), and are recorded.
+    """Decorate an ``__init__`` to check its arguments against their types (``values.py``), and to record them.
 
-    ``self.config`` holds all of them, defaults included.
+    ``self.config`` holds all of them, including defaults.
     """
     signature = inspect.signature(init)
 
@@ -84,15 +84,15 @@ class Configurable:
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
-    #: Keys that have no meaning: dropped without a word if no argument has that name, and only written where they
-    #: differ from the argument's default.
+    #: Keys without effect: ignored silently if no argument has that name, and only written if they differ from the
+    #: default.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
 
     config: Config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build from a config: ours, a plain dict, or any mapping. Unknown keys are named in a warning.
+        """Build from a config, ours or any other mapping. A warning names unknown keys.
 
         Raises:
             ConfigurationError: a value cannot be used, or an override is not an argument of the class.
@@ -119,7 +119,7 @@ class Configurable:
 
     @classmethod
     def checked_arguments(cls, config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
-        """What ``from_config`` would pass to the constructor, defaults included, each checked on its own.
+        """The arguments that ``from_config`` would pass to the constructor, including defaults, each checked by itself.
 
         Raises:
             ConfigurationError: a value does not fit the constructor's signature, or an override is not an argument.
@@ -131,7 +131,7 @@ class Configurable:
 
     @classmethod
     def _arguments(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Those values of a config that are arguments, with overrides in their place."""
+        """The values of a config that are arguments, with overrides applied."""
         if not isinstance(config, Mapping):
             raise ConfigurationError(f"from_config takes a config, such as scheduler.config, not {shown(config)}")
         known = list(inspect.signature(cls.__init__).parameters)[1:]
@@ -160,7 +160,7 @@ class Configurable:
         write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self._stored_config()})
 
     def _stored_config(self) -> dict[str, Any]:
-        """What the config file says."""
+        """The contents of the config file."""
         arguments = inspect.signature(type(self).__init__).parameters
         return {
             name: value
@@ -171,7 +171,7 @@ class Configurable:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file that a config comes from in errors about its values."""
+    """Add the path of the config file to errors about its values."""
     try:
         yield
     except ConfigurationError as error:
@@ -179,30 +179,30 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """Read a JSON object. Like the published schedulers, it may hold ``-Infinity``.
+    """Read a JSON object, which may contain ``-Infinity``, as configs of published schedulers do.
 
     Raises:
-        CheckpointNotFoundError: there is no such file.
+        CheckpointNotFoundError: the file does not exist.
         CheckpointError: it is not JSON, or not a JSON object.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise ValueError("not a regular file")
         if status.st_size > most_bytes:
-            raise ValueError(f"{status.st_size} bytes, and at most {most_bytes} are read")
+            raise ValueError(f"{status.st_size} bytes, more than the limit of {most_bytes}")
         content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"{path} does not exist; is {path.parent} the folder you meant?") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); download or save it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, and holds a {type(content).__name__}")
+        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
 def parse_json(data: bytes) -> Any:
-    """UTF-8 JSON in which no object has a name twice: readers would differ in which of them counts.
+    """Parse UTF-8 JSON. Objects must not have duplicate names, which readers treat differently.
 
     Raises:
         ValueError, RecursionError: not JSON, an integer of thousands of digits, or nested too deeply.
@@ -222,7 +222,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all.
+    """Write a JSON object, completely or not at all.
 
     Raises:
         OutputError: the file or its folder cannot be written.

@@ -1,4 +1,4 @@
-"""A model id or a folder -> a folder on this machine."""
+"""Resolve model ids and folders to local folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..checks import printable, shown, text
 from ..errors import CheckpointNotFoundError, HubError, InputError
 from ..files import plain_path
 
-#: Models that come with the package, by id.
+#: Models that come with the package.
 BUILTIN = {"builtin:scenes": "scenes/checkpoint"}
 
 
@@ -28,21 +28,21 @@ def resolve(
 
     Args:
         model: a folder, ``builtin:NAME``, or ``owner/name`` on the Hugging Face hub.
-        allow_patterns: which files of a hub repository are wanted; all by default.
+        allow_patterns: the files to download from a hub repository; all by default.
         revision, cache_dir, local_files_only, token: as in ``huggingface_hub.snapshot_download``.
 
     Raises:
         CheckpointNotFoundError: no such folder, bundled model or repository.
-        HubError: it has to be downloaded, and the network or the hub does not answer.
+        HubError: it has to be downloaded, but the hub cannot be reached.
     """
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else model
     if not isinstance(name, str):
-        raise InputError(f"a model is a folder or an id, as a text or a path, not {shown(model)}")
+        raise InputError(f"a model must be a folder or an id, given as a string or a path, not {shown(model)}")
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise CheckpointNotFoundError(f"there is no bundled model {shown(name)}; bundled: {', '.join(BUILTIN)}")
         return Path(str(resources.files("impasto"))) / BUILTIN[name]
-    if os.path.isdir(name):  # unlike Path.is_dir, it takes names of any length
+    if os.path.isdir(name):  # unlike Path.is_dir, this takes names of any length
         return Path(name)
     if os.path.exists(name):
         raise InputError(f"{name} is a file; give the folder of the checkpoint that holds it")
@@ -57,7 +57,7 @@ def resolve(
 
 
 def inside(root: Path, subfolder: str | None) -> Path:
-    """A folder in a checkpoint.
+    """A subfolder of a checkpoint.
 
     Raises:
         InputError: ``subfolder`` is not the name of a folder.
@@ -100,7 +100,7 @@ def _download(
             f"the hub has no {repo_id}" + (f" at revision {revision}" if revision else "") + ", or it is private; "
             "check the id, or log in with `hf auth login`, or give a folder"
         ) from error
-    except Exception as error:  # of the cache, the network, the server or the library
+    except Exception as error:  # from the cache, the network, the server or the library
         raise HubError(
             f"{repo_id} is neither a folder nor in the local cache, and the hub cannot be reached. Connect to the "
             f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"

@@ -1,4 +1,4 @@
-"""The names of the files in a checkpoint's folders, and which of an earlier save a new one replaces."""
+"""The names of the files in a checkpoint's folders, and which files of an earlier save are superseded."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
-#: Which classes the components of a pipeline have.
+#: The file that lists the classes of a pipeline's components.
 INDEX_NAME = "model_index.json"
-#: Such as fp16: a part of the names of weight files.
+#: A variant such as fp16, in the names of weight files.
 VARIANT = r"\w[\w-]{0,63}"
-#: Weights of one component: one file, or shards with an index; ``variant`` is such as fp16.
+#: Weights of a component: one file, or shards with an index.
 WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)"
     rf"(-\d+-of-\d+)?(\.(?P<variant>(?!safetensors|bin){VARIANT}?))?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
     rf"(?P<index>\.index(\.(?P<index_variant>{VARIANT}))?\.json)?"
 )
-#: The files of tokenizers and processors: a save writes some of them, and those of an older one would mix with these.
+#: The files of tokenizers and processors. A save writes only some of them, so older ones must go.
 READER_FILES = frozenset(
     {
         "added_tokens.json",
@@ -36,17 +36,17 @@ READER_FILES = frozenset(
 
 
 def superseded(present: Sequence[str], written: Sequence[str]) -> Iterable[str]:
-    """Of the files that are there, those that belong to what the written ones replace.
+    """The present files that the written ones supersede.
 
-    That is: weights of the same name, variant and kind, in however many shards, and the files of a tokenizer or
-    processor. Weights of another variant, pickles, and files that no save writes are kept.
+    These are weights of the same name, variant and kind, in any number of shards, and the files of a tokenizer or
+    processor. Weights of other variants, pickles, and files that no save writes are kept.
     """
     new = {_owner(name) for name in written} - {None}
     return [name for name in present if _owner(name) in new]
 
 
 def _owner(name: str) -> tuple[str, ...] | None:
-    """What a file belongs to: the weights of one variant in a folder, or the vocabulary in it; None: to neither."""
+    """The group of a file: the weights of one variant in a folder, or its vocabulary; None: neither."""
     path = PurePosixPath(name)
     folder = path.parent.as_posix()
     if path.name in READER_FILES:

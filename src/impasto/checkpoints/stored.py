@@ -1,6 +1,6 @@
-"""What weights on disk hold, found out before any of it is read: their files, and each tensor's dtype and shape.
+"""Stored weights before they are read: their files, and the dtype and shape of each tensor.
 
-All of a safetensors header is checked against the size of its file, so that a damaged one costs nothing.
+A safetensors header is checked completely against the size of its file, so a damaged one is detected at no cost.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .config import MOST_BYTES, parse_json, read_json
 from .layout import VARIANT
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
-#: What the values of a model may be stored as.
+#: The dtypes that a model may be stored in.
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-#: As headers name them -> as torch does, and the bits of a value.
+#: The name in headers -> torch's name, and the bits per value.
 DTYPES = {
     "F64": ("float64", 64),
     "F32": ("float32", 32),
@@ -43,17 +43,17 @@ DTYPES = {
     **{f"I{bits}": (f"int{bits}", bits) for bits in (8, 16, 32, 64)},
     **{f"U{bits}": (f"uint{bits}", bits) for bits in (8, 16, 32, 64)},
 }
-#: A file of 10,000 tensors has a header of about a megabyte.
+#: The header of 10,000 tensors has about a megabyte.
 _MOST_HEADER = MOST_BYTES
 _ENTRY = ("shape", "data_offsets", "dtype")
 _AGAIN = "Delete it and download or save it again."
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file, not yet read."""
 
     file: Path
-    dtype: str  # as torch names it
+    dtype: str  # torch's name
     shape: tuple[int, ...]
 
 
@@ -64,11 +64,11 @@ Stored = Mapping[str, StoredTensor]
 
 
 def with_variant(filename: str, variant: str | None) -> str:
-    """``model.safetensors`` -> ``model.fp16.safetensors``; an index gets it before ``.index``, as on the hub."""
+    """``model.safetensors`` -> ``model.fp16.safetensors``; in an index it precedes ``.index``, as on the hub."""
     if variant is None:
         return filename
     if not isinstance(variant, str) or not re.fullmatch(VARIANT, variant):
-        raise InputError(f"variant must be a short word in the names of files, such as 'fp16', not {shown(variant)}")
+        raise InputError(f"variant must be a short word from file names, such as 'fp16', not {shown(variant)}")
     stem, dot, suffix = filename.partition(".safetensors" if ".safetensors" in filename else ".bin")
     return f"{stem}.{variant}{dot}{suffix}" if not suffix else f"{stem}{dot}.index.{variant}.json"
 
@@ -76,11 +76,11 @@ def with_variant(filename: str, variant: str | None) -> str:
 def find_weight_files(
     folder: Path, *, variant: str | None = None, use_safetensors: bool | None = None, stem: str = WEIGHTS_NAME
 ) -> list[Path]:
-    """The files that together hold a module's weights: one, or the shards that an index lists.
+    """The files with a module's weights: one, or the shards in an index.
 
     Raises:
-        CheckpointNotFoundError: the folder holds none, or a shard of the index is missing.
-        CheckpointError: an index or a shard is damaged, or they do not belong together.
+        CheckpointNotFoundError: the folder has none, or a shard is missing.
+        CheckpointError: an index or a shard is damaged, or they do not match.
     """
     if use_safetensors not in (None, True, False):
         raise InputError(f"use_safetensors must be True, False or None, not {shown(use_safetensors)}")
@@ -131,17 +131,17 @@ def _shards_of(index: Path, suffix: str) -> list[Path]:
             if lacking:
                 raise WeightsMismatchError(
                     f"{shard} does not hold what {index.name} lists for it: {len(lacking)} missing "
-                    f"({listing(lacking)}). The shards are of different saves, or the file is of another model; "
+                    f"({listing(lacking)}). The shards are from different saves, or the file from another model; "
                     f"download them again."
                 )
     return shards
 
 
 def require_plain_name(name: Any, index: Path) -> None:
-    """Refuse what is not the name of a file in the folder of ``index``. Links are not resolved: hub caches are links.
+    """Require the name of a file in the folder of ``index``. Links are not resolved, as hub caches consist of links.
 
     Raises:
-        CheckpointError: a path, a name that no disk takes, or no text.
+        CheckpointError: a path, an invalid name, or not a string.
     """
     if isinstance(name, str) and (name in (".", "..") or re.search(r"[/\\]", name)):
         raise CheckpointError(f"{index} points outside its folder: {shown(name)}; do not trust this checkpoint")
@@ -150,20 +150,20 @@ def require_plain_name(name: Any, index: Path) -> None:
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: the first few, each shortened and printable."""
+    """Names for a message: the first ``most``, shortened and printable."""
     given = list(names)
     more = f" and {len(given) - most} more" if len(given) > most else ""
     return ", ".join(printable(name if len(name) <= 200 else f"{name[:200]}...") for name in given[:most]) + more
 
 
-# --- what they hold ---
+# --- their contents ---
 
 
 def describe(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor in ``files``. Of safetensors only the headers are read; pickles are mapped.
+    """Every tensor in ``files``. Only headers of safetensors are read; pickles are memory-mapped.
 
     Raises:
-        CheckpointError: a file is damaged, or two of them hold a tensor of the same name.
+        CheckpointError: a file is damaged, or two files have a tensor of the same name.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -182,7 +182,7 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
     """The tensors in a safetensors file, from its header alone.
 
     Raises:
-        CheckpointError: the header is damaged, or the file is not as long as its header says.
+        CheckpointError: the header is damaged or does not match the size of the file.
     """
     try:
         with path.open("rb") as file:
@@ -191,7 +191,7 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or not 0 < length <= size - 8:
                 raise CheckpointError(f"{path} is damaged or not a safetensors file (of {size} bytes). {_AGAIN}")
             if length > _MOST_HEADER:
-                raise ValueError(f"{length} bytes of header, and at most {_MOST_HEADER} are read")
+                raise ValueError(f"{length} bytes of header, more than the limit of {_MOST_HEADER}")
             header = parse_json(file.read(length))
         return dict(_read_header(path, header, size - 8 - length))
     except (OSError, ValueError, RecursionError) as error:
@@ -204,15 +204,15 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
 
 def _read_header(path: Path, header: Any, data_bytes: int) -> Iterator[tuple[str, StoredTensor]]:
     if not isinstance(header, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ is not an object of texts")
+        raise ValueError("__metadata__ is not an object of strings")
     spans = []
     for name, entry in header.items():
         shape, span, dtype = ((entry if isinstance(entry, dict) else {}).get(key) for key in _ENTRY)
         if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
-            raise ValueError(f"{shown(name)} needs a shape and data_offsets, and has {shown(entry)}")
+            raise ValueError(f"{shown(name)} needs a shape and data_offsets, but has {shown(entry)}")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{shown(name)} has the dtype {shown(dtype)}, which is unknown")
         if (span[1] - span[0]) * 8 != math.prod(shape) * DTYPES[dtype][1]:
@@ -225,7 +225,7 @@ def _read_header(path: Path, header: Any, data_bytes: int) -> Iterator[tuple[str
             raise ValueError(f"its tensors overlap, or leave a gap, at byte {min(first, end)}")
         end = last
     if end != data_bytes:
-        raise ValueError(f"its tensors take {end} bytes, and the file has {data_bytes}: it was cut off, or added to")
+        raise ValueError(f"its tensors take {end} bytes, but the file has {data_bytes}: it was truncated or extended")
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
@@ -246,10 +246,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one after the other, memory-mapped.
+    """Yield names and tensors, memory-mapped.
 
     Raises:
-        CheckpointError: the file is damaged, or a pickle that holds anything but dense tensors.
+        CheckpointError: the file is damaged, or a pickle of anything but dense tensors.
     """
     if path.suffix != ".safetensors":
         yield from _unpickle(path).items()
@@ -263,20 +263,20 @@ def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_pickle(path: Path, advice: str) -> Any:
-    """What ``torch.save`` wrote: tensors, numbers, texts, and lists and dicts of them. Runs no code.
+    """Load a file of ``torch.save`` with tensors, numbers, strings, and lists and dicts of them, without running code.
 
     Args:
-        advice: what to do if it cannot be loaded, for the message.
+        advice: for the message, if it cannot be loaded.
 
     Raises:
-        CheckpointError: the file is damaged, cannot be read, or holds anything else.
+        CheckpointError: the file is damaged, unreadable, or holds anything else.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing; what is compressed may be a bomb
+        with zipfile.ZipFile(path) as archive:  # torch.save does not compress; compressed entries may be a bomb
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise pickle.UnpicklingError("compressed")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged pickle can raise is not a list: KeyError, UnicodeDecodeError, ...
+    except Exception as error:  # a damaged pickle can raise anything: KeyError, UnicodeDecodeError, ...
         if is_out_of_memory(error):
             raise
         if isinstance(error, OSError) and error.strerror:
@@ -301,7 +301,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether all values are there, once each: not sparse, quantized, meta, nested, or one value repeated."""
+    """Whether every value is stored once: not sparse, quantized, meta, nested, or expanded."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         return False
@@ -309,18 +309,18 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def first_non_finite(files: Iterable[Path]) -> tuple[Path, str] | None:
-    """The first tensor that holds NaN or infinity, with its file. Reads all of them, one after the other."""
+    """The file and name of the first tensor with NaN or infinity. Reads all tensors, one by one."""
     tensors = ((file, name, tensor) for file in files for name, tensor in iterate_tensors(file))
     return next(((file, name) for file, name, tensor in tensors if not is_finite(tensor)), None)
 
 
 def non_finite_parameter(module: nn.Module) -> str | None:
-    """The name of the first parameter or buffer that holds NaN or infinity."""
+    """The name of the first parameter or buffer with NaN or infinity."""
     return next((name for name, tensor in module.state_dict().items() if not is_finite(tensor)), None)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; by its extremes, which takes no second copy of it."""
+    """Whether no value is NaN or infinite, by its extremes, which needs no copy."""
     if not is_dense(tensor) or tensor.numel() == 0 or _name(tensor.dtype) not in FLOATS:
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

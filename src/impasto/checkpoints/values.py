@@ -1,8 +1,8 @@
-"""What a config value may be. The type of a constructor's argument says it: ``num_layers: Count = 28``.
+"""Checks of config values by the types of constructor arguments: ``num_layers: Count = 28``.
 
-Plain ``int``, ``float``, ``bool``, ``str``, ``Sequence``, ``Literal`` and ``None`` mean themselves; ``Annotated`` adds
-bounds. Numbers are finite, and booleans and texts are not numbers. An argument's default is always allowed, so that
-``-inf`` can be one.
+Types are ``int``, ``float``, ``bool``, ``str``, ``Sequence``, ``Literal`` and ``None``; ``Annotated`` adds bounds.
+Numbers must be finite; booleans and strings do not count as numbers. The default of an argument is always allowed, so
+it may be ``-inf``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import ConfigurationError
 
 
 class Bounds(NamedTuple):
-    """Of a number; of a sequence, those of its length."""
+    """Bounds of a number, or of the length of a sequence."""
 
     least: float
     most: float
@@ -29,19 +29,19 @@ class Bounds(NamedTuple):
 MOST_CHANNELS = 65_536
 #: Layers, heads, channels, pixels.
 Count = Annotated[int, Bounds(1, MOST_CHANNELS)]
-#: The width of each level of a pyramid, of which each halves the sides.
+#: The width of each level of a pyramid, each with half the resolution of the previous one.
 Levels = Annotated[Sequence[Count], Bounds(1, 16)]
 Patch = Annotated[int, Bounds(1, 64)]
-#: Training steps, which have tables.
+#: Training steps, for which tables are made.
 Steps = Annotated[int, Bounds(2, 100_000)]
 Offset = Annotated[int, Bounds(0, 100_000)]
 Tokens = Annotated[int, Bounds(1, 2**24)]
 Share = Annotated[float, Bounds(0, 1)]
 Epsilon = Annotated[float, Bounds(0, 1, above=0)]
-#: What latents and positions are multiplied with and divided by.
+#: Factors and divisors of latents and positions.
 Scale = Annotated[float, Bounds(1e-6, 1e6)]
 Shift = Annotated[float, Bounds(-1e6, 1e6)]
-#: Of e, in the shifts of schedules.
+#: Exponents of e in the shifts of schedules.
 Exponent = Annotated[float, Bounds(-20, 20)]
 
 _INT = Bounds(-(2**31), 2**31 - 1)
@@ -50,10 +50,10 @@ _LENGTH = Bounds(0, 100_000)
 
 
 def check_arguments(owner: str, arguments: Mapping[str, Any], init: Any) -> dict[str, Any]:
-    """The arguments of a constructor as plain values, tuples as lists.
+    """The arguments of a constructor as plain values, with tuples as lists.
 
     Raises:
-        ConfigurationError: one is not what its type says; the message names ``owner`` and the argument.
+        ConfigurationError: one does not match its type; the message names ``owner`` and the argument.
     """
     hints = _hints(init)
     defaults = dict(zip(reversed(list(arguments)), reversed(init.__defaults__ or ()), strict=False))
@@ -67,7 +67,7 @@ def check_arguments(owner: str, arguments: Mapping[str, Any], init: Any) -> dict
 
 
 def _as_written(value: Any, found: Any) -> Any:
-    """What was found, with an int where an int stands for a float, so that a config is saved as it was."""
+    """The checked value, but an int if an int was given for a float, so that a config is saved unchanged."""
     if isinstance(found, list | tuple):
         return [_as_written(*pair) for pair in zip(value, found, strict=True)]
     return value if type(value) is int else found
@@ -79,7 +79,7 @@ def _hints(init: Any) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as a plain value of the type ``hint``."""
+    """``value`` as a plain value of type ``hint``; ConfigurationError if it has another type."""
     bounds = None
     if typing.get_origin(hint) is Annotated:
         hint, bounds = typing.get_args(hint)
@@ -101,7 +101,7 @@ def check(name: str, value: Any, hint: Any) -> Any:
         return finite(name, value, least, most, above=above, error=ConfigurationError)
     if kind is str:
         if not isinstance(value, str):
-            raise ConfigurationError(f"{name} must be a text, not {shown(value)}")
+            raise ConfigurationError(f"{name} must be a string, not {shown(value)}")
         return value
     if isinstance(kind, type) and issubclass(kind, Sequence):
         least, most, _ = bounds or _LENGTH

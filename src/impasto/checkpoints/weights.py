@@ -1,7 +1,7 @@
 """Safetensors on disk <-> the tensors of a module.
 
-Loading is strict and lean: the module is built on the meta device, and each tensor goes from the memory-mapped
-file to its place in its final dtype, so that no second copy of the weights ever exists.
+Loading is strict and needs no second copy of the weights: the module is built on the meta device, and each tensor is
+converted from the memory-mapped file to its final dtype and device.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .stored import FLOATS, WEIGHTS_NAME, Stored, iterate_tensors, listing, with
 
 
 def check_fit(module: nn.Module, stored: Stored, rename: Callable[[str], str] = lambda name: name) -> None:
-    """Compare the stored tensors with those of ``module``, which is built on the meta device. Reads nothing.
+    """Compare the stored tensors with those of ``module``, built on the meta device, without reading them.
 
     Args:
         rename: stored name -> the module's name, for checkpoints of older layouts.
 
     Raises:
         WeightsMismatchError: tensors are missing, unexpected or misshapen; the message names them.
-        CheckpointError: a tensor's dtype is not one that the module's can be made from.
+        CheckpointError: a tensor has a dtype that cannot be converted to the module's.
     """
     expected = module.state_dict(keep_vars=True)
     seen: dict[str, str] = {}
@@ -45,15 +45,15 @@ def check_fit(module: nn.Module, stored: Stored, rename: Callable[[str], str] = 
             raise WeightsMismatchError(f"{file.name}: {seen[name]} and {stored_name} are two names of one tensor")
         if shape != tuple(expected[name].shape):
             raise WeightsMismatchError(
-                f"{file.name}: {stored_name} has shape {list(shape)}, and the config asks for "
+                f"{file.name}: {stored_name} has shape {list(shape)}, but the config requires "
                 f"{list(expected[name].shape)}. Weights and config.json do not belong together."
             )
         wanted = expected[name].dtype
         fitting = FLOATS if wanted.is_floating_point else (str(wanted).removeprefix("torch."),)
         if dtype not in fitting:
             raise CheckpointError(
-                f"{file}: {stored_name} is stored as {dtype}, and {type(module).__name__} needs "
-                f"{' or '.join(fitting)}: the file is quantized, or of another model. Download weights as published."
+                f"{file}: {stored_name} is stored as {dtype}, but {type(module).__name__} needs "
+                f"{' or '.join(fitting)}: the file is quantized, or from another model. Download weights as published."
             )
         seen[name] = stored_name
     missing = [name for name in expected if name not in seen]
@@ -61,7 +61,7 @@ def check_fit(module: nn.Module, stored: Stored, rename: Callable[[str], str] = 
         raise WeightsMismatchError(
             f"the weights in {_folder(stored)} do not fit {type(module).__name__}'s config: "
             f"{_counted('missing', missing)}{_counted('unexpected', unexpected)}"
-            f"Weights and config.json do not belong together, or the files are of another model."
+            f"Weights and config.json do not belong together, or the files are from another model."
         )
 
 
@@ -84,7 +84,7 @@ def load_into(
     """Fill ``module``, built on the meta device, with stored tensors that fit it (``check_fit``).
 
     Args:
-        dtype: of floating-point weights; None keeps what is stored.
+        dtype: of floating-point weights; None keeps the stored one.
         rename: stored name -> the module's name, for checkpoints of older layouts.
 
     Raises:
@@ -112,7 +112,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """What Rust libraries raise when a disk is full or forbidden, as the OSError that it is."""
+    """Turn the errors of Rust libraries about disks (full, read-only, ...) into OSError."""
     try:
         yield
     except Exception as error:
@@ -128,9 +128,9 @@ def save_weights(
     variant: str | None = None,
     max_shard_bytes: int = 10_000_000_000,
 ) -> None:
-    """Write safetensors: one file, or shards with an index where that exceeds ``max_shard_bytes``.
+    """Write safetensors: one file, or shards with an index if it would exceed ``max_shard_bytes``.
 
-    They replace the weights of an earlier save together, or not at all.
+    They replace the weights of an earlier save all together or not at all.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -140,7 +140,7 @@ def save_weights(
 
 
 def write_weights(state_dict: Mapping[str, Tensor], folder: Path, *, variant: str | None, max_shard_bytes: int) -> None:
-    """Write the files of ``save_weights`` into a folder that nobody reads yet."""
+    """Write the files of ``save_weights`` into a folder that no process reads yet."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state_dict.items():
@@ -166,7 +166,7 @@ def write_weights(state_dict: Mapping[str, Tensor], folder: Path, *, variant: st
 
 
 def _standing_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own, as safetensors want it: parts of larger ones and twins are copied."""
+    """The tensors, each with memory of its own, as safetensors requires: views and shared tensors are copied."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

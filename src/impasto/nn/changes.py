@@ -125,6 +125,12 @@ def is_managed_elsewhere(module: nn.Module) -> bool:
     return bool(getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None))
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the calls of a module are compiled, by us or by its ``compile()``."""
+    calls = _chain(vars(module).get(CALL))
+    return any(not isinstance(call, Change) or call.change == "compiled" for call in calls)
+
+
 def unwrapped(module: Any) -> Any:
     """The module that ``torch.compile`` has wrapped as a whole, or the module itself."""
     return getattr(module, "_orig_mod", module)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _precise(device: torch.device) -> torch.dtype:
-    """Angles are computed in float64, where the device has it (Apple's does not)."""
+    """The dtype of angles: float64, unless the device (MPS) lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -21,7 +21,7 @@ def timestep_features(timesteps: Tensor, dim: int = 256, max_period: float = 10_
         dim: number of features, even.
 
     Returns:
-        [N, dim] in float32: in half precision timesteps near 1000 would be rounded to multiples of 4 (bfloat16).
+        [N, dim] in float32: bfloat16 would round timesteps near 1000 to multiples of 4.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(max_period) / half)
@@ -42,13 +42,13 @@ def sincos_2d(
 ) -> Tensor:
     """Positions on a grid of any size, scaled to the grid that the model was trained on (PixArt-α, 2310.00426).
 
-    The first half of the features tells the column, the second half the row.
+    The first half of the features encodes the column, the second half the row.
 
     Args:
         dim: number of features, a multiple of 4.
         height, width: of the grid, in tokens.
         base_size: side of the training grid, in tokens.
-        interpolation_scale: by how much positions are compressed beyond that.
+        interpolation_scale: further compression of positions.
 
     Returns:
         [height * width, dim] in float32.
@@ -65,12 +65,12 @@ def sincos_2d(
 def rotary_2d(
     height: int, width: int, dim: int, device: torch.device, theta: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
-    """Rotary positions (RoFormer, 2104.09864) on a grid: a quarter of the angles tells the row, a quarter the column,
+    """Rotary positions (RoFormer, 2104.09864) on a grid: a quarter of the angles encodes the row, a quarter the column,
     and the other half repeats them.
 
     Args:
         height, width: of the grid, in tokens.
-        dim: channels of a head, a multiple of 4.
+        dim: channels per head, a multiple of 4.
 
     Returns:
         cosines and sines, [height * width, dim] each, in float32.
@@ -85,7 +85,7 @@ def rotary_2d(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_(i + d/2)) of [..., N, d] by their angles; in float32, which positions need."""
+    """Rotate the pairs (x_i, x_(i + d/2)) of [..., N, d] by their angles, in float32, which positions need."""
     first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)
+    rotated = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(x.float() * cos, rotated, sin).to(x.dtype)

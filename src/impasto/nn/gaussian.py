@@ -1,4 +1,4 @@
-"""The distribution over latents that an autoencoder encodes a picture to."""
+"""The distribution over latents that an autoencoder encodes an image to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .noise import draw_noise
 
 
 class DiagonalGaussianDistribution:
-    """A normal distribution over latents with independent entries: q(z | x) of Kingma and Welling (2013).
+    """A diagonal normal distribution over latents: q(z | x) of Kingma and Welling (2013).
 
     Args:
-        parameters: [B, 2 C, H, W], the means and then the logarithms of the variances, clamped to [-30, 20].
-        deterministic: whether the variance counts as zero; then every sample is the mean.
+        parameters: [B, 2 C, H, W], the means, then the log-variances, which are clamped to [-30, 20].
+        deterministic: treat the variance as zero, so that every sample is the mean.
 
     Attributes:
         mean, logvar, std, var: each [B, C, H, W].
@@ -32,13 +32,13 @@ class DiagonalGaussianDistribution:
         self.var = torch.zeros_like(mean) if deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: Generator | Sequence[Generator] | None = None) -> Tensor:
-        """Draw latents, [B, C, H, W].
+        """Sample latents, [B, C, H, W].
 
         Args:
-            generator: one for a single draw over the whole batch, or a list with one for each picture.
+            generator: one for a single draw over the whole batch, or a list with one per image.
 
         Raises:
-            InputError: a list of generators that is not as long as the batch.
+            InputError: the number of generators is not the batch size.
         """
         return self.mean + self.std * draw_noise(self.mean.shape, generator, self.mean.device, self.mean.dtype)
 
@@ -47,7 +47,7 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL(self || other) in nats, summed over each picture: [B]; None is the standard normal."""
+        """KL(self || other) in nats, summed over each image: [B]; None is the standard normal."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         if other is None:

@@ -1,4 +1,4 @@
-"""Masks of tokens as biases of attention's scores."""
+"""Token masks as biases of attention scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DISCARD = -9000.0
 
 
 def text_bias(mask: Tensor) -> Tensor:
-    """Either format of a text mask, [B, M] or [B, 1, M] -> a bias [B, 1, 1, M] in which -inf discards."""
+    """A text mask in either format, [B, M] or [B, 1, M] -> a bias [B, 1, 1, M] in which -inf discards."""
     if mask.ndim == 2:
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_fill(~mask.bool(), -torch.inf)[:, None, None]

@@ -1,4 +1,4 @@
-"""Standard normal noise: of initial latents, of encoded pictures, and of the steps that add some."""
+"""Standard normal noise for initial latents, encoded images and stochastic steps."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def draw_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Standard normal noise, drawn where the generator lives: a CPU one gives the same on any device.
+    """Standard normal noise, drawn on the generator's device: a CPU generator gives the same noise on any device.
 
     Args:
         shape: [B, ...].
-        generator: one for a single draw over the batch; or a list with one for each picture, whose noise then
-            does not depend on the batch it is in. None uses torch's own.
+        generator: one for a single draw over the batch; or a list with one per image, whose noise then does not depend
+            on its batch. None uses torch's global generator.
 
     Raises:
-        InputError: a list of generators that is not as long as the batch.
+        InputError: the number of generators is not the batch size.
     """
     if isinstance(generator, Sequence):
         if len(generator) == 1:
             return draw_noise(shape, generator[0], device, dtype)
         if len(generator) != shape[0]:
             raise InputError(
-                f"{len(generator)} generators were given for {shape[0]} pictures; give one for the batch, or a list "
-                f"with one for each picture"
+                f"{len(generator)} generators were given for {shape[0]} images; give one for the batch, or a list "
+                f"with one per image"
             )
         return torch.cat([draw_noise([1, *shape[1:]], each, device, dtype) for each in generator])
     source = device if generator is None else generator.device

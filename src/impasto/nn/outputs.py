@@ -1,4 +1,4 @@
-"""What a call returns: a tuple whose fields can also be read by attribute and by key.
+"""The outputs of calls: tuples whose fields can also be read by attribute and by key.
 
 Declare one as a ``NamedTuple`` under the decorator::
 
@@ -9,7 +9,7 @@ Declare one as a ``NamedTuple`` under the decorator::
     output.sample, output["sample"], output[0]
     (sample,) = output
 
-They are tuples, so ``torch.compile`` and ``torch.utils._pytree`` need no registration.
+Being tuples, they need no registration with ``torch.compile`` and ``torch.utils._pytree``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T", bound=type[tuple[Any, ...]])
 
 
 def keyed(cls: T) -> T:
-    """Let ``output["name"]``, ``keys()`` and ``to_tuple()`` work beside a NamedTuple's own access."""
+    """Add ``output["name"]``, ``keys()`` and ``to_tuple()`` to a NamedTuple."""
 
     def getitem(self: Any, key: Any) -> Any:
         if isinstance(key, str):

@@ -22,7 +22,7 @@ def statement(scene: Scene, with_size: bool = False) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in varied wording. Half have an opening, two in five tell sizes, two in five the background."""
+    """A caption in varied wording. Half have an opening, two in five give sizes, two in five the background."""
     with_size, with_background = rng.random(2) < 0.4
     opening = rng.choice(["", "", "", "a picture of ", "an image of ", "there is "])
     text = f"{opening}{statement(scene, bool(with_size))}"

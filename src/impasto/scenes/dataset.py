@@ -1,4 +1,4 @@
-"""Training samples of the small world: pictures with captions, without the held-out combinations."""
+"""Training samples of the small world: images with captions, without held-out combinations."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .world import Scene, is_held_out, recolour, sample_arrangement
 
 
 class SceneBatch(NamedTuple):
-    pictures: Tensor  # [N, 3, H, W] uint8
+    images: Tensor  # [N, 3, H, W] uint8
     scenes: list[Scene]
     captions: list[str]
-    ids: Tensor  # [N, H, W] uint8: what a pixel shows, 0 the background, i the i-th solid of its scene
+    ids: Tensor  # [N, H, W] uint8, per pixel: 0 the background, i the i-th solid of its scene
 
 
 def scene_batch(seed: int, geometries: int, colourings: int, height: int = 128, width: int = 128) -> SceneBatch:
-    """Draw `geometries` arrangements in `colourings` colourings each: N = geometries * colourings samples.
+    """Sample `geometries` arrangements in `colourings` colourings each: N = geometries * colourings samples.
 
-    The colourings of one arrangement are next to each other. The same arguments give the same batch. Arrangements are
-    traced once each, which is what costs.
+    The colourings of an arrangement are adjacent. The same arguments give the same batch. Each arrangement is traced
+    only once, as that is the expensive step.
     """
     rng = np.random.default_rng(seed)
-    pictures = torch.empty(geometries * colourings, 3, height, width, dtype=torch.uint8)
+    images = torch.empty(geometries * colourings, 3, height, width, dtype=torch.uint8)
     ids = torch.empty(geometries * colourings, height, width, dtype=torch.uint8)
     scenes: list[Scene] = []
     captions: list[str] = []
@@ -38,9 +38,9 @@ def scene_batch(seed: int, geometries: int, colourings: int, height: int = 128, 
             scene = recolour(arrangement, rng)
             while is_held_out(scene):
                 scene = recolour(arrangement, rng)
-            picture = shade(buffer, [solid.color for solid in scene.solids], scene.background)
-            pictures[len(scenes)] = picture.mul_(255).round_().to(torch.uint8)
+            image = shade(buffer, [solid.color for solid in scene.solids], scene.background)
+            images[len(scenes)] = image.mul_(255).round_().to(torch.uint8)
             ids[len(scenes)] = buffer.ids[::SUPERSAMPLING, ::SUPERSAMPLING]
             scenes.append(scene)
             captions.append(caption(scene, rng))
-    return SceneBatch(pictures, scenes, captions, ids)
+    return SceneBatch(images, scenes, captions, ids)

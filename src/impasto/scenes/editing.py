@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .captions import statement
 from .evaluate import PROMPT_STREAM, Prompt, held_out_prompts
-from .judge import Judge, Picture, bundled_judge
+from .judge import ImageLike, Judge, bundled_judge
 from .reading import Score, compare
 from .renderer import render, trace
 from .world import COLOURS, SHAPES, Scene, Solid, sample_scene
@@ -97,7 +97,7 @@ def mask_of(scene: Scene, index: int, side: int) -> Tensor:
     return box * (others < 1)  # what a solid covers in part is the edge of the one that goes
 
 
-def judge_cases(cases: Sequence[Case], images: Sequence[Picture], judge: Judge | None = None) -> list[Score]:
+def judge_cases(cases: Sequence[Case], images: Sequence[ImageLike], judge: Judge | None = None) -> list[Score]:
     """What of each case's target its image shows right. Sizes and backgrounds count if the prompt states them."""
     readings = (judge or bundled_judge()).read(images)
     return [
@@ -112,7 +112,7 @@ def shows_solids(scores: Sequence[Score]) -> list[bool]:
 
 
 def same_geometry(
-    before: Sequence[Picture], after: Sequence[Picture], judge: Judge | None = None
+    before: Sequence[ImageLike], after: Sequence[ImageLike], judge: Judge | None = None
 ) -> dict[str, list[bool]]:
     """Whether the judge reads the same in images before and after an edit.
 

@@ -1,4 +1,4 @@
-"""How well a generator draws the small world: prompts that it was not trained on, and the judge's table."""
+"""How well a generator follows prompts of the small world that it was not trained on, according to the judge."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from ..errors import InputError
 from .captions import caption, statement
 from .edits import Edit, sample_edit
-from .judge import Judge, Picture, bundled_judge
+from .judge import ImageLike, Judge, bundled_judge
 from .reading import Reading, Score, compare
 from .renderer import render
 from .world import Scene, is_held_out, sample_scene
 
 TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
-# First words of the random seed: prompts and edits are apart from training samples, which are seeded by one number.
+# First words of the random seeds, which keep prompts and edits distinct from training samples (seeded by one number).
 PROMPT_STREAM, EDIT_STREAM = 40_507, 40_508
 ATTRIBUTES = ("colours", "shapes", "sizes", "relations", "background", "count", "whole")
 MEANING = {
     "colours": "of each solid",
     "shapes": "of each solid",
-    "sizes": "of each solid, where the prompt tells them",
+    "sizes": "of each solid, if the prompt gives them",
     "relations": "each one that the prompt states",
-    "background": "where the prompt tells it",
+    "background": "if the prompt gives it",
     "count": "the number of solids",
-    "whole": "everything that the prompt tells",
+    "whole": "everything in the prompt",
 }
 
 
 class Prompt(NamedTuple):
-    """A prompt, the scene that it describes, and of which kind it is (`KINDS`)."""
+    """A prompt, the scene that it describes, and its kind (`KINDS`)."""
 
     scene: Scene
     text: str
@@ -49,14 +49,14 @@ class Prompt(NamedTuple):
 
 
 def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
-    """Draw `n` prompts in varied wording, the two kinds taking turns.
+    """Sample `n` prompts in varied wording, alternating between two kinds.
 
     - "unseen prompt": a new scene all of whose combinations (colour, shape, relation, colour, shape) may occur in
-      training, drawn as the training scenes are: 25 % have one solid, 60 % two, 15 % three.
-    - "never trained": a scene with a combination that training leaves out (`is_held_out`), so with two or three solids.
+      training, distributed like the training scenes: 25 % have one solid, 60 % two, 15 % three.
+    - "never trained": a scene with a held-out combination (`is_held_out`), hence with two or three solids.
 
-    Every scene is new, and no prompt comes twice in the list. Only the second kind is certain to have a wording that
-    training did not have: there are few ways to ask for a single solid, and training has seen most of them.
+    Every scene is new, and no prompt is repeated. Only prompts of the second kind are certainly new: there are few ways
+    to ask for a single solid, and training has seen most of them.
     """
     rng = np.random.default_rng([PROMPT_STREAM, seed])
     prompts: dict[str, Prompt] = {}
@@ -70,7 +70,7 @@ def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
 
 
 def held_out_edits(n: int, seed: int = 0, height: int = 128, width: int = 128) -> list[Edit]:
-    """Draw `n` edits of new scenes, the two kinds of what they lead to taking turns (see `held_out_prompts`)."""
+    """Sample `n` edits of new scenes, whose results alternate between the kinds of `held_out_prompts`."""
     rng = np.random.default_rng([EDIT_STREAM, seed])
     edits: list[Edit] = []
     while len(edits) < n:
@@ -82,7 +82,7 @@ def held_out_edits(n: int, seed: int = 0, height: int = 128, width: int = 128) -
 
 
 class Verdict(NamedTuple):
-    """One picture: what was asked for, what the judge sees, and what of it is right."""
+    """One image: its prompt, what the judge sees, and what is right."""
 
     prompt: Prompt
     reading: Reading
@@ -96,18 +96,18 @@ def _flags(score: Score, attribute: str) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """The judge's verdicts and how they add up."""
+    """The judge's verdicts and their totals."""
 
     verdicts: tuple[Verdict, ...]
 
     def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
-        """Of each of `ATTRIBUTES`, how often it is right and how often it was asked for; None: in both kinds."""
+        """For each of `ATTRIBUTES`, how often it is right and how often it was requested; None: both kinds."""
         scores = [verdict.score for verdict in self.verdicts if kind in (None, verdict.prompt.kind)]
         flags = {name: [flag for score in scores for flag in _flags(score, name)] for name in ATTRIBUTES}
         return {name: (sum(values), len(values)) for name, values in flags.items()}
 
     def table(self) -> str:
-        """Percentages with counts as text, one line an attribute, one column for each kind of prompts and for all."""
+        """Percentages and counts as text: a line per attribute, a column per kind of prompt and one for all."""
         columns = {"all": self.counts(), **{kind: self.counts(kind) for kind in KINDS}}
         lines = [f"{'':12}" + "".join(f"{title:>23}" for title in columns)]
         for name in ATTRIBUTES:
@@ -116,12 +116,12 @@ class Report:
                 for right, asked in (column[name] for column in columns.values())
             )
             lines.append(f"{name:12}" + "".join(f"{cell:>23}" for cell in cells) + f"   {MEANING[name]}")
-        pictures = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in KINDS)
-        lines.append(f"{len(self.verdicts)} pictures: {pictures}.")
+        images = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in KINDS)
+        lines.append(f"{len(self.verdicts)} images: {images}.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same numbers, and each prompt with what was seen, as JSON has them."""
+        """The same numbers, and each prompt with its reading, for JSON."""
         return {
             "accuracy": {
                 title: {
@@ -130,7 +130,7 @@ class Report:
                 }
                 for title, kind in (("all", None), *((kind, kind) for kind in KINDS))
             },
-            "pictures": [
+            "images": [
                 {
                     "prompt": prompt.text,
                     "kind": prompt.kind,
@@ -146,10 +146,10 @@ class Report:
         }
 
 
-def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[Picture], judge: Judge | None = None) -> Report:
-    """Read `pictures`, one for each prompt, and compare them with what was asked for."""
-    readings = (judge or bundled_judge()).read(pictures)
-    assert len(readings) == len(prompts), "one picture a prompt"
+def judge_images(prompts: Sequence[Prompt], images: Sequence[ImageLike], judge: Judge | None = None) -> Report:
+    """Read `images`, one per prompt, and compare them with the prompts."""
+    readings = (judge or bundled_judge()).read(images)
+    assert len(readings) == len(prompts), "one image per prompt"
     return Report(
         tuple(
             Verdict(
@@ -162,10 +162,10 @@ def judge_pictures(prompts: Sequence[Prompt], pictures: Sequence[Picture], judge
     )
 
 
-def judge_edits(edits: Sequence[Edit], pictures: Sequence[Picture], judge: Judge | None = None) -> Report:
-    """Read edited `pictures`, and compare them with what was asked for: one colour anew, and all else kept."""
-    readings = (judge or bundled_judge()).read(pictures)
-    assert len(readings) == len(edits), "one picture an edit"
+def judge_edits(edits: Sequence[Edit], images: Sequence[ImageLike], judge: Judge | None = None) -> Report:
+    """Read edited `images`, and compare them with the instructions: one new colour, and everything else kept."""
+    readings = (judge or bundled_judge()).read(images)
+    assert len(readings) == len(edits), "one image per edit"
     kinds = (NEVER_TRAINED if is_held_out(edit.target) else TRAINED for edit in edits)
     return Report(
         tuple(
@@ -176,45 +176,45 @@ def judge_edits(edits: Sequence[Edit], pictures: Sequence[Picture], judge: Judge
 
 
 def evaluate(
-    generate: Callable[[list[str]], Sequence[Picture]],
+    generate: Callable[[list[str]], Sequence[ImageLike]],
     n: int = 200,
     seed: int = 0,
     batch_size: int = 16,
     judge: Judge | None = None,
 ) -> Report:
-    """Let `generate` draw held-out prompts, and judge what it draws.
+    """Generate images for held-out prompts, and judge them.
 
     Args:
-        generate: from up to `batch_size` prompts to as many pictures: PIL images, or tensors [3, H, W], float in [0, 1]
-            or uint8, of any size.
-        n: how many prompts; half of them of each kind of `held_out_prompts`.
+        generate: takes up to `batch_size` prompts and returns as many images of any size: PIL images, or tensors
+            [3, H, W], float in [0, 1] or uint8.
+        n: how many prompts, half of each kind of `held_out_prompts`.
         judge: the bundled one by default.
 
     Raises:
-        InputError: `n` or `batch_size` is less than one, or `generate` returns something else than was asked for.
+        InputError: `n` or `batch_size` is less than one, or `generate` returns the wrong number or type.
     """
     prompts = held_out_prompts(n, seed)
     texts = [prompt.text for prompt in prompts]
-    return judge_pictures(prompts, _in_batches(generate, n, batch_size, texts), judge)
+    return judge_images(prompts, _in_batches(generate, n, batch_size, texts), judge)
 
 
 def evaluate_edits(
-    edit: Callable[[list[str], list[Tensor]], Sequence[Picture]],
+    edit: Callable[[list[str], list[Tensor]], Sequence[ImageLike]],
     n: int = 200,
     seed: int = 0,
     batch_size: int = 16,
     judge: Judge | None = None,
 ) -> Report:
-    """Let `edit` change pictures as held-out instructions say, and judge what it makes of them.
+    """Edit images by held-out instructions, and judge the results.
 
     Args:
-        edit: from up to `batch_size` instructions and as many pictures [3, 128, 128], float32 in [0, 1], to as many
-            pictures as `evaluate` takes them.
-        n: how many edits; half of them of each kind of `held_out_edits`.
+        edit: takes up to `batch_size` instructions and as many images [3, 128, 128], float32 in [0, 1], and returns as
+            many images, of the types that `evaluate` takes.
+        n: how many edits, half of each kind of `held_out_edits`.
         judge: the bundled one by default.
 
     Raises:
-        InputError: `n` or `batch_size` is less than one, or `edit` returns something else than was asked for.
+        InputError: `n` or `batch_size` is less than one, or `edit` returns the wrong number or type.
     """
     edits = held_out_edits(n, seed)
     texts, sources = [asked.text for asked in edits], [render(asked.source) for asked in edits]
@@ -222,15 +222,15 @@ def evaluate_edits(
 
 
 def _in_batches(
-    draw: Callable[..., Sequence[Picture]], n: int, batch_size: int, texts: list[str], *beside: list[Any]
-) -> list[Picture]:
+    generate: Callable[..., Sequence[ImageLike]], n: int, batch_size: int, texts: list[str], *sources: list[Any]
+) -> list[ImageLike]:
     if n < 1 or batch_size < 1:
         raise InputError(f"n and batch_size must be at least 1, not {n} and {batch_size}.")
-    pictures: list[Picture] = []
+    images: list[ImageLike] = []
     for start in range(0, n, batch_size):
-        some = [given[start : start + batch_size] for given in (texts, *beside)]
-        drawn = draw(*some)
-        if len(drawn) != len(some[0]):
-            raise InputError(f"{len(some[0])} pictures were asked for, and {len(drawn)} came back.")
-        pictures.extend(drawn)
-    return pictures
+        some = [given[start : start + batch_size] for given in (texts, *sources)]
+        generated = generate(*some)
+        if len(generated) != len(some[0]):
+            raise InputError(f"{len(some[0])} images were requested, and {len(generated)} returned.")
+        images.extend(generated)
+    return images

@@ -1,9 +1,8 @@
-"""The judge: a small convolutional network that reads a picture of the small world back into what it shows.
+"""The judge: a small convolutional network that recognizes the scene in an image of the small world.
 
-It first finds the solids: each cell of 8 x 8 pixels is assigned to the background or to one of three slots, which are
-the solids in the canonical order of `reading.py`. Each slot's features, averaged over its cells, then tell the shape,
-the colour and the size; all features together tell the arrangement, that is, how many solids there are and how they
-are related.
+First it locates the solids: each cell of 8 x 8 pixels is assigned to the background or to one of three slots, which are
+the solids in the canonical order of `reading.py`. Shape, colour and size of a solid are read from the features averaged
+over the cells of its slot; the arrangement (how many solids there are, and how they are related) from all features.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from .reading import ARRANGEMENTS, Reading
 from .world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZES, Solid
 
 SLOTS = 3
-CELL = 8  # pixels a side
+CELL = 8  # pixels per side
 WEIGHTS = Path(__file__).parent / "judge_weights"
 
-Picture = Tensor | Image.Image
+ImageLike = Tensor | Image.Image
 
 
 @keyed
 class JudgeOutput(NamedTuple):
-    """Logits. Those of slots that the arrangement does not have mean nothing."""
+    """Logits. Those of slots that are not in the arrangement are meaningless."""
 
     arrangement: Tensor  # [B, len(ARRANGEMENTS)]
     shape: Tensor  # [B, SLOTS, len(SHAPES)]
@@ -59,7 +58,7 @@ class ResidualBlock(nn.Module):
 
 
 class Judge(Model):
-    """Reads pictures of one to three solids.
+    """Reads images of one to three solids.
 
     Args:
         fine_channels, coarse_channels: of the features at strides 4 and 8.
@@ -74,7 +73,7 @@ class Judge(Model):
         self, fine_channels: Count = 48, coarse_channels: Count = 80, hidden_channels: Count = 96, blocks: Count = 2
     ):
         super().__init__()
-        # A wide kernel at stride 4 keeps what 4 x 4 pixels hold, and is a third of the cost of two stages at stride 2.
+        # A wide kernel at stride 4 keeps the content of 4 x 4 pixels, at a third of the cost of two stages at stride 2.
         self.stem = nn.Sequential(
             nn.Conv2d(5, fine_channels, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(fine_channels), nn.ReLU()
         )
@@ -96,24 +95,24 @@ class Judge(Model):
         self.to_arrangement = nn.Linear(hidden_channels, len(ARRANGEMENTS))
         self.to_background = nn.Linear(pooled, len(BACKGROUNDS))
 
-    def forward(self, pictures: Tensor) -> JudgeOutput:
-        """Read pictures [B, 3, H, W] in [0, 1], H and W multiples of 8, best one of `FRAMES`."""
-        batch, _, height, width = pictures.shape
-        y = torch.linspace(-1, 1, height, device=pictures.device, dtype=pictures.dtype)
-        x = torch.linspace(-1, 1, width, device=pictures.device, dtype=pictures.dtype)
+    def forward(self, images: Tensor) -> JudgeOutput:
+        """Read images [B, 3, H, W] in [0, 1], H and W multiples of 8, ideally one of `FRAMES`."""
+        batch, _, height, width = images.shape
+        y = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype)
+        x = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype)
         places = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(batch, -1, -1, -1)
-        h = torch.cat([pictures * 2 - 1, places], 1)  # [B, 5, H, W]
+        h = torch.cat([images * 2 - 1, places], 1)  # [B, 5, H, W]
         h = self.fine(self.stem(h.contiguous(memory_format=torch.channels_last)))  # [B, F, H/4, W/4]
         h = self.down(h)  # [B, C, H/8, W/8]
         for block in self.coarse:
-            # Which slot a solid has depends on where the others are, which may be farther off than convolutions see.
+            # The slot of a solid depends on where the others are, possibly outside the receptive field.
             h = block(h + self.context(h.mean((2, 3)))[:, :, None, None])
         cells = self.to_cells(h).float()  # [B, 1 + S, H/8, W/8]
 
         features = h.float().flatten(2).mT  # [B, N, C]
         shares = cells.softmax(1).flatten(2)  # [B, 1 + S, N]
         area = shares.sum(2, keepdim=True)  # [B, 1 + S, 1]
-        means = shares @ features / (area + 1)  # the one keeps the mean of an empty slot small
+        means = shares @ features / (area + 1)  # the 1 keeps the mean of an empty slot small
         slots = torch.cat([means, (area + 1).log()], 2)  # [B, 1 + S, C + 1]
         whole = torch.cat([features.mean(1), features.amax(1)], 1)  # [B, 2C]
         solids = self.solid(torch.cat([slots[:, 1:], whole[:, None].expand(-1, SLOTS, -1)], 2))  # [B, S, hidden]
@@ -128,20 +127,20 @@ class Judge(Model):
         )
 
     @torch.no_grad()
-    def read(self, pictures: Tensor | Sequence[Picture], batch_size: int = 64) -> list[Reading]:
-        """What each picture shows.
+    def read(self, images: Tensor | Sequence[ImageLike], batch_size: int = 64) -> list[Reading]:
+        """What each image shows.
 
         Args:
-            pictures: a batch [B, 3, H, W], or pictures of any sizes: PIL images, or tensors [3, H, W], float in
-                [0, 1] or uint8. Those that have none of the sizes in `FRAMES` are scaled to one.
+            images: a batch [B, 3, H, W], or images of any sizes: PIL images, or tensors [3, H, W], float in
+                [0, 1] or uint8. Sizes other than `FRAMES` are scaled to one of these.
 
         Raises:
-            InputError: something that is no such picture.
+            InputError: something else.
         """
-        fitted = [fit(as_tensor(picture)) for picture in pictures]
+        fitted = [fit(as_tensor(image)) for image in images]
         readings: dict[int, Reading] = {}
-        for frame in {picture.shape for picture in fitted}:
-            members = [i for i, picture in enumerate(fitted) if picture.shape == frame]
+        for frame in {image.shape for image in fitted}:
+            members = [i for i, image in enumerate(fitted) if image.shape == frame]
             for start in range(0, len(members), batch_size):
                 some = members[start : start + batch_size]
                 batch = torch.stack([fitted[i] for i in some]).to(self.device, self.dtype)
@@ -150,7 +149,7 @@ class Judge(Model):
 
 
 def to_readings(output: JudgeOutput) -> list[Reading]:
-    """The likeliest answers."""
+    """The most likely answers."""
     arrangements, backgrounds = output.arrangement.argmax(1).tolist(), output.background.argmax(1).tolist()
     answers = torch.stack([output.shape.argmax(2), output.colour.argmax(2), output.size.argmax(2)], 2).tolist()
     colours, grounds = tuple(COLOURS), tuple(BACKGROUNDS)
@@ -162,30 +161,30 @@ def to_readings(output: JudgeOutput) -> list[Reading]:
     return readings
 
 
-def as_tensor(picture: Picture) -> Tensor:
-    """A picture as float32 [3, H, W] in [0, 1]."""
-    if isinstance(picture, Image.Image):
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-    if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
-        found = list(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
-        raise InputError(f"A picture is a PIL image or a tensor [3, height, width], not {found}.")
-    picture = picture.detach().cpu()
-    if picture.dtype == torch.uint8:
-        return picture.float() / 255
-    if not picture.is_floating_point() or not -0.01 <= float(picture.min()) <= float(picture.max()) <= 1.01:
-        raise InputError("A picture tensor holds floats in [0, 1] or uint8; scale it first, as in (x + 1) / 2.")
-    return picture.float().clamp(0, 1)
+def as_tensor(image: ImageLike) -> Tensor:
+    """An image as float32 [3, H, W] in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise InputError(f"An image is a PIL image or a tensor [3, height, width], not {found}.")
+    image = image.detach().cpu()
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point() or not -0.01 <= float(image.min()) <= float(image.max()) <= 1.01:
+        raise InputError("An image tensor holds floats in [0, 1] or uint8; scale it first, as in (x + 1) / 2.")
+    return image.float().clamp(0, 1)
 
 
-def fit(picture: Tensor) -> Tensor:
-    """Scale [3, H, W] into the frame of the nearest aspect ratio; what the frame has more repeats the border."""
-    _, height, width = picture.shape
+def fit(image: Tensor) -> Tensor:
+    """Scale [3, H, W] into the frame of the nearest aspect ratio, padded by repeating the border."""
+    _, height, width = image.shape
     if (height, width) in FRAMES:
-        return picture
+        return image
     rows, columns = min(FRAMES, key=lambda frame: abs(np.log(frame[0] / frame[1] * width / height)))
     scale = min(rows / height, columns / width)
     inner = max(1, round(height * scale)), max(1, round(width * scale))
-    scaled = F.interpolate(picture[None], inner, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    scaled = F.interpolate(image[None], inner, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (rows - inner[0]) // 2, (columns - inner[1]) // 2
     padding = (left, columns - inner[1] - left, top, rows - inner[0] - top)
     return F.pad(scaled, padding, mode="replicate")[0]
@@ -197,6 +196,6 @@ def bundled_judge() -> Judge:
     return Judge.from_pretrained(WEIGHTS, local_files_only=True)
 
 
-def read(pictures: Tensor | Sequence[Picture]) -> list[Reading]:
-    """What each picture shows, as the bundled judge reads it; see `Judge.read`."""
-    return bundled_judge().read(pictures)
+def read(images: Tensor | Sequence[ImageLike]) -> list[Reading]:
+    """What each image shows, according to the bundled judge; see `Judge.read`."""
+    return bundled_judge().read(images)

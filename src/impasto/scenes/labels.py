@@ -1,4 +1,4 @@
-"""What the renderer knows of each part of a picture, for training that asks for it."""
+"""Labels of the cells of an image, known from its rendering, for auxiliary losses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from .world import BACKGROUNDS, COLOURS, SHAPES, Scene
 
-CELL = 8  # pixels a side
-#: How many answers: which solid (0: none), which colour (COLOURS, then BACKGROUNDS), which shape (0: none).
+CELL = 8  # pixels per side
+#: Numbers of classes: the solid (0: none), the colour (COLOURS, then BACKGROUNDS), the shape (0: none).
 LABEL_CLASSES = (4, len(COLOURS) + len(BACKGROUNDS), 1 + len(SHAPES))
 
 
 def label_cells(ids: Tensor, scenes: list[Scene]) -> Tensor:
-    """What fills most of each cell: [N, 3, H / CELL, W / CELL] uint8, as LABEL_CLASSES counts it.
+    """The classes (LABEL_CLASSES) of what fills most of each cell, [N, 3, H / CELL, W / CELL] uint8.
 
     Args:
-        ids: [N, H, W], what a pixel shows: 0 the background, i the i-th solid of its scene.
+        ids: [N, H, W], per pixel: 0 the background, i the i-th solid of its scene.
     """
     share = torch.stack([F.avg_pool2d((ids == number).float(), CELL) for number in range(LABEL_CLASSES[0])])
     solid = share.argmax(0)  # [N, H / CELL, W / CELL]

@@ -1,4 +1,4 @@
-"""From a scene to geometry: where its solids stand, the camera that frames them, and the light.
+"""From a scene to geometry: the positions of its solids, the camera that frames them, and the light.
 
 World axes: x to the viewer's right, y up, z towards the viewer; the ground is y = 0. Lengths are in radii of a
 large solid.
@@ -18,11 +18,11 @@ from .world import BEHIND, FRONT, LEFT, ON_TOP, RIGHT, Scene
 
 RADIUS = {"small": 0.64, "large": 1.0}
 PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.78, 0.78), "cylinder": (0.75, 0.84), "cone": (0.94, 0.98)}
-# World units across the shorter side of the frame, by number of solids: sizes can be told within each number.
+# World units across the shorter side of the frame, by number of solids, so that sizes can be distinguished.
 EXTENT = {1: 3.3, 2: 4.5, 3: 5.6}
 CAMERA_DISTANCE = 14.0
-MARGIN = 0.05  # of the frame that stays empty on each side
-MIN_VISIBLE = 0.5  # of every solid's silhouette, when solids overlap
+MARGIN = 0.05  # share of the frame left empty on each side
+MIN_VISIBLE = 0.5  # share of the silhouette of every solid, if solids overlap
 ATTEMPTS = 24
 
 
@@ -62,7 +62,7 @@ class Camera:
         return u[None] * ones, fy + uy * rows, fz + uz * rows
 
     def window(self, body: Body, height: int, width: int) -> tuple[slice, slice]:
-        """The rows and columns of a height x width frame outside of which `body` is not seen."""
+        """The rows and columns of a height x width frame that contain `body`."""
         low, high = self.bounds([body])
         left, right = (((u - self.center[0]) / self.half[0] + 1) / 2 * width for u in (low[0], high[0]))
         bottom, top = ((1 - (v - self.center[1]) / self.half[1]) / 2 * height for v in (low[1], high[1]))
@@ -86,7 +86,7 @@ class Layout:
 
 def _body(shape: str, size: str, rng: np.random.Generator) -> Body:
     radius, half = (RADIUS[size] * part for part in PROPORTIONS[shape])
-    # A turned cube shows two sides, so that it reads as a cube.
+    # A rotated cube shows two sides and is recognizable.
     yaw = float(rng.choice([-1, 1]) * rng.uniform(0.30, 0.70)) if shape == "cube" else 0.0
     return Body(shape, 0.0, half, 0.0, radius, half, yaw)
 
@@ -96,14 +96,14 @@ def _moved(body: Body, x: float, y: float, z: float) -> Body:
 
 
 def _reach(body: Body) -> float:
-    """Half the width that the viewer sees."""
+    """Half the visible width."""
     if body.shape == "cube":
         return body.radius * (math.cos(body.yaw) + math.sin(abs(body.yaw)))
     return body.radius
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> list[Body]:
-    """Stand the last solid on the ground, then each earlier one in its relation to the next."""
+    """Place the last solid on the ground, then each earlier one in its relation to the next."""
     bodies = [_body(solid.shape, solid.size, rng) for solid in scene.solids]
     stacks = [[len(bodies) - 1]]  # groups that stand on the ground together, lowest solid first
     sides: list[str] = []
@@ -129,7 +129,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Body]:
         ground = 0.0
         for i in stack:
             bodies[i] = _moved(bodies[i], x, ground + bodies[i].half, z)
-            # What stands on a point or a dome sinks in a little, or it would seem to hover.
+            # What stands on a point or a dome sinks in slightly; otherwise it would seem to hover.
             sink = {"cone": 0.44, "sphere": 0.05}.get(bodies[i].shape, 0.0) * bodies[i].half
             ground += 2 * bodies[i].half - sink
     middle = (x / 2, z / 2)
@@ -137,7 +137,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Body]:
 
 
 def _frame(bodies: list[Body], pitch: float, height: int, width: int, rng: np.random.Generator) -> Camera:
-    """A camera whose frame holds all solids, with their place in it a little random."""
+    """A camera whose frame contains all solids, at slightly random positions."""
     camera = Camera(pitch, (0.0, 0.0), (1.0, 1.0))
     low, high = camera.bounds(bodies)
     unit = EXTENT[len(bodies)] * rng.uniform(0.97, 1.05) / 2 / CAMERA_DISTANCE
@@ -146,14 +146,14 @@ def _frame(bodies: list[Body], pitch: float, height: int, width: int, rng: np.ra
     zoom = max(1.0, *((high[i] - low[i]) / (2 * half[i] * inner) for i in (0, 1)))
     half = [side * zoom for side in half]
     center = []
-    for i, bias in ((0, 0.0), (1, 0.15)):  # a little more room above than below reads as standing
+    for i, bias in ((0, 0.0), (1, 0.15)):  # slightly more room above than below looks natural
         slack = half[i] * inner - (high[i] - low[i]) / 2
         center.append((low[i] + high[i]) / 2 + slack * (bias + rng.uniform(-0.4, 0.4)))
     return Camera(pitch, (center[0], center[1]), (half[0], half[1]))
 
 
 def visible_parts(bodies: list[Body], camera: Camera, height: int = 40, width: int = 40) -> list[float]:
-    """Of every body, the part of its silhouette that no other one hides."""
+    """For each body, the share of its silhouette that no other body hides."""
     rays = camera.rays(height, width)
     depths = torch.stack([intersect(body, camera.eye, rays)[0] for body in bodies])
     nearest = depths.argmin(0)
@@ -164,10 +164,10 @@ def visible_parts(bodies: list[Body], camera: Camera, height: int = 40, width: i
 
 
 def arrange(scene: Scene, height: int, width: int, seed: int) -> Layout:
-    """Deterministic in its arguments; colours and background do not matter."""
+    """Lay out a scene, deterministically; colours and background have no effect."""
     rng = np.random.default_rng(seed)
     overlap = FRONT in scene.relations or BEHIND in scene.relations
-    # From higher up depth shows; from lower down what stands on top hides less of what carries it.
+    # A high camera shows depth; from a low one, what stands on top hides less of what carries it.
     pitch = float(rng.uniform(0.25, 0.35) if ON_TOP in scene.relations and not overlap else rng.uniform(0.36, 0.46))
     best: tuple[float, list[Body], Camera] | None = None
     for _ in range(ATTEMPTS):

@@ -1,13 +1,11 @@
-"""What a picture shows, in one canonical form, and how it compares with the scene that was asked for.
+"""What an image shows, in a canonical form, and how it compares with the requested scene.
 
-Captions can say the same picture in several ways: "a to the right of b" is "b to the left of a". A reader of pictures
-cannot know which was said, so scenes and readings are compared in a canonical form that only depends on what is seen:
+Captions can describe the same image in several ways: "a to the right of b" is "b to the left of a". So scenes and
+readings are compared in a canonical form that depends only on what is visible:
 
-- Two solids: `to the right of` and `behind` are turned round, so that the first solid is the upper one, the left one
-  or the front one.
-- Three solids with a stack of two: the stack first, from the top down, then the solid beside it. The second relation
-  stays as it is, for all four sides differ in the picture: the stack is to the left of, to the right of, in front of or
-  behind the other solid.
+- Two solids: `to the right of` and `behind` are reversed, so that the first solid is the upper, left or front one.
+- Three solids with a stack of two: the stack from the top down, then the solid next to it. The second relation is kept,
+  as all four sides look different: the stack is to the left of, to the right of, in front of or behind the solid.
 - A tower of three: from the top down. A row of three: from left to right.
 """
 
@@ -21,7 +19,7 @@ from ..errors import InputError
 from .world import BEHIND, FRONT, LEFT, ON_TOP, RIGHT, Scene, Solid
 
 MIRRORED = {LEFT: RIGHT, RIGHT: LEFT, FRONT: BEHIND, BEHIND: FRONT}
-# Every canonical sequence of relations. Its number is what the judge predicts: it tells the number of solids, too.
+# Every canonical sequence of relations. The judge predicts its index, which implies the number of solids.
 ARRANGEMENTS: tuple[tuple[str, ...], ...] = (
     (),
     (ON_TOP,),
@@ -38,7 +36,7 @@ ARRANGEMENTS: tuple[tuple[str, ...], ...] = (
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, in canonical order; `relations[i]` says where solid i is relative to solid i + 1."""
+    """What an image shows, in canonical order; `relations[i]` says where solid i is relative to solid i + 1."""
 
     solids: tuple[Solid, ...]
     relations: tuple[str, ...]
@@ -48,19 +46,19 @@ class Reading:
         if self.relations not in ARRANGEMENTS or len(self.solids) != len(self.relations) + 1:
             raise InputError(
                 f"{len(self.solids)} solids with the relations {self.relations} are not in canonical form; "
-                "make readings of scenes with canonical()."
+                "use canonical() to make readings of scenes."
             )
 
 
 def canonical_order(relations: Sequence[str]) -> list[int]:
     """The indices of a scene's solids in canonical order."""
     order = list(range(len(relations) + 1))
-    # What begins with these is a pair or a row (RELATION_PAIRS), which is turned round as one.
+    # A pair or a row (RELATION_PAIRS) is reversed as a whole.
     return order[::-1] if relations and relations[0] in (RIGHT, BEHIND) else order
 
 
 def canonical(scene: Scene | Reading) -> Reading:
-    """The canonical reading of a scene (see above); a reading is its own."""
+    """The canonical reading of a scene (see above); readings are returned unchanged."""
     relations = tuple(scene.relations)
     order = canonical_order(relations)
     if order[0] != 0:
@@ -70,10 +68,10 @@ def canonical(scene: Scene | Reading) -> Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """What of a scene a picture shows right: one flag for each thing that was asked for, in the order of the scene.
+    """What an image shows right: one flag for each requested thing, in the order of the scene.
 
-    `sizes` and `background` are empty where they do not count. `whole`: the right number of solids, and everything
-    that counts is right.
+    `sizes` and `background` are empty if they do not count. `whole`: the number of solids and everything that counts
+    are right.
     """
 
     colours: tuple[bool, ...]
@@ -90,14 +88,14 @@ class Score:
 
 
 def compare(reading: Reading, scene: Scene | Reading, *, with_size: bool = True, with_background: bool = True) -> Score:
-    """Compare a picture's reading with what was asked for.
+    """Compare an image's reading with the requested scene.
 
-    Solids are paired so that most colours and shapes agree, then most relations: if two solids have only changed
-    places, the relation is wrong and they are not. A solid that has no partner is wrong in all it was asked to be. A
-    relation is right if the reading states it between the partners, in either wording.
+    Solids are matched so that most colours and shapes agree, then most relations: if two solids are swapped, only the
+    relation is wrong. An unmatched solid is wrong in every attribute. A relation is right if the reading states it
+    between the matched solids, in either wording.
 
     Args:
-        with_size, with_background: whether they count: True if the caption tells them.
+        with_size, with_background: whether they count, that is, whether the caption gives them.
     """
     stated = set[tuple[int, str, int]]()
     for i, relation in enumerate(reading.relations):

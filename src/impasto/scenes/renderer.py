@@ -1,7 +1,7 @@
-"""Pictures of scenes in two steps: `trace` finds what is seen and how it is lit, `shade` colours it.
+"""Render scenes in two steps: `trace` finds what is visible and how it is lit, `shade` colours it.
 
-All light is neutral, so lit colours are the solids' own times one number a sample: colouring the same geometry
-again costs next to nothing, and shading cannot change a hue. Rays meet the solids in closed form. Shadows are soft:
+All light is neutral, so the lit colour is that of the solid times one number per sample: colouring the same geometry
+again is cheap, and shading cannot change a hue. Rays are intersected with solids in closed form. Shadows are soft:
 a convex solid's signed distance along a ray is convex, so a golden-section search finds the closest approach to the
 shadow ray, and the penumbra is a smooth step of that distance over the width of the light as seen from there.
 """
@@ -21,7 +21,7 @@ from .world import BACKGROUNDS, COLOURS, Scene
 
 SUPERSAMPLING = 2  # samples per pixel and side
 GAMMA = 2.2
-LIGHT_WIDTH = 0.13  # tangent of half the angle under which the key light is seen
+LIGHT_WIDTH = 0.13  # tangent of half the apparent angle of the key light
 AMBIENT, SKY, KEY, FILL = 0.24, 0.14, 0.68, 0.10  # linear light
 GLOSS, GLOSS_EXPONENT = 0.38, 45.0
 CONTACT, CONTACT_REACH = 0.55, 0.28  # ambient occlusion by a nearby surface: depth, and reach in world units
@@ -31,11 +31,11 @@ GOLDEN = 0.6180339887
 
 @dataclass(frozen=True)
 class GeometryBuffer:
-    """What colouring needs, for a picture of H x W pixels with K solids.
+    """The traced geometry of an image of H x W pixels with K solids.
 
     `diffuse` [K + 1, H, W] is the display-referred brightness of the background (first) and of each solid, times its
-    part of the pixel; `gloss` [H, W] how far a highlight takes any colour towards white; `ids` [H * s, W * s] uint8
-    tells for each sample which it shows: 0 the background, i the i-th solid.
+    share of the pixel; `gloss` [H, W] how far a highlight shifts any colour towards white; `ids` [H * s, W * s] uint8
+    what each sample shows: 0 the background, i the i-th solid.
     """
 
     diffuse: Tensor
@@ -44,7 +44,7 @@ class GeometryBuffer:
 
 
 def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int = SUPERSAMPLING) -> GeometryBuffer:
-    """Find what each sample of a height x width picture shows, and its light. No colour matters here."""
+    """Find what each sample of a height x width image shows, and its lighting. Colours have no effect."""
     layout = arrange(scene, height, width, seed)
     rows, columns = height * supersampling, width * supersampling
     rays = layout.camera.rays(rows, columns)
@@ -64,15 +64,15 @@ def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int =
 
 
 def shade(buffer: GeometryBuffer, colors: Sequence[str], background: str) -> Tensor:
-    """Colour a traced geometry: one colour name a solid. Returns the picture [3, H, W] in [0, 1]."""
+    """Colour a traced geometry, with one colour name per solid. Returns the image [3, H, W] in [0, 1]."""
     palette = torch.tensor([BACKGROUNDS[background], *(COLOURS[color] for color in colors)])
-    assert len(palette) == len(buffer.diffuse), "one colour for each solid"
-    picture = (palette.T @ buffer.diffuse.flatten(1)).view(3, *buffer.gloss.shape)
-    return torch.lerp(picture, torch.ones(()), buffer.gloss).clamp_(0, 1)  # towards white, so that the hue stays
+    assert len(palette) == len(buffer.diffuse), "one colour per solid"
+    image = (palette.T @ buffer.diffuse.flatten(1)).view(3, *buffer.gloss.shape)
+    return torch.lerp(image, torch.ones(()), buffer.gloss).clamp_(0, 1)  # towards white, which keeps the hue
 
 
 def render(scene: Scene, seed: int | None = None) -> Tensor:
-    """The picture [3, scene.height, scene.width] of a scene, float32 in [0, 1]; `seed` replaces the scene's own."""
+    """The image [3, scene.height, scene.width] of a scene, float32 in [0, 1]; `seed` replaces the scene's own."""
     buffer = trace(scene, scene.height, scene.width, scene.seed if seed is None else seed)
     return shade(buffer, [solid.color for solid in scene.solids], scene.background)
 
@@ -102,14 +102,14 @@ def _light(layout: Layout, rays: Vector, depth: Tensor, normal: Vector, ids: Ten
     for number, body in enumerate(layout.bodies, 1):
         _occlude(body, layout.light, point, (ids != number) & (facing > -0.2), ids != number, shadow, open_sky)
     solid = ids > 0
-    # The ground darkens what is close above it and looks down.
+    # Contact shadow of the ground on downward surfaces close to it.
     low = CONTACT * torch.exp(-point[1].clamp_min(0) / CONTACT_REACH) * (0.5 - 0.5 * ny)
     open_sky = open_sky * (1 - low)
 
     key = ((facing + 0.12) / 1.12).clamp_min(0)  # slightly wrapped: the light is wide
     fill = (0.8 * nx + 0.1 * ny + 0.6 * nz).clamp_min(0)
     linear = (AMBIENT + SKY * ny) * open_sky + KEY * key * shadow + FILL * fill * open_sky
-    # The ground in full light has its nominal colour, whatever the light's height.
+    # Fully lit ground has its nominal colour at any height of the light.
     floor = 0.40 * open_sky + 0.60 * shadow * (0.4 + 0.6 * open_sky)
     brightness = torch.where(solid, linear.clamp(0, 1), floor) ** (1 / GAMMA)
     brightness = torch.where(solid, brightness, brightness * _studio(*depth.shape))
@@ -131,7 +131,7 @@ def _occlude(
     shadow: Tensor,
     open_sky: Tensor,
 ) -> None:
-    """Multiply into `shadow` what `body` leaves of the key light, and into `open_sky` what it leaves of the sky."""
+    """Multiply into `shadow` the share of key light that `body` lets through, and into `open_sky` that of the sky."""
     lx, ly, lz = light
     cx, cy, cz = body.x - point[0], body.y - point[1], body.z - point[2]
     along = cx * lx + cy * ly + cz * lz  # distance along the shadow ray to the point nearest to the centre
@@ -152,14 +152,14 @@ def _occlude(
     near = _cut(point, close)
     if len(near[0]):
         gap = distance(body, near).clamp_min(0)
-        # Less a constant, so that it ends smoothly at four times the reach.
+        # Minus a constant, so that it fades to zero at four times the reach.
         open_sky[close] *= 1 - CONTACT * (torch.exp(-gap / CONTACT_REACH) - math.exp(-4)).clamp_min(0)
 
 
 def _closest_approach(
     body: Body, start: Vector, light: tuple[float, float, float], low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Golden-section search for the least signed distance along each ray between `low` and `high`, and where it is."""
+    """The minimum signed distance along each ray between `low` and `high`, and its position (golden-section search)."""
 
     def at(t: Tensor) -> Tensor:
         return distance(body, (start[0] + t * light[0], start[1] + t * light[1], start[2] + t * light[2]))
@@ -181,9 +181,9 @@ def _closest_approach(
 
 
 def _studio(rows: int, columns: int) -> Tensor:
-    """The brightness of an empty studio [rows, columns]: a cove that is softly lit from the upper left."""
+    """The brightness of an empty studio [rows, columns]: a cove, softly lit from the upper left."""
     y = torch.linspace(-1, 1, rows)[:, None]
     x = torch.linspace(-1, 1, columns)[None]
     vignette = ((x + 0.25) ** 2 + (y + 0.1) ** 2) / 2.6
-    wall = torch.sigmoid((-0.35 - y) * 5)  # the floor bends up into a slightly darker wall
+    wall = torch.sigmoid((-0.35 - y) * 5)  # the floor curves up into a slightly darker wall
     return (1.04 - 0.15 * vignette - 0.06 * wall).clamp(0.7, 1.05)

@@ -1,7 +1,7 @@
-"""The four solids as geometry: where a ray meets them, and how far a point is from them.
+"""The geometry of the four solids: intersection with rays, and distance from points.
 
-Every solid stands in its own frame: the origin is its centre, y points up, and the ray or point has already been moved
-and turned there. Components are kept apart ([N] tensors x, y, z), which is several times faster than [N, 3].
+Every solid has a local frame with its centre at the origin and y up, to which rays and points are transformed. Vectors
+are three tensors x, y, z of shape [N], which is several times faster than [N, 3].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAR = 1e9
 
 @dataclass(frozen=True)
 class Body:
-    """A solid in its place. `radius` is half its width, `half` half its height, `yaw` in radians."""
+    """A placed solid. `radius` is half its width, `half` half its height, `yaw` in radians."""
 
     shape: str
     x: float
@@ -46,13 +46,13 @@ class Body:
 
     @property
     def bound(self) -> float:
-        """The radius of a sphere about the centre that holds the solid."""
+        """The radius of a bounding sphere about the centre."""
         if self.shape == "sphere":
             return self.radius
         return math.hypot(self.radius * (math.sqrt(2) if self.shape == "cube" else 1.0), self.half)
 
     def outline(self) -> Tensor:
-        """Points [P, 3] of the surface in the world whose convex hull is (nearly) the solid."""
+        """World points [P, 3] of the surface whose convex hull is (nearly) the solid."""
         angle = torch.arange(24.0) * (2 * math.pi / 24)
         c, s = torch.cos(angle), torch.sin(angle)
         if self.shape == "sphere":
@@ -81,9 +81,9 @@ def _slab(origin: Tensor, direction: Tensor, half: float) -> tuple[Tensor, Tenso
 
 
 def intersect(body: Body, origin: tuple[float, float, float], direction: Vector) -> tuple[Tensor, Vector]:
-    """First hit of rays from one eye: the distance t [N] (FAR where there is none) and the unit normal in the world.
+    """First hits of rays from one eye: distance t [N] (FAR if none) and unit normals in the world.
 
-    `direction` [N] each need not be of unit length; t counts in its units.
+    `direction`, [N] each, need not have unit length; t is in its units.
     """
     eye = body.to_local(tuple(torch.tensor(c) for c in origin), translate=True)  # type: ignore[arg-type]
     ray = body.to_local(direction, translate=False)
@@ -92,7 +92,7 @@ def intersect(body: Body, origin: tuple[float, float, float], direction: Vector)
 
 
 def _roots(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Both roots of a t² + 2 b t + c, FAR where they are not real."""
+    """Both roots of a t² + 2 b t + c, FAR if they are not real."""
     root = b * b - a * c
     real = root >= 0
     root = root.clamp_min(0).sqrt()
@@ -160,7 +160,7 @@ _INTERSECT = {"sphere": _sphere, "cube": _cube, "cylinder": _cylinder, "cone": _
 
 
 def distance(body: Body, point: Vector) -> Tensor:
-    """Signed Euclidean distance [N] of points in the world to the surface: negative inside."""
+    """Signed Euclidean distance [N] of world points to the surface, negative inside."""
     x, y, z = body.to_local(point, translate=True)
     if body.shape == "sphere":
         return (x * x + y * y + z * z).sqrt() - body.radius
@@ -173,7 +173,7 @@ def distance(body: Body, point: Vector) -> Tensor:
         qr, qy = ring - body.radius, y.abs() - body.half
         outside = (qr.clamp_min(0) ** 2 + qy.clamp_min(0) ** 2).sqrt()
         return outside + torch.maximum(qr, qy).clamp_max(0)
-    # Cone: in the half-plane (ring, y) a triangle; the nearer of slant and base, negative where inside both.
+    # Cone: a triangle in the half-plane (ring, y); the nearer of slant and base, negative if inside both.
     height = 2 * body.half
     slant = math.hypot(body.radius, height)
     along = ((ring - body.radius) * -body.radius + (y + body.half) * height) / slant  # from the rim upwards

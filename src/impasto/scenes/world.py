@@ -1,4 +1,4 @@
-"""The vocabulary of the small world, and the description of one scene in it."""
+"""The vocabulary of the small world, and scenes in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ON_TOP, LEFT, RIGHT, FRONT, BEHIND = RELATIONS = (
     "in front of",
     "behind",
 )
-# Second relations that stay readable, and possible, after the first one: towers, rows, and a stack beside a solid.
+# Pairs of relations that are possible and recognizable: towers, rows, and a stack next to a solid.
 RELATION_PAIRS = (
     (ON_TOP, LEFT),
     (ON_TOP, RIGHT),
@@ -49,8 +49,8 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "lavender": (0.77, 0.69, 0.90),
 }
 FRAMES = ((128, 128), (96, 160), (160, 96), (112, 144), (144, 112))  # height, width in pixels
-OBJECT_COUNTS = {1: 0.25, 2: 0.60, 3: 0.15}  # how often a sampled scene has so many solids
-HELD_OUT_PART = 10  # one in so many combinations is never trained
+OBJECT_COUNTS = {1: 0.25, 2: 0.60, 3: 0.15}  # the distribution of the number of solids
+HELD_OUT_PART = 10  # one combination in ten is never trained
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Solid:
 class Scene:
     """One to three solids; `relations[i]` says where solid i is relative to solid i + 1.
 
-    `height` and `width` are in pixels. `seed` decides what captions do not say: exact places, turns, camera, light.
+    `height` and `width` are in pixels. `seed` determines what captions do not say: exact positions, rotations, camera,
+        light.
     """
 
     solids: tuple[Solid, ...]
@@ -96,7 +97,7 @@ class Scene:
 
 
 def _combination(first: Solid, relation: str, second: Solid) -> str:
-    # "a to the right of b" is the same picture as "b to the left of a", so both are held out together.
+    # "a to the right of b" is the same image as "b to the left of a", so both are held out together.
     if relation in (RIGHT, BEHIND):
         first, second = second, first
         relation = LEFT if relation == RIGHT else FRONT
@@ -104,22 +105,22 @@ def _combination(first: Solid, relation: str, second: Solid) -> str:
 
 
 def combinations(scene: Scene) -> Iterator[str]:
-    """The (colour, shape, relation, colour, shape) combinations that the scene states, in canonical order."""
+    """The (colour, shape, relation, colour, shape) combinations of the scene, in canonical order."""
     for first, relation, second in zip(scene.solids, scene.relations, scene.solids[1:], strict=False):
         yield _combination(first, relation, second)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene states a combination that training never sees.
+    """Whether the scene contains a combination that training never sees.
 
-    One in `HELD_OUT_PART` ordered combinations, chosen by a hash that is the same on every machine. Sizes, backgrounds
-    and places do not matter. A single solid is never held out.
+    This is one in `HELD_OUT_PART` ordered combinations, chosen by a hash that is the same on every machine. Sizes,
+    backgrounds and positions have no effect. A single solid is never held out.
     """
     return any(crc32(text.encode()) % HELD_OUT_PART == 0 for text in combinations(scene))
 
 
 def sample_arrangement(rng: np.random.Generator, height: int, width: int) -> Scene:
-    """Shapes, sizes, relations and a seed, with colours that are still to be drawn by `recolour`."""
+    """Shapes, sizes, relations and a seed, with placeholder colours for `recolour` to replace."""
     count = int(rng.choice(list(OBJECT_COUNTS), p=list(OBJECT_COUNTS.values())))
     if count == 1:
         relations: tuple[str, ...] = ()
@@ -134,7 +135,7 @@ def sample_arrangement(rng: np.random.Generator, height: int, width: int) -> Sce
 
 
 def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same arrangement in other colours, before another background; no two solids share both colour and shape."""
+    """The same arrangement with new colours and background; no two solids share both colour and shape."""
     colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
     while True:
         solids = tuple(Solid(s.shape, colours[rng.integers(len(colours))], s.size) for s in scene.solids)
@@ -145,7 +146,7 @@ def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator, height: int | None = None, width: int | None = None) -> Scene:
-    """A scene of any kind, held out or not, decided by the state of `rng`; one of `FRAMES` if no size is given."""
+    """A random scene, held out or not; its size is one of `FRAMES` unless given."""
     if height is None or width is None:
         height, width = FRAMES[rng.integers(len(FRAMES))]
     return recolour(sample_arrangement(rng, height, width), rng)

@@ -14,9 +14,10 @@ from ..checks import finite
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
-from .base import Scheduler, records_arguments
+from .base import Scheduler
+from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import spaced_timesteps
-from .predictions import common_dtypes, dynamic_threshold, predicted_noise, predicted_original, require_same_shape
+from .process import alpha_sigma, limit, predicted_noise, predicted_original, widened
 
 
 @keyed
@@ -24,23 +25,23 @@ class DDIMSchedulerOutput(NamedTuple):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], x_{t-1}
-    pred_original_sample: Tensor | None = None  # [B, C, H, W], the x_0 that the model implies
+    pred_original_sample: Tensor | None = None  # [B, C, H, W], the predicted x_0
 
 
 class DDIMScheduler(Scheduler):
-    """A deterministic sampler (``eta=0``) that becomes DDPM at ``eta=1``. A step depends only on its arguments.
+    """A deterministic sampler (``eta=0``) that becomes DDPM at ``eta=1``. Steps can be taken in any order.
 
     Args:
-        num_train_timesteps: of the model's training.
-        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
-        trained_betas: given instead, [num_train_timesteps].
-        clip_sample, clip_sample_range: whether and where predicted originals are clipped; not for latents.
-        set_alpha_to_one: whether the last step ends without noise, or with that of timestep 0.
+        num_train_timesteps: T, the number of timesteps the model was trained on.
+        beta_start, beta_end, beta_schedule: the training noise schedule: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: [T], used instead of these.
+        clip_sample, clip_sample_range: clip the predicted x_0 to [-range, range]; not for latents.
+        set_alpha_to_one: the last step ends at zero noise; if False, at the noise of timestep 0.
         steps_offset: added to ``leading`` timesteps.
         prediction_type: what the model predicts: epsilon, sample or v_prediction.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
         timestep_spacing: leading, trailing or linspace.
-        rescale_betas_zero_snr: let the last training timestep be pure noise.
+        rescale_betas_zero_snr: make the last training timestep pure noise.
 
     Raises:
         ConfigurationError: a value that cannot be used.
@@ -57,20 +58,15 @@ class DDIMScheduler(Scheduler):
         clip_sample: bool = True,
         set_alpha_to_one: bool = True,
         steps_offset: Offset = 0,
-        prediction_type: str = "epsilon",
+        prediction_type: Prediction = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         clip_sample_range: Scale = 1.0,
         sample_max_value: Scale = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
     ):
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self._alpha_bars[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -101,37 +97,31 @@ class DDIMScheduler(Scheduler):
 
         Args:
             model_output: [B, C, H, W], the model's prediction at ``timestep``.
-            timestep: one, of ``timesteps``.
+            timestep: one of ``timesteps``.
             sample: [B, C, H, W], x_t.
             eta: from 0 (deterministic) to 1 (as random as DDPM).
-            use_clipped_model_output: derive the noise from the clipped original.
-            generator: of the noise that eta adds; a list has one for each sample.
+            use_clipped_model_output: derive the noise from the clipped x_0.
+            generator: for the noise that eta adds; a list has one per sample.
             variance_noise: that noise itself, instead of a generator.
-            return_dict: whether to name the results; False gives a plain tuple of the same.
+            return_dict: False returns a plain tuple.
 
         Raises:
             InputError: no schedule yet, a timestep or an eta out of range, shapes that differ.
         """
         steps = self._require_timesteps()
-        require_same_shape(model_output, sample)
+        output, x, dtype = widened(model_output, sample)
         eta = finite("eta", eta, 0, 1)
         if eta > 0 and variance_noise is not None and generator is not None:
-            raise InputError("give either generator or variance_noise, not both: each decides the noise")
+            raise InputError("give either generator or variance_noise, not both: each determines the noise")
         t, _ = self._locate(timestep)
         previous = t - len(self) // steps
         bar = self._alpha_bar(t)
         previous_bar = self._alpha_bars[int(previous)] if previous >= 0 else self.final_alpha_cumprod
-        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        alpha, sigma = alpha_sigma(bar)
 
-        dtype, working = common_dtypes(sample, model_output)
-        x, output = sample.to(working), model_output.to(working)
-        config = self.config
-        original = predicted_original(config.prediction_type, output, x, alpha, sigma)
-        noise = predicted_noise(config.prediction_type, output, x, alpha, sigma)
-        if config.thresholding:
-            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
+        kind = self.config.prediction_type
+        original = limit(predicted_original(kind, output, x, alpha, sigma), self.config)
+        noise = predicted_noise(kind, output, x, alpha, sigma)
         if use_clipped_model_output:
             noise = (x - alpha * original) / sigma
 
@@ -143,5 +133,5 @@ class DDIMScheduler(Scheduler):
             if variance_noise is None:
                 variance_noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
             x = x + std * variance_noise
-        output_tuple = DDIMSchedulerOutput(x.to(dtype), original.to(dtype))
-        return output_tuple if return_dict else tuple(output_tuple)
+        result = DDIMSchedulerOutput(x.to(dtype), original.to(dtype))
+        return result if return_dict else tuple(result)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,48 +32,39 @@ from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
-from .base import CountingScheduler, SchedulerOutput, records_arguments
-from .predictions import (
-    common_dtypes,
-    dynamic_threshold,
-    predicted_noise,
-    predicted_original,
-    require_same_shape,
-    require_tensors,
-)
-
-#: Names that configs of related schedulers use -> what this one does instead.
-RELATED = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+from .base import CountingScheduler, SchedulerOutput
+from .config import Spacing, records_arguments
+from .process import limit, per_sample, predicted_noise, predicted_original, require_tensors, widened
 
 
 class DPMSolverMultistepScheduler(CountingScheduler):
-    """A fast high-order solver: 15 to 25 steps of one model call each.
+    """A fast high-order solver: good images in 15 to 25 steps of one model call each.
 
     Args:
-        num_train_timesteps: of the model's training.
-        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
-        trained_betas: given instead, [num_train_timesteps].
-        solver_order: 1, 2 (for guided sampling) or 3; the first steps and some last ones are of lower order.
+        num_train_timesteps: T, the number of timesteps the model was trained on.
+        beta_start, beta_end, beta_schedule: the training noise schedule: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: [T], used instead of these.
+        solver_order: 1, 2 (for guided sampling) or 3; the first steps and some of the last are of lower order.
         prediction_type: what the model predicts: epsilon, sample, v_prediction or flow_prediction.
-        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of predicted originals;
-            not for latents.
-        algorithm_type: dpmsolver++, sde-dpmsolver++ (over predictions of x_0), dpmsolver, sde-dpmsolver (of the noise).
-        solver_type: midpoint or heun, how the second order is reached.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0; not for latents.
+        algorithm_type: dpmsolver++ or sde-dpmsolver++ (integrate x_0), dpmsolver or sde-dpmsolver (the noise).
+        solver_type: the second-order method, midpoint or heun. From configs of related schedulers, ``deis`` stands for
+            dpmsolver++, and logrho, bh1 and bh2 for midpoint.
         lower_order_final: with fewer than 15 steps, lower the order of the last ones.
-        euler_at_final: the last step is of first order, whatever else is set.
+        euler_at_final: make the last step first-order in any case.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas, use_flow_sigmas: at most one way
             to space noise levels instead of timesteps.
-        flow_shift: moves flow sigmas towards noise.
-        final_sigmas_type: where the last step ends: zero noise, or that of timestep 0 ("sigma_min").
+        flow_shift: shifts flow sigmas towards noise.
+        final_sigmas_type: the last step ends at "zero" noise, or at that of timestep 0 ("sigma_min").
         lambda_min_clipped: timesteps with a lower log(alpha / sigma) are not used.
-        variance_type: learned or learned_range for models that predict a variance too: it is left out.
+        variance_type: learned or learned_range if the model also predicts a variance, which is ignored.
         timestep_spacing: linspace, leading or trailing.
         steps_offset: added to ``leading`` timesteps.
-        rescale_betas_zero_snr: let the last training timestep be (all but) pure noise.
-        use_dynamic_shifting, time_shift_type: whether ``set_timesteps`` takes ``mu``: flow_shift = e^mu.
+        rescale_betas_zero_snr: let the last training timestep be (almost) pure noise.
+        use_dynamic_shifting, time_shift_type: let ``set_timesteps`` take ``mu``; flow_shift is then e^mu.
 
     Attributes:
-        sigmas: [N + 1], sigma / alpha (with flow sigmas: sigma) of every step, and where the last one ends; on the CPU.
+        sigmas: [N + 1], sigma / alpha (with flow sigmas: sigma) of each step and of the final sample; on the CPU.
 
     Raises:
         ConfigurationError: a value, or a combination of values, that cannot be used.
@@ -88,12 +79,12 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         beta_schedule: str = "linear",
         trained_betas: Sequence[Share] | np.ndarray[Any, Any] | None = None,
         solver_order: int = 2,
-        prediction_type: str = "epsilon",
+        prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         sample_max_value: Scale = 1.0,
-        algorithm_type: str = "dpmsolver++",
-        solver_type: str = "midpoint",
+        algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"] = "dpmsolver++",
+        solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"] = "midpoint",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
         use_karras_sigmas: bool = False,
@@ -102,27 +93,18 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         use_lu_lambdas: bool = False,
         use_flow_sigmas: bool = False,
         flow_shift: Scale = 1.0,
-        final_sigmas_type: str = "zero",
+        final_sigmas_type: Literal["zero", "sigma_min"] = "zero",
         lambda_min_clipped: Shift = -float("inf"),
         variance_type: str | None = None,
-        timestep_spacing: str = "linspace",
+        timestep_spacing: Spacing = "linspace",
         steps_offset: Offset = 0,
         rescale_betas_zero_snr: bool = False,
         use_dynamic_shifting: bool = False,
-        time_shift_type: str = "exponential",
+        time_shift_type: Literal["exponential"] = "exponential",
     ):
-        algorithm_type = RELATED.get(algorithm_type, algorithm_type)
-        solver_type = RELATED.get(solver_type, solver_type)
-        self._require("solver_order", solver_order, (1, 2, 3))
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction", "flow_prediction"))
-        self._require(
-            "algorithm_type", algorithm_type, ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
-        )
-        self._require("solver_type", solver_type, ("midpoint", "heun"))
-        self._require("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
-        self._require("time_shift_type", time_shift_type, ("exponential",))
-        self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
+        if solver_order not in (1, 2, 3):
+            raise ConfigurationError(f"solver_order must be one of 1, 2, 3, not {solver_order}")
+        self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++", "deis")
         self._stochastic = algorithm_type in ("sde-dpmsolver++", "sde-dpmsolver")
         if not self._over_original:
             if final_sigmas_type == "zero":
@@ -137,25 +119,12 @@ class DPMSolverMultistepScheduler(CountingScheduler):
                 )
             if self._stochastic and solver_order == 3:
                 raise ConfigurationError("sde-dpmsolver has no solver_order=3; use 1 or 2, or sde-dpmsolver++")
-        spacings = {
-            "use_karras_sigmas": use_karras_sigmas,
-            "use_lu_lambdas": use_lu_lambdas,
-            "use_exponential_sigmas": use_exponential_sigmas,
-            "use_beta_sigmas": use_beta_sigmas,
-            "use_flow_sigmas": use_flow_sigmas,
-        }
-        chosen = [name for name, used in spacings.items() if used]
-        if len(chosen) > 1:
-            raise ConfigurationError(f"{' and '.join(chosen)} contradict each other; set at most one of them")
-        self._spacing = chosen[0] if chosen else None
+        self._spacing = schedules.chosen_spacing(self.config, "use_lu_lambdas", "use_flow_sigmas")
         self._flow = use_flow_sigmas
         self._order = solver_order
-        self._midpoint = solver_type == "midpoint"
+        self._midpoint = solver_type != "heun"
 
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.alphas_cumprod[-1] == 0:
             self.alphas_cumprod[-1] = 2**-24  # the first noise level must be finite
         log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
@@ -181,8 +150,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         Args:
             mu: with use_dynamic_shifting, flow_shift = e^mu.
             timesteps: descending; fractional ones are interpolated.
-            sigmas: noise levels sigma / alpha (with use_flow_sigmas: sigma in (0, 1]), descending. A last one of 0 is
-                where the last step ends; otherwise that is final_sigmas_type. Timesteps are the nearest whole ones.
+            sigmas: noise levels sigma / alpha (with use_flow_sigmas: sigma in (0, 1]), descending. The last step ends
+                at a final 0, or as final_sigmas_type says. The timesteps are the nearest whole ones.
 
         Raises:
             InputError: not exactly one of the three; a number of steps out of range; custom values that do not
@@ -216,25 +185,20 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
     def _spaced(self, steps: int, flow_shift: float) -> tuple[schedules.Array, schedules.Array]:
         """Timesteps and noise levels as configured."""
-        largest, smallest = float(self._table[-1]), float(self._table[0])
         if self._spacing is None:
             spacing, offset = self.config.timestep_spacing, self.config.steps_offset
             points = schedules.spaced_timesteps(spacing, steps, len(self), offset, last=self._usable, skip_lowest=True)
             return points, schedules.timesteps_to_sigmas(points, self._table)
         if self._spacing == "use_flow_sigmas":
             levels = schedules.flow_sigmas(steps, len(self), flow_shift)
-        elif self._spacing == "use_karras_sigmas":
-            levels = schedules.karras_sigmas(largest, smallest, steps)
-        elif self._spacing == "use_beta_sigmas":
-            levels = schedules.beta_sigmas(largest, smallest, steps)
-        elif self._spacing == "use_exponential_sigmas":
-            levels = schedules.exponential_sigmas(largest, smallest, steps)
-        else:
+        elif self._spacing == "use_lu_lambdas":
             levels = schedules.lu_sigmas(self._table, steps)
+        else:
+            levels = schedules.SPACINGS[self._spacing](float(self._table[-1]), float(self._table[0]), steps)
         return self._timesteps_of(levels), levels
 
     def _timesteps_of(self, levels: schedules.Array) -> schedules.Array:
-        """The whole timesteps that stand for noise levels; rounded or cut as in the reference."""
+        """Whole timesteps of noise levels, rounded or truncated as in the reference."""
         if self._flow:
             return (levels * len(self)).astype(np.int64)
         points = schedules.sigmas_to_timesteps(levels, self._table)
@@ -275,11 +239,11 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
         Args:
             model_output: [B, C, H, W], the model's prediction; more channels with a learned variance.
-            timestep: of ``timesteps``; only the first one decides which step is taken, further ones follow it.
+            timestep: one of ``timesteps``. The first call determines the step; later calls take the following ones.
             sample: [B, C, H, W].
-            generator: of the SDE solvers' noise; a list has one for each sample.
+            generator: for the noise of the SDE solvers; a list has one per sample.
             variance_noise: that noise itself, instead of a generator.
-            return_dict: whether to name the result; False gives a plain tuple of the same.
+            return_dict: False returns a plain tuple.
 
         Raises:
             InputError: no schedule yet, all steps taken, shapes that do not fit.
@@ -288,12 +252,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         require_tensors(model_output=model_output, sample=sample)
         if self.config.variance_type in ("learned", "learned_range") and min(sample.ndim, model_output.ndim) > 1:
             model_output = model_output[:, : sample.shape[1]]
-        require_same_shape(model_output, sample)
-        dtype, working = common_dtypes(sample, model_output)
-        x = sample.to(working)
-        prediction = self._convert(model_output.to(working), x, index)
+        output, x, dtype = widened(model_output, sample)
+        prediction = self._convert(output, x, index)
         level = self._level(index)[2]
-        if self._history and self._history[-1][0] == level:  # a repeated level: slopes need distinct ones
+        if self._history and self._history[-1][0] == level:  # slopes need distinct levels
             self._history.pop()
         self._history = [*self._history, (level, prediction)][-self._order :]
         noise = None
@@ -307,20 +269,18 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
 
     def _convert(self, output: Tensor, x: Tensor, index: int) -> Tensor:
-        """The model's prediction as m: of x_0 or of the noise."""
-        kind, config = self.config.prediction_type, self.config
+        """m, x_0 or the noise, of the model's prediction."""
+        kind = self.config.prediction_type
         alpha, sigma, _ = self._level(index)
         if kind == "flow_prediction":
-            sigma = float(self.sigmas[index])  # the same with flow sigmas; without, what the reference takes
-        if not self._over_original and not config.thresholding:
+            sigma = float(self.sigmas[index])  # differs only without flow sigmas, where the reference does the same
+        if not self._over_original and not self.config.thresholding:
             return predicted_noise(kind, output, x, alpha, sigma)
-        original = predicted_original(kind, output, x, alpha, sigma)
-        if config.thresholding:
-            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+        original = limit(predicted_original(kind, output, x, alpha, sigma), self.config)
         return original if self._over_original else (x - alpha * original) / sigma
 
     def _order_at(self, index: int) -> int:
-        """The order of this step: grows from 1 with the history, and may fall towards the end."""
+        """The order of this step: it grows with the history, and may fall towards the end."""
         order, left = len(self._history), len(self._timestep_values) - index
         falls = self.config.lower_order_final and len(self._timestep_values) < 15
         if left == 1 and (falls or self.config.euler_at_final or self.sigmas[-1] == 0):
@@ -332,7 +292,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         alpha_t, sigma_t, lambda_t = self._level(index + 1)
         alpha_s, sigma_s, lambda_s = self._level(index)
         h = lambda_t - lambda_s
-        if h == 0:  # the same noise level twice: nothing to integrate
+        if h == 0:  # the same noise level twice
             return x
         if self._over_original:
             z = -2 * h if self._stochastic else -h
@@ -360,7 +320,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             slope1 = (h / h1) * (m1 - m2)
             d1 = slope0 + h0 / (h0 + h1) * (slope0 - slope1)
             d2 = h / (h0 + h1) * (slope0 - slope1)
-            # The derivation has -1/2 for both. The reference adds it in the SDE, and numbers are to be its.
+            # The derivation has -1/2 in both cases. The reference has +1/2 for the SDE, and we match its numbers.
             half = 0.5 if self._stochastic else -0.5
             b1, b2 = math.expm1(z) / z - 1, (math.expm1(z) - z) / z**2 + half
             total = total + b1 * d1 + b2 * d2
@@ -368,7 +328,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         return x if noise is None else x + s * noise
 
     def _level(self, index: int) -> tuple[float, float, float]:
-        """alpha, sigma and lambda of a step, rounded to float32: its rounding is part of published results."""
+        """alpha, sigma and lambda of a step, in float32, because published results include its rounding."""
         alpha, sigma = self._alpha_sigma_of(self.sigmas[index])
         return float(alpha), float(sigma), float(torch.log(alpha) - torch.log(sigma))  # lambda may be infinite
 
@@ -380,7 +340,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         return alpha, level * alpha
 
     def _alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """For ``add_noise``: the level of the step begun with, else of the schedule's entry, else of training."""
+        """For ``add_noise``: the level of the current step, else of the schedule, else of training."""
         timesteps = timesteps.to(like.device).reshape(-1)
         sigmas = self.sigmas.to(like.device)
         if self._begin_index is not None:
@@ -396,4 +356,4 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             if self.num_inference_steps is not None:
                 matches = timesteps[:, None] == self.timesteps.to(like.device)[None]  # [B, N]
                 levels = torch.where(matches.any(1), sigmas[matches.int().argmax(1)], levels)
-        return self._alpha_sigma_of(levels.reshape(-1, *[1] * (like.ndim - 1)))
+        return self._alpha_sigma_of(per_sample(levels, like))

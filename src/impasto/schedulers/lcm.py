@@ -16,9 +16,10 @@ from ..checks import finite, whole_number
 from ..errors import InputError
 from ..nn.noise import draw_noise
 from ..nn.outputs import keyed
-from .base import CountingScheduler, records_arguments
+from .base import CountingScheduler
+from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps
-from .predictions import common_dtypes, dynamic_threshold, predicted_original, require_same_shape
+from .process import add_noise, alpha_sigma, limit, predicted_original, widened
 
 logger = logging.getLogger("impasto")
 
@@ -31,23 +32,23 @@ class LCMSchedulerOutput(NamedTuple):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], the next, less noisy sample
-    denoised: Tensor | None = None  # [B, C, H, W], what the consistency function gave
+    denoised: Tensor | None = None  # [B, C, H, W], the output of the consistency function
 
 
 class LCMScheduler(CountingScheduler):
-    """Jump to the clean sample, add the next timestep's noise to it, and again.
+    """Predict the clean sample, add the noise of the next timestep, repeat.
 
     Args:
-        num_train_timesteps: of the model's training.
-        beta_start, beta_end, beta_schedule: the training noise: linear, scaled_linear or squaredcos_cap_v2.
-        trained_betas: given instead, [num_train_timesteps].
-        original_inference_steps: of the solver that the model was distilled from; timesteps are picked from its.
-        clip_sample, clip_sample_range: whether and where predicted originals are clipped; not for latents.
-        set_alpha_to_one, steps_offset, timestep_spacing: stored; the distillation schedule has no use for them.
+        num_train_timesteps: T, the number of timesteps the model was trained on.
+        beta_start, beta_end, beta_schedule: the training noise schedule: linear, scaled_linear or squaredcos_cap_v2.
+        trained_betas: [T], used instead of these.
+        original_inference_steps: the length of the distillation schedule, from which timesteps are picked.
+        clip_sample, clip_sample_range: clip the predicted x_0 to [-range, range]; not for latents.
+        set_alpha_to_one, steps_offset, timestep_spacing: have no effect.
         prediction_type: what the model predicts: epsilon, sample or v_prediction.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding instead of clipping.
         timestep_scaling: how fast the boundary condition fades with the timestep.
-        rescale_betas_zero_snr: let the last training timestep be pure noise.
+        rescale_betas_zero_snr: make the last training timestep pure noise.
 
     Raises:
         ConfigurationError: a value that cannot be used.
@@ -66,20 +67,15 @@ class LCMScheduler(CountingScheduler):
         clip_sample_range: Scale = 1.0,
         set_alpha_to_one: bool = True,
         steps_offset: Offset = 0,
-        prediction_type: str = "epsilon",
+        prediction_type: Prediction = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: Share = 0.995,
         sample_max_value: Scale = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Spacing = "leading",
         timestep_scaling: Scale = 10.0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._require("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-        self._require("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
-        self._make_tables(
-            ("linear", "scaled_linear", "squaredcos_cap_v2"),
-            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr,
-        )  # fmt: skip
+        self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         self.final_alpha_cumprod = torch.tensor(1.0 if set_alpha_to_one else self._alpha_bars[0])
         self.custom_timesteps = False
 
@@ -95,7 +91,7 @@ class LCMScheduler(CountingScheduler):
 
         Args:
             original_inference_steps: the length of the distillation schedule; the config's by default.
-            strength: the part of the schedule to use, from 0 (excluded) to 1 (all; image to image uses less).
+            strength: the fraction of the schedule to use, in (0, 1]; image to image uses less than 1.
 
         Raises:
             InputError: both or neither; more steps than the distillation schedule has; timesteps that do not descend.
@@ -110,9 +106,9 @@ class LCMScheduler(CountingScheduler):
         distilled = np.arange(1, int(original * strength) + 1) * (len(self) // original) - 1  # ascending
         if timesteps is not None:
             schedule = custom_timesteps(timesteps, len(self), whole=True)
-            strangers = sorted(set(schedule.tolist()) - set(distilled.tolist()), reverse=True)
-            if strangers:
-                logger.warning("LCMScheduler: the model was not distilled at timesteps %s; expect artefacts", strangers)
+            others = sorted(set(schedule.tolist()) - set(distilled.tolist()), reverse=True)
+            if others:
+                logger.warning("LCMScheduler: the model was not distilled at timesteps %s; expect artefacts", others)
             schedule = schedule[len(schedule) - int(len(schedule) * strength) :]
             if len(schedule) == 0:
                 raise InputError(f"strength={strength} leaves none of {len(timesteps)} timesteps; raise it")
@@ -139,33 +135,27 @@ class LCMScheduler(CountingScheduler):
         generator: Generator | Sequence[Generator] | None = None,
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor | None, ...]:
-        """x_t -> the sample at the next timestep; the last step returns the clean one.
+        """x_t -> the sample at the next timestep; after the last step, the clean sample.
 
         Args:
             model_output: [B, C, H, W], the model's prediction at ``timestep``.
-            timestep: one, of ``timesteps``.
+            timestep: one of ``timesteps``.
             sample: [B, C, H, W], x_t.
-            generator: of the noise; a list has one for each sample.
-            return_dict: whether to name the results; False gives a plain tuple of the same.
+            generator: for the noise; a list has one per sample.
+            return_dict: False returns a plain tuple.
 
         Raises:
             InputError: no schedule yet, all steps taken, a timestep out of range, shapes that differ.
         """
         index = self._this_step(timestep)
-        require_same_shape(model_output, sample)
+        output, x, dtype = widened(model_output, sample)
         t, _ = self._locate(timestep)
         bar = self._alpha_bar(t)
-        dtype, working = common_dtypes(sample, model_output)
-        x, output = sample.to(working), model_output.to(working)
-        config = self.config
-        original = predicted_original(config.prediction_type, output, x, bar.sqrt(), (1 - bar).sqrt())
-        if config.thresholding:
-            original = dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            original = original.clamp(-config.clip_sample_range, config.clip_sample_range)
+        original = predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar))
+        original = limit(original, self.config)
 
         # The consistency function is the identity at t = 0 (consistency models, arXiv 2303.01469, appendix C).
-        scaled = t * config.timestep_scaling
+        scaled = t * self.config.timestep_scaling
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
         denoised = c_skip * x + c_out * original
@@ -174,7 +164,7 @@ class LCMScheduler(CountingScheduler):
         if index + 1 < len(self._timestep_values):
             next_bar = self._alpha_bar(self._timestep_values[index + 1])
             noise = draw_noise(sample.shape, generator, sample.device, dtype)
-            x = next_bar.sqrt() * denoised + (1 - next_bar).sqrt() * noise
+            x = add_noise(denoised, noise, *alpha_sigma(next_bar))
         self._step_index = index + 1
-        output_tuple = LCMSchedulerOutput(x.to(dtype), denoised.to(dtype))
-        return output_tuple if return_dict else tuple(output_tuple)
+        result = LCMSchedulerOutput(x.to(dtype), denoised.to(dtype))
+        return result if return_dict else tuple(result)

@@ -1,8 +1,7 @@
-"""Noise schedules as pure functions: betas, sigmas, timesteps and the ways between them.
+"""Noise schedules as pure functions: betas, sigmas, timesteps and conversions between them.
 
-Notation: x_t = alpha_t x_0 + sigma_t noise with alpha_t² = alphas_cumprod[t]. A *noise level* ("sigma" in
-arrays of this file) is the ratio sigma_t / alpha_t, as in Karras et al. (arXiv 2206.00364).
-Tables are float32, because checkpoints were trained and published on tables of that precision.
+A *noise level* ("sigma" in the arrays of this file) is the ratio sigma_t / alpha_t (Karras et al., arXiv 2206.00364).
+Tables are float32, as they were in the training of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checkpoints.config import Config
 from ..checks import shown
 from ..errors import ConfigurationError, InputError
 
 Array = NDArray[Any]
-#: Of a caller's timesteps or noise levels.
+#: The longest list of timesteps or noise levels that is accepted.
 MOST_NUMBERS = 100_000
 
 
@@ -76,8 +76,34 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 
+def training_betas(config: Config) -> Tensor:
+    """The betas of a scheduler's config, [num_train_timesteps].
+
+    Raises:
+        ConfigurationError: betas outside [0, 1], or a schedule that adds no noise or leaves no signal.
+    """
+    count, start, end, trained = config.num_train_timesteps, config.beta_start, config.beta_end, config.trained_betas
+    if trained is None:
+        betas = BETA_SCHEDULES[config.beta_schedule](count, start, end)
+    else:
+        betas = torch.tensor(trained, dtype=torch.float32, device="cpu")
+        if betas.shape != (count,):
+            raise ConfigurationError(
+                f"trained_betas must hold num_train_timesteps={count} numbers; its shape is {tuple(betas.shape)}"
+            )
+    source = f"beta_start={start!r}, beta_end={end!r}" if trained is None else "trained_betas"
+    if not bool(((betas >= 0) & (betas <= 1)).all()):
+        raise ConfigurationError(f"every beta must lie between 0 and 1; {source} gives others")
+    if not 1.0 - betas[0] < 1 or not torch.prod(1.0 - betas[:-1]) > 0:
+        raise ConfigurationError(
+            f"{source} and num_train_timesteps={count} give a schedule whose first step adds no noise, or that leaves "
+            f"no signal long before its end"
+        )
+    return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alphas_cumprod) so that the last is 0, the first kept (arXiv 2305.08891, alg. 1)."""
+    """Shift and scale sqrt(alphas_cumprod) so that the last is 0 and the first stays (arXiv 2305.08891, alg. 1)."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
@@ -85,7 +111,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-# --- timesteps: where in the training schedule the steps of sampling lie -----------------------------------
+# --- timesteps: which training timesteps sampling visits ---------------------------------------------------
 
 
 def spaced_timesteps(
@@ -97,7 +123,7 @@ def spaced_timesteps(
         spacing: ``linspace``, ``leading`` or ``trailing``.
         offset: added to ``leading`` timesteps.
         last: one more than the highest timestep to use; ``train_steps`` by default.
-        skip_lowest: space one step more, and leave out the lowest: for solvers whose final step goes beyond it.
+        skip_lowest: space one more step and drop the lowest, for solvers whose final step goes beyond it.
     """
     last = train_steps if last is None else last
     count = steps + skip_lowest
@@ -111,11 +137,10 @@ def spaced_timesteps(
                 f"use at most {last - skip_lowest}, or another spacing"
             )
         timesteps = (np.arange(count) * (last // count))[::-1][:steps] + offset
-    elif spacing == "trailing":
-        # Cut to the number of steps: rounding makes arange one too long for some of them (61, 103, ...).
-        timesteps = np.arange(last, 0, -train_steps / steps).round()[:steps] - 1
     else:
-        raise ConfigurationError(f"timestep_spacing must be linspace, leading or trailing, not {spacing!r}")
+        assert spacing == "trailing"
+        # For some numbers of steps (61, 103, ...), rounding makes arange one too long.
+        timesteps = np.arange(last, 0, -train_steps / steps).round()[:steps] - 1
     if timesteps[0] >= train_steps:
         raise InputError(
             f"steps_offset={offset} moves the first of {steps} steps to timestep {int(timesteps[0])}, beyond the "
@@ -125,7 +150,7 @@ def spaced_timesteps(
 
 
 def custom_timesteps(timesteps: Sequence[float] | Tensor | Array, train_steps: int, *, whole: bool) -> Array:
-    """Check a caller's timesteps: finite, in [0, train_steps), descending; strictly so, and whole, if ``whole``."""
+    """Check a caller's timesteps: finite, in [0, train_steps), descending; with ``whole``, strictly and in integers."""
     values = numbers("timesteps", timesteps)
     listed = shown(values.tolist())
     if not np.isfinite(values).all() or values.min() < 0 or values.max() >= train_steps:
@@ -140,7 +165,7 @@ def custom_timesteps(timesteps: Sequence[float] | Tensor | Array, train_steps: i
 
 
 def numbers(name: str, values: Sequence[float] | Tensor | Array) -> Array:
-    """A caller's list as one or more numbers, which may be NaN or infinite, [N] in float64."""
+    """A caller's list of one or more numbers, possibly NaN or infinite, as [N] in float64."""
     try:
         listed = list(values.tolist() if isinstance(values, Tensor | np.ndarray) else values)
         if 0 < len(listed) <= MOST_NUMBERS and not any(isinstance(value, str | bytes | bool) for value in listed):
@@ -150,17 +175,25 @@ def numbers(name: str, values: Sequence[float] | Tensor | Array) -> Array:
     raise InputError(f"{name} must be a list of one or more numbers, not {shown(values)}")
 
 
+def descending(name: str, given: Sequence[float] | Tensor | Array, largest: float) -> Array:
+    """Check a caller's numbers: strictly descending from ``largest`` or less to above 0; [N] in float32."""
+    values = numbers(name, given).astype(np.float32)
+    if not np.isfinite(values).all() or values.min() <= 0 or values.max() > largest or (np.diff(values) >= 0).any():
+        raise InputError(f"{name} must descend from {largest:g} or less to above 0; these are {shown(values.tolist())}")
+    return values
+
+
 # --- noise levels -----------------------------------------------------------------------------------------
 
 
 def noise_levels(alphas_cumprod: Tensor) -> Array:
-    """sigma_t / alpha_t for every training timestep, ascending, [T]."""
+    """sigma_t / alpha_t of every training timestep, ascending, [T]."""
     levels: Array = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
     return levels
 
 
 def timesteps_to_sigmas(timesteps: Array, table: Array) -> Array:
-    """Noise levels at timesteps, fractional ones interpolated linearly."""
+    """Noise levels at timesteps; linear interpolation between whole ones."""
     levels: Array = np.interp(timesteps, np.arange(len(table)), table)
     return levels
 
@@ -221,8 +254,44 @@ def symmetric_beta_quantiles(probabilities: Array, shape: float) -> Array:
     return quantiles
 
 
+#: A config's option -> the levels from the largest to the smallest; at most one may be set.
+SPACINGS: dict[str, Callable[[float, float, int], Array]] = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+}
+
+
+def chosen_spacing(config: Config, *others: str) -> str | None:
+    """The option of ``SPACINGS``, or of ``others``, that a config sets.
+
+    Raises:
+        ConfigurationError: it sets several.
+    """
+    chosen = [name for name in (*SPACINGS, *others) if config[name]]
+    if len(chosen) > 1:
+        raise ConfigurationError(f"{' and '.join(chosen)} contradict each other; set at most one of them")
+    return chosen[0] if chosen else None
+
+
+def shifted(sigmas: Array, shift: float) -> Array:
+    """Sigmas in [0, 1] of a straight path, shifted towards noise (arXiv 2403.03206, eq. 23)."""
+    levels: Array = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return levels
+
+
+def flow_levels(sigmas: Array, shift: float, terminal: float | None, spacing: str | None) -> Array:
+    """Sigmas of a straight path after shift, stretching to a terminal value and respacing, in float32."""
+    levels = shifted(sigmas, shift)
+    if terminal:
+        if levels[-1] >= 1:
+            raise InputError("shift_terminal needs a last level below 1; use two steps or more")
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    if spacing is not None:
+        levels = SPACINGS[spacing](float(levels[0]), float(levels[-1]), len(levels))
+    return levels.astype(np.float32)
+
+
 def flow_sigmas(steps: int, train_steps: int, shift: float) -> Array:
-    """Straight-line noise levels in (0, 1): linear in time, then shifted towards noise (arXiv 2403.03206, eq. 23)."""
-    linear = 1.0 - np.linspace(1, 1 / train_steps, steps + 1)
-    shifted: Array = np.flip(shift * linear / (1 + (shift - 1) * linear))[:-1].copy()
-    return shifted
+    """Sigmas in (0, 1), linear in time and then shifted, [steps]."""
+    return np.flip(shifted(1.0 - np.linspace(1, 1 / train_steps, steps + 1), shift))[:-1].copy()

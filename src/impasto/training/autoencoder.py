@@ -1,4 +1,4 @@
-"""Training of an AutoencoderKL: reconstruction, and a little pressure towards a standard normal distribution."""
+"""Training of an AutoencoderKL: reconstruction error and a small KL term."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AutoencoderRecipe(Recipe):
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], the mean over the batch."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], averaged over the batch."""
     error = ((images - reconstructions.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
     return float((-10 * error.clamp_min(1e-10).log10()).mean())
 
@@ -45,7 +45,7 @@ def train_autoencoder(
 
     Args:
         batch: the images [B, 3, H, W] of a step, in [-1, 1].
-        validation: images whose PSNR is logged with each save.
+        validation: images [B, 3, H, W] whose PSNR is logged with each save.
     """
 
     def loss(step: int, random: Randomness) -> Loss:

@@ -1,4 +1,4 @@
-"""An exponential moving average of parameters, which samples better than the last ones."""
+"""An exponential moving average of parameters, which samples better than their last values."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class EMA:
     """Shadow copies of named tensors: shadow <- decay * shadow + (1 - decay) * parameter.
 
-    Early on, where the average would still hold mostly the initial values, the decay is (1 + n) / (10 + n) in update n,
-    counted from 1. With a decay of 0 the shadows are the tensors themselves.
+    The decay of update n = 1, 2, ... is at most (1 + n) / (10 + n), so that the initial values fade quickly. With a
+    decay of 0 the shadows are the tensors themselves.
     """
 
     def __init__(self, named: Mapping[str, Tensor], decay: float):

@@ -1,4 +1,4 @@
-"""Training of GLM-Image's transformer: the velocity from latents to noise (rectified flow, 2209.03003).
+"""Training of GLM-Image's transformer by flow matching (rectified flow, 2209.03003).
 
 Shapes: B images, C channels, H x W latent pixels, N image tokens.
 """
@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ..models.glm_image.model import GlmImageTransformer2DModel
+from ..schedulers import process
 from .loop import Loss, Recipe, train
 from .randomness import Randomness
 
 
 class Reference(NamedTuple):
-    """What each image of a batch was made from."""
+    """The image that each image of a batch was edited from."""
 
-    latents: Tensor  # [B, C, H, W], standardised
+    latents: Tensor  # [B, C, H, W], standardized
     prior_token_ids: Tensor  # [B, N]
 
 
 class Batch(NamedTuple):
-    latents: Tensor  # [B, C, H, W], standardised: what the transformer generates
+    latents: Tensor  # [B, C, H, W], standardized: what the transformer generates
     prior_token_ids: Tensor  # [B, N]
     text: Tensor  # [B, M, channels], the glyphs
     reference: Reference | None = None
@@ -34,12 +35,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowMatchingRecipe(Recipe):
-    """How to train. Noise levels are logit-normal (2403.03206, section 3.1)."""
+    """The training recipe. Noise levels are logit-normal (2403.03206, section 3.1)."""
 
-    pixels: int = 8  # of the image, along a side of one of the latents
+    pixels: int = 8  # image pixels along a side of a latent pixel
     timesteps: int = 1000
-    drop: float = 0.1  # share of the images whose prior tokens are left out, for guidance
-    spread: float = 1.2  # of the logits of the levels
+    drop: float = 0.1  # share of images trained without prior tokens, for guidance
+    spread: float = 1.2  # scale of the logits of the levels
 
 
 def initialize(transformer: GlmImageTransformer2DModel) -> None:
@@ -61,7 +62,7 @@ def train_flow_matching(
     """Train in place, resuming from ``folder/state.pt`` if it exists.
 
     Args:
-        batch: that of a step.
+        batch: step -> its batch.
     """
 
     def loss(step: int, random: Randomness) -> Loss:
@@ -69,9 +70,10 @@ def train_flow_matching(
         count = len(x0)
         # Stratified levels: the same spread in every batch.
         share = random.stratified(count)
-        sigma = (recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid()[:, None, None, None]
+        sigma = process.per_sample((recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
         noise = random.normal(x0.shape)
-        xt = (1 - sigma) * x0 + sigma * noise
+        xt = process.add_noise(x0, noise, 1 - sigma, sigma)
+        target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
         drop = random.uniform([count]) < recipe.drop
         height, width = x0.shape[-2:]
         size = torch.tensor([[height * recipe.pixels, width * recipe.pixels]], dtype=torch.float32)
@@ -84,13 +86,13 @@ def train_flow_matching(
             own = transformer.encode_context(text[:, :0], None, reference.prior_token_ids, None, height, width)
             still = transformer.modulate(torch.zeros(1), size, torch.zeros_like(size))
             references = transformer.encode_references(reference.latents.to(transformer.dtype), own, still)
-            # The half without guidance does not see them.
+            # The unconditional half does not see them.
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)
             references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
-        errors = (velocity - (noise - x0)).square().flatten(1).mean(1)  # [B]
+        errors = (velocity - target).square().flatten(1).mean(1)  # [B]
         kind = "generated" if reference is None else "edited"
-        parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # less noise first
+        parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # least noise first
         return Loss(errors.mean(), parts)
 
     train(transformer, loss, recipe, folder, blocks=list(transformer.transformer_blocks))

@@ -1,7 +1,7 @@
-"""The loop of every training: float32 masters of models that compute in what is fast, optimizers, averages, saves.
+"""The training loop: float32 master weights of models that compute in a faster dtype, optimizers, averages, saving.
 
-A run's state is the number of its steps and tensors: data and random numbers are functions of the step. A run that was
-killed continues as if nothing had happened, bit for bit on the same machine with the same number of threads.
+Data and random numbers are functions of the step, so the state of a run is its step number and tensors. A run that was
+killed continues bit for bit, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .state import append_log, load_state, restore, restore_optimizers, save_sta
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast and by which optimizer.
+    """The training recipe: steps, learning rate, optimizer.
 
     Attributes:
-        optimizer: ``muon`` for the matrices inside of blocks and AdamW for all else, or ``adamw`` for everything.
-        schedule: of the learning rate, after a linear rise: ``trapezoid``, a plateau and a linear fall over the last
-            ``decay_share`` of the steps, or ``cosine``, half a cosine.
-        floor: what the rate falls to, as a share of the highest.
-        ema_decay: of the averages of the parameters, with which the models end; 0 for none.
-        compile_blocks: where the objective names blocks.
+        optimizer: ``muon`` for the matrices inside blocks and AdamW for the rest, or ``adamw`` for everything.
+        schedule: of the learning rate, after a linear warm-up: ``trapezoid``, a plateau and a linear decay over the
+            last ``decay_share`` of the steps, or ``cosine``, half a cosine.
+        floor: the final learning rate, as a share of the highest.
+        ema_decay: of the moving averages of the parameters, which are the result; 0 for none.
+        compile_blocks: compile the blocks given to ``train``.
     """
 
     steps: int
@@ -68,14 +68,14 @@ class Recipe:
 
 class Loss(NamedTuple):
     total: Tensor  # a single number
-    parts: Mapping[str, Tensor]  # single numbers, for the log: the mean over the steps that have them
+    parts: Mapping[str, Tensor]  # single numbers for the log, averaged over the steps that have them
 
 
 class Masters:
-    """Parameters in float32, which the optimizer changes, of a model that computes in ``dtype``.
+    """Float32 master weights, which the optimizer updates, of a model that computes in ``dtype``.
 
-    Layers with buffers, such as batch normalization, compute in float32 themselves. Where the model computes in
-    float32, its parameters are the masters: there is no copy.
+    Layers with buffers, such as batch normalization, stay in float32. If the model computes in float32, its parameters
+    are the masters, without a copy.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
@@ -87,7 +87,7 @@ class Masters:
                     parameter.data = parameter.data.to(dtype)
 
     def take_gradients(self) -> None:
-        """Move them from the model to the masters; a parameter that took no part has a gradient of zero."""
+        """Move the gradients from the model to the masters; unused parameters have a gradient of zero."""
         for name, parameter in self.working.items():
             master, gradient = self.named[name], parameter.grad
             master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
@@ -95,14 +95,14 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the model the masters' values."""
+        """Copy the masters' values into the model."""
         cast = [(p, self.named[name]) for name, p in self.working.items() if p.dtype != torch.float32]
         if cast:
             torch._foreach_copy_([p for p, _ in cast], [master for _, master in cast])
 
     @contextlib.contextmanager
     def replaced_by(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Meanwhile the model holds other values in float32: these tensors themselves, which are not copied."""
+        """Within the block, the model holds these float32 tensors themselves as its parameters."""
         kept = {name: parameter.data for name, parameter in self.working.items()}
         try:
             for name, parameter in self.working.items():
@@ -114,7 +114,7 @@ class Masters:
 
 
 def make_optimizers(named: Mapping[str, Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon, if the recipe has it, for the matrices inside of blocks; AdamW for all else, without decay of vectors."""
+    """Muon, if the recipe says so, for matrices inside blocks; AdamW for the rest, without weight decay of vectors."""
     matrices = {name for name, p in named.items() if recipe.optimizer == "muon" and _is_hidden_matrix(name, p)}
     rest = [p for name, p in named.items() if name not in matrices]
     groups = [
@@ -126,18 +126,18 @@ def make_optimizers(named: Mapping[str, Tensor], recipe: Recipe) -> list[torch.o
     return [Muon(hidden, weight_decay=recipe.weight_decay), adamw] if hidden else [adamw]
 
 
-#: What the lists of blocks are called: ours, T5's, those of transformers' vision and language models.
+#: The names of lists of blocks: ours, T5's, those of transformers' vision and language models.
 _BLOCKS = (".transformer_blocks.", ".block.", ".blocks.", ".layers.")
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether it maps hidden states to hidden states; tables and input and output layers do not."""
+    """Whether it maps hidden states to hidden states, unlike embeddings, input and output layers."""
     inside = any(blocks in f".{name}" for blocks in _BLOCKS)
     return inside and parameter.ndim == 2 and name.endswith(".weight") and "relative_attention_bias" not in name
 
 
 class Run:
-    """What a training changes. The models compute in ``fast_dtype`` from here on."""
+    """The mutable state of a training run. From here on, the models compute in ``fast_dtype``."""
 
     def __init__(self, models: nn.Module, recipe: Recipe):
         self.models, self.device = models, next(models.parameters()).device
@@ -153,15 +153,15 @@ class Run:
         return {**self.masters.named, **buffers}
 
     def save(self, path: Path, step: int) -> None:
-        """Write the state after so many steps."""
+        """Write the state after ``step`` steps."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         save_state(path, {"models": self._tensors(), "ema": self.ema.shadow, "optimizers": optimizers, "step": step})
 
     def load(self, path: Path) -> int:
-        """Read a state, and return how many steps it has done.
+        """Load a state and return its number of steps.
 
         Raises:
-            CheckpointError: it is damaged, or of another training.
+            CheckpointError: the file is damaged or belongs to another training run.
         """
         state = load_state(path)
         step = whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
@@ -180,17 +180,17 @@ def train(
     check: Callable[[int], Mapping[str, float]] | None = None,
     blocks: Sequence[nn.Module] = (),
 ) -> None:
-    """Train in place, resuming from ``folder/state.pt`` if it exists. The models end as their averages, in float32.
+    """Train in place, resuming from ``folder/state.pt`` if it exists. The result is the averages, in float32.
 
     Args:
-        models: computes in ``fast_dtype`` meanwhile.
-        loss: a function of the step and its random numbers, and of nothing that the last step left but ``models``.
-        check: called before each save with the number of steps done, while the models hold their averages; what it
-            returns is logged.
-        blocks: those that may be compiled.
+        models: compute in ``fast_dtype`` during training.
+        loss: a function of the step, its random numbers and ``models``, and of nothing else that changes.
+        check: called before each save with the number of steps done, while the models hold their averages; its result
+            is logged.
+        blocks: modules that may be compiled.
 
     Raises:
-        CheckpointError: the state is damaged, or of another training.
+        CheckpointError: the state is damaged or belongs to another training run.
         OutputError: the state or the log cannot be written.
     """
     blocks = blocks if recipe.compile_blocks else ()
@@ -223,7 +223,7 @@ def train(
             for name, value in {"loss": total, "norm": norm, **parts}.items():
                 window.setdefault(name, []).append(value.detach())
             saves = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
-            if saves or (step + 1) % recipe.log_every == 0:  # a save ends the window, which is no part of the state
+            if saves or (step + 1) % recipe.log_every == 0:  # the window is not part of the state
                 values = {name: float(torch.stack(several).mean()) for name, several in window.items()}
                 window.clear()
                 if saves and check is not None:

@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are orthogonalised (K. Jordan, 2024), on any processor.
+"""Muon: momentum with orthogonalized matrices (K. Jordan, 2024), on any processor.
 
-``torch.optim.Muon`` iterates in bfloat16, which takes minutes for a step where the processor does not multiply it. This
-one computes the same in the dtype that the machine is fast in; states are interchangeable.
+``torch.optim.Muon`` iterates in bfloat16; without native bfloat16 products, a step takes minutes. This one computes the
+same in the fastest dtype of the machine. Their states are interchangeable.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..nn.machine import fast_dtype
 
-#: The odd quintic a x + b x³ + c x⁵ whose iteration brings singular values near 1.
+#: Of the odd quintic a x + b x³ + c x⁵, whose iteration brings singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -22,7 +22,7 @@ ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """For matrices that map hidden states to hidden states.
 
-    Steps have the size of AdamW's (2502.16982, eq. 4), so that both take the same learning rate.
+    Updates are scaled to the size of AdamW's (2502.16982, eq. 4), so that both use the same learning rate.
 
     Args:
         params: tensors [out, in].
@@ -41,14 +41,14 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                update = orthogonalized(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov's
                 size = 0.2 * max(parameter.shape) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * size)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations."""
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Approximately U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     x = matrix.to(fast_dtype(matrix.device))
     x = x / x.norm().clamp(min=1e-7)  # singular values of at most 1

@@ -1,6 +1,6 @@
-"""Training of GLM-Image's prior: the language model that reads a prompt and generates an image's tokens.
+"""Training of GLM-Image's prior, the language model that generates an image's tokens from a prompt.
 
-Shapes: B sequences, S tokens of the longest, T target tokens.
+Shapes: B sequences, the longest of S tokens, T target tokens.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from .randomness import Randomness
 
 
 class Sequences(NamedTuple):
-    """Prompts, each followed by its target tokens, then by padding."""
+    """Prompts, each followed by its target tokens and padding."""
 
     tokens: Tensor  # [B, S]
     positions: Tensor  # [3, B, S]
     starts: Tensor  # [B], where the targets start
     targets: Tensor  # [B, T]
-    kind: str = "tokens"  # under which the log has the share of right tokens
-    weights: Tensor | None = None  # [T], how much each counts; None: all the same
+    kind: str = "tokens"  # the name in the log of the share of correct tokens
+    weights: Tensor | None = None  # [T], of the targets; None: equal
 
 
 def join(
     prompts: Sequence[Tensor], positions: Sequence[Tensor], targets: Tensor, offsets: Tensor, padding: int, kind: str
 ) -> Sequences:
-    """One batch of several prompts.
+    """Combine prompts into one batch.
 
     Args:
-        prompts: of each, tokens [its length].
-        positions: of each, [3, its length].
+        prompts: the tokens [length] of each.
+        positions: [3, length] of each.
         targets: [B, T].
-        offsets: [3, T], the positions of targets after the end of their prompt.
-        padding: the token that fills shorter ones up.
+        offsets: [3, T], the positions of targets relative to the end of their prompt.
+        padding: the token to pad with.
     """
     batch, count = targets.shape
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = -(-(int(lengths.max()) + count) // 16) * 16  # few lengths, for each of which layers are compiled
+    longest = -(-(int(lengths.max()) + count) // 16) * 16  # few different lengths, as layers are compiled for each
     tokens = torch.full((batch, longest), padding)
     places = torch.zeros(3, batch, longest, dtype=torch.long)
     for row, (prompt, place) in enumerate(zip(prompts, positions, strict=True)):
@@ -54,12 +54,12 @@ def join(
 
 
 def scores(model: Any, sequences: Sequences) -> Tensor:
-    """The logits of the targets' places, [B, T, vocabulary], of transformers' model."""
+    """The logits [B, T, vocabulary] of the targets, from transformers' model."""
     language = model.model.language_model
     x = language.embed_tokens(sequences.tokens)  # [B, S, H]
     rotary = language.rotary_emb(x, sequences.positions)
     length = x.shape[1]
-    later = x.new_full((1, 1, length, length), -torch.inf).triu(1)  # which no token sees
+    later = x.new_full((1, 1, length, length), -torch.inf).triu(1)  # no token attends to these
     for layer in language.layers:
         x = layer(x, position_embeddings=rotary, attention_mask=later)
     count = sequences.targets.shape[1]
@@ -70,7 +70,7 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
 
 
 def errors(model: Any, batch: Sequences) -> tuple[Tensor, Tensor]:
-    """The mean error of the targets, in nats, and the share of those that are the likeliest tokens."""
+    """The mean cross-entropy of the targets, in nats, and the share of targets that are the most likely token."""
     logits = scores(model, batch).float()  # [B, T, V]
     wrong = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
     right = (logits.detach().argmax(-1) == batch.targets).float()
@@ -86,12 +86,12 @@ def train_prior(
 
     Args:
         model: transformers' ``GlmImageForConditionalGeneration``.
-        batch: that of a step.
-        unseen: batches that training does not see: with every save the log has the share of their tokens that is right,
-            by kind. Where it is smaller than that of training, training lacks data.
+        batch: step -> its batch.
+        unseen: validation batches; the share of correct tokens is logged with every save, by kind. If it is lower than
+            in training, there is too little data.
     """
     language = model.model.language_model
-    # Without its rotary table, whose frequencies bfloat16 would spoil.
+    # Without its rotary table: bfloat16 is too coarse for its frequencies.
     models = nn.ModuleDict(
         {"embed": language.embed_tokens, "layers": language.layers, "norm": language.norm, "head": model.lm_head}
     )
@@ -108,7 +108,7 @@ def train_prior(
         return {kind: float(torch.stack(several).mean()) for kind, several in right.items()}
 
     way = language.config._attn_implementation
-    language.set_attn_implementation("eager")  # whose backward takes half as long on a CPU as that of torch's own
+    language.set_attn_implementation("eager")  # its backward pass takes half the time of torch's own on a CPU
     try:
         train(models, loss, recipe, folder, check if unseen else None, list(language.layers))
     finally:

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a place in the training, so that a run's state is the number of a step."""
+"""Random numbers as functions of (seed, step, index in the batch), so that the state of a run is a step number."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 class Randomness:
-    """The random numbers of one step. Those of a sample depend on the seed, the step and its place in the batch alone.
+    """The random numbers of one step. Those of a sample depend only on the seed, the step and its index in the batch.
 
-    Each sample has a counter-based generator of its own (Philox, Salmon et al. 2011), so a batch gets the same numbers
-    whole or in shares.
+    Each sample has its own counter-based generator (Philox, Salmon et al. 2011), so the numbers do not change when a
+    batch is split between processes.
 
     Args:
         seed: at least 0.
-        first: the place in the global batch of the first sample of this share.
-        batch: the size of the global batch; if not given, this share is all of it.
+        first: the index of this process's first sample in the global batch.
+        batch: the size of the global batch, if it is split.
     """
 
     def __init__(self, seed: int, step: int, first: int = 0, batch: int | None = None):
         self.first, self.batch = first, batch
         self._sample = functools.cache(lambda place: _generator(seed, step, place))
-        #: For what the samples of a batch share; the same in every share of it.
+        #: For random numbers of the whole batch; the same in all processes.
         self.shared = _generator(seed, step, None)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
@@ -37,11 +37,11 @@ class Randomness:
         return torch.from_numpy(np.stack([each.random(shape[1:], np.float32) for each in self._all(shape)]))
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
-        """Numbers [B, ...] of 0 to ``high`` - 1, int64."""
+        """Numbers [B, ...] from 0 to ``high`` - 1, int64."""
         return torch.from_numpy(np.stack([each.integers(high, size=shape[1:]) for each in self._all(shape)]))
 
     def stratified(self, count: int) -> Tensor:
-        """Numbers [B] in [0, 1], one in each of as many equal intervals as the global batch has samples."""
+        """Numbers [B] in [0, 1], one in each of N equal intervals, where N is the size of the global batch."""
         places = self.first + torch.arange(count)
         return (places + self.uniform([count])) / (self.batch or count)
 
@@ -50,7 +50,7 @@ class Randomness:
 
 
 def seed_torch(seed: int, step: int, device: torch.device) -> None:
-    """Seed torch's own generators for a step: dropout and the like use them."""
+    """Seed torch's global generators for a step, which dropout and the like use."""
     number = int(_generator(seed, step, None).integers(2**63))
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
@@ -58,6 +58,6 @@ def seed_torch(seed: int, step: int, device: torch.device) -> None:
 
 
 def _generator(seed: int, step: int, place: int | None) -> np.random.Generator:
-    # The generator counts in the first word of the counter.
+    # Philox itself advances the first word of the counter.
     counter = [0, 0, step, 1] if place is None else [0, place, step, 0]
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))

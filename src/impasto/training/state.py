@@ -1,4 +1,4 @@
-"""The state of a training run on disk: written whole or not at all, read without running code, checked before use."""
+"""The state of a training run on disk: written atomically, read without running code, checked before use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files import append_line, make_folder, write_file
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and dicts of them; an interrupted save leaves the last state as it was.
+    """Write tensors, numbers and dicts of them; an interrupted save leaves the previous state intact.
 
     Raises:
         OutputError: the file cannot be written.
@@ -31,9 +31,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read what ``save_state`` wrote.
 
     Raises:
-        CheckpointError: the file is damaged, or holds anything but tensors, numbers, texts and dicts or lists of them.
+        CheckpointError: the file is damaged, or holds anything but tensors, numbers, strings, and dicts or lists of
+            them.
     """
-    if not path.is_file():  # reading a pipe would wait for ever
+    if not path.is_file():  # reading a pipe would block
         raise CheckpointError(f"{path} is not a file; remove it to start again")
     state = load_pickle(path, "Delete it to start again")
     if not isinstance(state, dict):
@@ -45,13 +46,13 @@ def section(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One of the dicts of a state.
 
     Raises:
-        CheckpointError: it is missing: the state is of another training, or of an earlier version.
+        CheckpointError: it is missing, as the state belongs to another training run or an earlier version.
     """
     found = state.get(name)
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} is the state of another training, or of an earlier version: it has no {name!r} as this one saves "
-            f"it. Continue it with the script that wrote it, or delete it to start again"
+            f"{path} is the state of another training run or an earlier version: it has no valid {name!r}. "
+            f"Continue it with the script that wrote it, or delete it to start again"
         )
     return found
 
@@ -60,7 +61,7 @@ def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor]) -
     """Copy stored tensors into those of the same names, all or none.
 
     Raises:
-        CheckpointError: tensors are missing, left over, or have other shapes; the message names the first.
+        CheckpointError: tensors are missing, unexpected or misshapen; the message names the first.
     """
     faults = [f"lacks {name}" for name in into if name not in stored]
     for name, tensor in stored.items():
@@ -73,23 +74,22 @@ def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor]) -
             faults.append(f"has {name} as {tensor.layout} of {tensor.dtype}, and this model as {into[name].dtype}")
     if faults:
         raise CheckpointError(
-            f"{path} is the state of another model: it {faults[0]}. "
-            f"Train the model that it belongs to, or delete it to start again"
+            f"{path} is the state of another model: it {faults[0]}. Train that model, or delete it to start again"
         )
     with torch.no_grad():
         for name, tensor in stored.items():
             into[name].copy_(tensor)
 
 
-#: What the optimizers here remember of each parameter.
+#: The optimizers' state of a parameter.
 _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stored: Any) -> None:
-    """Load the moments of optimizers; rates, decays and the like are those of this training.
+    """Load the moments of optimizers, and keep their present learning rates and other settings.
 
     Raises:
-        CheckpointError: they are of other parameters or other optimizers.
+        CheckpointError: they belong to other parameters or other optimizers.
     """
     try:
         for optimizer, state in zip(optimizers, stored, strict=True):
@@ -114,7 +114,7 @@ def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stor
 
 
 def append_log(path: Path, **values: float) -> None:
-    """Add one line to a JSONL log, in one piece, without rounding.
+    """Append one line to a JSONL log, in one write, without rounding.
 
     Raises:
         OutputError: it cannot be written.
@@ -124,7 +124,7 @@ def append_log(path: Path, **values: float) -> None:
 
 
 def trim_log(path: Path, step: int) -> None:
-    """Remove what a resumed run is going to log again: lines beyond ``step``, and half a line at the end."""
+    """Remove what a resumed run will log again: lines beyond ``step``, and a partial last line."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -140,4 +140,4 @@ def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf if line.startswith(b'{"step"') else -math.inf  # damaged; or not one of ours
+        return math.inf if line.startswith(b'{"step"') else -math.inf  # damaged, or not one of ours

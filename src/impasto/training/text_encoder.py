@@ -1,7 +1,7 @@
-"""A warm start for a small text encoder: learn to answer what the caption says.
+"""A warm start for a small text encoder, which learns to answer questions about the caption.
 
-Before the denoiser can bind a colour to its shape, the text must. Slots with learned queries read the encoder's output
-the way that cross-attention will, and answer a few questions each. Reader and answers are discarded afterwards.
+The denoiser can bind a color to its shape only if the text does. Slots with learned queries read the encoder's output
+as cross-attention will, and answer a few questions each. Reader and answers are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def warm_start(
     """Train in place, resuming from ``folder/state.pt`` if it exists. The log has the share of ``right`` answers.
 
     Args:
-        batch: that of a step.
+        batch: step -> its batch.
     """
 
     def loss(step: int, random: Randomness) -> Loss:

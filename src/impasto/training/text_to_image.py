@@ -27,15 +27,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class TextToImageRecipe(Recipe):
-    """How to train.
+    """The training recipe.
 
-    ``prediction_type``: where noise is high, which decides what is where in which colour, a prediction of the noise
-    must be many times more exact than bfloat16 is to say anything about the image; a prediction of the velocity need
-    not be (2202.00512, appendix D). ``max_weight`` bounds the weight 1 / ᾱ_t of the noise's error, which makes all
-    noise levels count as they do in the velocity's error.
-
-    ``label_weight`` is that of what block ``label_block`` must know of each latent, where batches have labels. It falls
-    with the learning rate: in the end the image alone counts.
+    Attributes:
+        prediction_type: at high noise, where layout and colors are decided, a prediction of the noise has to be far
+            more precise than bfloat16; a prediction of the velocity does not (2202.00512, appendix D).
+        max_weight: the upper bound of the weight 1 / ᾱ_t of the noise error, with which noise levels count as in the
+            velocity error.
+        label_weight: of the loss of ``LabelHead`` on block ``label_block``, if batches have labels. It decays with the
+            learning rate.
     """
 
     batch_size: int = 64  # a multiple of 4
@@ -49,11 +49,11 @@ class TextToImageRecipe(Recipe):
 
 
 class LabelHead(nn.Module):
-    """What a block in the middle of the transformer knows of each latent: a linear reader of its tokens.
+    """A linear head that predicts the labels of each latent from the tokens of a block in the middle.
 
-    The denoiser finds out late which of two solids has which colour, because that is a small part of its loss. Asked
-    directly, it must look it up in the text and carry it to the right place (in the manner of REPA, 2410.06940, with
-    what the renderer knows instead of another network's features). Discarded after training.
+    The denoiser learns late which of two solids has which color, as that is a small part of its loss. This loss asks
+    for it directly (like REPA, 2410.06940, with labels from the renderer instead of the features of another network).
+    The head is discarded after training.
     """
 
     def __init__(self, transformer: PixArtTransformer2DModel, block: int, classes: Sequence[int]):
@@ -68,7 +68,7 @@ class LabelHead(nn.Module):
         self.tokens = output if module.training else None
 
     def forward(self, labels: Tensor) -> Tensor:
-        """The sum over questions of the cross-entropy [B] of labels [B, questions, H, W], for the last batch."""
+        """The cross-entropy [B] of labels [B, questions, H, W] for the last batch, summed over questions."""
         assert self.tokens is not None
         height, width = labels.shape[-2] // self.patch_size, labels.shape[-1] // self.patch_size
         answers = unpatchify(self.read(self.tokens), height, width, self.patch_size)  # [B, sum of classes, H, W]
@@ -83,8 +83,8 @@ class LabelHead(nn.Module):
 def initialize(transformer: PixArtTransformer2DModel) -> None:
     """Initialize as DiT (2212.09748, section 3.2) and PixArt-α: the gates make every block the identity.
 
-    The caption projection preserves variance instead of using DiT's deviation of 0.02: from few channels that would
-    leave the text so faint that attention to it stays uniform for thousands of steps.
+    The caption projection preserves variance instead of using DiT's standard deviation of 0.02, with which a text of
+    few channels would be so faint that attention to it stays uniform for thousands of steps.
     """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -111,14 +111,14 @@ def train_text_to_image(
     folder: Path,
     check: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train both in place, resuming from ``folder/state.pt`` if it exists. They end as their averages.
+    """Train both models in place, resuming from ``folder/state.pt`` if it exists. The result is their averages.
 
     Args:
-        batch: that of a step.
-        empty: ``input_ids`` and ``attention_mask``, each [M], of the empty caption, which replaces a share of them.
+        batch: step -> its batch.
+        empty: ``input_ids`` and ``attention_mask``, each [M], of the empty caption, which replaces a share of captions.
         betas: the noise schedule.
-        check: called before each save with the number of steps done, while both models hold their averages; what it
-            returns is logged.
+        check: called before each save with the number of steps done, while both models hold their averages; its result
+            is logged.
     """
     models = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     head: LabelHead | None = None
@@ -148,7 +148,7 @@ def train_text_to_image(
         if head is not None and labels is not None:
             wrong = head(labels).mean()
             total = total + recipe.label_weight * recipe.rate(step) / recipe.learning_rate * wrong
-        # By quarters of t: layout and colour are decided where noise is high.
+        # By quarters of t: layout and color are decided at high noise.
         bands = weighted.detach().unflatten(0, (4, -1)).mean(1)
         names = ("t0_250", "t250_500", "t500_750", "t750_1000")
         return Loss(total, {"labels": wrong, **dict(zip(names, bands, strict=True))})
@@ -159,7 +159,7 @@ def train_text_to_image(
 
 
 def drop_captions(batch: Batch, empty: tuple[Tensor, Tensor], share: float, random: Randomness) -> Batch:
-    """Replace a share of the captions by the empty one, with its own mask, so that guidance has its other half."""
+    """Replace a share of the captions by the empty one and its mask, for classifier-free guidance."""
     ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
     dropped = random.uniform([len(ids)]) < share
     length = len(empty[0])

@@ -1,9 +1,9 @@
 """Training of a visual codebook: images to tokens, in the vision tower and quantizer of GLM-Image's prior.
 
-A tower that reads square patches as tokens, and codes of unit length, the nearest of which each token becomes. Tokens
-must contain a smaller image, and what each cell of it shows. What reads that from them is discarded.
+The tower turns square patches into tokens, each of which is replaced by the nearest of the codes, all of unit length. A
+reader, discarded afterwards, reconstructs a smaller image from the tokens, and labels of its cells.
 
-Shapes: B images, N tokens of an image, P pixels a side of a token, d channels of a code, K codes.
+Shapes: B images, N tokens per image, P pixels per side of a token, d channels of a code, K codes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class CodebookRecipe(Recipe):
-    """How to train. For ``continuous_steps`` there are no codes, which then start from ``first_batches`` of tokens."""
+    """The training recipe. After ``continuous_steps`` without codes, these start from ``first_batches`` of tokens."""
 
     continuous_steps: int = 300
     first_batches: int = 64
     pixel_weight: float = 4.0
     label_weight: float = 0.3
     commitment: float = 0.25
-    decay: float = 0.98  # of the codes' averages (1711.00937, appendix A.1)
+    decay: float = 0.98  # of the averages that define the codes (1711.00937, appendix A.1)
 
 
 class OnlineCodebook(nn.Module):
-    """Codes [K, d] of unit length, each the mean direction of the tokens that became it lately."""
+    """Codes [K, d] of unit length, each the mean direction of the tokens recently assigned to it."""
 
     codes: Tensor
     counts: Tensor
@@ -56,20 +56,20 @@ class OnlineCodebook(nn.Module):
         self.register_buffer("sums", self.codes.clone())
 
     def nearest(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., d] of unit length -> the numbers [...] of codes."""
+        """Tokens [..., d] of unit length -> the indices [...] of codes."""
         numbers: Tensor = (tokens @ self.codes.T).argmax(-1)
         return numbers
 
     def start(self, tokens: Tensor, batches: int) -> None:
-        """Start from the tokens [T, d] of so many batches: spherical k-means."""
+        """Start from the tokens [T, d] of ``batches`` batches, by spherical k-means."""
         generator = torch.Generator().manual_seed(1)
         self.codes = tokens[torch.randperm(len(tokens), generator=generator)[: len(self.codes)]].clone()
         for _ in range(10):
             self._count(tokens, 0.0)
-        self.counts, self.sums = self.counts / batches, self.sums / batches  # as much as one batch weighs
+        self.counts, self.sums = self.counts / batches, self.sums / batches  # the weight of one batch
 
     def update(self, tokens: Tensor, random: np.random.Generator) -> None:
-        """Move codes towards tokens [T, d]; one that became too rare starts again at a token."""
+        """Move codes towards tokens [T, d]; a code that is hardly used restarts at a token."""
         self._count(tokens, self.decay)
         rare = self.counts < 0.1 * len(tokens) / len(self.codes)
         lost = int(rare.sum())
@@ -89,13 +89,13 @@ class OnlineCodebook(nn.Module):
 
 
 class CodeReader(nn.Module):
-    """Reads tokens [B, N, d] of square images into smaller images and answers.
+    """Reads smaller images and answers from the tokens [B, N, d] of square images.
 
     Args:
         dim: d.
         classes: of each question.
-        side: tokens a side.
-        pixels, cells: of the smaller image and of the answers, along a side of a token.
+        side: tokens per side.
+        pixels, cells: of the smaller image and of the answers, per side of a token.
     """
 
     def __init__(self, dim: int, classes: Sequence[int], side: int, pixels: int = 8, cells: int = 4, width: int = 192):
@@ -112,23 +112,23 @@ class CodeReader(nn.Module):
         self.to_answers = nn.Linear(width, sum(classes) * cells**2)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, 3, side * pixels, side * pixels], and of each question [B, classes, side * cells, side * cells]."""
+        """[B, 3, side * pixels, side * pixels], and [B, classes, side * cells, side * cells] for each question."""
         x = self.norm(self.blocks(self.embed(tokens) + self.places))
         answers = unpatchify(self.to_answers(x), self.side, self.side, self.cells)
         return unpatchify(self.to_pixels(x), self.side, self.side, self.pixels), list(answers.split(self.classes, 1))
 
 
 def patches(pixels: Tensor, size: int) -> Tensor:
-    """Images [B, 3, H, W] -> [B, N, 3 P P], as transformers' image processor of GLM-Image lays them out."""
+    """Images [B, 3, H, W] -> [B, N, 3 P P], in the layout of transformers' image processor of GLM-Image."""
     parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
     packed: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     return packed
 
 
 def see(vision: nn.Module, pixels: Tensor) -> Tensor:
-    """transformers' ``GlmImageVisionModel`` of images [B, 3, H, W] of the size of its positions -> [B, N, D].
+    """transformers' ``GlmImageVisionModel`` on images [B, 3, H, W] of its training size -> [B, N, D].
 
-    The class goes through images one by one; here they are a batch.
+    The class handles images one by one; here they are a batch.
     """
     parts: Any = vision
     embed = parts.patch_embed
@@ -145,7 +145,7 @@ def see(vision: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def directions(model: Any, pixels: Tensor) -> Tensor:
-    """Tokens [B, N, d] of unit length in float32, before they become codes."""
+    """Tokens [B, N, d] of unit length in float32, before quantization."""
     convolution = model.vqmodel.quant_conv
     seen = see(model.visual, pixels)
     return F.normalize((seen @ convolution.weight.flatten(1).T + convolution.bias).float(), dim=-1)
@@ -159,7 +159,7 @@ def train_visual_codebook(
     Args:
         model: transformers' ``GlmImageModel``, whose ``visual`` and ``vqmodel`` are trained.
         reader: discarded afterwards.
-        batch: that of a step.
+        batch: step -> its batch.
     """
     embedding = model.vqmodel.quantize.embedding
     book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, recipe.decay)
@@ -197,8 +197,8 @@ def train_visual_codebook(
 
 
 @torch.no_grad()
-def tokenise(model: Any, pixels: Tensor) -> Tensor:
-    """Images [B, 3, H, W] -> the numbers [B, N] of their codes."""
+def tokenize(model: Any, pixels: Tensor) -> Tensor:
+    """Images [B, 3, H, W] -> the indices [B, N] of their codes."""
     codes = F.normalize(model.vqmodel.quantize.embedding.weight.float(), dim=-1)
     numbers: Tensor = (directions(model, pixels) @ codes.T).argmax(-1)
     return numbers

@@ -1,8 +1,8 @@
-"""sentencepiece's table of replacements: a trie over bytes, and the texts that its leaves point to.
+"""sentencepiece's table of replacements: a trie over bytes, and the strings that its leaves point to.
 
-The library that reads it follows every offset without looking: one that leads out of the table ends the process, or a
-later call. So the trie is walked here once. Its layout is that of Darts-clone: a unit of 32 bits has a label, an offset
-to its children, and whether a leaf, which holds a value, is the first of them.
+The library that reads it does not check offsets: one outside the table crashes the process, possibly later. So the trie
+is validated here. Its layout is that of Darts-clone: a unit of 32 bits has a label, an offset to its children, and a
+flag for whether the first of them is a leaf, which holds a value.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-#: Bytes that one character may become: the longest of Unicode's compatibility forms takes 33.
+#: The most bytes that may replace a character; Unicode's longest compatibility form has 33.
 MOST_GROWTH = 64
 
 _Units = NDArray[np.int64]
 
 
 def fault_of_charsmap(table: bytes) -> str | None:
-    """What is wrong with a table of replacements; None if it can be used. An empty one replaces nothing."""
+    """What is wrong with a table of replacements, or None. An empty table is valid."""
     if not table:
         return None
     size = int.from_bytes(table[:4], "little")
     if len(table) < 4 or size % 4 or not 4 <= size <= len(table) - 4:
-        return f"its trie has {size} bytes, of {len(table)}"
+        return f"its trie has {size} bytes, and the table {len(table)}"
     units = np.frombuffer(table, "<u4", size // 4, offset=4).astype(np.int64)
     targets = _targets(units)
     if targets is None:
@@ -39,14 +39,14 @@ def fault_of_charsmap(table: bytes) -> str | None:
         return "its trie points into the middle of a character"
     ends = np.append(np.flatnonzero(values == 0), len(values))
     lengths = ends[np.searchsorted(ends, targets)] - targets
-    return f"it makes {lengths.max()} bytes of a character" if (lengths > MOST_GROWTH).any() else None
+    return f"it replaces a character by {lengths.max()} bytes" if (lengths > MOST_GROWTH).any() else None
 
 
 def _targets(units: _Units) -> _Units | None:
-    """The values of all leaves that can be reached; None if a node's children would lie outside."""
+    """The values of all reachable leaves; None if a node's children would lie outside."""
     labels = units & 0x800000FF
     places = np.flatnonzero((labels >= 1) & (labels <= 255))
-    origins = places ^ labels[places]  # a child lies at the offset of its node, changed by its label
+    origins = places ^ labels[places]  # the index of a child: the offset of its node XOR its label
     order = np.argsort(origins, kind="stable")
     places, origins = places[order], origins[order]
     seen = np.zeros(len(units), bool)

@@ -1,6 +1,6 @@
-"""What the configs of transformers' models and processors may say: the keys that are known, with types and ranges.
+"""The known keys of configs of transformers' models and processors, with types and ranges.
 
-A key that is not listed here has no effect, at any level: a checkpoint cannot choose code, files or kernels.
+Keys that are not listed here are ignored at every level, so a checkpoint cannot choose code, files or kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...errors import CheckpointError, ConfigurationError
 from ..config import read_json
 from ..values import Bounds, Count, Epsilon, Patch, Share, Tokens, check
 
-#: Key -> the type of its value, or the table of an object.
+#: Key -> the type of its value, or the table of a nested object.
 Table = Mapping[str, Any]
 
 Layers = Annotated[int, Bounds(1, 1000)]
@@ -27,7 +27,7 @@ Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 Colours = Annotated[Sequence[Annotated[float, Bounds(-10, 10)]], Bounds(3, 3)]
 Spreads = Annotated[Sequence[Annotated[float, Bounds(1e-3, 10)]], Bounds(3, 3)]
 Pixels = Annotated[int, Bounds(1, 2**24)]
-#: Patches to a token, along a side or in time.
+#: Patches per token, in space or time.
 Merge = Annotated[int, Bounds(1, 8)]
 
 T5: Table = {
@@ -75,7 +75,7 @@ GLM_IMAGE: Table = {
         "attention_dropout": Share,
         "attention_bias": bool,
         "rope_parameters": _ROPE,
-        "rope_scaling": _ROPE,  # the same, as transformers 4 wrote it, next to the following two
+        "rope_scaling": _ROPE,  # the same in transformers 4, in addition to the next two
         "rope_theta": _ROPE["rope_theta"],
         "partial_rotary_factor": Share,
         "pad_token_id": TokenId | None,
@@ -169,7 +169,7 @@ _TORCHAO: Table = {
     "include_input_output_embeddings": bool,
     "untie_embedding_weights": bool,
 }
-#: What the settings of a method of torchao may hold.
+#: The classes allowed in settings of torchao.
 _TORCHAO_TYPES = (
     "torch.dtype",
     "PerTensor",
@@ -196,13 +196,13 @@ def read_values(path: Path, table: Table) -> dict[str, Any]:
 
     Raises:
         ConfigurationError: a value is of another type or out of its range; the message names the file and the key.
-        CheckpointError: no JSON file.
+        CheckpointError: not a JSON file.
     """
     return known_values(f"{path}: ", read_json(path), table)
 
 
 def known_values(where: str, content: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    """The known values of an object, each checked. ``where`` comes in front of a key's name in messages."""
+    """The known values of an object, checked. In messages, ``where`` precedes the name of a key."""
     found = {}
     for key in table.keys() & content.keys():
         hint, value = table[key], content[key]
@@ -216,10 +216,10 @@ def known_values(where: str, content: Mapping[str, Any], table: Table) -> dict[s
 
 
 def read_image_settings(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """How a processor prepares images. ``where`` comes in front of a key's name in messages.
+    """How a processor prepares images. In messages, ``where`` precedes the name of a key.
 
     Raises:
-        ConfigurationError: a value is of another type or out of its range, or the smallest size is above the largest.
+        ConfigurationError: a value has the wrong type or range, or the smallest size is above the largest.
     """
     values = known_values(where, content, IMAGES)
     found = {key: value for key, value in values.items() if value not in (None, {})}
@@ -232,17 +232,17 @@ def read_image_settings(where: str, content: Mapping[str, Any]) -> dict[str, Any
     if edges[0] > edges[1]:
         raise ConfigurationError(
             f"{where}the smallest size (min_pixels, or size.shortest_edge) must not be above the largest (max_pixels, "
-            f"or size.longest_edge), and they are {edges[0]} and {edges[1]}"
+            f"or size.longest_edge), but they are {edges[0]} and {edges[1]}"
         )
     return found
 
 
 def read_model_config(path: Path, table: Table, model_types: Sequence[str]) -> dict[str, Any]:
-    """The arguments of a model's config in transformers: known values, the dtype and how it was quantized.
+    """The arguments of a transformers config: known values, the dtype and the quantization.
 
     Raises:
-        ConfigurationError: a value of another type, out of its range, or that does not fit another one.
-        CheckpointError: no JSON file, the config of another model, or a quantization that is not known.
+        ConfigurationError: a value has the wrong type or range, or contradicts another.
+        CheckpointError: not a JSON file, the config of another model, or an unknown quantization.
     """
     content = read_json(path)
     model_type = content.get("model_type", model_types[0])
@@ -252,7 +252,7 @@ def read_model_config(path: Path, table: Table, model_types: Sequence[str]) -> d
             f"not {shown(model_type)}"
         )
     values = known_values(f"{path}: ", content, table)
-    if values.get("text_config", {}).get("pad_token_id", 0) is None:  # for transformers none is one that is not there
+    if values.get("text_config", {}).get("pad_token_id", 0) is None:  # transformers represents None by a missing value
         del values["text_config"]["pad_token_id"]
     dtype = check(f"{path}: dtype", content.get("dtype", content.get("torch_dtype")), Dtype | None)
     _check_relations(path, values)
@@ -264,7 +264,7 @@ def _check_relations(path: Path, values: Mapping[str, Any]) -> None:
     if "relative_attention_num_buckets" in values or "relative_attention_max_distance" in values:
         buckets = values.get("relative_attention_num_buckets", 32)
         distance = values.get("relative_attention_max_distance", 128)
-        if distance <= buckets // 4:  # the near half of the buckets of a direction count one position each
+        if distance <= buckets // 4:  # half of the buckets of a direction hold one position each
             raise ConfigurationError(
                 f"{path}: relative_attention_max_distance must be above {buckets // 4}, a quarter of "
                 f"relative_attention_num_buckets, not {distance}"
@@ -277,7 +277,7 @@ def _check_relations(path: Path, values: Mapping[str, Any]) -> None:
         part = values.get(name, {})
         if part.get(divisor) and part.get(whole) and part[whole] % part[divisor]:
             raise ConfigurationError(
-                f"{path}: {name}.{divisor} must divide {whole}, and {part[divisor]} does not divide {part[whole]}"
+                f"{path}: {name}.{divisor} must divide {whole}, but {part[divisor]} does not divide {part[whole]}"
             )
     text = values.get("text_config", {})
     rope = text.get("rope_parameters", {})
@@ -295,7 +295,7 @@ def _check_relations(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _quantization(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the weights were quantized, None if they were not."""
+    """How the weights are quantized; None if they are not."""
     given = content.get("quantization_config")
     if given is None:
         return None
@@ -304,7 +304,7 @@ def _quantization(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | No
     method = given.get("quant_method")
     if not isinstance(method, str) or method not in _QUANTIZATIONS:
         raise CheckpointError(
-            f"{path}: quantization_config has the quant_method {shown(method)}; known are "
+            f"{path}: quantization_config has the unknown quant_method {shown(method)}; known are "
             f"{', '.join(_QUANTIZATIONS)}. Load an unquantized checkpoint and call impasto.quantize"
         )
     values = known_values(f"{path}: quantization_config.", given, _QUANTIZATIONS[method])
@@ -314,8 +314,8 @@ def _quantization(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def _require_plain(where: str, value: Any, depth: int = 0) -> None:
-    """Refuse what holds anything but numbers, texts, booleans and null, nested a little, or an object of a class that
-    is not known: torchao calls what it finds under the name."""
+    """Raise unless it consists of numbers, strings, booleans and null, slightly nested, and of known classes: torchao
+    calls the classes that are named."""
     if isinstance(value, Mapping) and depth < 4 and len(value) <= 100:
         if value.get("_type", "torch.dtype") not in _TORCHAO_TYPES:
             raise CheckpointError(
@@ -324,4 +324,4 @@ def _require_plain(where: str, value: Any, depth: int = 0) -> None:
         for key, item in value.items():
             _require_plain(f"{where}.{printable(key)}", item, depth + 1)
     elif value is not None and not isinstance(value, bool | int | float | str):
-        raise ConfigurationError(f"{where} must be a number, a text, true, false or null, not {shown(value)}")
+        raise ConfigurationError(f"{where} must be a number, a string, true, false or null, not {shown(value)}")

@@ -1,4 +1,4 @@
-"""What transformers, tokenizers and the Rust below them raise and print, as errors of ours."""
+"""Turn the errors and output of transformers, tokenizers and their Rust code into our errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ...errors import CheckpointError, ImpastoError, MissingDependencyError
 
 @contextmanager
 def translated(what: str, path: Path, *, quantized: bool = False, done: str = "loaded") -> Iterator[None]:
-    """Whatever the libraries raise is an error of ours. They advise what does not help here, so little is quoted.
+    """Translate everything the libraries raise. Their advice does not apply here, so little is quoted.
 
-    ``path`` cannot be ``done`` as ``what``, it says.
+    The message says that ``path`` cannot be ``done`` as ``what``.
     """
     try:
         yield
@@ -29,10 +29,10 @@ def translated(what: str, path: Path, *, quantized: bool = False, done: str = "l
         if not quantized:
             raise CheckpointError(f"{path} cannot be {done} as {what}. Download or save it again.") from error
         raise MissingDependencyError(
-            f"{path} is quantized, and the library that reads it is not installed: pip install 'impasto[quantize]'"
+            f"{path} is quantized, but the library for it is not installed: pip install 'impasto[quantize]'"
         ) from error
     except BaseException as error:
-        # A panic of a Rust library derives from BaseException alone, and its class is not importable.
+        # A panic of a Rust library derives from BaseException directly, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if is_out_of_memory(error):
@@ -43,7 +43,7 @@ def translated(what: str, path: Path, *, quantized: bool = False, done: str = "l
 
 
 def _fault(error: BaseException) -> str:
-    """The first sentence of an error, or the name of its class if that gives advice or is long."""
+    """The first sentence of an error, or the name of its class if the sentence is long or gives advice."""
     first = next(iter(str(error).strip().splitlines()), "").split(". ")[0]
     advice = re.search(
         r"install|please|weights_only|ignore_mismatched|trust_remote|https?:|make sure|`|you ", first, re.I
@@ -53,13 +53,13 @@ def _fault(error: BaseException) -> str:
 
 #: Held while a tokenizer works: the truncation of a call stays in it until the next, which may be another thread's.
 TOKENIZING = threading.Lock()
-#: A process has one standard error.
+#: A process has only one standard error.
 _one_at_a_time = threading.Lock()
 
 
 @contextmanager
 def held_back_stderr() -> Iterator[None]:
-    """Keep back what is printed to standard error, by Rust too, and print it only if nothing is raised."""
+    """Hold back standard error, including that of Rust code, and print it only if nothing is raised."""
     with ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
         try:

@@ -1,8 +1,8 @@
-"""The one place where transformers loads anything: text encoders, GLM-Image's prior, tokenizers and its processor.
+"""The only place where transformers loads anything: text encoders, GLM-Image's prior, tokenizers and its processor.
 
-It loads explicit classes only, and sees what was read and checked here: a config of known values, tensors of known
-names and shapes, and a tokenizer's files in a folder of ours. So nothing in a checkpoint can choose code, a file
-elsewhere or a kernel, and what is damaged is an error of ours.
+It loads explicit classes only, from data that was read and checked here: a config of known values, tensors of known
+names and shapes, and a tokenizer's files in a temporary folder. So nothing in a checkpoint can choose code, other files
+or kernels, and damage raises one of our errors.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from .tokenizer_files import read_tokenizer_files
 logger = logging.getLogger("impasto")
 
 _AGAIN = "Download or save it again."
-#: Written in the languages and signs that prompts have: a tokenizer that encodes it has no broken rule.
+#: Languages and signs of prompts: encoding it exercises the rules of a tokenizer.
 _PROBE = "A red cube, 3 x 4 m: “é” ﬁ Ω ж 漢字 かな 한 ع हिन्दी 🙂\t~\n"
 
 
 class _Kind(NamedTuple):
-    """A model of transformers."""
+    """A model class of transformers."""
 
     config_class: str
     model_types: Sequence[str]
     table: configs.Table
-    #: Which values of the config count the layers whose tensors have such names.
+    #: Config value that counts layers -> the pattern of their tensors' names.
     layers: Mapping[str, str]
-    #: Names of tensors that the model leaves out.
+    #: Names of tensors that the model ignores.
     ignored: tuple[str, ...] = ()
-    #: A name -> the one that it shares its tensor with.
+    #: Name -> the name that it shares its tensor with.
     tied: Mapping[str, str] = {}
-    #: Whether tensors under other names are errors, or only reported.
+    #: Whether tensors with other names are errors or only reported.
     strict: bool = True
 
 
@@ -100,21 +100,21 @@ def class_of_transformers(name: str) -> Any:
 def load_model(
     name: str, folder: Path, dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
 ) -> nn.Module:
-    """A T5 encoder or GLM-Image's prior, in evaluation mode; ``dtype=None`` keeps what is stored.
+    """Load a T5 encoder or GLM-Image's prior, in evaluation mode; ``dtype=None`` keeps the stored dtype.
 
     Raises:
         CheckpointError: files are missing or damaged.
-        ConfigurationError: a value of config.json is of another type or out of its range.
-        WeightsMismatchError: tensors are missing, misshapen or left over.
+        ConfigurationError: a value of config.json has the wrong type or range.
+        WeightsMismatchError: tensors are missing, misshapen or unexpected.
     """
     kind = _KINDS[name]
     values, files, stored = check_model(name, folder, variant, use_safetensors)
     with translated(name, folder):
         config = class_of_transformers(kind.config_class)(**values, architectures=[name])
-    # Only loading with a dtype, and not a cast afterwards, keeps T5's sensitive weights in float32 in float16.
+    # Loading with a dtype, unlike a later cast to float16, keeps T5's sensitive weights in float32.
     options = {"dtype": "auto" if dtype is None else dtype, "generation_config": _generation(name, folder)}
     if "quantization_config" in values:
-        source: Any = folder  # the names and dtypes are those of the method, which reads the files itself
+        source: Any = folder  # the quantization method reads the files itself, with its own names and dtypes
         options |= {"variant": variant, "use_safetensors": files[0].suffix == ".safetensors"}
     else:
         expected = _expected_tensors(name, folder, config)
@@ -144,12 +144,12 @@ def load_model(
 def check_model(
     name: str, folder: Path, variant: str | None, use_safetensors: bool | None
 ) -> tuple[dict[str, Any], list[Path], Stored]:
-    """A model's config, its files and the tensors in them: all that ``load_model`` checks without transformers."""
+    """Check a model's config, files and tensors: everything that ``load_model`` checks without transformers."""
     kind, path = _KINDS[name], folder / "config.json"
     if (adapter := folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{adapter} makes this an adapter of another model, and that model would be loaded from elsewhere. "
-            f"Merge the adapter into its model and save that, or remove the file."
+            f"{adapter} makes this an adapter, whose base model would be loaded from elsewhere. "
+            f"Merge the adapter into its base model and save that, or remove the file."
         )
     values = read_model_config(path, kind.table, kind.model_types)
     files = _weight_files(folder, variant, use_safetensors)
@@ -161,7 +161,7 @@ def check_model(
 
 
 def _weight_files(folder: Path, variant: str | None, use_safetensors: bool | None) -> list[Path]:
-    """transformers names pickles otherwise than safetensors."""
+    """The weight files; transformers uses another name for pickles than for safetensors."""
     if use_safetensors is not False:
         try:
             return find_weight_files(folder, variant=variant, use_safetensors=True, stem="model")
@@ -181,32 +181,32 @@ def _generation(name: str, folder: Path) -> Any:
 
 
 def _check_layers(path: Path, values: Mapping[str, Any], kind: _Kind, stored: Stored) -> None:
-    """Before anything is built: as many layers as the weights have."""
+    """Require as many layers as the weights have, before anything is built."""
     for key, pattern in kind.layers.items():
         numbers = {int(match[1]) for name in stored if (match := re.match(pattern, name)) and len(match[1]) < 6}
         found, asked = max(numbers, default=-1) + 1, _value_at(values, key)
         if asked is not None and asked != found:
             raise WeightsMismatchError(
-                f"{path}: {key} is {asked}, and the weights have {found} layers. "
+                f"{path}: {key} is {asked}, but the weights have {found} layers. "
                 f"Weights and config.json do not belong together."
             )
 
 
 def _value_at(values: Mapping[str, Any], key: str) -> Any:
-    """``text_config.depth`` in nested values; None where there is none."""
+    """The value of a dotted key such as ``text_config.depth``, or None."""
     first, _, rest = key.partition(".")
     found = values.get(first)
     return _value_at(found, rest) if rest and isinstance(found, Mapping) else found
 
 
 def _expected_tensors(name: str, folder: Path, config: Any) -> dict[str, Tensor]:
-    """The tensors of a model of this config, on the meta device."""
+    """The tensors of a model with this config, on the meta device."""
     with translated(name, folder), torch.device("meta"):
         return dict(class_of_transformers(name)(config).state_dict())
 
 
 def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, Tensor], stored: Stored) -> None:
-    """Names, shapes and dtypes, before any tensor is read."""
+    """Check names, shapes and dtypes before any tensor is read."""
     wrong = [key for key, tensor in stored.items() if key in expected and tensor.shape != tuple(expected[key].shape)]
     if wrong:
         sizes = f"{list(stored[wrong[0]].shape)}, not {list(expected[wrong[0]].shape)}"
@@ -225,7 +225,7 @@ def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, 
     for key, tensor in stored.items():
         if key in expected and tensor.dtype not in FLOATS:
             raise WeightsMismatchError(
-                f"{tensor.file}: {listing([key])} is stored as {tensor.dtype}, and must be one of {', '.join(FLOATS)}; "
+                f"{tensor.file}: {listing([key])} is stored as {tensor.dtype}, but must be one of {', '.join(FLOATS)}; "
                 f"config.json has no quantization_config that says otherwise."
             )
 
@@ -238,7 +238,7 @@ def _mismatch(folder: Path, name: str, what: str) -> WeightsMismatchError:
 
 
 def _state(kind: _Kind, files: Sequence[Path], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the model has, memory-mapped; of a shared one, that under its own name."""
+    """The model's tensors, memory-mapped; shared ones under their main name."""
     state = {key: tensor for file in files for key, tensor in iterate_tensors(file) if key in expected}
     for twin, own in kind.tied.items():
         if twin in state:
@@ -251,16 +251,16 @@ def _state(kind: _Kind, files: Sequence[Path], expected: Mapping[str, Tensor]) -
 
 
 def load_reader(name: str, folder: Path) -> Any:
-    """A tokenizer or processor, by the name of its class in ``model_index.json``."""
+    """Load a tokenizer or processor by its class name in ``model_index.json``."""
     return load_processor(folder) if name == "GlmImageProcessor" else load_tokenizer(name.removesuffix("Fast"), folder)
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
-    """T5's or ByT5's tokenizer; ``PreTrainedTokenizerFast`` is whatever ``tokenizer.json`` describes.
+    """Load T5's or ByT5's tokenizer; ``PreTrainedTokenizerFast`` is the one that ``tokenizer.json`` describes.
 
     Raises:
         CheckpointError: files are missing or damaged.
-        ConfigurationError: a setting of another type or out of its range.
+        ConfigurationError: a setting has the wrong type or range.
     """
     vocabularies = {
         "T5Tokenizer": ("tokenizer.json", "spiece.model"),
@@ -268,7 +268,7 @@ def load_tokenizer(name: str, folder: Path) -> Any:
         "PreTrainedTokenizerFast": ("tokenizer.json",),
     }[name]
     contents = read_tokenizer_files(folder, *vocabularies)
-    if vocabularies and not contents.keys() & set(vocabularies):  # it would be made without a vocabulary
+    if vocabularies and not contents.keys() & set(vocabularies):  # transformers would build it without a vocabulary
         raise CheckpointNotFoundError(f"{folder} holds no tokenizer: expected {' or '.join(vocabularies)}. {_AGAIN}")
     with _folder_of_ours(contents) as ours, translated(name, folder), held_back_stderr():
         tokenizer = class_of_transformers(name).from_pretrained(ours, trust_remote_code=False, local_files_only=True)
@@ -281,7 +281,7 @@ def load_tokenizer(name: str, folder: Path) -> Any:
 
 @contextmanager
 def _folder_of_ours(contents: Mapping[str, bytes]) -> Iterator[str]:
-    """A folder that holds these files and nothing else, until the block ends."""
+    """A temporary folder with only these files."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="impasto-"))
@@ -289,21 +289,21 @@ def _folder_of_ours(contents: Mapping[str, bytes]) -> Iterator[str]:
                 (Path(folder) / name).write_bytes(content)
         except OSError as error:
             raise ResourceError(
-                f"temporary files cannot be written ({error.strerror or error}), of which a tokenizer needs some while "
-                f"it is loaded; free some space, or name a folder in TMPDIR"
+                f"temporary files cannot be written ({error.strerror or error}), and loading a tokenizer needs some; "
+                f"free some space, or set TMPDIR to another folder"
             ) from error
         yield folder
 
 
 def load_processor(folder: Path) -> Any:
-    """GLM-Image's processor, put together from its tokenizer and the settings of its images.
+    """Build GLM-Image's processor from its tokenizer and image settings.
 
-    Its chat template is kept as text, for saving, and never executed: the text of a prompt is built in
+    Its chat template is only kept for saving and never executed: the text of a prompt is built in
     ``models.glm_image.prior``.
 
     Raises:
         CheckpointError: files are missing or damaged.
-        ConfigurationError: a setting of another type or out of its range.
+        ConfigurationError: a setting has the wrong type or range.
     """
     images = _image_settings(folder)
     tokenizer = load_tokenizer("PreTrainedTokenizerFast", folder)
@@ -317,7 +317,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -> None:
-    """That a tokenizer, or the processor that has one, fits the model that reads its ids.
+    """Check that a tokenizer, or a processor with one, fits the model that reads its token ids.
 
     Raises:
         CheckpointError: it does not; the message names both components.
@@ -326,7 +326,7 @@ def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -
     highest = max(getattr(tokenizer, "tokenizer", tokenizer).get_vocab().values())
     if highest >= rows:
         raise CheckpointError(
-            f"the {reader} has token ids up to {highest}, and the vocabulary of the {model_name} has {rows} "
+            f"the {reader} has token ids up to {highest}, but the vocabulary of the {model_name} has {rows} "
             f"(vocab_size). They do not belong together; take both from one checkpoint."
         )
     for key, ours, theirs in (
@@ -344,7 +344,7 @@ def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -
     ):
         if ours != theirs:
             raise CheckpointError(
-                f"the {reader} has the {key} {ours}, and the {model_name} {theirs}. "
+                f"the {reader} has the {key} {ours}, but the {model_name} {theirs}. "
                 f"They do not belong together; take both from one checkpoint."
             )
 

@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes packed, checked before its compiled code, which trusts the sizes that are stored."""
+"""Checks of weights packed by bitsandbytes, whose compiled code trusts the stored sizes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MOST_BYTES = 4096
 _BITS = dict(DTYPES.values())
 
 Block = Literal[64, 128, 256, 512, 1024, 2048, 4096]
-#: What is stored next to each weight of 4 bits.
+#: What is stored with each 4-bit weight.
 _STATE: Table = {
     "quant_type": Literal["fp4", "nf4"],
     "blocksize": Block,
     "dtype": Dtype,
     "shape": Annotated[Sequence[Annotated[int, Bounds(1, 2**24)]], Bounds(2, 2)],
 }
-#: And what more, if the scales of its blocks are packed too.
+#: Additionally, if the scales of its blocks are quantized too.
 _NESTED: Table = {
     "nested_blocksize": Block,
     "nested_dtype": Dtype,
@@ -37,10 +37,10 @@ _NESTED: Table = {
 
 
 def check_bitsandbytes(files: Sequence[Path], stored: Stored) -> None:
-    """That every packed weight has what it is unpacked with, of the sizes that it needs.
+    """Check that every packed weight has the tensors needed to unpack it, in the right sizes.
 
     Raises:
-        CheckpointError: it has not; the message names the file and the tensor.
+        CheckpointError: one is missing or has another size; the message names the file and the tensor.
     """
     packed = set()
     for file in files:
@@ -53,7 +53,7 @@ def check_bitsandbytes(files: Sequence[Path], stored: Stored) -> None:
         if not name.endswith(".weight") or dtype in FLOATS or name in packed:
             continue
         if dtype != "int8" or not shape:
-            raise CheckpointError(f"{file}: {listing([name])} is stored as {dtype}, and has no quant_state. {_AGAIN}")
+            raise CheckpointError(f"{file}: {listing([name])} is stored as {dtype}, but has no quant_state. {_AGAIN}")
         _require(stored, file, f"{name.removesuffix('weight')}SCB", shape[0], "float32")
 
 
@@ -94,10 +94,10 @@ def _check_sizes(stored: Stored, file: Path, weight: str, state: Mapping[str, An
 
 
 def _require(stored: Stored, file: Path, name: str, count: int, dtype: str | None) -> None:
-    """That a tensor is there with so many values, or, if its dtype may be any, bytes."""
+    """Require a tensor of ``count`` values, or, if ``dtype`` is None, bytes."""
     tensor = stored.get(name)
     if tensor is None:
-        raise CheckpointError(f"{file}: {listing([name])} is missing, without which nothing is unpacked. {_AGAIN}")
+        raise CheckpointError(f"{file}: {listing([name])} is missing and needed to unpack the weights. {_AGAIN}")
     found = math.prod(tensor.shape) * (_BITS.get(tensor.dtype, 8) // 8 if dtype is None else 1)
     if found != count or dtype not in (None, tensor.dtype):
         raise CheckpointError(

@@ -1,6 +1,6 @@
-"""The files of a tokenizer, checked before the libraries that read them, and freed of all that could choose code.
+"""The files of a tokenizer, checked before libraries read them, without anything that could choose code.
 
-What is left is data: a vocabulary, special tokens, and rules of normalisation that cannot grow a text without bound.
+What remains is data: a vocabulary, special tokens, and normalization rules that cannot lengthen a text without bound.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .configs import Table, TokenId, known_values
 
 MOST_TOKENS = 2**22
 MOST_BYTES = 64_000_000
-#: Entries of lists and objects: each takes 100 bytes or so once it is read.
+#: Entries of lists and objects, each about 100 bytes in memory.
 MOST_ENTRIES = 2**22
 MOST_SENTENCEPIECE_BYTES = 8_000_000
-#: How many times as long all rules together may make a text.
+#: The factor by which all rules together may lengthen a text.
 MOST_GROWTH = 128
 _LONGEST = 1000  # characters of a token or a regular expression
 
@@ -57,11 +57,11 @@ _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_tokenizer_files(folder: Path, *vocabularies: str) -> dict[str, bytes]:
-    """The checked contents of a tokenizer's files by name: its settings, and those of ``vocabularies`` that are there.
+    """The checked contents of a tokenizer's files by name: its settings, and the present ones of ``vocabularies``.
 
     Raises:
-        CheckpointError: a file is damaged, or holds what no tokenizer has.
-        ConfigurationError: a setting of another type or out of its range.
+        CheckpointError: a file is damaged, or is not a tokenizer's.
+        ConfigurationError: a setting has the wrong type or range.
     """
     readers: dict[str, Callable[[Path], Any]] = {
         "tokenizer_config.json": _settings,
@@ -100,7 +100,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens with names, such as ``pad_token``, and the lists of further ones."""
+    """The named tokens, such as ``pad_token``, and the lists of others."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         if key.endswith("_token") and key.isidentifier() and key not in _SETTINGS and value is not None:
@@ -162,7 +162,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
                 f"{path}: the rules of {' and '.join(names)} may make a text more than {MOST_GROWTH} times as long; "
                 f"download or save it again"
             )
-    # Truncation and padding are those of a call, not what the last one was before the file was saved.
+    # Drop truncation and padding: they belong to a call, and the file has those of the last one.
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, **rules} | {
         "model": _model(f"{path}: model", content.get("model"))
     }
@@ -171,7 +171,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 def _model(where: str, content: Any) -> dict[str, Any]:
     given = _object(where, content)
     vocabulary = given.get("vocab")
-    kind = given.get("type", "Unigram" if isinstance(vocabulary, list) else None)  # early files do not say it
+    kind = given.get("type", "Unigram" if isinstance(vocabulary, list) else None)  # missing in early files
     if kind not in _MODELS:
         raise CheckpointError(f"{where}.type must be one of {', '.join(_MODELS)}, not {shown(kind)}")
     found = {"type": kind, **known_values(f"{where}.", given, _MODEL)}
@@ -196,35 +196,35 @@ def _model(where: str, content: Any) -> dict[str, Any]:
 
 
 def _check_pieces(where: str, pieces: Iterable[Any]) -> None:
-    """Pieces and scores: texts, each once, and finite numbers."""
+    """Check pieces, unique strings, and scores, finite numbers."""
     seen: set[str] = set()
     for i, (piece, score) in enumerate(pieces):
         if not _is_token(piece) or piece in seen:
             raise CheckpointError(
-                f"{where}[{i}] must be a piece of its own, of 1 to {_LONGEST} characters, not {shown(piece)}"
+                f"{where}[{i}] must be a unique piece of 1 to {_LONGEST} characters, not {shown(piece)}"
             )
         if type(score) not in (int, float) or not -1e9 <= score <= 1e9:
             finite(f"{where}[{i}]: the score of {shown(piece)}", score, -1e9, 1e9, error=CheckpointError)
         seen.add(piece)
     if not 3 <= len(seen) <= MOST_TOKENS:
-        raise CheckpointError(f"{where} must hold 3 to {MOST_TOKENS} pieces, and holds {len(seen)}")
+        raise CheckpointError(f"{where} must hold 3 to {MOST_TOKENS} pieces, but holds {len(seen)}")
 
 
 def _check_numbers(where: str, vocabulary: Mapping[str, Any]) -> None:
-    """Texts and their numbers, each once."""
+    """Check tokens and their ids, which are unique."""
     for text, number in vocabulary.items():
         if not _is_token(text):
             raise CheckpointError(f"{where} must hold tokens of 1 to {_LONGEST} characters, not {shown(text)}")
         if type(number) is not int or not 0 <= number <= 2**24:
             whole_number(f"{where}: the number of {shown(text)}", number, 0, 2**24, error=CheckpointError)
     if len(set(vocabulary.values())) != len(vocabulary):
-        raise CheckpointError(f"{where} gives a number to more than one token; download or save it again")
+        raise CheckpointError(f"{where} gives the same id to several tokens; download or save it again")
     if not 1 <= len(vocabulary) <= MOST_TOKENS:
-        raise CheckpointError(f"{where} must hold 1 to {MOST_TOKENS} tokens, and holds {len(vocabulary)}")
+        raise CheckpointError(f"{where} must hold 1 to {MOST_TOKENS} tokens, but holds {len(vocabulary)}")
 
 
 def _check_rules(where: str, rules: Any, depth: int = 0) -> int:
-    """How a text is normalised, split, framed and joined: small rules. How many times as long they may make it."""
+    """Check rules that normalize, split, frame and join a text. Returns the factor by which they may lengthen it."""
     growth = 1
     if isinstance(rules, Mapping) and depth < 12:
         growth = _growth(rules)
@@ -236,11 +236,11 @@ def _check_rules(where: str, rules: Any, depth: int = 0) -> int:
             if key == "length":
                 whole_number(name, value, 1, 2**24, error=CheckpointError)
             if key == "normalizers" and isinstance(value, list) and len(value) > 8:
-                raise CheckpointError(f"{name} must be at most 8 rules, and are {len(value)}")
+                raise CheckpointError(f"{name} must be at most 8 rules, not {len(value)}")
             if key in ("content", "prepend") and isinstance(value, str) and len(value) > 4:
                 raise CheckpointError(f"{name} must be at most 4 characters, not {shown(value)}")
             if key == "Regex" and isinstance(value, str) and _repeats_a_group(value):
-                raise CheckpointError(f"{name} repeats a group without end, which could take forever: {shown(value)}")
+                raise CheckpointError(f"{name} repeats a group without bound, which could take forever: {shown(value)}")
             growth = min(growth * _check_rules(name, value, depth + 1), MOST_GROWTH + 1)
     elif isinstance(rules, list) and depth < 12 and len(rules) <= _LONGEST:
         for i, rule in enumerate(rules):
@@ -255,7 +255,7 @@ def _check_rules(where: str, rules: Any, depth: int = 0) -> int:
 
 
 def _growth(rule: Mapping[str, Any]) -> int:
-    """How many times as long a rule may make a text, without those inside it."""
+    """The factor by which a rule may lengthen a text, without nested rules."""
     grown = {"precompiled_charsmap": 16, "handle_chinese_chars": 3, "trim_offsets": 2, "replacement": 2}
     growth = math.prod(factor for key, factor in grown.items() if key in rule)
     if rule.get("type") == "ByteLevel":
@@ -264,20 +264,20 @@ def _growth(rule: Mapping[str, Any]) -> int:
         if isinstance(text := rule.get(key), str):
             pattern = rule.get("pattern")
             replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
-            # An expression may match nothing, between any two characters.
+            # An expression may match the empty string between any two characters.
             growth *= max(1, math.ceil(len(text) / len(replaced))) if replaced else len(text) + 1
     frames = [len(rule[key]) for key in ("single", "pair") if isinstance(rule.get(key), list | str)]
     return growth * max([1, *frames])
 
 
 def _repeats_a_group(pattern: str) -> bool:
-    """Whether a group is repeated often: one that can match in several ways would be tried in all of them.
+    """Whether a group is repeated, which could backtrack exponentially.
 
-    What could hide that counts as it: comments, free spacing, calls of groups, and control characters such as ``\\c[``.
+    Syntax that could hide it counts as well: comments, free spacing, calls of groups, and controls such as ``\\c[``.
     """
     if re.search(r"\(\?([^:=!<>)]*x|[#~])", pattern):
         return True
-    depth, i = 0, 0  # of [classes], which may be nested
+    depth, i = 0, 0  # of [classes], which can be nested
     while i < len(pattern):
         if pattern[i] == "\\":
             if pattern[i + 1 : i + 2] in tuple("gcCM"):
@@ -299,7 +299,7 @@ def _repeats_a_group(pattern: str) -> bool:
 def _check_charsmap(where: str, value: Any) -> None:
     try:
         fault = fault_of_charsmap(base64.b64decode(value, validate=True))
-    except (TypeError, ValueError):  # a text that is not base64 among them
+    except (TypeError, ValueError):  # including strings that are not base64
         fault = "it is not base64"
     if fault:
         raise CheckpointError(f"{where} is damaged: {fault}; download or save it again")
@@ -329,7 +329,7 @@ def _sentencepiece(path: Path) -> bytes:
 def _bytes(path: Path, most: int) -> bytes:
     try:
         if path.stat().st_size > most:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and a tokenizer at most {most}")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than the limit of {most}")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
@@ -344,7 +344,7 @@ def _is_token(value: Any) -> bool:
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str) or len(value) > _LONGEST:
-        raise CheckpointError(f"{where} must be a text of at most {_LONGEST} characters, not {shown(value)}")
+        raise CheckpointError(f"{where} must be a string of at most {_LONGEST} characters, not {shown(value)}")
     return value
 
 

@@ -1,9 +1,9 @@
-"""A whole picture with full-size random weights: T5-XXL, 20 guided XL/2 steps, autoencoder; ours against diffusers'.
+"""A whole image with full-size random weights: T5-XXL, 20 guided XL/2 steps, autoencoder; ours against diffusers'.
 
-    python benchmarks/picture.py [--pixels 512] [--steps 20] [--rounds 1] [--lossy "cache interval 2" ...]
+    python benchmarks/image.py [--pixels 512] [--steps 20] [--rounds 1] [--lossy "cache interval 2" ...]
 
-Both pipelines share the text encoder and the weights, so that they draw the same picture, which is checked. With
---lossy, ours takes further turns with lossy options, whose losses docs/lossy.md tells. Takes some minutes and 15 GB.
+Both pipelines share the text encoder and the weights; it is checked that they generate the same image. With --lossy,
+ours is also timed with lossy options, whose losses are in docs/lossy.md. Takes some minutes and 15 GB.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SDXL_VAE = {
 
 
 def text_encoder() -> T5EncoderModel:
-    """T5-XXL in bfloat16. One layer's random weights are every layer's: full size, and quickly made."""
+    """T5-XXL in bfloat16. All layers have the same random weights, which are quick to create."""
     with torch.device("meta"):
         model = T5EncoderModel(T5Config(**T5_XXL))
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
@@ -67,7 +67,7 @@ def text_encoder() -> T5EncoderModel:
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer that spells: the prompt becomes about as many tokens as with the published one."""
+    """A tokenizer of single letters: the prompt has about as many tokens as with the published one."""
     folder = Path(tempfile.mkdtemp())
     words = sorted(set(PROMPT.replace(",", " ,").split()))
     sentencepiece.SentencePieceTrainer.train(
@@ -87,7 +87,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def pipelines(pixels: int, dtype: torch.dtype) -> dict[str, object]:
-    """The two, with the same weights; diffusers' pipeline has parts of its own but for text encoder and tokenizer."""
+    """Both pipelines with the same weights; text encoder and tokenizer are shared."""
     shared = {"tokenizer": tokenizer(), "text_encoder": text_encoder()}
     side = pixels // 8
     xl = {"sample_size": side, "caption_channels": 4096, "use_additional_conditions": False}
@@ -116,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     pipes = pipelines(options.pixels, torch.bfloat16)
 
-    def draw(name: str, steps: int) -> torch.Tensor:
+    def generate(name: str, steps: int) -> torch.Tensor:
         return pipes[name](
             PROMPT,
             height=options.pixels,
@@ -128,23 +128,23 @@ def main() -> None:
             use_resolution_binning=False,
         ).images
 
-    first = {name: draw(name, 2) for name in pipes}  # also warms both up
+    first = {name: generate(name, 2) for name in pipes}  # also warms both up
     difference = measure.relative_error(first["impasto"], first["diffusers"])
     assert difference < 0.1, difference
-    calls: dict[str, Callable[[], object]] = {name: lambda name=name: draw(name, options.steps) for name in pipes}
+    calls: dict[str, Callable[[], object]] = {name: lambda name=name: generate(name, options.steps) for name in pipes}
     for option in lossy.OPTIONS:
         if option.name in options.lossy:
 
-            def draw_lossy(option: lossy.Option = option) -> None:
+            def generate_lossy(option: lossy.Option = option) -> None:
                 with option.applied(pipes["impasto"]):
-                    draw("impasto", options.steps)
+                    generate("impasto", options.steps)
 
-            calls[f"impasto, {option.name}"] = draw_lossy
+            calls[f"impasto, {option.name}"] = generate_lossy
     seconds = measure.in_turns(calls, options.rounds)
     measure.write(
-        f"picture-{options.pixels}-bfloat16",
+        f"image-{options.pixels}-bfloat16",
         {
-            "what": f"a whole picture, {options.pixels} px, bfloat16, {options.steps} guided steps, T5-XXL, SDXL's VAE",
+            "what": f"a whole image, {options.pixels} px, bfloat16, {options.steps} guided steps, T5-XXL, SDXL's VAE",
             "tokens": len(pipes["impasto"].tokenizer(PROMPT).input_ids),
             "difference": difference,
             **measure.compared(seconds),
