@@ -4,8 +4,8 @@
 
 Names: startup, attention, floor, step, packed, text, decode, image, memory, lossy, edits, prior; all of them if none is
 given, which takes about two hours on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named.
---avx2 runs the benchmarks for processors without 16-bit products (attention, floor, step, precision); processors with AVX-512
-imitate them. --table only prints stored results.
+--avx2 runs the benchmarks for processors without 16-bit products (attention, floor, step, precision); processors with
+AVX-512 imitate them. --table only prints stored results.
 """
 
 from __future__ import annotations
