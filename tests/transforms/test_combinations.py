@@ -226,14 +226,10 @@ PAIRS = [pair for pair in itertools.permutations(CHANGES, 2) if pair not in LEFT
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize("family", ["pixart", "glm_image"])
-def test_each_with_each_other(
-    family: str, first: str, second: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_with_each_other(family: str, first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = {first, second}
     if family == "glm_image" and "fused" in pair:
         pytest.skip("GLM-Image has no fuse_qkv_projections")
-    if family == "pixart" and "sharded" in pair:
-        request.applymarker(pytest.mark.xfail(strict=False))
     learn = "quantized" not in pair and ("checkpointed" in pair or "compiled" not in pair)
     subject = Subject(family)
     plain = subject.predict(learn)
