@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
-from impasto.memory import placement as placement_module
+from impasto.memory import device_map
+from impasto.memory.device_map import spread
 from impasto.memory.moving import is_settled
-from impasto.memory.placement import OneAtATime, PerComponent, Resident, spread
+from impasto.memory.placement import OneAtATime, PerComponent, Resident
 from impasto.memory.streaming import Group, Slot, Stay, Visit, block_lists, methods_of
 from impasto.nn.machine import require_device
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -347,7 +348,7 @@ class Machine:
     """Two accelerators of 100 and 80 bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(placement_module, "SHARE", 1.0)
+        monkeypatch.setattr(device_map, "SHARE", 1.0)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
         monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: ((100, 80)[device.index], 200))

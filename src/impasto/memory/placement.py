@@ -18,18 +18,11 @@ import torch
 from torch import nn
 
 from ..errors import InputError, ResourceError
-from ..models.base import parse_size
-from ..nn.machine import as_device, require_device
-from .moving import device_of, is_settled, movable, move
+from ..nn.machine import as_device
+from .moving import device_of, is_settled
 
 if TYPE_CHECKING:
     from .streaming import Stay, Visit
-
-#: The share of a device's free memory that ``device_map`` gives to weights; the rest is for the computation.
-SHARE = 0.85
-
-
-# --- policies ---
 
 
 class Resident:
@@ -151,77 +144,6 @@ class OneAtATime(Resident):
                 stay.end()
                 raise
             self._stay = stay
-
-
-# --- device maps ---
-
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
-
-
-def place(
-    components: Mapping[str, Any], device_map: DeviceMap, max_memory: Mapping[int | str, int | str] | None
-) -> PerComponent:
-    """Move each component to its device, where it stays.
-
-    Args:
-        device_map, max_memory: as ``Pipeline.from_pretrained`` documents them.
-
-    Raises:
-        InputError: a name that no component has, or not the name of a device.
-        ResourceError: the device does not exist.
-    """
-    from .streaming import size_of
-
-    modules = movable(components)
-    if isinstance(device_map, Mapping):
-        unknown = [name for name in device_map if name not in components]
-        if unknown:
-            names = ", ".join(components)
-            raise InputError(f"device_map names an unknown component {unknown[0]!r}; components: {names}")
-        devices = {name: require_device(device_map.get(name, "cpu")) for name in modules}
-    elif device_map in ("auto", "balanced"):
-        devices = spread({name: size_of(module) for name, module in modules.items()}, str(device_map), max_memory)
-    else:
-        devices = dict.fromkeys(modules, require_device(device_map))
-    for name, module in modules.items():
-        move(module, devices[name], None)
-    elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
-    fallback = next(elsewhere, None) or torch.device("cpu")
-    return PerComponent(devices.get("transformer", next(iter(devices.values()), fallback)))
-
-
-def spread(
-    sizes: Mapping[str, int], how: str, max_memory: Mapping[int | str, int | str] | None = None
-) -> dict[str, torch.device]:
-    """A device for each component: an accelerator if it fits on one, or else the CPU.
-
-    Args:
-        sizes: bytes of the components by name.
-        how: "auto" fills one device after the other; "balanced" puts each component, the largest first, on the device
-            with the most free memory.
-        max_memory: bytes (or such as "4GB") that the components may take, by device index; devices that are not named
-            are not used. By default, a share of the free memory of each device.
-    """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    room: dict[torch.device, int] = {}
-    if accelerator is not None:
-        for index in range(torch.accelerator.device_count()):
-            device = torch.device(accelerator.type, index)
-            if max_memory is None:
-                room[device] = int(torch.accelerator.get_memory_info(device)[0] * SHARE)
-            else:
-                given = next((max_memory[key] for key in (index, str(device)) if key in max_memory), None)
-                room[device] = 0 if given is None else parse_size(given)
-    found: dict[str, torch.device] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        fitting = [device for device in room if room[device] >= size]
-        if not fitting:
-            found[name] = torch.device("cpu")
-            continue
-        device = max(fitting, key=lambda device: room[device]) if how == "balanced" else fitting[0]
-        room[device] -= size
-        found[name] = device
-    return {name: found[name] for name in sizes}
 
 
 def offload_device(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

@@ -14,13 +14,14 @@ from torch import nn
 from ..checks import whole_number
 from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
-from ..memory.placement import DeviceMap, OneAtATime, PerComponent, Resident, place
+from ..memory.placement import OneAtATime, PerComponent, Resident
 from ..memory.placement import offload_device as choose_device
 from ..models.base import parse_dtype, parse_size
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
 
 if TYPE_CHECKING:
+    from ..memory.device_map import DeviceMap
     from ..memory.plan import Budget, MemoryPlan
     from .loading import DTypes
 
@@ -142,6 +143,8 @@ class Components:
 
             apply_plan(plan, pipe)
         if device_map is not None:
+            from ..memory.device_map import place
+
             pipe.placement = place(pipe.components, device_map, max_memory)
         return pipe
 
