@@ -11,7 +11,7 @@ from PIL import Image
 from impasto import DDIMScheduler, DPMSolverMultistepScheduler, PixArtSigmaPipeline
 from impasto.pipelines import glm_image as glm_module
 from impasto.pipelines import pixart as pixart_module
-from impasto.pipelines.sampling import Run, advance
+from impasto.pipelines.sampling import Edit, Run, advance
 from impasto.transforms.step_cache import cache_steps
 
 from ..tiny import tiny_pipeline
@@ -59,6 +59,24 @@ def test_pixart_runs_share_a_forward(scheduler: Any, monkeypatch: pytest.MonkeyP
     for run in apart:
         advance([run])
     check(together, apart, 2)
+
+
+@torch.no_grad()
+def test_edits_share_a_forward_with_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text to image, image to image and inpainting: each keeps its own start, image and mask."""
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    monkeypatch.setattr(pixart_module, "denoising_steps", lambda pipe, begin: begin())
+    embeds = pipe.encode_prompt("a cat")
+    noise, image = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(8) < 4).float().expand(1, 1, 8, 8)
+
+    def runs() -> list[Run]:
+        edits = (None, Edit(image, 0.5), Edit(image, 0.75, mask))
+        return [pipe.denoise(noise, embeds, num_inference_steps=8, edit=edit) for edit in edits]
+
+    together = runs()
+    assert [run.index for run in together] == [0, 4, 2]
+    check(together, runs(), 4)
 
 
 @torch.no_grad()
