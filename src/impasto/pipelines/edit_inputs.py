@@ -41,7 +41,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Originals:
-    """The images that a call edits, and what of them is generated anew."""
+    """The images that a call edits, and what of them is repainted."""
 
     images: list[Tensor]  # [3, H, W] in [0, 1], or latents [C, h, w]
     canvas: Canvas

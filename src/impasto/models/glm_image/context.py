@@ -1,5 +1,5 @@
-"""What GLM-Image's denoiser reads beside latents: text, prior and positions, made once; time and size, once a step; and
-the keys and values of reference images.
+"""What GLM-Image's denoiser reads in addition to latents: text, prior and positions, made once; time and size, once a
+step; and the keys and values of reference images.
 
 Shapes: B images, N image tokens, M text tokens, R reference tokens, d channels of a head, D width, L layers.
 """
@@ -100,7 +100,7 @@ class GlmImageContext(NamedTuple):
 
 
 class GlmImageModulation(NamedTuple):
-    """The timestep and the image's size and crop, embedded: what every block's normalisations are told."""
+    """The timestep and the image's size and crop, embedded: the input of every block's modulation."""
 
     embedded: Tensor  # [B, time_embed_dim]
 
@@ -115,7 +115,7 @@ class GlmImageModulation(NamedTuple):
 
 
 class GlmImageReferences(NamedTuple):
-    """Every layer's keys and values of the reference images, which a image's tokens attend to beside their own."""
+    """Every layer's keys and values of the reference images, which an image attends to in addition to itself."""
 
     keys: tuple[Tensor, ...]  # L of [B, heads, R, d]
     values: tuple[Tensor, ...]  # L of [B, heads, R, d]
@@ -131,7 +131,7 @@ class GlmImageReferences(NamedTuple):
         return self.keys[0].shape[2]
 
     def for_batch(self, batch: int) -> GlmImageReferences:
-        """As many rows as there are images: each row serves as many neighbours.
+        """As many rows as there are images: each row serves equally many images in a row.
 
         Raises:
             InputError: the rows do not divide the batch.
@@ -190,12 +190,9 @@ class GlmImageReferences(NamedTuple):
 
     @staticmethod
     def one_after_another(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
-        """Several images of the same images as one sequence."""
-        bias = (
-            torch.cat([part.bias_or_zeros() for part in parts], dim=3)
-            if any(p.bias is not None for p in parts)
-            else None
-        )
+        """Several reference images of the same images as one sequence."""
+        biased = any(part.bias is not None for part in parts)
+        bias = torch.cat([part.bias_or_zeros() for part in parts], dim=3) if biased else None
         return GlmImageReferences(
             tuple(torch.cat(layer, dim=2) for layer in zip(*(part.keys for part in parts), strict=True)),
             tuple(torch.cat(layer, dim=2) for layer in zip(*(part.values for part in parts), strict=True)),

@@ -27,9 +27,7 @@ class Places(NamedTuple):
     sin: Tensor  # the same; 0 for text
     bias: Tensor | None  # [B, 1, 1, R + S], or [1, 1, T, R + T] in a compiled graph
     segments: Layout | None = None  # each text and each image of a mixed batch
-    images: Layout | None = (
-        None  # each text and image together; None in a compiled graph, where the bias separates them
-    )
+    images: Layout | None = None  # each text with its image; None in a compiled graph, which has a bias instead
     biases: Sequence[Tensor | None] = ()  # of each image of a mixed batch, [1, 1, 1, R + M + N]
 
     def as_tensors(self) -> Places:
@@ -89,9 +87,7 @@ def places_of(context: GlmImageContext, references: GlmImageReferences | None) -
     cos, sin = (F.pad(x[:, 0], (0, 0, text, 0), value=one) for x, one in ((context.cos, 1.0), (context.sin, 0.0)))
     bias: Tensor | None = None
     if context.bias is not None or (references is not None and references.bias is not None):
-        parts = (
-            [context.bias_or_zeros()] if references is None else [references.bias_or_zeros(), context.bias_or_zeros()]
-        )
+        parts = [part.bias_or_zeros() for part in (references, context) if part is not None]
         bias = F.pad(torch.cat([part.float() for part in parts], dim=3), (0, context.prior.shape[1]))
     return Places(text, cos[:, :, None], sin[:, :, None], bias)
 
@@ -108,7 +104,6 @@ def mixed_places(contexts: Sequence[GlmImageContext], references: GlmImageRefere
     segments = Layout.of([length for pair in lengths for length in pair], device)
     images = Layout.of([sum(pair) for pair in lengths], device)
     cos, sin = (torch.cat([getattr(places_of(one, None), name)[0] for one in contexts]) for name in ("cos", "sin"))
-    biases: list[Tensor | None] = [one.bias for one in contexts]
     if dynamic:
         keys, own = images.rows, [one.bias_or_zeros()[0, 0, 0] for one in contexts]
         added = torch.cat([F.pad(bias, (0, n)) for bias, (_, n) in zip(own, lengths, strict=True)])  # [T]
@@ -117,5 +112,5 @@ def mixed_places(contexts: Sequence[GlmImageContext], references: GlmImageRefere
             keys, added = torch.cat([owners, keys]), torch.cat([references.bias_or_zeros().flatten(), added])
         bias = images.bias(keys, torch.float32) + added  # [1, 1, T, B R + T]
         return Places(0, cos, sin, bias, segments)
-    full = [None if bias is None else F.pad(bias, (0, n)) for bias, (_, n) in zip(biases, lengths, strict=True)]
-    return Places(0, cos, sin, None, segments, images, full)
+    biases = [None if one.bias is None else F.pad(one.bias, (0, one.prior.shape[1])) for one in contexts]
+    return Places(0, cos, sin, None, segments, images, biases)

@@ -1,6 +1,6 @@
-"""The parts of PixArt's denoiser, from the outside in: patches, modulation, the block and its attention.
+"""The layers of PixArt's denoiser, from the outside in: patches, modulation, the block and its attention.
 
-Shapes: B pictures, C channels, H x W latent pixels, N image tokens, M text tokens, D width.
+Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens, D width.
 """
 
 from __future__ import annotations

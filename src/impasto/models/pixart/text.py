@@ -59,16 +59,12 @@ class TextKeys(NamedTuple):
     def select(self, rows: slice | Tensor | list[int]) -> TextKeys:
         return TextKeys(self.key[rows], self.value[rows], None if self.bias is None else self.bias[rows])
 
-    def separate(self) -> list[TextKeys | AbsorbedText]:
-        """Each image's, without padding."""
-        one = [self.select(slice(i, i + 1)) for i in range(len(self.key))]
-        if self.bias is None:
-            return [*one]
-        lengths = (self.bias[:, 0, 0] > -torch.inf).sum(dim=1).tolist()
+    def separate(self, lengths: Sequence[int]) -> list[ProjectedText | TextKeys | AbsorbedText]:
+        """Each image's, cut to its length."""
+        rows = [self.select(slice(i, i + 1)) for i in range(len(self.key))]
         return [
-            TextKeys(row.key[:, :, :length], row.value[:, :, :length], row.bias[..., :length])
-            for row, length in zip(one, lengths, strict=True)
-            if row.bias is not None
+            TextKeys(row.key[:, :, :m], row.value[:, :, :m], None if row.bias is None else row.bias[..., :m])
+            for row, m in zip(rows, lengths, strict=True)
         ]
 
     def padded(self, length: int) -> TextKeys:
@@ -80,7 +76,7 @@ class TextKeys(NamedTuple):
 
 
 #: The text in one layer, of a batch or of each image by itself.
-LayerText: TypeAlias = ProjectedText | TextKeys | list[TextKeys | AbsorbedText] | list[ProjectedText]
+LayerText: TypeAlias = ProjectedText | TextKeys | list[ProjectedText | TextKeys | AbsorbedText]
 
 
 def attend_text(attn2: Any, x: Tensor, text: LayerText, layout: Layout | None = None) -> Tensor:
@@ -174,7 +170,7 @@ class PixArtContext(NamedTuple):
         if dynamic:
             return self._in_one_row(count, layout)
         if self.layers is not None:
-            return [text.separate() if isinstance(text, TextKeys) else text for text in self.layers]
+            return self.separate().layers or ()
         batch = len(layout.lengths)
         if self.projected.text is None:
             return [[ProjectedText(None, None)] * batch] * count
@@ -188,6 +184,15 @@ class PixArtContext(NamedTuple):
         allowed = layout.bias(owners, torch.float32)[:, 0]  # [1, T, B * M]
         whole = ProjectedText(text.flatten(0, 1)[None], allowed if bias is None else allowed + bias.reshape(1, 1, -1))
         return [whole] * count
+
+    def separate(self) -> PixArtContext:
+        """The same with the text of each image by itself in every layer."""
+        text, bias = self.projected
+        if self.layers is None or text is None or not any(isinstance(layer, TextKeys) for layer in self.layers):
+            return self
+        lengths = [text.shape[1]] * len(text) if bias is None else (bias[:, 0] > -torch.inf).sum(dim=1).tolist()
+        each = (layer.separate(lengths) if isinstance(layer, TextKeys) else layer for layer in self.layers)
+        return PixArtContext(self.projected, tuple(each))
 
     def select(self, rows: slice | Tensor | list[int]) -> PixArtContext:
         """The contexts of some images of the batch."""
@@ -205,6 +210,8 @@ class PixArtContext(NamedTuple):
         if len({context._kind for context in contexts}) > 1:
             raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
         projected = _joined([context.projected for context in contexts])
+        if any(isinstance(text, list) for context in contexts for text in context.layers or ()):
+            contexts = [context.separate() for context in contexts]
         layers = [context.layers for context in contexts if context.layers is not None]
         return PixArtContext(projected, tuple(map(_join_layer, zip(*layers, strict=True))) if layers else None)
 
@@ -242,10 +249,9 @@ def _joined(parts: Sequence[ProjectedText]) -> ProjectedText:
 
 
 def _join_layer(texts: Sequence[LayerText]) -> LayerText:
+    if isinstance(texts[0], list):
+        return [one for text in texts if isinstance(text, list) for one in text]
     keys = [text for text in texts if isinstance(text, TextKeys)]
-    if len(keys) < len(texts):
-        each = [text.separate() if isinstance(text, TextKeys) else text for text in texts]
-        return [one for row in each if isinstance(row, list) for one in row if not isinstance(one, ProjectedText)]
     lengths = {text.key.shape[2] for text in keys}
     if len(lengths) > 1 or any(text.bias is not None for text in keys):
         keys = [text.padded(max(lengths)) for text in keys]
