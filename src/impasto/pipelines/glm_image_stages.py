@@ -111,14 +111,8 @@ def encode_reference(pipe: Any, image: Any, tokens: Tensor, grid: Sequence[int])
 
 
 def shifted(scheduler: Any, schedule: Schedule, tokens: int) -> dict[str, Any]:
-    """GLM-Image's schedule: integer timesteps, not shifted, and noise levels that are shifted by the image's size.
-
-    Args:
-        tokens: the number of image tokens.
-
-    Returns:
-        arguments for the scheduler's ``set_timesteps``.
-    """
+    """Arguments for the scheduler's ``set_timesteps``: GLM-Image's timesteps are integers and not shifted, its noise
+    levels are shifted by the number of image tokens."""
     config, accepted = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
     if "sigmas" not in accepted:
         raise InputError(
