@@ -22,11 +22,7 @@ LONGEST_LINE = 1000  # characters
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print lines to standard output or error, with their control characters escaped.
-
-    Raises:
-        OutputError: standard output is closed or full.
-    """
+    """Print lines to standard output or error, with their control characters escaped."""
     for line in text.split("\n"):
         try:
             typer.echo(printable(line), err=error)

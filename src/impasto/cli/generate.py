@@ -173,12 +173,7 @@ def generate(
 
 
 def plan_files(output: str, count: int) -> list[Path]:
-    """The file of each image.
-
-    Raises:
-        InputError: several images for one file.
-        OutputError: ``output`` has an extension that no image has, or is a file where a folder is needed.
-    """
+    """The file of each image."""
     path = Path(output)
     is_folder = path.is_dir() or output.endswith("/")
     if not is_folder and path.suffix.lower() in IMAGE_EXTENSIONS:

@@ -43,7 +43,7 @@ def describe(found: Inspection) -> Iterator[str]:
         rows.append((component.name, component.class_name or "-", count, stored, _amount(component.disk_bytes)))
     total = sum(component.parameters for component in components)
     rows.append(("all", "", f"{total:,}", "", _amount(sum(component.disk_bytes for component in components))))
-    yield from _aligned(rows, left=2)
+    yield from _aligned(rows, "<<>>>")
     yield ""
     if any(component.pickled for component in components):
         yield "Pickled weights are not opened, and these numbers do not include them."
@@ -54,7 +54,7 @@ def describe(found: Inspection) -> Iterator[str]:
     for title, single in (("peak, all resident", False), ("peak, one at a time", True)):
         peaks = (_amount(peak_memory(found, dtype, one_at_a_time=single)) for dtype in DTYPES)
         memory.append((title, *peaks))
-    yield from _aligned(memory, left=1)
+    yield from _aligned(memory, "<" + ">" * len(DTYPES))
     if side:
         yield f"Peaks are estimates: the weights, and what generating one guided image of {side} x {side} px needs."
         if not any(component.pickled for component in components):
@@ -78,18 +78,15 @@ def _describe_plans(found: Inspection) -> Iterator[str]:
         first, *others = (f"{component.name}: {component.describe()}" for component in plan.components.values())
         rows.append((size, _amount(plan.peak), first))
         rows += [("", "", line) for line in others]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for a, b, c in rows:
-        yield f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}"
+    yield from _aligned(rows, "<><")
     yield f"Budgets are for {device}; --memory-budget applies one."
 
 
-def _aligned(rows: list[tuple[str, ...]], left: int) -> Iterator[str]:
-    """Columns as wide as their widest cell; the first ``left`` columns are left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def _aligned(rows: list[tuple[str, ...]], alignment: str) -> Iterator[str]:
+    """Columns as wide as their widest cell, each aligned to the left (<) or to the right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        yield "  ".join(cells).rstrip()
+        yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths)).rstrip()
 
 
 def _amount(size: int) -> str:

@@ -46,11 +46,7 @@ class DType(enum.StrEnum):
 
 
 def check_numbers(seed: int | None, steps: int | None, guidance_scale: float | None, batch_size: int | None) -> None:
-    """Refuse numbers that no model takes.
-
-    Raises:
-        InputError: the message names the option.
-    """
+    """Refuse numbers that no model takes."""
     if seed is not None:
         whole_number("--seed", seed, 0, 2**63 - 1)  # torch takes up to 2**64 - 1, which leaves room for seed + i
     if steps is not None:

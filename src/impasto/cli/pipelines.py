@@ -26,11 +26,7 @@ SOLVERS = {
 
 
 def resolve(model: str) -> tuple[Path, str]:
-    """The folder of a pipeline that the commands can run, and the name of its class.
-
-    Raises:
-        CheckpointError: there is no such pipeline, or it is of another class.
-    """
+    """The folder of a pipeline that the commands can run, and the name of its class."""
     folder, name = resolve_pipeline(model)
     if name not in PIPELINES:
         raise CheckpointError(f"{model} is a {shown(name)}; known pipelines are {', '.join(PIPELINES)}")
@@ -38,12 +34,7 @@ def resolve(model: str) -> tuple[Path, str]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name; if not given, CUDA, or the CPU where there is none.
-
-    Raises:
-        InputError: not the name of a device.
-        ResourceError: this machine does not have it.
-    """
+    """The device of this name; if not given, CUDA if this machine has it, else the CPU."""
     from ..nn.machine import CPU, default_device, require_device
 
     if name is None:

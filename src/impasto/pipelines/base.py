@@ -122,11 +122,7 @@ class Pipeline(Components):
         return images
 
     def _check_output(self, name: str, output: Tensor) -> None:
-        """Attribute NaN and infinite values to the component of this name if its weights contain some.
-
-        Raises:
-            CheckpointError: its weights contain some; the message names the first such tensor.
-        """
+        """Raise CheckpointError for NaN and infinite values that are due to weights of the component of this name."""
         if not bool(output.isfinite().all()):
             from ..checkpoints.stored import non_finite_parameter
 

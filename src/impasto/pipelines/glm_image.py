@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,18 @@ from .glm_image_inputs import (
     images_of_prompts,
     read_glm_image,
     read_glm_image_texts,
-    read_prompts,
     reference_image,
 )
-from .glm_image_stages import encode_contexts, encode_quoted_texts, encode_references, run_prior, shifted
+from .glm_image_stages import (
+    encode_contexts,
+    encode_quoted_texts,
+    encode_reference,
+    latent_statistics,
+    run_prior,
+    shifted,
+)
 from .images import ImageProcessor
+from .latents import unscaled
 from .request import read_schedule
 from .sampling import DenoisingStep, Run, denoising_steps, drive, own_scheduler, step_options
 
@@ -188,12 +195,15 @@ class GlmImagePipeline(Pipeline):
         request = read_glm_image(self, GlyphEmbeds._fields, locals())
         with torch.no_grad(), self._calling() as stop:
             embeds = self.encode_prompt(**request.texts.of_glm_image)  # before the prior, which takes long
-            prior = request.prior
-            if prior is None:
-                per_prompt = request.texts.images_per_prompt
-                prior = run_prior(
-                    self, request.texts.prompts, request.size, request.images, request.generators, per_prompt, stop
-                )
+            prior = request.prior or run_prior(
+                self,
+                request.texts.prompts,
+                request.size,
+                request.images,
+                request.generators,
+                request.texts.images_per_prompt,
+                stop,
+            )
             noise = self._noise(request, torch.float32)
             references = self.encode_references(request.images, prior)
             loop = self.denoise(
@@ -240,10 +250,10 @@ class GlmImagePipeline(Pipeline):
         prompts = inputs.list_of_texts("prompt", prompt)
         height, width = whole_number("height", height), whole_number("width", width)
         check_sides(height, width)
-        num_images_per_prompt, batch = inputs.count_images(len(prompts), num_images_per_prompt)
+        num_images_per_prompt = inputs.images_per_prompt(num_images_per_prompt, len(prompts))
         images = images_of_prompts(image, len(prompts))
         images = None if images is None else [[reference_image(one) for one in row] for row in images]
-        generators = inputs.check_generator(generator, batch)
+        generators = inputs.check_generator(generator, len(prompts) * num_images_per_prompt)
         with self._calling() as stop:
             prior = run_prior(self, prompts, (height, width), images, generators, num_images_per_prompt, stop)
         target = self.device if device is None else as_device(device)
@@ -276,16 +286,15 @@ class GlmImagePipeline(Pipeline):
         Returns:
             [P * num_images_per_prompt, M, channels] each, right-padded with zeros.
         """
-        prompts, _ = read_prompts(prompt, prompt_embeds)
-        texts = read_glm_image_texts(self, prompts, do_classifier_free_guidance, locals())
+        texts = read_glm_image_texts(self, do_classifier_free_guidance, locals())
         target = self.device if device is None else as_device(device)
         to = self.dtype if dtype is None else dtype
         positive, negative = texts.prompt_embeds, texts.negative_prompt_embeds
-        count, wanted = len(texts.prompts), [*texts.prompts, *texts.negatives]
-        if wanted:
-            embeds, mask = encode_quoted_texts(self, wanted, texts.length)
-            positive = _cut(embeds, mask, 0, count) if texts.prompts else positive
-            negative = _cut(embeds, mask, count, len(wanted)) if texts.negatives else negative
+        if texts.to_encode:
+            embeds, mask = encode_quoted_texts(self, texts.to_encode, texts.length)
+            count = len(texts.prompts)
+            positive = _trimmed(embeds[:count], mask[:count]) if texts.prompts else positive
+            negative = _trimmed(embeds[count:], mask[count:]) if texts.negatives else negative
 
         def repeated(x: Tensor) -> Tensor:
             return x.to(target, to).repeat_interleave(texts.images_per_prompt, dim=0)
@@ -300,7 +309,12 @@ class GlmImagePipeline(Pipeline):
         """The keys and values of the reference images, P rows; None without reference images."""
         if images is None or prior.prior_token_image_ids is None or prior.source_image_grid_thw is None:
             return None
-        return encode_references(self, images, prior.prior_token_image_ids, prior.source_image_grid_thw)
+        rows = []
+        for of_prompt, ids, grids in zip(images, prior.prior_token_image_ids, prior.source_image_grid_thw, strict=True):
+            each = ids.to(self.device).flatten().split(grids.prod(dim=-1).tolist())
+            encoded = map(partial(encode_reference, self), of_prompt, each, grids.tolist())
+            rows.append(GlmImageReferences.one_after_another(list(encoded)))
+        return GlmImageReferences.concat(rows)
 
     def denoise(
         self,
@@ -358,19 +372,9 @@ class GlmImagePipeline(Pipeline):
         """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
         with self.using_vae() as (vae, dtype):
             z = latents.to(self.device, dtype)
-            mean, std = self._statistics(z)
-            images: Tensor = vae.decode(z * std + mean, return_dict=False)[0]
-        return images
-
-    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the autoencoder's latents, [C, 1, 1] each."""
-        config = self.vae.config
-        mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
-        channels = z.shape[1]
-        pair = ([0.0] * channels if mean is None else mean, [1.0] * channels if std is None else std)
-        return z.new_tensor(pair[0])[:, None, None], z.new_tensor(pair[1])[:, None, None]
+            return cast(Tensor, vae.decode(unscaled(z, latent_statistics(vae)), return_dict=False)[0])
 
 
-def _cut(embeds: Tensor, mask: Tensor, start: int, end: int) -> Tensor:
-    """Rows ``start`` to ``end`` of a batch, without the columns in which all of them are padding."""
-    return embeds[start:end, : int(mask[start:end].sum(dim=1).max())] if end > start else embeds[:0]
+def _trimmed(embeds: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings [P, M, channels] without the columns in which all rows are padding."""
+    return embeds[:, : int(mask.sum(dim=1).max())]

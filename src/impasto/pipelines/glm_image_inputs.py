@@ -1,7 +1,4 @@
-"""The request of GLM-Image's pipeline: its arguments, validated before anything is computed.
-
-Shapes: B images, N image tokens.
-"""
+"""The request of GLM-Image's pipeline. All functions raise InputError for arguments that cannot be used."""
 
 from __future__ import annotations
 
@@ -15,15 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import MAX_SIDE, MAX_TOKENS, shown, whole_number
+from ..checks import MAX_SIDE, shown, whole_number
 from ..errors import InputError
 from ..family import PRIOR_PIXELS
 from ..models.glm_image.prior import PriorTokens
 from . import inputs
 from .images import as_batch, normalize, to_rgb
-from .request import Request, Texts, shared_fields
-
-PRIOR_FIELDS = ("prior_token_ids", "prior_token_image_ids", "source_image_grid_thw")
+from .request import Request, Texts, read_texts, shared_fields
 
 #: A size in a prompt: ``<sop>H W<eop>``, in tokens of the prior.
 _SIZE = re.compile(r"<sop>\s*(\d{1,9})\s+(\d{1,9})\s*<eop>")
@@ -39,27 +34,10 @@ class GlmImageRequest(Request):
     corner: tuple[int, int] = (0, 0)  # top and left
 
 
-def read_glm_image_texts(pipe: Any, prompts: Sequence[str], guided: bool, arguments: Mapping[str, Any]) -> Texts:
-    """The texts whose glyphs are to be encoded, or their embeddings.
-
-    Args:
-        prompts: none if embeddings are given.
-
-    Raises:
-        InputError: a type or shape that cannot be used, or two arguments that contradict each other.
-    """
-    embeds, negative_embeds = arguments["prompt_embeds"], arguments["negative_prompt_embeds"]
-    negative_prompt = arguments["negative_prompt"]
-    count = len(prompts) or len(embeds)
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
-    images_per_prompt, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
-    negatives = inputs.list_of_texts("negative_prompt", negative_prompt or "", count)
-    if guided and negative_prompt and negative_embeds is not None:
-        raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-    check_widths(embeds, negative_embeds, count, pipe.components["transformer"])
-    if not guided or negative_embeds is not None:
-        negatives = []
-    return Texts(prompts, negatives, embeds, None, negative_embeds if guided else None, None, images_per_prompt, length)
+def read_glm_image_texts(pipe: Any, guided: bool, arguments: Mapping[str, Any]) -> Texts:
+    """The texts whose glyphs are to be encoded, or their embeddings."""
+    transformer = pipe.components["transformer"]
+    return read_texts(guided, arguments, "channels" if transformer is None else transformer.config["text_embed_dim"])
 
 
 def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any]) -> GlmImageRequest:
@@ -67,89 +45,42 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
 
     Args:
         fields: names of the embeddings that a callback may ask for.
-
-    Raises:
-        InputError: an argument that cannot be used.
     """
     attention_kwargs = arguments["attention_kwargs"]
     if not isinstance(attention_kwargs, Mapping | None) or {*(attention_kwargs or ())} - {"scale"}:
         raise InputError(f"attention_kwargs must be None, as attention takes none, not {shown(attention_kwargs)}")
-    prompts, count = read_prompts(arguments["prompt"], arguments["prompt_embeds"])
-    images = images_of_prompts(arguments["image"], count)
+    texts = read_glm_image_texts(pipe, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
+    images = images_of_prompts(arguments["image"], texts.prompt_count)
     sides, default = (arguments["height"], arguments["width"]), pipe.default_sample_size * pipe.vae_scale_factor
-    prompts, size, final = plan_size(prompts, *sides, images, default)
-    texts = read_glm_image_texts(pipe, prompts, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
+    prompts, size, final = plan_size(texts.prompts, *sides, images, default)
+    texts = texts._replace(prompts=prompts)
     shared = shared_fields(pipe, fields, arguments, texts, size, both=True)
-    ids, image_ids, grids = (arguments[name] for name in PRIOR_FIELDS)
-    prior, each = None, texts.images_per_prompt
-    if ids is not None:
-        config = pipe.transformer.config
-        tokens = shared["shape"][2] * shared["shape"][3] // config["patch_size"] ** 2
-        codes = config["prior_vq_quantizer_codebook_size"]
-        prior = given_prior(ids, image_ids, grids, images, count * each, each, tokens, codes)
-    elif image_ids is not None or grids is not None:
-        raise InputError(
-            "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
-        )
-    elif not prompts:
+    prior = _given_prior(pipe, texts, shared["shape"], images, *(arguments[name] for name in PriorTokens._fields))
+    if prior is None and not prompts:
         raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
-    elif images is not None:
-        images = [[reference_image(one) for one in row] for row in images]
-    needed = ["vae"] if images is not None else []
-    if texts.prompts or texts.negatives:
-        needed += ["tokenizer"] if pipe.prompt_cache is not None else ["tokenizer", "text_encoder"]
-    for name in needed:
-        pipe._require(name)
+    if images is not None:
+        pipe._require("vae")
+        images = images if prior else [[reference_image(one) for one in row] for row in images]
+    if texts.to_encode:
+        for name in ("tokenizer",) if pipe.prompt_cache is not None else ("tokenizer", "text_encoder"):
+            pipe._require(name)
     corner = inputs.corner(arguments["crops_coords_top_left"])
     final_size = None if size == final else final
     return GlmImageRequest(**shared, final_size=final_size, size=size, images=images, prior=prior, corner=corner)
 
 
-def read_prompts(prompt: Any, prompt_embeds: Tensor | None) -> tuple[list[str], int]:
-    """The texts (none if embeddings are given), and the number of prompts.
-
-    Raises:
-        InputError: neither is given, or both are.
-    """
-    if prompt is not None and prompt_embeds is not None:
-        raise InputError("prompt and prompt_embeds were both given; give one of them")
-    if prompt_embeds is not None:
-        inputs.check_tensor("prompt_embeds", prompt_embeds, ("prompts", "tokens", "channels"))
-        whole_number("the number of prompt_embeds", len(prompt_embeds))
-        return [], len(prompt_embeds)
-    if prompt is None:
-        raise InputError("there is nothing to generate: give prompt, or prompt_embeds")
-    texts = inputs.list_of_texts("prompt", prompt)
-    return texts, len(texts)
-
-
-def check_widths(embeds: Any, negative_embeds: Any, count: int, transformer: Any) -> None:
-    """Check that given embeddings have a row for each prompt and the channels that the transformer takes."""
-    channels = "channels" if transformer is None else int(transformer.config["text_embed_dim"])
-    for name, given in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
-        if given is not None:
-            inputs.check_tensor(name, given, (count, "tokens", channels))
-
-
 def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
-    """A list of images for each prompt, of equal length; None without images.
-
-    Raises:
-        InputError: not images, or not equally many for each prompt.
-    """
-    if image is None or (isinstance(image, list | tuple) and len(image) == 0):
+    """A list of images for each prompt, of equal length; None without images."""
+    image = [] if image is None else image if isinstance(image, list | tuple) else [image]
+    if not image:
         return None
-    if not isinstance(image, list | tuple):
-        image = [image]
-    flat = [one for row in image for one in (row if isinstance(row, list | tuple) else [row])]
-    wrong = [one for one in flat if not isinstance(one, Image.Image | np.ndarray | Tensor)]
-    if wrong:
-        raise InputError(f"image must be PIL images, arrays or tensors, not a {type(wrong[0]).__name__}")
-    flatter = [one for one in flat if not isinstance(one, Image.Image) and one.ndim < 3]
-    if flatter:
-        raise InputError(
-            f"image must be arrays [height, width, 3] or tensors [3, height, width], not {list(flatter[0].shape)}"
-        )
+    for one in (one for row in image for one in (row if isinstance(row, list | tuple) else [row])):
+        if not isinstance(one, Image.Image | np.ndarray | Tensor):
+            raise InputError(f"image must be PIL images, arrays or tensors, not a {type(one).__name__}")
+        if not isinstance(one, Image.Image) and one.ndim < 3:
+            raise InputError(
+                f"image must be arrays [height, width, 3] or tensors [3, height, width], not {list(one.shape)}"
+            )
     nested = [isinstance(one, list | tuple) for one in image]
     if count == 1 and not any(nested):
         return [list(image)]
@@ -162,7 +93,7 @@ def images_of_prompts(image: Any, count: int) -> list[list[Any]] | None:
 
 
 def plan_size(
-    prompts: list[str], height: int | None, width: int | None, images: list[list[Any]] | None, default: int
+    prompts: Sequence[str], height: int | None, width: int | None, images: list[list[Any]] | None, default: int
 ) -> tuple[list[str], tuple[int, int], tuple[int, int]]:
     """The prompts without sizes, the size of generation and that of the result, which differ only with images.
 
@@ -170,9 +101,6 @@ def plan_size(
 
     Args:
         default: the side of the model's default size, in pixels.
-
-    Raises:
-        InputError: different sizes in one batch, or without images a size that is not a multiple of 32.
     """
     written = {(int(high), int(wide)) for prompt in prompts for high, wide in _SIZE.findall(prompt)[:1]}
     if len(written) > 1 and (height is None or width is None):
@@ -200,9 +128,6 @@ def check_sides(height: Any, width: Any, edits: bool = False) -> None:
 
     Args:
         edits: whether there are reference images. Their results are resized, so that any sides are valid.
-
-    Raises:
-        InputError: the message has the nearest valid sides.
     """
     sides = (("height", height), ("width", width))
     given = {name: whole_number(name, side, most=MAX_SIDE) for name, side in sides if side is not None}
@@ -222,30 +147,32 @@ def _size_of(image: Any) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def given_prior(
-    ids: Tensor,
-    image_ids: list[Tensor] | None,
-    grids: list[Tensor] | None,
+def _given_prior(
+    pipe: Any,
+    texts: Texts,
+    shape: tuple[int, ...],
     images: list[list[Any]] | None,
-    batch: int,
-    per_prompt: int,
-    tokens: int,
-    codes: int,
-) -> PriorTokens:
-    """Check the tokens that are given in place of the prior's.
+    ids: Any,
+    image_ids: Any,
+    grids: Any,
+) -> PriorTokens | None:
+    """The tokens that are given in place of the prior's, checked; None if there are none.
 
     Args:
-        batch: B, of which ``per_prompt`` belong to each prompt.
-        tokens: N of an image of this size.
-        codes: the size of the codebook.
-
-    Raises:
-        InputError: another number of tokens, tokens outside of the codebook, or images without their tokens.
+        shape: [B, C, h, w] of the latents.
     """
-    count = batch // per_prompt
+    if ids is None:
+        if image_ids is not None or grids is not None:
+            raise InputError(
+                "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
+            )
+        return None
+    config, (batch, _, rows, columns), count = pipe.transformer.config, shape, texts.prompt_count
+    tokens = rows * columns // config["patch_size"] ** 2
+    codes = config["prior_vq_quantizer_codebook_size"]
     for name, numbers in (("prior_token_ids", [ids]), ("prior_token_image_ids", image_ids)):
         listed = isinstance(numbers, list | tuple | None)
-        if not listed or not all(_is_within(x, codes) for x in numbers or ()):
+        if not listed or not all(_is_whole(x) and bool(((x >= 0) & (x < codes)).all()) for x in numbers or ()):
             raise InputError(f"{name} must be tensors of tokens from 0 to {codes - 1}, the range of the codebook")
     if not isinstance(grids, list | tuple | None) or not all(_is_grid(grid) for grid in grids or ()):
         raise InputError("source_image_grid_thw must be tensors [images, 3]: 1, rows and columns of each image")
@@ -273,19 +200,13 @@ def given_prior(
                     f"source_image_grid_thw describes {len(grid)} images with {expected} tokens; there are "
                     f"{len(of_prompt)} images and {tokens_of_images.numel()} tokens"
                 )
-    repeats = batch // ids.shape[0]
-    return PriorTokens(ids.repeat_interleave(repeats, dim=0), image_ids, grids)
+    return PriorTokens(ids.repeat_interleave(batch // len(ids), dim=0), image_ids, grids)
 
 
-def _is_whole(numbers: Any) -> bool:
+def _is_whole(x: Any) -> bool:
     """Whether this is a dense tensor of whole numbers with values in memory."""
-    kinds = (torch.int32, torch.int64)
-    return (
-        isinstance(numbers, Tensor)
-        and numbers.dtype in kinds
-        and not numbers.is_meta
-        and numbers.layout == torch.strided
-    )
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    return dense and x.dtype in (torch.int32, torch.int64)
 
 
 def _is_grid(grid: Any) -> bool:
@@ -293,21 +214,11 @@ def _is_grid(grid: Any) -> bool:
     return _is_whole(grid) and grid.shape[1:] == (3,) and bool((grid[:, 0] == 1).all() and (grid > 0).all())
 
 
-def _is_within(tokens: Any, codes: int) -> bool:
-    """Whether these are tokens of a codebook of so many codes."""
-    if not _is_whole(tokens):
-        return False
-    return tokens.numel() == 0 or 0 <= int(tokens.min()) <= int(tokens.max()) < codes
-
-
 def reference_image(image: Any) -> Image.Image:
     """An RGB image whose sides are multiples of 32, so that the prior and the autoencoder see the same.
 
     Args:
         image: a PIL image, an array [H, W, C] or a tensor [C, H, W], with the values that ``ImageProcessor`` takes.
-
-    Raises:
-        InputError: something else, or an image that is too small.
     """
     if isinstance(image, np.ndarray | Tensor):
         levels = ((normalize(as_batch(image).detach().cpu()).float() * 0.5 + 0.5) * 255).round().clamp(0, 255)

@@ -20,6 +20,7 @@ from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
 from ..models.glm_image.prior import PriorTokens, generate_prior
 from .glyphs import encode_glyphs, most_tokens
+from .latents import scaled
 from .prompts import EncodedTexts
 from .request import Schedule
 from .sampling import Half, Stop
@@ -83,29 +84,22 @@ def encode_quoted_texts(pipe: Any, texts: list[str], length: int) -> EncodedText
     )
 
 
-@torch.no_grad()
-def encode_references(
-    pipe: Any, images: Sequence[Sequence[Any]], token_ids: Sequence[Tensor], grids_of_images: Sequence[Tensor]
-) -> GlmImageReferences:
-    """The keys and values of the reference images, P rows."""
-    rows = []
-    for of_prompt, ids, grids in zip(images, token_ids, grids_of_images, strict=True):
-        encoded = []
-        each = ids.to(pipe.device).flatten().split(grids.prod(dim=-1).tolist())
-        for image, tokens, (_, high, wide) in zip(of_prompt, each, grids.tolist(), strict=True):
-            encoded.append(_encode_reference(pipe, image, tokens, high, wide))
-        rows.append(GlmImageReferences.one_after_another(encoded))
-    return GlmImageReferences.concat(rows)
+def latent_statistics(vae: Any) -> dict[str, Any]:
+    """The autoencoder's statistics that GLM-Image uses: it has no scaling factor."""
+    return {name: vae.config.get(name) for name in ("latents_mean", "latents_std")}
 
 
-def _encode_reference(pipe: Any, image: Any, tokens: Tensor, rows: int, columns: int) -> GlmImageReferences:
-    transformer = pipe._require("transformer")
-    unit = pipe.vae_scale_factor * transformer.config["patch_size"]
-    pixels = pipe.image_processor.preprocess(image, height=rows * unit, width=columns * unit)  # [1, 3, H, W]
+def encode_reference(pipe: Any, image: Any, tokens: Tensor, grid: Sequence[int]) -> GlmImageReferences:
+    """The keys and values of a reference image.
+
+    Args:
+        tokens: of the prior.
+        grid: 1, rows and columns of these tokens.
+    """
+    unit = pipe.vae_scale_factor * pipe._require("transformer").config["patch_size"]
+    pixels = pipe.image_processor.preprocess(image, *(side * unit for side in grid[1:]))  # [1, 3, H, W]
     with pipe.using_vae() as (vae, dtype):
-        z = vae.encode(pixels.to(pipe.device, dtype)).latent_dist.mode()
-        mean, std = pipe._statistics(z)
-        latents = (z - mean) / std
+        latents = scaled(vae.encode(pixels.to(pipe.device, dtype)).latent_dist.mode(), latent_statistics(vae))
     with pipe.using("transformer") as transformer:
         latents = latents.to(pipe.device, transformer.dtype)
         none = latents.new_zeros(1, 0, transformer.config["text_embed_dim"])
@@ -117,14 +111,8 @@ def _encode_reference(pipe: Any, image: Any, tokens: Tensor, rows: int, columns:
 
 
 def shifted(scheduler: Any, schedule: Schedule, tokens: int) -> dict[str, Any]:
-    """GLM-Image's schedule: integer timesteps, not shifted, and noise levels that are shifted by the image's size.
-
-    Args:
-        tokens: the number of image tokens.
-
-    Returns:
-        arguments for the scheduler's ``set_timesteps``.
-    """
+    """Arguments for the scheduler's ``set_timesteps``: GLM-Image's timesteps are integers and not shifted, its noise
+    levels are shifted by the number of image tokens."""
     config, accepted = scheduler.config, inspect.signature(scheduler.set_timesteps).parameters
     if "sigmas" not in accepted:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Tensors <-> images: PIL images, arrays and tensors, checked and brought to one form."""
+"""Tensors <-> images: PIL images, arrays and tensors, checked (InputError if they cannot be used), in one form."""
 
 from __future__ import annotations
 
@@ -201,9 +201,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey is scaled by 1 / 257. 32-bit integers (mode I) are 8-bit levels, or 16-bit levels if any exceeds 255;
     floats (mode F) are 8-bit levels, or fractions of white if none exceeds 1.
-
-    Raises:
-        InputError: values outside of these ranges, a mode without a conversion, too many pixels, or damaged data.
     """
     check_pixels(image.size)
     try:
@@ -233,11 +230,7 @@ def _levels(image: Image.Image) -> Image.Image:
 
 
 def as_batch(image: Any) -> Tensor:
-    """An array [(B,) H, W (, C)] or a tensor [(B,) (C,) H, W] as a tensor [B, C, H, W] of the same numbers.
-
-    Raises:
-        InputError: another shape, too many pixels, or values that are not real numbers in memory.
-    """
+    """An array [(B,) H, W (, C)] or a tensor [(B,) (C,) H, W] as a tensor [B, C, H, W] of the same numbers."""
     check_arrays([image])
     if isinstance(image, Tensor):
         image = image if image.is_floating_point() or image.dtype == torch.uint8 else image.long()
@@ -253,11 +246,7 @@ def as_batch(image: Any) -> Tensor:
 
 
 def check_arrays(images: Sequence[Any]) -> None:
-    """Check that arrays and tensors are images, before any is copied: a view that repeats values can have any size.
-
-    Raises:
-        InputError: as ``as_batch``.
-    """
+    """Check that arrays and tensors are images, before any is copied: a view that repeats values can have any size."""
     for image in images:
         if isinstance(image, Tensor):
             name = str(image.dtype).removeprefix("torch.")
@@ -279,11 +268,7 @@ def check_arrays(images: Sequence[Any]) -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Images in [-1, 1], from integers in [0, 255] or floats in [0, 1]; floats in [-1, 1] are kept, with a warning.
-
-    Raises:
-        InputError: values in none of these ranges.
-    """
+    """Images in [-1, 1], from integers in [0, 255] or floats in [0, 1]; floats in [-1, 1] are kept, with a warning."""
     least, most = images.min().item(), images.max().item()
     if not images.is_floating_point():
         if least < 0 or most > 255:

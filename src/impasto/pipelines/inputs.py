@@ -1,8 +1,7 @@
-"""Checks of a text-to-image pipeline's arguments, before anything is computed."""
+"""Checks of a pipeline's arguments, before anything is computed; each raises InputError and says what can be used."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,9 +33,6 @@ def plan_canvas(height: int | None, width: int | None, base: int, unit: int, bin
         base: the side of the training images; binning exists for 256, 512, 1024 and 2048.
         unit: the sides of a generated image must be multiples of it.
         binning: generate at the nearest training size.
-
-    Raises:
-        InputError: this size cannot be generated; the message has the nearest one that can.
     """
     final_height = base if height is None else whole_number("height", height, most=MAX_SIDE)
     final_width = base if width is None else whole_number("width", width, most=MAX_SIDE)
@@ -55,11 +51,9 @@ def guidance(value: Any, name: str = "guidance_scale") -> float:
     return finite(name, value, -MAX_GUIDANCE, MAX_GUIDANCE)
 
 
-def count_images(prompts: int, images_per_prompt: Any) -> tuple[int, int]:
-    """The number of images for each prompt, and for all; None means one."""
-    name, most = "num_images_per_prompt", MAX_IMAGES // prompts
-    each = 1 if images_per_prompt is None else whole_number(name, images_per_prompt, most=max(1, most))
-    return each, prompts * each
+def images_per_prompt(value: Any, prompts: int) -> int:
+    """The number of images for each prompt; None means one."""
+    return 1 if value is None else whole_number("num_images_per_prompt", value, most=max(1, MAX_IMAGES // prompts))
 
 
 def check_result(
@@ -93,12 +87,7 @@ def check_extra(kwargs: Mapping[str, Any]) -> None:
 
 
 def list_of_texts(name: str, value: Any, count: int | None = None) -> list[str]:
-    """One text or a list of them -> a list; one text is repeated ``count`` times.
-
-    Raises:
-        InputError: neither a text nor a list of texts, a list that is empty or of another length, or a text that is
-            too long or not valid Unicode.
-    """
+    """One text or a list of them -> a list; one text is repeated ``count`` times."""
     if isinstance(value, str):
         return [text(name, value, MAX_CHARACTERS)] * (count or 1)
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
@@ -131,13 +120,16 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | str], advice: str 
     raise InputError(f"{name} must be a {kind} [{', '.join(map(str, shape))}]{advice}, not {found}")
 
 
-def check_embeds(name: str, embeds: Any, mask: Any) -> tuple[int, ...]:
-    """Check embeddings that are given in place of texts, and their mask; return their shape."""
+def check_embeds(
+    name: str, embeds: Any, mask: Any, channels: int | str = "channels", masked: bool = True
+) -> tuple[int, ...]:
+    """Check embeddings that are given in place of texts, and their mask if they need one; return their shape."""
     mask_name = name.removesuffix("embeds") + "attention_mask"
-    check_tensor(name, embeds, ("prompts", "tokens", "channels"))
-    if mask is None:
-        raise InputError(f"{name} needs its {mask_name} [prompts, tokens], where 1 marks the tokens that count")
-    check_tensor(mask_name, mask, list(embeds.shape[:2]), f" for {name} {list(embeds.shape)}", mask=True)
+    check_tensor(name, embeds, ("prompts", "tokens", channels))
+    if masked:
+        if mask is None:
+            raise InputError(f"{name} needs its {mask_name} [prompts, tokens], where 1 marks the tokens that count")
+        check_tensor(mask_name, mask, list(embeds.shape[:2]), f" for {name} {list(embeds.shape)}", mask=True)
     return tuple(embeds.shape)
 
 
@@ -160,33 +152,6 @@ def check_generator(generator: Any, batch: int) -> Generator | list[Generator] |
     return list(generator)
 
 
-def count_steps(scheduler: Any, num_inference_steps: Any, timesteps: Any, sigmas: Any, both: bool = False) -> int:
-    """The number of steps, after checking that the scheduler takes what is given.
-
-    Args:
-        both: whether timesteps and sigmas may be given together.
-
-    Raises:
-        InputError: both timesteps and sigmas, one that the scheduler does not take, or no steps.
-    """
-    if timesteps is not None and sigmas is not None and not both:
-        raise InputError("timesteps and sigmas were both given; give one of them")
-    counts = []
-    accepted = inspect.signature(scheduler.set_timesteps).parameters
-    for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if value is None:
-            continue
-        if name not in accepted:
-            raise InputError(
-                f"{type(scheduler).__name__} takes no {name}; leave them out, or use a scheduler that takes them, "
-                f"such as DPMSolverMultistepScheduler"
-            )
-        counts.append(count_levels(name, value))
-    if len({*counts}) > 1:
-        raise InputError(f"there are {counts[0]} timesteps and {counts[1]} sigmas; give as many of both")
-    return counts[0] if counts else whole_number("num_inference_steps", num_inference_steps, most=MAX_STEPS)
-
-
 def count_levels(name: str, value: Any) -> int:
     """The number of timesteps or sigmas in a custom schedule, which must be finite numbers of 0 or more."""
     if isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided and not value.is_complex():
@@ -203,11 +168,7 @@ def count_levels(name: str, value: Any) -> int:
 
 
 def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequence[str]) -> None:
-    """Call the callback after a step, and replace the step's latents and embeddings by those that it returns.
-
-    Raises:
-        InputError: it did not return a dict of these tensors, or one has another shape or type than the original.
-    """
+    """Call the callback after a step, and replace the step's latents and embeddings by those that it returns."""
     old = {"latents": step.latents, **step.embeds._asdict()}
     returned = callback(pipe, step.index, step.timestep, {name: old[name] for name in names})
     if returned is not None and not isinstance(returned, Mapping):
@@ -227,29 +188,3 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
         step.latents = changed.pop("latents").to(old["latents"])
     if changed:
         step.embeds = step.embeds._replace(**changed)
-
-
-def check_text_width(
-    config: Mapping[str, Any], given: Sequence[Tensor], components: Mapping[str, Any], encoder_needed: bool
-) -> None:
-    """Check that the transformer's config matches the width of given embeddings and of those to be encoded.
-
-    Raises:
-        InputError: it does not, or the components that encode texts are missing.
-    """
-    widths = {embeds.shape[-1] for embeds in given}
-    if encoder_needed:
-        missing = [name for name in ("tokenizer", "text_encoder") if components[name] is None]
-        if missing:
-            raise InputError(
-                f"the pipeline has no {' and no '.join(missing)}: give prompt_embeds and negative_prompt_embeds with "
-                f"their masks (with guidance_scale=1 the negative ones are not needed), or assign what is missing"
-            )
-        widths.add(components["text_encoder"].config.d_model)
-    expected = config.get("caption_channels") or config.get("cross_attention_dim")
-    for width in widths:
-        if expected is not None and width != expected:
-            raise InputError(
-                f"the text embeddings have {width} channels and the transformer takes {expected}; "
-                f"use the text encoder that belongs to it"
-            )

@@ -35,16 +35,6 @@ DTypes = DType | Mapping[str, DType]
 FORMAT_VERSION = "0.42.1"
 
 
-def dtype_of_each(names: Sequence[str], dtype: DTypes) -> dict[str, torch.dtype | None]:
-    """The dtype of each component (None: as stored), from one for all or a dict with ``"default"``."""
-    if not isinstance(dtype, Mapping):
-        return dict.fromkeys(names, parse_dtype(dtype))
-    unknown = [name for name in dtype if name not in (*names, "default")]
-    if unknown:
-        raise InputError(f"dtype names {shown(unknown[0])}, which is not a component; use default, {', '.join(names)}")
-    return {name: parse_dtype(dtype.get(name, dtype.get("default"))) for name in names}
-
-
 @dataclass(frozen=True)
 class Source:
     """A folder or repository, and which of its files to load."""
@@ -79,11 +69,7 @@ class Source:
         return hub.inside(root, self.subfolder)
 
     def read_index(self, pipeline: str) -> dict[str, list[str | None]]:
-        """Component name -> library and class name.
-
-        Raises:
-            CheckpointNotFoundError: there is no ``model_index.json``; the message says how to use what there is.
-        """
+        """Component name -> library and class name."""
         path = self._resolve([INDEX_NAME]) / INDEX_NAME
         if not path.is_file():
             transformer = accepted_classes(pipeline, "transformer")[0]
@@ -101,12 +87,7 @@ class Source:
         return component_entries(path, content)
 
     def fetch(self, index: Mapping[str, list[str | None]], names: list[str], pipeline: str) -> Path:
-        """The folder that holds the components ``names``, downloaded where that is needed.
-
-        Raises:
-            CheckpointError: a class that does not fit its role.
-            CheckpointNotFoundError: components are missing; the message names them.
-        """
+        """The folder that holds the components ``names``, downloaded if needed."""
         stored = [name for name in names if index.get(name, [None, None])[1] is not None]
         for name in stored:
             check_role(pipeline, name, index[name], os.fspath(self.model))
@@ -155,21 +136,11 @@ def load_components(
         pipeline: the name of the pipeline's class.
         names: of the components, in order.
         given: components in place of the stored ones, which are not read.
-
-    Raises:
-        CheckpointError: a component or a file is missing, damaged, or of an unknown class.
-        InputError: a name that is no component, or a dtype that cannot be used.
-        ResourceError: the budget is too small.
     """
     for name in given:
         if name not in names:
             raise InputError(f"{pipeline} has no argument {name!r}; components: {', '.join(names)}")
-    quantized: dict[str, str] = {}
-    if isinstance(dtype, str | Mapping):
-        dtype, quantized = _without_quantized(dtype, names, memory_budget is not None)
-    dtypes = dtype_of_each(names, dtype)
-    for each in dtypes.values():
-        check_dtype(each, None)
+    dtypes, quantized, is_given = _read_dtypes(dtype, names, planned=memory_budget is not None)
     plan = None
     with source.opened() as opened:
         index = opened.read_index(pipeline)
@@ -181,7 +152,7 @@ def load_components(
 
             entries = {name: index[name] for name in wanted}
             found = inspection.inspect_components(folder, pipeline, entries, opened.variant)
-            requested = {} if dtype is None else {name: _dtype_name(dtypes[name]) for name in wanted}
+            requested = {name: _dtype_name(dtypes[name]) for name in wanted} if is_given else {}
             budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
             if budget.device is not None:
                 check_device(budget.device)
@@ -199,34 +170,35 @@ def load_components(
     return {**dict.fromkeys(names), **loaded, **given}, plan, folder
 
 
-def _without_quantized(
-    dtype: str | Mapping[str, DType], names: Sequence[str], planned: bool
-) -> tuple[DTypes, dict[str, str]]:
-    """The dtypes without the components to be quantized, and the format of each of those.
+def _read_dtypes(
+    dtype: DTypes, names: Sequence[str], planned: bool
+) -> tuple[dict[str, torch.dtype | None], dict[str, str], bool]:
+    """The dtype of each component (None: as stored), the format of each to be quantized, and whether any is given."""
+    given = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    quantized: dict[str, str] = {}
+    if any(isinstance(value, str) for value in given.values()):
+        from ..memory.estimate import QUANTIZED
 
-    Raises:
-        InputError: quantization without a plan, or of an unknown component.
-    """
-    from ..memory.estimate import QUANTIZED
-
-    dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
-    quantized = {name: str(value) for name, value in dtypes.items() if value in QUANTIZED}
-    unknown = [name for name in quantized if name not in names]
-    if unknown:
-        value = quantized[unknown[0]]
-        raise InputError(
-            f"dtype={value!r} must be given by component name, as in dtype={{'transformer': {value!r}}}; "
-            f"{unknown[0]!r} is none of {', '.join(names)}"
-        )
-    if not isinstance(dtype, Mapping):
-        return dtype, {}
-    if quantized and not planned:
-        name, value = next(iter(quantized.items()))
-        raise InputError(
-            f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
-            f"quantize(pipe.{name}, {QUANTIZED[value][0]!r})"
-        )
-    return {name: value for name, value in dtype.items() if name not in quantized} or None, quantized
+        quantized = {name: str(value) for name, value in given.items() if value in QUANTIZED}
+        for name, value in quantized.items():
+            if name not in names:
+                raise InputError(
+                    f"dtype={value!r} must be given by component name, as in dtype={{'transformer': {value!r}}}; "
+                    f"{name!r} is none of {', '.join(names)}"
+                )
+            if not planned:
+                raise InputError(
+                    f"dtype={value!r} of the {name} needs a memory_budget; without one, load it and call "
+                    f"quantize(pipe.{name}, {QUANTIZED[value][0]!r})"
+                )
+    plain = {name: value for name, value in given.items() if name not in quantized}
+    for name in plain:
+        if name not in (*names, "default"):
+            raise InputError(f"dtype names {shown(name)}, which is not a component; use default, {', '.join(names)}")
+    dtypes = {name: parse_dtype(plain.get(name, plain.get("default"))) for name in names}
+    for each in dtypes.values():
+        check_dtype(each, None)
+    return dtypes, quantized, any(value is not None for value in plain.values())
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:
@@ -245,12 +217,7 @@ def load_component(
     variant: str | None,
     use_safetensors: bool | None,
 ) -> Any:
-    """Load one component, whose class was found to fit its role, from its folder.
-
-    Raises:
-        CheckpointError: files that are missing or damaged.
-        MissingDependencyError: the installed transformers lacks a class.
-    """
+    """Load one component, whose class was found to fit its role, from its folder."""
     name = str(library_and_class[1])
     if name in LANGUAGE_MODELS or name in READERS:
         from ..checkpoints.foreign import from_transformers
@@ -277,11 +244,7 @@ def load_component(
 
 
 def check_vocabularies(components: Mapping[str, Any]) -> None:
-    """That no tokenizer has ids beyond the vocabulary of the model that reads them.
-
-    Raises:
-        CheckpointError: one has; the message names both components.
-    """
+    """Raise CheckpointError if a tokenizer has ids beyond the vocabulary of the model that reads them."""
     from ..checkpoints.foreign import from_transformers
 
     for reader, model in (("tokenizer", "text_encoder"), ("processor", "vision_language_encoder")):
@@ -307,12 +270,7 @@ def _index_entry(component: Any) -> list[str | None]:
 def save_components(
     components: Mapping[str, Any], root: Path, pipeline: str, variant: str | None, max_shard_bytes: int
 ) -> None:
-    """Write each component into its own folder, and the index; together they replace what an earlier save wrote.
-
-    Raises:
-        InputError: a variant that cannot be part of a file name.
-        OutputError: the folder cannot be written. It is then unchanged.
-    """
+    """Write each component into its own folder, and the index; together they replace what an earlier save wrote."""
     from ..checkpoints.layout import superseded
     from ..checkpoints.stored import with_variant
     from ..checkpoints.weights import disk_errors

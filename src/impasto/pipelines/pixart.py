@@ -27,7 +27,7 @@ from .defaults import with_defaults
 from .images import ImageProcessor
 from .latents import unscaled
 from .prompts import EncodedTexts, encode_texts, prepare
-from .request import read_pixart, read_pixart_texts, read_schedule
+from .request import read_pixart, read_schedule, read_texts
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
 logger = logging.getLogger("impasto")
@@ -206,7 +206,7 @@ class PixArtPipeline(Pipeline):
             InputError: a type or shape that cannot be used.
         """
         inputs.check_extra(kwargs)
-        texts = read_pixart_texts(do_classifier_free_guidance, locals())
+        texts = read_texts(do_classifier_free_guidance, locals())
         target = self.device if device is None else as_device(device)
         given = (texts.prompt_embeds, texts.prompt_attention_mask)
         negative = (texts.negative_prompt_embeds, texts.negative_prompt_attention_mask)

@@ -117,16 +117,14 @@ class PromptCache:
             found = f"{fingerprint(text_encoder, tokenizer)} {text_encoder.dtype}"
             entry = {"encoder": found, "files": _sizes(self._source)}
             if key is not None and index.get(key) != entry:
-                self._write_index({**index, key: entry})
+                self._save(self.folder / INDEX_NAME, json.dumps({**index, key: entry}, indent=1))
             return found
-        last = None if key is None else index.get(key)
-        if not isinstance(last, dict) or not isinstance(last.get("encoder"), str):
+        last = index.get(key) if key is not None else None
+        encoder, known = (last.get("encoder"), last.get("files")) if isinstance(last, dict) else (None, None)
+        if not isinstance(encoder, str) or not isinstance(known, dict):
             return None
-        known = last.get("files")
         now = _sizes(self._source)  # missing files, such as those never downloaded, do not count
-        if not isinstance(known, dict) or any(known.get(name, size) != size for name, size in now.items()):
-            return None
-        return str(last["encoder"])
+        return encoder if all(known.get(name, size) == size for name, size in now.items()) else None
 
     # --- files ---
 
@@ -163,10 +161,7 @@ class PromptCache:
         with contextlib.suppress(OSError):
             if not path.is_file():  # such as a pipe in place of an entry
                 path.unlink()
-        try:
-            write_file(path, save({"embeds": embeds}, {"checksum": _checksum(path.stem, embeds)}), durable=False)
-        except OutputError as error:  # the prompt was encoded nevertheless
-            logger.warning("the prompt cache cannot be written: %s", error)
+        self._save(path, save({"embeds": embeds}, {"checksum": _checksum(path.stem, embeds)}))
 
     def _shrink(self) -> None:
         """Remove the least recently used entries beyond ``max_bytes``."""
@@ -195,10 +190,10 @@ class PromptCache:
             logger.warning("%s is damaged (%s) and is rewritten", path, error)
             return {}
 
-    def _write_index(self, content: dict[str, Any]) -> None:
+    def _save(self, path: Path, content: bytes | str) -> None:
         try:
-            write_file(self.folder / INDEX_NAME, json.dumps(content, indent=1), durable=False)
-        except OutputError as error:
+            write_file(path, content, durable=False)
+        except OutputError as error:  # the prompt was encoded nevertheless
             logger.warning("the prompt cache cannot be written: %s", error)
 
 

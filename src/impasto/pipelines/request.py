@@ -1,21 +1,22 @@
 """The request of a pipeline: the documented arguments, validated once. The later stages trust it.
 
+The functions that read arguments raise InputError for those that cannot be used, or that contradict each other.
+
 Shapes: P prompts, B images, C latent channels, h x w latent pixels, M text tokens, N image tokens.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from ..checks import MAX_TOKENS, finite, shown, whole_number
+from ..checks import MAX_STEPS, MAX_TOKENS, finite, shown, whole_number
 from ..errors import InputError
 from . import inputs
-
-PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
 
 
 class Texts(NamedTuple):
@@ -30,6 +31,16 @@ class Texts(NamedTuple):
     images_per_prompt: int
     length: int  # tokens of a prompt, at most
     clean: bool = False  # whether to clean captions
+
+    @property
+    def prompt_count(self) -> int:
+        """P, also of embeddings."""
+        return len(self.prompts if self.prompt_embeds is None else self.prompt_embeds)
+
+    @property
+    def to_encode(self) -> list[str]:
+        """The prompts and the negative prompts that are not given as embeddings."""
+        return [*self.prompts, *self.negatives]
 
     @property
     def of_glm_image(self) -> dict[str, Any]:
@@ -65,11 +76,7 @@ class Schedule(NamedTuple):
         return self.steps - self.skipped
 
     def at(self, strength: Any) -> Schedule:
-        """Only the last steps, a fraction ``strength`` of all.
-
-        Raises:
-            InputError: not a number from 0 to 1, or so small that no step is left.
-        """
+        """Only the last steps, a fraction ``strength`` of all, but at least one."""
         taken = int(self.steps * finite("strength", strength, 0.0, 1.0))
         if taken < 1:
             least = f"{1 / self.steps:.3g}"
@@ -83,6 +90,9 @@ class Schedule(NamedTuple):
         """The arguments for a scheduler's ``set_timesteps``."""
         own = {"timesteps": self.timesteps, "sigmas": self.sigmas}
         return {name: value for name, value in own.items() if value is not None} or {"num_inference_steps": self.steps}
+
+
+_PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -115,20 +125,23 @@ class Request:
         }
 
 
-def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
-    """The prompts and negative prompts, as texts or embeddings.
+def read_texts(guided: bool, arguments: Mapping[str, Any], channels: int | str = "channels") -> Texts:
+    """The prompts and negative prompts, as texts or embeddings, which have masks if the arguments have them.
 
-    Raises:
-        InputError: a type or shape that cannot be used, or two arguments that contradict each other.
+    Args:
+        guided: if False, negative prompts are checked and then left out.
+        channels: of embeddings.
     """
-    prompt, embeds, mask = (arguments[name] for name in PROMPT_FIELDS)
-    negative, negative_embeds, negative_mask = (arguments[f"negative_{name}"] for name in PROMPT_FIELDS)
+    prompt, embeds, mask = (arguments.get(name) for name in _PROMPT_FIELDS)
+    negative, negative_embeds, negative_mask = (arguments.get(f"negative_{name}") for name in _PROMPT_FIELDS)
+    masked = "prompt_attention_mask" in arguments
     if prompt is not None and embeds is not None:
         raise InputError("prompt and prompt_embeds were both given; give one of them")
     if prompt is None and embeds is None:
-        raise InputError("there is nothing to generate: give prompt, or prompt_embeds with prompt_attention_mask")
+        with_mask = " with prompt_attention_mask" if masked else ""
+        raise InputError(f"there is nothing to generate: give prompt, or prompt_embeds{with_mask}")
     prompts = [] if prompt is None else inputs.list_of_texts("prompt", prompt)
-    shape = None if embeds is None else inputs.check_embeds("prompt_embeds", embeds, mask)
+    shape = None if embeds is None else inputs.check_embeds("prompt_embeds", embeds, mask, channels, masked)
     count = len(prompts) if shape is None else shape[0]
     if count == 0:
         raise InputError("prompt_embeds is empty; it needs one row for each prompt")
@@ -136,20 +149,20 @@ def read_pixart_texts(guided: bool, arguments: Mapping[str, Any]) -> Texts:
     if negative_embeds is not None:
         if negative:
             raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-        found = inputs.check_embeds("negative_prompt_embeds", negative_embeds, negative_mask)
-        if shape is not None and found != shape:
+        found = inputs.check_embeds("negative_prompt_embeds", negative_embeds, negative_mask, channels, masked)
+        if masked and shape is not None and found != shape:
             raise InputError(
                 f"negative_prompt_embeds has shape {list(found)} and prompt_embeds {list(shape)}; make them equal"
             )
         if found[0] != count:
             raise InputError(f"negative_prompt_embeds has {found[0]} rows for {count} prompts; give one for each")
-    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
-    each, _ = inputs.count_images(count, arguments["num_images_per_prompt"])
     if not guided:
         negatives, negative_embeds, negative_mask = [], None, None
     elif negative_embeds is not None:
         negatives = []
-    clean = bool(arguments["clean_caption"])
+    each = inputs.images_per_prompt(arguments["num_images_per_prompt"], count)
+    length = whole_number("max_sequence_length", arguments["max_sequence_length"], most=MAX_TOKENS)
+    clean = bool(arguments.get("clean_caption"))
     return Texts(prompts, negatives, embeds, mask, negative_embeds, negative_mask, each, length, clean)
 
 
@@ -161,13 +174,10 @@ def read_pixart(
     Args:
         fields: names of the embeddings that a callback may ask for.
         canvas: the sizes of the images; if None, from the arguments.
-
-    Raises:
-        InputError: an argument that cannot be used.
     """
     inputs.check_extra(arguments["kwargs"])
-    config, factor, components = pipe._require("transformer").config, pipe.vae_scale_factor, pipe.components
-    texts = read_pixart_texts(inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
+    config, factor = pipe._require("transformer").config, pipe.vae_scale_factor
+    texts = read_texts(inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
     callback = arguments["callback"]
     if callback is not None and not callable(callback):
         raise InputError(f"callback must be a function, not {shown(callback)}")
@@ -182,14 +192,29 @@ def read_pixart(
         callback_steps=whole_number("callback_steps", arguments["callback_steps"]),
         final_size=canvas[2:] if canvas[:2] != canvas[2:] else None,
     )
-    inputs.check_text_width(
-        config,
-        [x for x in (texts.prompt_embeds, texts.negative_prompt_embeds) if x is not None],
-        components,
-        encoder_needed=bool(texts.prompts or texts.negatives)
-        and (pipe.prompt_cache is None or components["text_encoder"] is not None),
-    )
+    _check_text_width(pipe, texts)
     return request
+
+
+def _check_text_width(pipe: Any, texts: Texts) -> None:
+    """Check that the transformer takes embeddings as wide as those that are given and those to be encoded."""
+    config, components = pipe.transformer.config, pipe.components
+    widths = {x.shape[-1] for x in (texts.prompt_embeds, texts.negative_prompt_embeds) if x is not None}
+    if texts.to_encode and (pipe.prompt_cache is None or components["text_encoder"] is not None):
+        missing = [name for name in ("tokenizer", "text_encoder") if components[name] is None]
+        if missing:
+            raise InputError(
+                f"the pipeline has no {' and no '.join(missing)}: give prompt_embeds and negative_prompt_embeds with "
+                f"their masks (with guidance_scale=1 the negative ones are not needed), or assign what is missing"
+            )
+        widths.add(components["text_encoder"].config.d_model)
+    expected = config.get("caption_channels") or config.get("cross_attention_dim")
+    for width in widths:
+        if expected is not None and width != expected:
+            raise InputError(
+                f"the text embeddings have {width} channels and the transformer takes {expected}; "
+                f"use the text encoder that belongs to it"
+            )
 
 
 def shared_fields(
@@ -208,9 +233,7 @@ def shared_fields(
         advice: how to use latents of another size.
         both: whether timesteps and sigmas may be given together.
     """
-    batch = (len(texts.prompts) if texts.prompt_embeds is None else len(texts.prompt_embeds)) * texts.images_per_prompt
-    height, width = size
-    factor = pipe.vae_scale_factor
+    batch, (height, width), factor = texts.prompt_count * texts.images_per_prompt, size, pipe.vae_scale_factor
     shape = (batch, pipe._require("transformer").config["in_channels"], height // factor, width // factor)
     latents, output_type, on_step_end = (arguments[n] for n in ("latents", "output_type", "callback_on_step_end"))
     if latents is not None:
@@ -237,8 +260,21 @@ def read_schedule(pipe: Any, arguments: Mapping[str, Any], both: bool = False) -
     Args:
         both: whether timesteps and sigmas may be given together.
     """
-    timesteps, sigmas = arguments["timesteps"], arguments["sigmas"]
-    steps = arguments["num_inference_steps"]
-    count = inputs.count_steps(pipe._require("scheduler"), steps, timesteps, sigmas, both)
-    schedule = Schedule(count, timesteps, sigmas)
+    scheduler, timesteps, sigmas = pipe._require("scheduler"), arguments["timesteps"], arguments["sigmas"]
+    custom = {n: value for n, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    if len(custom) == 2 and not both:
+        raise InputError("timesteps and sigmas were both given; give one of them")
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    for name in custom:
+        if name not in accepted:
+            raise InputError(
+                f"{type(scheduler).__name__} takes no {name}; leave them out, or use a scheduler that takes them, "
+                f"such as DPMSolverMultistepScheduler"
+            )
+    counts = [inputs.count_levels(name, value) for name, value in custom.items()]
+    if len({*counts}) > 1:
+        raise InputError(f"there are {counts[0]} timesteps and {counts[1]} sigmas; give as many of both")
+    requested = arguments["num_inference_steps"]
+    steps = counts[0] if counts else whole_number("num_inference_steps", requested, most=MAX_STEPS)
+    schedule = Schedule(steps, timesteps, sigmas)
     return schedule.at(arguments["strength"]) if "strength" in arguments else schedule
