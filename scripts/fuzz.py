@@ -69,7 +69,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     from tests import tiny, tiny_glm
 
     import impasto
-    from impasto.checkpoints.weights import save_weights
+    from impasto.checkpoints.weights import write_weights
     from impasto.memory.inspection import inspect_model
     from impasto.pipelines.image_files import GenerationSettings, save_image
     from impasto.pipelines.prompt_cache import PromptCache
@@ -112,7 +112,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     assert isinstance(pipe.prompt_cache, PromptCache)
 
     pending = root / "pending"
-    save_weights(transformer.state_dict(), pending)
+    write_weights(transformer.state_dict(), pending)
     transformer.save_config(pending)
     (pending / STAGING).mkdir()
     shutil.copyfile(pending / "config.json", pending / STAGING / "config.json")

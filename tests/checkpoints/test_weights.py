@@ -114,7 +114,7 @@ def test_parts_of_larger_tensors_and_twins_are_saved_as_their_own(tmp_path: Path
     whole = torch.arange(24.0).reshape(4, 6)
     tensors = {"rows": whole[:2], "more": whole[2:], "columns": whole[:, 1:3], "whole": whole, "twin": whole}
     tensors["turned"] = torch.ones(3, 2).cumsum(0).t()
-    weights.save_weights(tensors, tmp_path)
+    weights.write_weights(tensors, tmp_path)
     found = load_file(tmp_path / NAME)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -132,7 +132,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("size", [10_000, 36])
 def test_tied_weights_are_saved_under_both_names(tmp_path: Path, size: int) -> None:
     model = Tied()
-    weights.save_weights(model.state_dict(), tmp_path, max_shard_bytes=size)
+    weights.write_weights(model.state_dict(), tmp_path, max_shard_bytes=size)
     files = stored.find_weight_files(tmp_path)
     assert len(files) == (1 if size > 36 else 2)
     found = {name: tensor for file in files for name, tensor in stored.iterate_tensors(file)}

@@ -150,7 +150,7 @@ def sharded(change: Callable[[Path, dict[str, Any]], Any]) -> Callable[[Path], A
     def apply(folder: Path) -> None:
         content = load_file(folder / NAME)
         (folder / NAME).unlink()
-        weights.save_weights(content, folder, max_shard_bytes=30_000)
+        weights.write_weights(content, folder, max_shard_bytes=30_000)
         index = json.loads((folder / INDEX).read_text())
         written = change(folder, index)
         (folder / INDEX).write_text(written if isinstance(written, str) else json.dumps(index))

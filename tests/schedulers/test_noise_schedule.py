@@ -8,6 +8,7 @@ import torch
 
 from impasto.errors import InputError
 from impasto.schedulers import noise_schedule as schedules
+from impasto.schedulers.betas import cosine_betas, rescale_zero_terminal_snr, scaled_linear_betas
 from impasto.schedulers.ddpm import DDPMScheduler
 
 
@@ -16,8 +17,8 @@ def table() -> schedules.Array:
 
 
 def test_zero_terminal_snr_keeps_the_first_level_and_ends_in_pure_noise() -> None:
-    betas = schedules.scaled_linear_betas(1000, 0.00085, 0.012)
-    rescaled = schedules.rescale_zero_terminal_snr(betas)
+    betas = scaled_linear_betas(1000, 0.00085, 0.012)
+    rescaled = rescale_zero_terminal_snr(betas)
     bars = torch.cumprod(1 - rescaled, dim=0)
     assert bars[-1] == 0
     torch.testing.assert_close(bars[0], 1 - betas[0])
@@ -25,7 +26,7 @@ def test_zero_terminal_snr_keeps_the_first_level_and_ends_in_pure_noise() -> Non
 
 
 def test_cosine_betas_follow_the_curve_they_discretise() -> None:
-    bars = torch.cumprod(1 - schedules.cosine_betas(1000, 0.0, 0.0), dim=0)
+    bars = torch.cumprod(1 - cosine_betas(1000, 0.0, 0.0), dim=0)
     t = (torch.arange(1, 990) / 1000 + 0.008) / 1.008 * torch.pi / 2
     start = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     torch.testing.assert_close(bars[:989], t.cos() ** 2 / start, rtol=2e-4, atol=1e-6)

@@ -38,10 +38,9 @@ class Config(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_values" not in self.__dict__:  # copying and pickling probe before __init__
             raise AttributeError(name)
-        try:
-            return self.__dict__["_values"][name]
-        except KeyError:
-            raise AttributeError(f"the config has no {name!r}; it has: {', '.join(self._values)}") from None
+        if name not in self._values:
+            raise AttributeError(f"the config has no {name!r}; it has: {', '.join(self._values)}")
+        return self._values[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise ConfigurationError(f"config.{name} is read-only; construct a new module with {name}={value!r}")
@@ -211,13 +210,11 @@ def parse_json(data: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"it has {shown(name)} twice")
-            seen.add(name)
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it has {shown(name)} twice")
+        content[name] = value
     return content
 
 

@@ -52,8 +52,30 @@ def resolve(
             f"the folder {printable(name[:200]) or repr(name)} does not exist. Give an existing folder, a hub id such "
             f"as PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, or {', '.join(BUILTIN)}."
         )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
     cache = None if cache_dir is None else plain_path(cache_dir, InputError)
-    return _download(name, allow_patterns, revision, cache, local_files_only, token)
+    try:
+        folder = snapshot_download(
+            name,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            revision=revision,
+            cache_dir=cache,
+            local_files_only=local_files_only,
+            token=token,
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise CheckpointNotFoundError(
+            f"the hub has no {name}" + (f" at revision {revision}" if revision else "") + ", or it is private; "
+            "check the id, or log in with `hf auth login`, or give a folder"
+        ) from error
+    except Exception as error:  # from the cache, the network, the server or the library
+        raise HubError(
+            f"{name} is neither a folder nor in the local cache, and the hub cannot be reached. Connect to the "
+            f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"
+        ) from error
+    return Path(folder)
 
 
 def inside(root: Path, subfolder: str | None) -> Path:
@@ -69,40 +91,3 @@ def inside(root: Path, subfolder: str | None) -> Path:
     if os.path.isfile(root / subfolder):
         raise InputError(f"{printable(str(root / subfolder))} is a file; give the folder that holds it as subfolder")
     return root / subfolder
-
-
-def _download(
-    repo_id: str,
-    allow_patterns: Sequence[str] | None,
-    revision: str | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = snapshot_download(
-            repo_id,
-            allow_patterns=list(allow_patterns) if allow_patterns is not None else None,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise CheckpointNotFoundError(
-            f"the hub has no {repo_id}" + (f" at revision {revision}" if revision else "") + ", or it is private; "
-            "check the id, or log in with `hf auth login`, or give a folder"
-        ) from error
-    except Exception as error:  # from the cache, the network, the server or the library
-        raise HubError(
-            f"{repo_id} is neither a folder nor in the local cache, and the hub cannot be reached. Connect to the "
-            f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"
-        ) from error
-    return Path(folder)

@@ -43,8 +43,6 @@ DTYPES = {
     **{f"I{bits}": (f"int{bits}", bits) for bits in (8, 16, 32, 64)},
     **{f"U{bits}": (f"uint{bits}", bits) for bits in (8, 16, 32, 64)},
 }
-#: The header of 10,000 tensors has about a megabyte.
-_MOST_HEADER = MOST_BYTES
 _ENTRY = ("shape", "data_offsets", "dtype")
 _AGAIN = "Delete it and download or save it again."
 
@@ -116,24 +114,21 @@ def _shards_of(index: Path, suffix: str) -> list[Path]:
         if not name.endswith(suffix):
             raise CheckpointError(f"{index} lists {shown(name)}, which is not a {suffix} file; download it again")
         listed.setdefault(name, []).append(key)
-    names = sorted(listed)
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    shards = [index.parent / name for name in sorted(listed)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointNotFoundError(
-            f"{index.parent} lacks {len(missing)} of its {len(names)} weight files: {listing(missing)}. "
+            f"{index.parent} lacks {len(missing)} of its {len(shards)} weight files: {listing(missing)}. "
             f"Download the missing files into that folder."
         )
-    shards = [index.parent / name for name in names]
-    if suffix == ".safetensors":
-        for shard in shards:
-            held = tensor_headers(shard)
-            lacking = [key for key in listed[shard.name] if key not in held]
-            if lacking:
-                raise WeightsMismatchError(
-                    f"{shard} does not hold what {index.name} lists for it: {len(lacking)} missing "
-                    f"({listing(lacking)}). The shards are from different saves, or the file from another model; "
-                    f"download them again."
-                )
+    for shard in shards if suffix == ".safetensors" else ():
+        held = tensor_headers(shard)
+        lacking = [key for key in listed[shard.name] if key not in held]
+        if lacking:
+            raise WeightsMismatchError(
+                f"{shard} does not hold what {index.name} lists for it: {len(lacking)} missing ({listing(lacking)}). "
+                f"The shards are from different saves, or the file from another model; download them again."
+            )
     return shards
 
 
@@ -190,8 +185,8 @@ def tensor_headers(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 0 < length <= size - 8:
                 raise CheckpointError(f"{path} is damaged or not a safetensors file (of {size} bytes). {_AGAIN}")
-            if length > _MOST_HEADER:
-                raise ValueError(f"{length} bytes of header, more than the limit of {_MOST_HEADER}")
+            if length > MOST_BYTES:  # the header of 10,000 tensors has about a megabyte
+                raise ValueError(f"{length} bytes of header, more than the limit of {MOST_BYTES}")
             header = parse_json(file.read(length))
         return dict(_read_header(path, header, size - 8 - length))
     except (OSError, ValueError, RecursionError) as error:
@@ -217,7 +212,7 @@ def _read_header(path: Path, header: Any, data_bytes: int) -> Iterator[tuple[str
             raise ValueError(f"{shown(name)} has the dtype {shown(dtype)}, which is unknown")
         if (span[1] - span[0]) * 8 != math.prod(shape) * DTYPES[dtype][1]:
             raise ValueError(f"{shown(name)} of shape {shown(shape)} does not have {span[1] - span[0]} bytes")
-        spans.append((span[0], span[1]))
+        spans.append(span)
         yield name, StoredTensor(path, DTYPES[dtype][0], tuple(shape))
     end = 0
     for first, last in sorted(spans):
@@ -233,9 +228,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 
 
 def _pickled_headers(path: Path) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(path, _name(tensor.dtype), tuple(tensor.shape)) for name, tensor in _unpickle(path).items()
-    }
+    return {name: StoredTensor(path, _name(held.dtype), tuple(held.shape)) for name, held in _unpickle(path).items()}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,9 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, WeightsMismatchError
-from ..folders import saving
 from .config import write_json
-from .layout import superseded
 from .stored import FLOATS, WEIGHTS_NAME, Stored, iterate_tensors, listing, with_variant
 
 
@@ -58,19 +56,16 @@ def check_fit(module: nn.Module, stored: Stored, rename: Callable[[str], str] = 
         seen[name] = stored_name
     missing = [name for name in expected if name not in seen]
     if missing or unexpected:
+        folder = next((tensor.file.parent for tensor in stored.values()), "an empty file")
+        listed = "".join(
+            f"{len(names)} {what} ({listing(names)}). "
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        )
         raise WeightsMismatchError(
-            f"the weights in {_folder(stored)} do not fit {type(module).__name__}'s config: "
-            f"{_counted('missing', missing)}{_counted('unexpected', unexpected)}"
+            f"the weights in {folder} do not fit {type(module).__name__}'s config: {listed}"
             f"Weights and config.json do not belong together, or the files are from another model."
         )
-
-
-def _folder(stored: Stored) -> Path | str:
-    return next((tensor.file.parent for tensor in stored.values()), "an empty file")
-
-
-def _counted(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({listing(names)}). " if names else ""
 
 
 def load_into(
@@ -90,24 +85,17 @@ def load_into(
     Raises:
         CheckpointError: a file is damaged.
     """
-    expected = dict(module.state_dict(keep_vars=True))
+    expected = module.state_dict(keep_vars=True)
     for file in dict.fromkeys(tensor.file for tensor in stored.values()):
         for stored_name, tensor in iterate_tensors(file):
             name = rename(stored_name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(device, dtype or tensor.dtype)
+            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=expected[name].requires_grad)
             else:
-                tensor = tensor.to(device)
-            _assign(module, name, tensor, requires_grad=expected[name].requires_grad)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
-    else:
-        owner._buffers[leaf] = tensor
+                owner._buffers[leaf] = tensor
 
 
 @contextmanager
@@ -121,26 +109,11 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
-def save_weights(
-    state_dict: Mapping[str, Tensor],
-    folder: Path,
-    *,
-    variant: str | None = None,
-    max_shard_bytes: int = 10_000_000_000,
+def write_weights(
+    state_dict: Mapping[str, Tensor], folder: Path, *, variant: str | None = None, max_shard_bytes: int = 10_000_000_000
 ) -> None:
-    """Write safetensors: one file, or shards with an index if it would exceed ``max_shard_bytes``.
-
-    They replace the weights of an earlier save all together or not at all.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    with saving(folder, superseded) as staging:
-        write_weights(state_dict, staging, variant=variant, max_shard_bytes=max_shard_bytes)
-
-
-def write_weights(state_dict: Mapping[str, Tensor], folder: Path, *, variant: str | None, max_shard_bytes: int) -> None:
-    """Write the files of ``save_weights`` into a folder that no process reads yet."""
+    """Write safetensors into a folder that no process reads yet: one file, or shards with an index if it would exceed
+    ``max_shard_bytes``."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state_dict.items():
@@ -150,11 +123,10 @@ def write_weights(state_dict: Mapping[str, Tensor], folder: Path, *, variant: st
         shards[-1][name] = tensor.detach()
         size += tensor.nbytes
 
-    single = with_variant(f"{WEIGHTS_NAME}.safetensors", variant)
-    stem = single.removesuffix(".safetensors")
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [single]
+    names = [with_variant(f"{WEIGHTS_NAME}.safetensors", variant)]
+    if len(shards) > 1:
+        stem = names[0].removesuffix(".safetensors")
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     with disk_errors():
         for name, shard in zip(names, shards, strict=True):
             save_file(_standing_alone(shard), folder / name, metadata={"format": "pt"})

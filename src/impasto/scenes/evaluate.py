@@ -150,16 +150,11 @@ def judge_images(prompts: Sequence[Prompt], images: Sequence[ImageLike], judge: 
     """Read `images`, one per prompt, and compare them with the prompts."""
     readings = (judge or bundled_judge()).read(images)
     assert len(readings) == len(prompts), "one image per prompt"
-    return Report(
-        tuple(
-            Verdict(
-                prompt,
-                reading,
-                compare(reading, prompt.scene, with_size=prompt.with_size, with_background=prompt.with_background),
-            )
-            for prompt, reading in zip(prompts, readings)
-        )
-    )
+    verdicts = []
+    for prompt, seen in zip(prompts, readings):
+        score = compare(seen, prompt.scene, with_size=prompt.with_size, with_background=prompt.with_background)
+        verdicts.append(Verdict(prompt, seen, score))
+    return Report(tuple(verdicts))
 
 
 def judge_edits(edits: Sequence[Edit], images: Sequence[ImageLike], judge: Judge | None = None) -> Report:

@@ -96,18 +96,14 @@ class Scene:
             raise InputError(f"Unknown background {self.background!r}; use one of {', '.join(BACKGROUNDS)}.")
 
 
-def _combination(first: Solid, relation: str, second: Solid) -> str:
-    # "a to the right of b" is the same image as "b to the left of a", so both are held out together.
-    if relation in (RIGHT, BEHIND):
-        first, second = second, first
-        relation = LEFT if relation == RIGHT else FRONT
-    return f"{first.color} {first.shape} {relation} {second.color} {second.shape}"
-
-
 def combinations(scene: Scene) -> Iterator[str]:
     """The (colour, shape, relation, colour, shape) combinations of the scene, in canonical order."""
     for first, relation, second in zip(scene.solids, scene.relations, scene.solids[1:], strict=False):
-        yield _combination(first, relation, second)
+        # "a to the right of b" is the same image as "b to the left of a", so both are held out together.
+        if relation in (RIGHT, BEHIND):
+            first, second = second, first
+            relation = LEFT if relation == RIGHT else FRONT
+        yield f"{first.color} {first.shape} {relation} {second.color} {second.shape}"
 
 
 def is_held_out(scene: Scene) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import finite, shown, whole_number
-from ..errors import ConfigurationError, InputError
+from ..errors import InputError
 from ..nn.machine import check_device
 from ..nn.outputs import keyed
 from . import process
+from .betas import training_betas
 from .config import SchedulerConfig
-from .noise_schedule import training_betas
+from .noise_schedule import Array
 
 
 @keyed
@@ -43,11 +45,7 @@ class Scheduler(SchedulerConfig):
 
     def _make_tables(self, *allowed: str) -> None:
         """Set betas, alphas and alphas_cumprod, and every training timestep as the schedule."""
-        config = self.config
-        if config.trained_betas is None and config.beta_schedule not in allowed:
-            options = ", ".join(map(repr, allowed))
-            raise ConfigurationError(f"beta_schedule must be one of {options}, not {shown(config.beta_schedule)}")
-        self.betas = training_betas(config)
+        self.betas = training_betas(self.config, *allowed)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self._alpha_bars = self.alphas_cumprod.clone()  # stays on the CPU: reading it never waits for a device
@@ -64,11 +62,14 @@ class Scheduler(SchedulerConfig):
         self._timesteps = value.contiguous()
         self._timestep_values: list[int | float] = value.tolist()
 
-    def _count_steps(self, num_inference_steps: int) -> int:
+    def _count_steps(self, num_inference_steps: int | None) -> int:
         return whole_number("num_inference_steps", num_inference_steps, 1, len(self))
 
-    def _check_device(self, device: torch.device | str | None) -> torch.device | None:
-        return None if device is None else check_device(device)
+    def _set_timesteps(self, schedule: Array, device: torch.device | str | None) -> None:
+        self.timesteps = torch.from_numpy(np.ascontiguousarray(schedule)).to(
+            None if device is None else check_device(device)
+        )
+        self.num_inference_steps = len(schedule)
 
     def _one_of(self, **given: object) -> None:
         named = [name for name, value in given.items() if value is not None]
@@ -161,17 +162,17 @@ class CountingScheduler(Scheduler):
         """Begin with this step, whatever the first timestep is (image to image)."""
         self._begin_index = whole_number("begin_index", begin_index, 0)
 
-    def _restart(self) -> None:
+    def _set_timesteps(self, schedule: Array, device: torch.device | str | None) -> None:
+        super()._set_timesteps(schedule, device)
         self._step_index = self._begin_index = None
 
     def _this_step(self, timestep: int | float | Tensor) -> int:
         """The index of the current step."""
-        steps = len(self._timestep_values)
-        self._require_timesteps()
+        steps = self._require_timesteps()
         process.require_timestep(timestep)
         if self._step_index is None:
-            self._step_index = self._begin_index if self._begin_index is not None else self._first_step(timestep)
-        if not 0 <= self._step_index < steps:
+            self._step_index = self._first_step(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= steps:
             raise InputError(f"all {steps} steps have been taken; call set_timesteps before starting again")
         return self._step_index
 

@@ -75,12 +75,8 @@ class DDIMScheduler(Scheduler):
         Raises:
             InputError: fewer than 1 or more than num_train_timesteps.
         """
-        device = self._check_device(device)
-        steps = self._count_steps(num_inference_steps)
-        config = self.config
-        timesteps = spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset)
-        self.num_inference_steps = steps
-        self.timesteps = torch.from_numpy(timesteps).to(device)
+        steps, config = self._count_steps(num_inference_steps), self.config
+        self._set_timesteps(spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset), device)
 
     def step(
         self,

@@ -73,7 +73,6 @@ class DDPMScheduler(Scheduler):
     ):
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
         self.variance_type = variance_type or "fixed_small"
-        self.custom_timesteps = False
 
     def set_timesteps(
         self,
@@ -86,18 +85,13 @@ class DDPMScheduler(Scheduler):
         Raises:
             InputError: both or neither; a number of steps out of range; timesteps that do not descend.
         """
-        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        config = self.config
         if timesteps is not None:
             schedule = custom_timesteps(timesteps, len(self), whole=True)
         else:
-            assert num_inference_steps is not None
-            steps = self._count_steps(num_inference_steps)
+            steps, config = self._count_steps(num_inference_steps), self.config
             schedule = spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset)
-        self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(schedule)
-        self.timesteps = torch.from_numpy(schedule).to(device)
+        self._set_timesteps(schedule, device)
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
         """The timestep after this one in the schedule; -1 after the last.
@@ -105,12 +99,12 @@ class DDPMScheduler(Scheduler):
         Raises:
             InputError: the timestep is not in the schedule.
         """
-        value, place = self._locate(timestep)
+        value, index = self._locate(timestep)
         if self.num_inference_steps is None:
             return int(value) - 1
-        if place is None:
+        if index is None:
             raise InputError(f"timestep {shown(value)} is not in the schedule: {self._timestep_values}")
-        return int(self._timestep_values[place + 1]) if place + 1 < len(self._timestep_values) else -1
+        return int([*self._timestep_values, -1][index + 1])
 
     def step(
         self,

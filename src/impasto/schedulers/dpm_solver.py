@@ -106,23 +106,16 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             raise ConfigurationError(f"solver_order must be one of 1, 2, 3, not {solver_order}")
         self._over_original = algorithm_type in ("dpmsolver++", "sde-dpmsolver++", "deis")
         self._stochastic = algorithm_type in ("sde-dpmsolver++", "sde-dpmsolver")
-        if not self._over_original:
-            if final_sigmas_type == "zero":
-                raise ConfigurationError(
-                    f"algorithm_type={algorithm_type!r} cannot end at zero noise; set "
-                    f"final_sigmas_type='sigma_min', or use dpmsolver++ or sde-dpmsolver++"
-                )
-            if prediction_type == "flow_prediction":
-                raise ConfigurationError(
-                    f"algorithm_type={algorithm_type!r} does not take flow_prediction; "
-                    f"use dpmsolver++ or sde-dpmsolver++"
-                )
-            if self._stochastic and solver_order == 3:
-                raise ConfigurationError("sde-dpmsolver has no solver_order=3; use 1 or 2, or sde-dpmsolver++")
+        faults = {
+            "cannot end at zero noise; set final_sigmas_type='sigma_min', or use": final_sigmas_type == "zero",
+            "does not take flow_prediction; use": prediction_type == "flow_prediction",
+            "has no solver_order=3; use 1 or 2, or": self._stochastic and solver_order == 3,
+        }
+        for fault, found in faults.items():
+            if found and not self._over_original:
+                raise ConfigurationError(f"algorithm_type={algorithm_type!r} {fault} dpmsolver++ or sde-dpmsolver++")
         self._spacing = schedules.chosen_spacing(self.config, "use_lu_lambdas", "use_flow_sigmas")
         self._flow = use_flow_sigmas
-        self._order = solver_order
-        self._midpoint = solver_type != "heun"
 
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.alphas_cumprod[-1] == 0:
@@ -158,7 +151,6 @@ class DPMSolverMultistepScheduler(CountingScheduler):
                 descend or are out of range; timesteps where the config spaces noise levels; mu without
                 use_dynamic_shifting.
         """
-        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         if mu is not None:
             if not self.config.use_dynamic_shifting:
@@ -174,14 +166,11 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             levels, final = self._custom_sigmas(sigmas, final)
             points = self._timesteps_of(levels)
         else:
-            assert num_inference_steps is not None
             steps = self._count_steps(num_inference_steps)
             points, levels = self._spaced(steps, self.config.flow_shift if mu is None else math.exp(mu))
+        self._set_timesteps(points, device)
         self.sigmas = torch.from_numpy(np.append(levels, final).astype(np.float32))
-        self.timesteps = torch.from_numpy(points).to(device)
-        self.num_inference_steps = len(points)
         self._history = []
-        self._restart()
 
     def _spaced(self, steps: int, flow_shift: float) -> tuple[schedules.Array, schedules.Array]:
         """Timesteps and noise levels as configured."""
@@ -209,18 +198,17 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
     def _custom_sigmas(self, sigmas: Sequence[float], final: float) -> tuple[schedules.Array, float]:
         """Check a caller's noise levels; split off a last 0."""
-        listed: list[float] = schedules.numbers("sigmas", sigmas).tolist()
-        if listed and listed[-1] == 0:
+        levels = schedules.numbers("sigmas", sigmas)
+        if levels[-1] == 0:
             if not self._over_original:
                 raise InputError(
                     f"sigmas cannot end in 0 with algorithm_type={self.config.algorithm_type!r}; leave it out"
                 )
-            listed, final = listed[:-1], 0.0
-        levels = np.asarray(listed, dtype=np.float64)
-        if len(levels) == 0 or not np.isfinite(levels).all() or (levels <= 0).any():
+            levels, final = levels[:-1], 0.0
+        if not len(levels) or not np.isfinite(levels).all() or (levels <= 0).any():
             raise InputError(f"sigmas must be one or more numbers above 0 (the last may be 0), not {shown(sigmas)}")
         if (np.diff(levels) >= 0).any():
-            raise InputError(f"sigmas must be in descending order; these are {shown(listed)}")
+            raise InputError(f"sigmas must be in descending order; these are {shown(levels.tolist())}")
         highest = 1.0 if self._over_original else np.nextafter(1.0, 0.0)
         if self._flow and levels[0] > highest:
             raise InputError(f"with use_flow_sigmas, sigmas lie between 0 and 1; these begin with {levels[0]}")
@@ -257,13 +245,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         level = self._level(index)[2]
         if self._history and self._history[-1][0] == level:  # slopes need distinct levels
             self._history.pop()
-        self._history = [*self._history, (level, prediction)][-self._order :]
-        noise = None
-        if self._stochastic:
-            noise = variance_noise
-            if noise is None:
-                noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
-            noise = noise.to(sample.device, torch.float32)
+        self._history = [*self._history, (level, prediction)][-self.config.solver_order :]
+        noise = variance_noise
+        if self._stochastic and noise is None:
+            noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
         x = self._update(x, index, self._order_at(index), noise)
         self._step_index = index + 1
         return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
@@ -294,16 +279,13 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         h = lambda_t - lambda_s
         if h == 0:  # the same noise level twice
             return x
+        twice = 2 if self._stochastic else 1
         if self._over_original:
-            z = -2 * h if self._stochastic else -h
-            a = sigma_t / sigma_s * (math.exp(-h) if self._stochastic else 1.0)
-            c = alpha_t
-            s = sigma_t * math.sqrt(-math.expm1(-2 * h)) if self._stochastic else 0.0
+            z, a, c = -twice * h, sigma_t / sigma_s, alpha_t
+            if self._stochastic:
+                a *= math.exp(-h)
         else:
-            z = h
-            a = alpha_t / alpha_s
-            c = 2 * sigma_t if self._stochastic else sigma_t
-            s = sigma_t * math.sqrt(math.expm1(2 * h)) if self._stochastic else 0.0
+            z, a, c = h, alpha_t / alpha_s, twice * sigma_t
 
         _, m0 = self._history[-1]
         total = math.expm1(z) * m0
@@ -312,7 +294,7 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             h0 = lambda_s - lambda_1
             slope0 = (h / h0) * (m0 - m1)
         if order == 2:
-            b1 = math.expm1(z) / 2 if self._midpoint else math.expm1(z) / z - 1
+            b1 = math.expm1(z) / z - 1 if self.config.solver_type == "heun" else math.expm1(z) / 2
             total = total + b1 * slope0
         elif order == 3:
             lambda_2, m2 = self._history[-3]
@@ -325,7 +307,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             b1, b2 = math.expm1(z) / z - 1, (math.expm1(z) - z) / z**2 + half
             total = total + b1 * d1 + b2 * d2
         x = a * x - c * total
-        return x if noise is None else x + s * noise
+        if not self._stochastic or noise is None:
+            return x
+        variance = -math.expm1(-2 * h) if self._over_original else math.expm1(2 * h)
+        return x + sigma_t * math.sqrt(variance) * noise.to(x.device, torch.float32)
 
     def _level(self, index: int) -> tuple[float, float, float]:
         """alpha, sigma and lambda of a step, in float32, because published results include its rounding."""
@@ -347,9 +332,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             index = self._begin_index if self._step_index is None else self._step_index
             levels = sigmas[index].expand(len(timesteps))
         else:
-            if self._flow:
-                levels = timesteps.float() / len(self)
-            else:
+            levels = timesteps.float() / len(self)
+            if not self._flow:
                 table = torch.from_numpy(self._table).to(like.device)
                 low = timesteps.long().clamp(0, len(table) - 2)
                 levels = torch.lerp(table[low], table[low + 1], (timesteps - low).float().clamp(0, 1))

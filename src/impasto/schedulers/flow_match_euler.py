@@ -65,7 +65,8 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         if not use_dynamic_shifting:
             levels = schedules.shifted(levels, self._shift)
         self.sigma_min, self.sigma_max = float(levels[-1]), float(levels[0])
-        self._set(levels, levels * num_train_timesteps, None, None)
+        self._set(levels, levels * num_train_timesteps, None)
+        self.num_inference_steps = None
 
     @property
     def shift(self) -> float:
@@ -95,7 +96,6 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         Raises:
             InputError: no number of steps or contradictory ones, values out of range, or mu missing.
         """
-        device = self._check_device(device)
         if self.config.use_dynamic_shifting and mu is None:
             raise InputError("this scheduler shifts by the size of the image (use_dynamic_shifting); give mu")
         total = self.config.num_train_timesteps
@@ -118,15 +118,13 @@ class FlowMatchEulerDiscreteScheduler(CountingScheduler):
         levels = schedules.flow_levels(levels, shift, self.config.shift_terminal, self._spacing)
         if self.config.invert_sigmas:
             levels, points = 1 - levels, None
-        self._set(levels, levels * np.float32(total) if points is None else points, steps, device)
+        points = levels * np.float32(total) if points is None else points
+        self._set(np.append(levels, np.float32(self.config.invert_sigmas)), points, device)
 
-    def _set(self, levels: Array, timesteps: Array, steps: int | None, device: torch.device | None) -> None:
-        last = [] if steps is None else [1.0 if self.config.invert_sigmas else 0.0]
-        self.sigmas = torch.from_numpy(np.append(levels, last).astype(np.float32))  # stays on the CPU
+    def _set(self, levels: Array, timesteps: Array, device: torch.device | str | None) -> None:
+        self._set_timesteps(timesteps.astype(np.float32), device)
+        self.sigmas = torch.from_numpy(levels.astype(np.float32))  # stays on the CPU
         self._levels: list[float] = self.sigmas.tolist()
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.float32)).to(device)
-        self.num_inference_steps = steps
-        self._restart()
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """(1 - σ) sample + σ noise.

@@ -76,8 +76,6 @@ class LCMScheduler(CountingScheduler):
         rescale_betas_zero_snr: bool = False,
     ):
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
-        self.final_alpha_cumprod = torch.tensor(1.0 if set_alpha_to_one else self._alpha_bars[0])
-        self.custom_timesteps = False
 
     def set_timesteps(
         self,
@@ -96,12 +94,9 @@ class LCMScheduler(CountingScheduler):
         Raises:
             InputError: both or neither; more steps than the distillation schedule has; timesteps that do not descend.
         """
-        device = self._check_device(device)
         self._one_of(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        original = original_inference_steps
-        if original is None:
-            original = self.config.original_inference_steps
-        original = whole_number("original_inference_steps", original, most=len(self))
+        given = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
+        original = whole_number("original_inference_steps", given, most=len(self))
         strength = finite("strength", strength, most=1, above=0)
         distilled = np.arange(1, int(original * strength) + 1) * (len(self) // original) - 1  # ascending
         if timesteps is not None:
@@ -113,19 +108,15 @@ class LCMScheduler(CountingScheduler):
             if len(schedule) == 0:
                 raise InputError(f"strength={strength} leaves none of {len(timesteps)} timesteps; raise it")
         else:
-            assert num_inference_steps is not None
             steps = self._count_steps(num_inference_steps)
             if steps > len(distilled):
                 raise InputError(
                     f"num_inference_steps={steps} is more than the {len(distilled)} steps of the distillation schedule "
                     f"(original_inference_steps={original} times strength={strength}); use fewer"
                 )
-            picked = np.floor(np.linspace(0, len(distilled), num=steps, endpoint=False)).astype(np.int64)
+            picked = np.linspace(0, len(distilled), num=steps, endpoint=False).astype(np.int64)
             schedule = distilled[::-1][picked]
-        self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(schedule)
-        self.timesteps = torch.from_numpy(schedule.copy()).to(device)
-        self._restart()
+        self._set_timesteps(schedule, device)
 
     def step(
         self,
@@ -151,8 +142,7 @@ class LCMScheduler(CountingScheduler):
         output, x, dtype = widened(model_output, sample)
         t, _ = self._locate(timestep)
         bar = self._alpha_bar(t)
-        original = predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar))
-        original = limit(original, self.config)
+        original = limit(predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar)), self.config)
 
         # The consistency function is the identity at t = 0 (consistency models, arXiv 2303.01469, appendix C).
         scaled = t * self.config.timestep_scaling

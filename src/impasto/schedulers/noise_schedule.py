@@ -1,4 +1,4 @@
-"""Noise schedules as pure functions: betas, sigmas, timesteps and conversions between them.
+"""Sampling schedules as pure functions: timesteps, noise levels, and conversions between them.
 
 A *noise level* ("sigma" in the arrays of this file) is the ratio sigma_t / alpha_t (Karras et al., arXiv 2206.00364).
 Tables are float32, as they were in the training of the published checkpoints.
@@ -6,13 +6,11 @@ Tables are float32, as they were in the training of the published checkpoints.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,92 +21,6 @@ from ..errors import ConfigurationError, InputError
 Array = NDArray[Any]
 #: The longest list of timesteps or noise levels that is accepted.
 MOST_NUMBERS = 100_000
-
-
-# --- betas: how much noise each training step adds ---------------------------------------------------------
-
-
-def linear_betas(count: int, start: float, end: float) -> Tensor:
-    """Equally spaced betas (DDPM, arXiv 2006.11239, section 4)."""
-    return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
-
-
-def scaled_linear_betas(count: int, start: float, end: float) -> Tensor:
-    """Betas whose square roots are equally spaced (latent diffusion)."""
-    return linear_betas(count, start**0.5, end**0.5) ** 2
-
-
-def sigmoid_betas(count: int, start: float, end: float) -> Tensor:
-    """Betas that rise from start to end along a sigmoid over [-6, 6]."""
-    ramp = torch.linspace(-6, 6, count, dtype=torch.float32, device="cpu")
-    return torch.sigmoid(ramp) * (end - start) + start
-
-
-def betas_from_alpha_bar(count: int, alpha_bar: Callable[[float], float], largest: float = 0.999) -> Tensor:
-    """Discretise alphas_cumprod = alpha_bar(t), t in [0, 1] (improved DDPM, arXiv 2102.09672, section 3.2)."""
-    levels = [alpha_bar(step / count) for step in range(count + 1)]
-    betas = [min(1 - after / before, largest) for before, after in itertools.pairwise(levels)]
-    return torch.tensor(betas, dtype=torch.float32, device="cpu")
-
-
-def cosine_betas(count: int, start: float, end: float) -> Tensor:
-    """The cosine schedule (arXiv 2102.09672, eq. 17), betas capped at 0.999. start and end have no effect."""
-    return betas_from_alpha_bar(count, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
-
-
-def laplace_betas(count: int, start: float, end: float) -> Tensor:
-    """log-SNR by the quantiles of a Laplace distribution (arXiv 2407.03297). start and end have no effect."""
-
-    def alpha_bar(t: float) -> float:
-        half_log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
-        snr = math.exp(half_log_snr)
-        return math.sqrt(snr / (1 + snr))
-
-    return betas_from_alpha_bar(count, alpha_bar)
-
-
-BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
-    "linear": linear_betas,
-    "scaled_linear": scaled_linear_betas,
-    "squaredcos_cap_v2": cosine_betas,
-    "sigmoid": sigmoid_betas,
-    "laplace": laplace_betas,
-}
-
-
-def training_betas(config: Config) -> Tensor:
-    """The betas of a scheduler's config, [num_train_timesteps].
-
-    Raises:
-        ConfigurationError: betas outside [0, 1], or a schedule that adds no noise or leaves no signal.
-    """
-    count, start, end, trained = config.num_train_timesteps, config.beta_start, config.beta_end, config.trained_betas
-    if trained is None:
-        betas = BETA_SCHEDULES[config.beta_schedule](count, start, end)
-    else:
-        betas = torch.tensor(trained, dtype=torch.float32, device="cpu")
-        if betas.shape != (count,):
-            raise ConfigurationError(
-                f"trained_betas must hold num_train_timesteps={count} numbers; its shape is {tuple(betas.shape)}"
-            )
-    source = f"beta_start={start!r}, beta_end={end!r}" if trained is None else "trained_betas"
-    if not bool(((betas >= 0) & (betas <= 1)).all()):
-        raise ConfigurationError(f"every beta must lie between 0 and 1; {source} gives others")
-    if not 1.0 - betas[0] < 1 or not torch.prod(1.0 - betas[:-1]) > 0:
-        raise ConfigurationError(
-            f"{source} and num_train_timesteps={count} give a schedule whose first step adds no noise, or that leaves "
-            f"no signal long before its end"
-        )
-    return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
-
-
-def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alphas_cumprod) so that the last is 0 and the first stays (arXiv 2305.08891, alg. 1)."""
-    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
-    alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
-    return 1 - alphas
 
 
 # --- timesteps: which training timesteps sampling visits ---------------------------------------------------
@@ -127,11 +39,10 @@ def spaced_timesteps(
     """
     last = train_steps if last is None else last
     count = steps + skip_lowest
-    timesteps: Array
     if spacing == "linspace":
-        timesteps = np.linspace(0, last - 1, count).round()[::-1][:steps]
+        timesteps: Array = np.linspace(0, last - 1, count).round()[::-1][:steps]
     elif spacing == "leading":
-        if last // count == 0:
+        if last < count:
             raise InputError(
                 f"num_inference_steps={steps} is too many for timestep_spacing='leading' with {last} timesteps; "
                 f"use at most {last - skip_lowest}, or another spacing"
@@ -188,14 +99,12 @@ def descending(name: str, given: Sequence[float] | Tensor | Array, largest: floa
 
 def noise_levels(alphas_cumprod: Tensor) -> Array:
     """sigma_t / alpha_t of every training timestep, ascending, [T]."""
-    levels: Array = (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
-    return levels
+    return (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
 
 
 def timesteps_to_sigmas(timesteps: Array, table: Array) -> Array:
     """Noise levels at timesteps; linear interpolation between whole ones."""
-    levels: Array = np.interp(timesteps, np.arange(len(table)), table)
-    return levels
+    return np.interp(timesteps, np.arange(len(table)), table)
 
 
 def sigmas_to_timesteps(sigmas: Array, table: Array) -> Array:
@@ -204,35 +113,30 @@ def sigmas_to_timesteps(sigmas: Array, table: Array) -> Array:
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(log_table, log_sigmas, side="right") - 1, 0, len(table) - 2)
     weight = np.clip((log_table[low] - log_sigmas) / (log_table[low] - log_table[low + 1]), 0, 1)
-    timesteps: Array = (1 - weight) * low + weight * (low + 1)
-    return timesteps
+    return np.asarray((1 - weight) * low + weight * (low + 1))
 
 
 def karras_sigmas(largest: float, smallest: float, steps: int, rho: float = 7.0) -> Array:
     """Equally spaced in sigma^(1/rho) (arXiv 2206.00364, eq. 5)."""
-    ramp = np.linspace(0, 1, steps)
-    levels: Array = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
-    return levels
+    high, low = math.pow(largest, 1 / rho), math.pow(smallest, 1 / rho)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** rho
 
 
 def exponential_sigmas(largest: float, smallest: float, steps: int) -> Array:
     """Equally spaced in log sigma."""
-    levels: Array = np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
-    return levels
+    return np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
 
 
 def lu_sigmas(table: Array, steps: int) -> Array:
     """Equally spaced in lambda = -log sigma, from the float32 table of logarithms (arXiv 2206.00927, section 3.4)."""
     log_table = np.log(table)
-    levels: Array = np.exp(karras_sigmas(float(log_table[-1]), float(log_table[0]), steps, rho=1.0))
-    return levels
+    return np.exp(karras_sigmas(float(log_table[-1]), float(log_table[0]), steps, rho=1.0))
 
 
 def beta_sigmas(largest: float, smallest: float, steps: int, shape: float = 0.6) -> Array:
     """Spaced by the quantiles of a symmetric Beta distribution, denser at both ends (arXiv 2407.12173)."""
     quantiles = symmetric_beta_quantiles(1 - np.linspace(0, 1, steps), shape)
-    levels: Array = smallest + quantiles * (largest - smallest)
-    return levels
+    return smallest + quantiles * (largest - smallest)
 
 
 def symmetric_beta_quantiles(probabilities: Array, shape: float) -> Array:
@@ -250,8 +154,7 @@ def symmetric_beta_quantiles(probabilities: Array, shape: float) -> Array:
         too_low = math.exp(log_scale) * (x * (1 - x)) ** shape * series < lower
         below, above = np.where(too_low, x, below), np.where(too_low, above, x)
     x = np.where(lower == 0, 0.0, (below + above) / 2)
-    quantiles: Array = np.where(probabilities <= 0.5, x, 1 - x)
-    return quantiles
+    return np.where(probabilities <= 0.5, x, 1 - x)
 
 
 #: A config's option -> the levels from the largest to the smallest; at most one may be set.
@@ -276,8 +179,7 @@ def chosen_spacing(config: Config, *others: str) -> str | None:
 
 def shifted(sigmas: Array, shift: float) -> Array:
     """Sigmas in [0, 1] of a straight path, shifted towards noise (arXiv 2403.03206, eq. 23)."""
-    levels: Array = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return levels
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def flow_levels(sigmas: Array, shift: float, terminal: float | None, spacing: str | None) -> Array:

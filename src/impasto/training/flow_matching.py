@@ -92,7 +92,7 @@ def train_flow_matching(
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
         errors = (velocity - target).square().flatten(1).mean(1)  # [B]
         kind = "generated" if reference is None else "edited"
-        parts = {f"{kind}_{i}": part.mean() for i, part in enumerate(errors.detach().chunk(4))}  # least noise first
-        return Loss(errors.mean(), parts)
+        bands = {f"{kind}_{i}": band.mean() for i, band in enumerate(errors.detach().chunk(4))}  # least noise first
+        return Loss(errors.mean(), bands)
 
     train(transformer, loss, recipe, folder, blocks=list(transformer.transformer_blocks))

@@ -115,14 +115,15 @@ class Masters:
 
 def make_optimizers(named: Mapping[str, Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon, if the recipe says so, for matrices inside blocks; AdamW for the rest, without weight decay of vectors."""
-    matrices = {name for name, p in named.items() if recipe.optimizer == "muon" and _is_hidden_matrix(name, p)}
-    rest = [p for name, p in named.items() if name not in matrices]
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, parameter in named.items():
+        (hidden if recipe.optimizer == "muon" and _is_hidden_matrix(name, parameter) else rest).append(parameter)
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
-    hidden = [p for name, p in named.items() if name in matrices]
     return [Muon(hidden, weight_decay=recipe.weight_decay), adamw] if hidden else [adamw]
 
 

@@ -120,21 +120,19 @@ class CodeReader(nn.Module):
 
 def patches(pixels: Tensor, size: int) -> Tensor:
     """Images [B, 3, H, W] -> [B, N, 3 P P], in the layout of transformers' image processor of GLM-Image."""
-    parts = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
-    packed: Tensor = parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return packed
+    grid: Tensor = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, rows, P, columns, P]
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def see(vision: nn.Module, pixels: Tensor) -> Tensor:
+def see(vision: Any, pixels: Tensor) -> Tensor:
     """transformers' ``GlmImageVisionModel`` on images [B, 3, H, W] of its training size -> [B, N, D].
 
     The class handles images one by one; here they are a batch.
     """
-    parts: Any = vision
-    embed = parts.patch_embed
+    embed = vision.patch_embed
     x: Tensor = patches(pixels, embed.patch_size).to(embed.proj.weight.dtype) @ embed.proj.weight.flatten(1).T
-    x = x + embed.proj.bias + parts.embeddings.position_embedding.weight  # [B, N, D]
-    for block in parts.blocks:
+    x = x + embed.proj.bias + vision.embeddings.position_embedding.weight  # [B, N, D]
+    for block in vision.blocks:
         attention = block.attn
         qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
@@ -163,7 +161,6 @@ def train_visual_codebook(
     """
     embedding = model.vqmodel.quantize.embedding
     book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, recipe.decay)
-    parts = {"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader, "book": book}
 
     def loss(step: int, random: Randomness) -> Loss:
         images = batch(step)
@@ -185,13 +182,13 @@ def train_visual_codebook(
                 book.update(tokens.detach().flatten(0, 1), random.shared)
         smaller, answers = reader(read.to(reader.embed.weight.dtype))
         error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(images.pixels, smaller.shape[-2:]))
-        wrong = torch.stack(
-            [F.cross_entropy(answer.float(), images.labels[:, i].long()) for i, answer in enumerate(answers)]
-        ).sum()
+        errors = [F.cross_entropy(answer.float(), images.labels[:, i].long()) for i, answer in enumerate(answers)]
+        wrong = torch.stack(errors).sum()
         total = recipe.pixel_weight * error + recipe.label_weight * wrong + recipe.commitment * far
         return Loss(total, {"pixels": error, "labels": wrong, "far": far, "codes_in_use": used})
 
-    train(nn.ModuleDict(parts), loss, recipe, folder)
+    modules = {"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader, "book": book}
+    train(nn.ModuleDict(modules), loss, recipe, folder)
     with torch.no_grad():
         embedding.weight.copy_(book.codes)
 

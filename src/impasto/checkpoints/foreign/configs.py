@@ -24,7 +24,7 @@ TokenId = Annotated[int, Bounds(0, 2**24)]
 TokenIds = TokenId | Sequence[TokenId] | None
 Activation = Literal["relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
-Colours = Annotated[Sequence[Annotated[float, Bounds(-10, 10)]], Bounds(3, 3)]
+Colors = Annotated[Sequence[Annotated[float, Bounds(-10, 10)]], Bounds(3, 3)]
 Spreads = Annotated[Sequence[Annotated[float, Bounds(1e-3, 10)]], Bounds(3, 3)]
 Pixels = Annotated[int, Bounds(1, 2**24)]
 #: Patches per token, in space or time.
@@ -128,7 +128,7 @@ IMAGES: Table = {
     "do_convert_rgb": bool | None,
     "resample": Annotated[int, Bounds(0, 5)] | None,
     "rescale_factor": Annotated[float, Bounds(1e-6, 1)] | None,
-    "image_mean": Colours | None,
+    "image_mean": Colors | None,
     "image_std": Spreads | None,
     "patch_size": Patch,
     "temporal_patch_size": Merge,
@@ -261,30 +261,28 @@ def read_model_config(path: Path, table: Table, model_types: Sequence[str]) -> d
 
 
 def _check_relations(path: Path, values: Mapping[str, Any]) -> None:
-    if "relative_attention_num_buckets" in values or "relative_attention_max_distance" in values:
-        buckets = values.get("relative_attention_num_buckets", 32)
-        distance = values.get("relative_attention_max_distance", 128)
-        if distance <= buckets // 4:  # half of the buckets of a direction hold one position each
-            raise ConfigurationError(
-                f"{path}: relative_attention_max_distance must be above {buckets // 4}, a quarter of "
-                f"relative_attention_num_buckets, not {distance}"
-            )
+    buckets = values.get("relative_attention_num_buckets", 32)
+    distance = values.get("relative_attention_max_distance", 128)
+    if distance <= buckets // 4:  # half of the buckets of a direction hold one position each
+        raise ConfigurationError(
+            f"{path}: relative_attention_max_distance must be above {buckets // 4}, a quarter of "
+            f"relative_attention_num_buckets, not {distance}"
+        )
     for name, whole, divisor in (
         ("text_config", "hidden_size", "num_attention_heads"),
         ("text_config", "num_attention_heads", "num_key_value_heads"),
         ("vision_config", "hidden_size", "num_heads"),
     ):
-        part = values.get(name, {})
-        if part.get(divisor) and part.get(whole) and part[whole] % part[divisor]:
+        section = values.get(name, {})
+        total, count = section.get(whole), section.get(divisor)
+        if total and count and total % count:
             raise ConfigurationError(
-                f"{path}: {name}.{divisor} must divide {whole}, but {part[divisor]} does not divide {part[whole]}"
+                f"{path}: {name}.{divisor} must divide {whole}, but {count} does not divide {total}"
             )
     text = values.get("text_config", {})
     rope = text.get("rope_parameters", {})
-    if rope.keys() >= {"mrope_section", "partial_rotary_factor"} and text.keys() >= {
-        "hidden_size",
-        "num_attention_heads",
-    }:
+    has_heads = text.keys() >= {"hidden_size", "num_attention_heads"}
+    if has_heads and rope.keys() >= {"mrope_section", "partial_rotary_factor"}:
         channels = text["hidden_size"] // text["num_attention_heads"]
         turned = math.floor(channels * rope["partial_rotary_factor"]) // 2
         if sum(rope["mrope_section"]) != turned:

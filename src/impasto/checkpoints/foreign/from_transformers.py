@@ -117,7 +117,8 @@ def load_model(
         source: Any = folder  # the quantization method reads the files itself, with its own names and dtypes
         options |= {"variant": variant, "use_safetensors": files[0].suffix == ".safetensors"}
     else:
-        expected = _expected_tensors(name, folder, config)
+        with translated(name, folder), torch.device("meta"):
+            expected = class_of_transformers(name)(config).state_dict()
         _check_tensors(folder, name, kind, expected, stored)
         source, options["state_dict"] = None, _state(kind, files, expected)
     with translated(name, folder, quantized="quantization_config" in values):
@@ -184,25 +185,14 @@ def _check_layers(path: Path, values: Mapping[str, Any], kind: _Kind, stored: St
     """Require as many layers as the weights have, before anything is built."""
     for key, pattern in kind.layers.items():
         numbers = {int(match[1]) for name in stored if (match := re.match(pattern, name)) and len(match[1]) < 6}
-        found, asked = max(numbers, default=-1) + 1, _value_at(values, key)
+        *outer, inner = key.split(".")
+        section = values.get(outer[0], {}) if outer else values
+        found, asked = max(numbers, default=-1) + 1, section.get(inner)
         if asked is not None and asked != found:
             raise WeightsMismatchError(
                 f"{path}: {key} is {asked}, but the weights have {found} layers. "
                 f"Weights and config.json do not belong together."
             )
-
-
-def _value_at(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key such as ``text_config.depth``, or None."""
-    first, _, rest = key.partition(".")
-    found = values.get(first)
-    return _value_at(found, rest) if rest and isinstance(found, Mapping) else found
-
-
-def _expected_tensors(name: str, folder: Path, config: Any) -> dict[str, Tensor]:
-    """The tensors of a model with this config, on the meta device."""
-    with translated(name, folder), torch.device("meta"):
-        return dict(class_of_transformers(name)(config).state_dict())
 
 
 def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, Tensor], stored: Stored) -> None:
@@ -217,11 +207,9 @@ def _check_tensors(folder: Path, name: str, kind: _Kind, expected: Mapping[str, 
     if left and not kind.strict:
         logger.warning("%s: the %s has no place for %d tensors: %s", folder, name, len(left), listing(left))
         left = []
-    if missing or left:
-        listed = [
-            f"{what} are {listing(names)}" for what, names in (("missing", missing), ("left over", left)) if names
-        ]
-        raise _mismatch(folder, name, " and ".join(listed))
+    faults = [f"{what} are {listing(names)}" for what, names in (("missing", missing), ("left over", left)) if names]
+    if faults:
+        raise _mismatch(folder, name, " and ".join(faults))
     for key, tensor in stored.items():
         if key in expected and tensor.dtype not in FLOATS:
             raise WeightsMismatchError(
@@ -242,8 +230,7 @@ def _state(kind: _Kind, files: Sequence[Path], expected: Mapping[str, Tensor]) -
     state = {key: tensor for file in files for key, tensor in iterate_tensors(file) if key in expected}
     for twin, own in kind.tied.items():
         if twin in state:
-            shared = state.pop(twin)
-            state.setdefault(own, shared)
+            state.setdefault(own, state.pop(twin))
     return state
 
 
@@ -311,9 +298,13 @@ def load_processor(folder: Path) -> Any:
     lacking = [name for name in required if not getattr(tokenizer, name, None)]
     if lacking:
         raise CheckpointError(f"{folder}/tokenizer_config.json does not name the {', '.join(lacking)}. {_AGAIN}")
+    path, template = folder / "chat_template.jinja", None
+    if path.is_file():
+        with translated("a chat template", path), path.open(encoding="utf-8") as file:
+            template = file.read(100_000)
     with translated("GlmImageProcessor", folder):
         prepare = class_of_transformers("GlmImageImageProcessorPil")(**images)
-        return class_of_transformers("GlmImageProcessor")(prepare, tokenizer, chat_template=_chat_template(folder))
+        return class_of_transformers("GlmImageProcessor")(prepare, tokenizer, chat_template=template)
 
 
 def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -> None:
@@ -329,19 +320,13 @@ def check_vocabulary(reader: str, tokenizer: Any, model_name: str, model: Any) -
             f"the {reader} has token ids up to {highest}, but the vocabulary of the {model_name} has {rows} "
             f"(vocab_size). They do not belong together; take both from one checkpoint."
         )
-    for key, ours, theirs in (
-        ("image_token_id", getattr(tokenizer, "image_token_id", None), getattr(model.config, "image_token_id", None)),
-        (
-            "patch_size",
-            getattr(getattr(tokenizer, "image_processor", None), "patch_size", None),
-            getattr(getattr(model.config, "vision_config", None), "patch_size", None),
-        ),
-        (
-            "merge_size",
-            getattr(getattr(tokenizer, "image_processor", None), "merge_size", None),
-            getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", None),
-        ),
+    images, vision = getattr(tokenizer, "image_processor", None), getattr(model.config, "vision_config", None)
+    for key, owner, other, other_key in (
+        ("image_token_id", tokenizer, model.config, "image_token_id"),
+        ("patch_size", images, vision, "patch_size"),
+        ("merge_size", images, vision, "spatial_merge_size"),
     ):
+        ours, theirs = getattr(owner, key, None), getattr(other, other_key, None)
         if ours != theirs:
             raise CheckpointError(
                 f"the {reader} has the {key} {ours}, but the {model_name} {theirs}. "
@@ -361,11 +346,3 @@ def _image_settings(folder: Path) -> dict[str, Any]:
         f"{folder} does not say how images are prepared: expected processor_config.json with an image_processor, or "
         f"preprocessor_config.json. {_AGAIN}"
     )
-
-
-def _chat_template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if not path.is_file():
-        return None
-    with translated("a chat template", path), path.open(encoding="utf-8") as file:
-        return file.read(100_000)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ...checks import finite, flag, printable, shown, whole_number
+from ...checks import finite, printable, shown, whole_number
 from ...errors import CheckpointError, ConfigurationError
 from ..config import read_json
 from ..values import Bounds, check
@@ -89,12 +89,10 @@ def _settings(path: Path) -> dict[str, Any]:
     if found.get("model_max_length") is not None:
         found["model_max_length"] = int(found["model_max_length"])
     if (stored := content.get("added_tokens_decoder")) is not None:
-        entries = _object(f"{where}added_tokens_decoder", stored).items()
+        name = f"{where}added_tokens_decoder"
         found["added_tokens_decoder"] = {
-            str(_digits(f"{where}added_tokens_decoder", key)): _token(
-                f"{where}added_tokens_decoder.{printable(key)}", token
-            )
-            for key, token in entries
+            str(_digits(name, key)): _token(f"{name}.{printable(key)}", token)
+            for key, token in _object(name, stored).items()
         }
     return found
 
@@ -129,9 +127,7 @@ def _token(where: str, value: Any) -> str | dict[str, Any]:
     if isinstance(value, str):
         return _text(where, value)
     entry = _object(where, value)
-    flags = {
-        name: flag(f"{where}.{name}", entry[name], error=ConfigurationError) for name in _TOKEN_FLAGS if name in entry
-    }
+    flags = known_values(f"{where}.", entry, dict.fromkeys(_TOKEN_FLAGS, bool))
     kind = {"__type": "AddedToken"} if entry.get("__type") == "AddedToken" else {}
     return {"content": _text(f"{where}.content", entry.get("content")), **flags, **kind}
 
