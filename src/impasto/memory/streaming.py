@@ -101,7 +101,9 @@ class Group:
 
     def leave(self, stream: torch.Stream | None = None) -> None:
         """Give the modules their tensors on the host back, and drop the copies, which were made on ``stream``."""
-        if stream is not None and self._copies is not None:  # it waits for their use, since it owns their memory
+        if self._copies is None:
+            return
+        if stream is not None:  # it waits for their use, since it owns their memory
             stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
         with torch.inference_mode(False), torch.no_grad():
             for slot, host in self._on_host:
