@@ -45,20 +45,18 @@ def place(
         devices = dict.fromkeys(modules, require_device(device_map))
     for name, module in modules.items():
         move(module, devices[name], None)
-    elsewhere = (device_of(m) for m in components.values() if isinstance(m, nn.Module))
-    fallback = next(elsewhere, None) or CPU
-    return PerComponent(devices.get("transformer", next(iter(devices.values()), fallback)))
+    first = next((device_of(module) for module in components.values() if isinstance(module, nn.Module)), None)
+    return PerComponent(devices.get("transformer", next(iter(devices.values()), first or CPU)))
 
 
 def spread(
     sizes: Mapping[str, int], how: str, max_memory: Mapping[int | str, int | str] | None = None
 ) -> dict[str, torch.device]:
-    """A device for each component: an accelerator if it fits on one, or else the CPU.
+    """A device for each component, the largest first: an accelerator if it fits on one, or else the CPU.
 
     Args:
         sizes: bytes of the components by name.
-        how: "auto" fills one device after the other; "balanced" puts each component, the largest first, on the device
-            with the most free memory.
+        how: "auto" takes the first device that has room; "balanced" the one with the most.
         max_memory: bytes (or such as "4GB") that the components may take, by device index; devices that are not named
             are not used. By default, a share of the free memory of each device.
     """
@@ -70,15 +68,12 @@ def spread(
             if max_memory is None:
                 room[device] = int(torch.accelerator.get_memory_info(device)[0] * SHARE)
             else:
-                given = next((max_memory[key] for key in (index, str(device)) if key in max_memory), None)
+                given = max_memory.get(index, max_memory.get(str(device)))
                 room[device] = 0 if given is None else parse_size(given)
-    found: dict[str, torch.device] = {}
+    found = dict.fromkeys(sizes, CPU)
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         fitting = [device for device in room if room[device] >= size]
-        if not fitting:
-            found[name] = CPU
-            continue
-        device = max(fitting, key=lambda device: room[device]) if how == "balanced" else fitting[0]
-        room[device] -= size
-        found[name] = device
-    return {name: found[name] for name in sizes}
+        if fitting:
+            found[name] = max(fitting, key=room.__getitem__) if how == "balanced" else fitting[0]
+            room[found[name]] -= size
+    return found

@@ -1,7 +1,6 @@
-"""The estimate of the memory that generation takes, from what ``inspection`` reads. It is the only one.
+"""The estimate of the memory that generation takes, from what ``inspection`` reads.
 
-Activations were counted: the largest sum of tensors that are alive at once in our models, without the scores of
-attention, since its backends keep none.
+Activations were counted: the largest sum of tensors that are alive at once. Attention keeps no scores.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SMALL_WEIGHT = 2**16
 PROCESS = 400_000_000
 #: For what estimates leave out and what allocators keep, in bytes.
 MARGIN = 32_000_000
-#: Substrings of the names of lookup tables, and of layers that are used in slices: they are never multiplied whole.
+#: Substrings of the names of lookup tables, and of layers that are used in slices, never as a whole.
 TABLES = ("shared", "embed", "lm_head")
 #: Tokens of the longest prompt and of its negative prompt.
 TEXT_TOKENS = 2 * SIGMA.text_tokens
@@ -66,21 +65,20 @@ def stored_memory(component: Component, loaded: str, quantized: str | None, devi
         loaded: their dtype.
         quantized: the format of the large ones in the repeated blocks, one of ``QUANTIZED``.
     """
-    packed = set()
+    packed: dict[str, float] = {}  # bytes
     if quantized is not None:
+        unrepeated = set(component.blocks()[""])
         packed = {
-            name
-            for prefix, names in component.blocks().items()
-            if prefix
-            for name in names
-            if name.endswith(".weight")
-            and component.tensors[name][1] >= SMALL_WEIGHT
+            name: count * QUANTIZED[quantized][1]
+            for name, (_, count) in component.tensors.items()
+            if name not in unrepeated
+            and name.endswith(".weight")
+            and count >= SMALL_WEIGHT
             and not any(f".{kept}." in f".{name}" for kept in KEPT)
         }
     mapped = device.type == "cpu" and component.dtypes == (loaded,)
-    others = component.wide(loaded) if mapped else component.tensors.keys() - packed
-    packed_bytes = sum(component.tensors[name][1] for name in packed) * QUANTIZED[quantized][1] if quantized else 0
-    return component.memory(loaded, others) + int(packed_bytes)
+    others = component.wide(loaded) if mapped else component.tensors.keys() - packed.keys()
+    return component.memory(loaded, others) + int(sum(packed.values()))
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,7 @@ class Workload:
         return trace(decoder, -(-self.height // factor), -(-self.width // factor))
 
     def work(self, component: Component, loaded: str, computes: str) -> int:
-        """Bytes that computing with a component takes in addition to its weights, untiled.
-
-        Args:
-            loaded, computes: the dtypes of its weights and of its activations.
-        """
+        """Bytes that computing takes in addition to the weights, untiled, in dtypes of the weights and activations."""
         return self._converted_weight(component, loaded, computes) + self._activations(component, computes)
 
     def tiled(self, loaded: str, computes: str, strip_bytes: int, max_bytes: int | None = None) -> tuple[int, Tiling]:
@@ -184,5 +178,5 @@ def peak_memory(found: Inspection, dtype: str, *, one_at_a_time: bool) -> int:
         for component in found.components.values()
     ]
     if one_at_a_time:
-        return max((weights + work for weights, work in needs), default=0)
+        return max(map(sum, needs), default=0)
     return sum(weights for weights, _ in needs) + max((work for _, work in needs), default=0)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +52,10 @@ class Component:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Stored dtypes, the most frequent first."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for dtype, count in self.tensors.values():
-            counts[dtype] = counts.get(dtype, 0) + count
-        return tuple(sorted(counts, key=lambda dtype: -counts[dtype]))
+            counts[dtype] += count
+        return tuple(dtype for dtype, _ in counts.most_common())
 
     def memory(self, dtype: str, names: Iterable[str] | None = None) -> int:
         """Bytes of the weights loaded in ``dtype``, one of ``DTYPES``: of all of them, or of those in ``names``."""
@@ -127,8 +127,9 @@ def image_size(transformer: Mapping[str, Any], vae: Mapping[str, Any] | None) ->
     if vae is not None:
         widths = vae.get("block_out_channels", (64,))
         if not isinstance(widths, Sequence) or not 1 <= len(widths) <= 16:
-            problem = f"must be a list of numbers, not {shown(widths)}"
-            raise ConfigurationError(f"vae/config.json: block_out_channels {problem}")
+            raise ConfigurationError(
+                f"vae/config.json: block_out_channels must be a list of numbers, not {shown(widths)}"
+            )
         factor = 2 ** (len(widths) - 1)
     side, patch = (
         whole_number(f"transformer/config.json: {key}", transformer.get(key, usual), 1, most, error=ConfigurationError)
@@ -164,6 +165,7 @@ def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspe
             f"download it with `hf download {name}`"
         ) from error
     from ..checkpoints.foreign import from_transformers
+    from ..checkpoints.stored import first_non_finite, listing
 
     with reading(folder) as root:
         _, class_name = resolve_pipeline(str(root))
@@ -171,8 +173,12 @@ def inspect_model(model: str | os.PathLike[str], *, deep: bool = False) -> Inspe
         for component in found.components.values():
             if component.class_name in READERS:  # small enough to be loaded
                 from_transformers.load_reader(component.class_name, root / component.name)
-            if deep:
-                _check_values(component.weights)
+            damage = first_non_finite(component.weights) if deep else None
+            if damage is not None:
+                raise CheckpointError(
+                    f"{damage[0]}: {listing([damage[1]])} holds NaN or infinity, and so will every result; download "
+                    f"or save it again"
+                )
     return found
 
 
@@ -190,7 +196,7 @@ def inspect_components(
         ConfigurationError: a config holds a value that cannot be used.
     """
     components = {}
-    with _disk_errors(folder):
+    try:
         for component, (library, its_class) in component_entries(folder / INDEX_NAME, index).items():
             if its_class is None or not accepted_classes(class_name, component):  # absent, or never loaded
                 continue
@@ -201,6 +207,10 @@ def inspect_components(
                 )
             with reading(folder / component) as place:
                 components[component] = _inspect_component(place, its_class, variant)
+    except OSError as error:
+        if isinstance(error, ImpastoError):
+            raise
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}; check its permissions") from error
     return Inspection(name or str(folder), folder, class_name, components)
 
 
@@ -233,24 +243,3 @@ def _stored_variant(folder: Path) -> str | None:
     found = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
     copies = [(match["kind"] == "bin", match["variant"] or match["index_variant"] or "") for match in found]
     return min(copies, default=(False, ""))[1] or None
-
-
-def _check_values(files: Iterable[Path]) -> None:
-    from ..checkpoints.stored import first_non_finite, listing
-
-    found = first_non_finite(files)
-    if found is not None:
-        raise CheckpointError(
-            f"{found[0]}: {listing([found[1]])} holds NaN or infinity, and so will every result; download or save it "
-            f"again"
-        )
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ImpastoError):
-            raise
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}; check its permissions") from error

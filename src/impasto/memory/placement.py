@@ -1,8 +1,7 @@
 """Where a pipeline's weights live, and when they move.
 
-A pipeline specifies the component that it needs (``with self.using("transformer") as transformer:``), and the active
-placement moves that component to the device of the computation. The components know nothing of it, and replacing a
-placement leaves no trace in them.
+A pipeline specifies the component that it needs (``with self.using("transformer") as transformer:``), and its placement
+moves that component to the device. The components know nothing of it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, ResourceError
-from ..nn.machine import as_device
+from ..nn.machine import as_device, default_device
 from .moving import device_of, is_settled
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ class PerComponent(Resident):
 class OneAtATime(Resident):
     """The component in use is on ``device``, whole or a few blocks at a time; the others wait on the host.
 
-    The device then needs memory for the largest component, or for a few of its blocks, and not for the sum. If another
-    one is needed meanwhile, such as the autoencoder for a preview, it takes the place of the first until it is done.
+    If another one is needed meanwhile, such as the autoencoder for a preview, it takes the place of the first until it
+    is done.
 
     Args:
         visit: how components are moved to the device.
@@ -129,14 +128,14 @@ class OneAtATime(Resident):
                 self._swap(before, self._in_use[-1] if self._in_use else None)
 
     def _swap(self, old: nn.Module | None, new: nn.Module | None) -> None:
+        from .streaming import Stay
+
         if old is new:
             return
         if self._stay is not None:
             self._stay.end()
             self._stay = None
         if new is not None and not is_settled(new):
-            from .streaming import Stay
-
             stay = Stay(new, self.device, self.visit_of(new))
             try:
                 stay.begin()
@@ -153,8 +152,7 @@ def offload_device(gpu_id: int | None, device: torch.device | str | None) -> tor
         InputError: ``gpu_id`` and the number in ``device`` contradict each other.
         ResourceError: ``gpu_id`` was given and there is no accelerator.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    chosen = as_device(device) if device is not None else accelerator or torch.device("cpu")
+    chosen = default_device() if device is None else as_device(device)
     if gpu_id is None:
         return chosen
     if chosen.index is not None and chosen.index != gpu_id:

@@ -1,14 +1,12 @@
 """The memory planner: how to generate images within a budget, decided from the headers of a checkpoint.
 
-Generation has phases, each of which needs one component: GLM-Image's prior, the text encoder, the transformer, the
-autoencoder. A plan specifies the dtype that each is loaded in, the dtype that it computes in, and how it gets to the
-device: the fastest way within the budget. None changes the image beyond the rounding of the dtype. Only the prior
-cannot be moved block by block, since each of its tokens needs all blocks: if an accelerator is too small for its
-weights, they are quantized to int8 or 4 bits there. Other components are quantized on request only.
+Each phase of a generation needs one component. A plan specifies the dtype that it is loaded in, the dtype that it
+computes in, and how it gets to the device: the fastest way within the budget. None changes the image beyond rounding.
+The prior cannot be moved block by block, since each of its tokens needs all blocks: if an accelerator is too small for
+its weights, they are quantized to int8 or 4 bits there. Other components are quantized on request only.
 
-On the CPU all components stay in memory, and the budget is for memory that is not backed by a file. Weights that are
-used as they are stored stay in their memory-mapped file and take none of it: the operating system reads them when they
-are used, and may drop them. 16-bit weights that the processor does not multiply natively are widened as they are used.
+On the CPU all components stay in memory. Weights that are used as they are stored stay in their memory-mapped file and
+take none of the budget: the operating system reads them when they are used, and may drop them.
 """
 
 from __future__ import annotations
@@ -116,11 +114,8 @@ class MemoryPlan:
     def phases(self) -> dict[str, int]:
         """Peak bytes of the phase of each component."""
         resident = sum(each.weights for each in self.components.values() if each.way == RESIDENT)
-        moving = {name: 0 if each.way == RESIDENT else each.weights for name, each in self.components.items()}
-        return {
-            name: self.base + int((resident + moving[name] + each.work) * (1 + SHARE))
-            for name, each in self.components.items()
-        }
+        taken = {n: each.work + each.weights * (each.way != RESIDENT) for n, each in self.components.items()}
+        return {name: self.base + int((resident + size) * (1 + SHARE)) for name, size in taken.items()}
 
     @property
     def peak(self) -> int:
@@ -214,12 +209,13 @@ class _Planner:
             for ways in itertools.product(*options.values()):
                 yield self._made(reason, *ways)
         if not self.load.on_cpu:
-            turns = []
-            for component in components.values():
-                moved = self._moved(component)
-                smallest = min(moved, key=lambda way: way.weights + way.work)
-                turns.append(next((way for way in moved if self._made("", way).peak <= self.limit), smallest))
+            turns = [self._fitting(self._moved(component)) for component in components.values()]
             yield self._made("the components take turns", *turns)
+
+    def _fitting(self, ways: list[ComponentPlan]) -> ComponentPlan:
+        """The first way within the budget of a component that takes its turn, or the one that needs least."""
+        smallest = min(ways, key=lambda way: way.weights + way.work)
+        return next((way for way in ways if self._made("", way).peak <= self.limit), smallest)
 
     def _made(self, reason: str, *ways: ComponentPlan) -> MemoryPlan:
         order = list(self.load.found.components)
@@ -271,7 +267,7 @@ class _Planner:
     def _with_tilings(self, whole: ComponentPlan) -> list[ComponentPlan]:
         """The component, and if it is the autoencoder, the ways to tile it, the fastest first."""
         strips = STRIPS if whole.name == "vae" and self.load.pixels else ()
-        return [whole, *(self._tiled(whole, strip_bytes) for strip_bytes in strips)]
+        return [whole, *(self._tiled(whole, strip) for strip in strips)]
 
     def _tiled(self, vae: ComponentPlan, strip_bytes: int, max_bytes: int | None = None) -> ComponentPlan:
         work, tiling = self.load.tiled(vae.loaded, vae.dtype, strip_bytes, max_bytes)
@@ -283,12 +279,10 @@ class _Planner:
 
     def _dtype(self, component: Component) -> str:
         """The requested one, or the fastest that the device computes in."""
-        asked = self.dtypes.get(component.name)
-        if asked == "auto":
-            asked = component.dtypes[0]
-        dtype = asked or self.fast
-        if asked is None and component.name == "vae" and dtype == "float16":  # in which some overflow
-            dtype = "float32"
+        # Some autoencoders overflow in float16.
+        usual = "float32" if component.name == "vae" and self.fast == "float16" else self.fast
+        asked = self.dtypes.get(component.name, usual)
+        dtype = component.dtypes[0] if asked == "auto" else asked
         known = [*DTYPES, *(QUANTIZED if component.name != "vae" else ())]
         if dtype not in known:
             raise InputError(f"a memory budget can be planned with {', '.join(known)}, not with {dtype}")

@@ -1,7 +1,6 @@
 """Weights that are copied to a device while they are needed there: a whole component, or a few blocks at a time.
 
-The weights on the host are authoritative: their copies on the device are dropped, never copied back. Nothing remains
-in the component afterwards.
+The copies are dropped, never copied back, and nothing remains in the component.
 """
 
 from __future__ import annotations
@@ -41,33 +40,27 @@ class Slot(NamedTuple):
     parameter: nn.Parameter | None  # None for a buffer
 
     def read(self) -> Tensor:
-        if self.parameter is not None:
-            plain = is_plain_tensor(self.parameter)
-            return self.parameter.data if plain else cast(Tensor, self.owner._parameters[self.key])
-        buffer = self.owner._buffers[self.key]
-        assert buffer is not None
-        return buffer
+        if self.parameter is not None and is_plain_tensor(self.parameter):
+            return self.parameter.data
+        return cast(Tensor, (self.owner._buffers if self.parameter is None else self.owner._parameters)[self.key])
 
     def write(self, tensor: Tensor) -> None:
-        if self.parameter is not None and not is_plain_tensor(self.parameter):
-            self.owner._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
-        elif self.parameter is not None:  # it stays the same object for everyone who refers to it
+        if self.parameter is None:
+            self.owner._buffers[self.key] = tensor
+        elif is_plain_tensor(self.parameter):  # it stays the same object for everything that refers to it
             self.parameter.data = tensor
         else:
-            self.owner._buffers[self.key] = tensor
+            self.owner._parameters[self.key] = nn.Parameter(tensor, requires_grad=False)
 
 
 def slots_of(component: nn.Module) -> list[Slot]:
     """All parameters and buffers; shared ones only once."""
     found: dict[int, Slot] = {}
     for prefix, module in component.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), Slot(module, key, dot + key, parameter))
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                found.setdefault(id(buffer), Slot(module, key, dot + key, None))
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                found.setdefault(id(tensor), Slot(module, key, name, module._parameters.get(key)))
     return list(found.values())
 
 
@@ -107,12 +100,10 @@ class Group:
                     slot.write(copy)
 
     def leave(self, stream: torch.Stream | None = None) -> None:
-        """Give the modules their tensors on the host back, and drop the copies.
-
-        ``stream``, on which the copies were made, waits for the computation that uses them. Their memory belongs to
-        that stream, which is the next to write there: so no more of it is in use than is counted here.
-        """
-        if stream is not None and self._copies is not None:
+        """Give the modules their tensors on the host back, and drop the copies, which were made on ``stream``."""
+        if self._copies is None:
+            return
+        if stream is not None:  # it waits for their use, since it owns their memory
             stream.wait_event(torch.accelerator.current_stream(self._device).record_event())
         with torch.inference_mode(False), torch.no_grad():
             for slot, host in self._on_host:
@@ -134,20 +125,16 @@ class Stay:
             )
         named = [(f"{path}.{i}.", block) for path, blocks in lists for i, block in enumerate(blocks)]
         size = visit.blocks or 1
-        runs = [named[start : start + size] for start in range(0, len(named), size)]
-
         slots = slots_of(inner)
-        self._groups = []
-        self._blocks: list[tuple[nn.Module, int]] = []  # and the group of each
-        for index, run in enumerate(runs):
-            prefixes = tuple(prefix for prefix, _ in run)
-            mine = [slot for slot in slots if slot.name.startswith(prefixes)]
-            self._groups.append(Group(mine, device))
-            self._blocks += [(block, index) for _, block in run]
-        every = tuple(prefix for prefix, _ in named)
-        rest = [slot for slot in slots if not every or not slot.name.startswith(every)]
-        self._rest = Group(rest, device)
-        self._ahead = visit.ahead and len(runs) > 1
+
+        def group(prefixes: tuple[str, ...], inside: bool = True) -> Group:
+            return Group([slot for slot in slots if slot.name.startswith(prefixes) == inside], device)
+
+        prefixes = tuple(prefix for prefix, _ in named)
+        self._groups = [group(prefixes[start : start + size]) for start in range(0, len(named), size)]
+        self._rest = group(prefixes, inside=False)
+        self._blocks = [(block, i // size) for i, (_, block) in enumerate(named)]  # and the group of each
+        self._ahead = visit.ahead and len(self._groups) > 1
         self._stream = torch.Stream(device) if self._ahead and device.type not in WITHOUT_STREAMS else None
         self._present: int | None = None
         self._guarded: list[tuple[nn.Module, str, Any]] = []  # a block, a method, and its entry in __dict__ before
@@ -170,19 +157,14 @@ class Stay:
     def _enter(self, index: int) -> None:
         if self._present == index:
             return
-        if self._present is not None:
-            self._groups[self._present].leave(self._stream)
+        following = (index + 1) % len(self._groups) if self._ahead else index
+        for i, group in enumerate(self._groups):  # also those fetched in vain, if blocks are not used in order
+            if i == self._present or i not in (index, following):
+                group.leave(self._stream)
         self._present = index
-        if self._ahead:
-            following = (index + 1) % len(self._groups)
-            for i, group in enumerate(self._groups):  # fetched in vain if blocks are not used in order
-                if i not in (index, following):
-                    group.leave(self._stream)
-            self._groups[index].fetch(self._stream)
-            self._groups[index].bring()
-            self._groups[following].fetch(self._stream)
-        else:
-            self._groups[index].bring()
+        self._groups[index].fetch(self._stream)
+        self._groups[index].bring()
+        self._groups[following].fetch(self._stream)
 
     def end(self) -> None:
         for block, name, before in reversed(self._guarded):
@@ -209,10 +191,10 @@ def block_lists(component: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 def methods_of(block: nn.Module) -> list[str]:
     """The methods in which a block reads its weights: all public ones that its classes add to ``nn.Module``."""
-    own = [cls for cls in type(block).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     names = {
         name
-        for cls in own
+        for cls in type(block).__mro__
+        if issubclass(cls, nn.Module) and cls is not nn.Module
         for name, value in vars(cls).items()
         if isinstance(value, FunctionType) and not name.startswith("_")
     }

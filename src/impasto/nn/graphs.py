@@ -1,8 +1,7 @@
 """Captured CUDA graphs: calls of a module that are captured once for each set of shapes, and replayed.
 
-A step of a denoiser on a GPU is some thousand kernels, each of which Python has to launch. A CUDA graph launches all of
-them at once, but it reads and writes the memory that it was captured with: other inputs are copied there first, and the
-output is copied out before the next replay overwrites it.
+A graph launches the thousand kernels of a step at once, but reads and writes the memory that it was captured with:
+other inputs are copied there first, and the output is copied out before the next replay overwrites it.
 """
 
 from __future__ import annotations

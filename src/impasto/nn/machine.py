@@ -61,12 +61,7 @@ def require_device(device: torch.device | str | int) -> torch.device:
 
 
 def check_device(device: torch.device | str | int) -> torch.device:
-    """The device, if this machine has it or another library provides it: checked before anything is computed or moved.
-
-    Raises:
-        InputError: not the name of a device.
-        ResourceError: an accelerator that this machine does not have; the message lists those that it has.
-    """
+    """As ``require_device``, but devices that other libraries provide are accepted unchecked."""
     chosen = as_device(device)
     return require_device(chosen) if chosen.type in ("cuda", "mps", "xpu") else chosen
 

@@ -34,13 +34,7 @@ KEPT = {
 }
 
 
-def quantize(
-    module: Any,
-    method: Method,
-    *,
-    skip: Sequence[str] = (),
-    keep_originals: bool = True,
-) -> Quantization:
+def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_originals: bool = True) -> Quantization:
     """Replace the linear layers of a module, such as ``pipe.transformer``, by quantized ones. For inference only.
 
     - ``"int8-weight-only"``: half the memory of bfloat16 weights; products in the dtype of the activations.
@@ -116,14 +110,13 @@ def dequantize(module: Any) -> None:
         ConfigurationError: the originals were not kept; nothing is changed then.
     """
     module = unwrapped(module)
-    found = [
-        (parent, key, child)
+    originals = [
+        (parent, key, child.restored())
         for parent in module.modules()
         for key, child in parent._modules.items()
         if isinstance(child, QuantizedLinear)
     ]
-    originals = [layer.restored() for _, _, layer in found]
-    for (parent, key, _), original in zip(found, originals):
+    for parent, key, original in originals:
         parent._modules[key] = original
 
 

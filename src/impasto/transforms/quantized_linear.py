@@ -29,9 +29,6 @@ def _library(name: str) -> ModuleType:
         ) from error
 
 
-# --- schemes ---
-
-
 class Scheme:
     """How weights are quantized and multiplied. One object serves all layers; it holds no tensors."""
 
@@ -57,8 +54,11 @@ class Scheme:
 class _TorchAO(Scheme):
     """Tensors of torchao, which implement their own product."""
 
-    def _config(self, api: Any) -> Any:
-        raise NotImplementedError
+    config: ClassVar[str]
+
+    def _options(self, api: Any) -> dict[str, Any]:
+        # Compiler settings are those of the whole process, and not ours to change.
+        return {"set_inductor_config": False}
 
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         _library("torchao.quantization")
@@ -67,7 +67,7 @@ class _TorchAO(Scheme):
         api: Any = _library("torchao.quantization")
         carrier = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         carrier.weight = nn.Parameter(weight, requires_grad=False)
-        api.quantize_(carrier, self._config(api))
+        api.quantize_(carrier, getattr(api, self.config)(**self._options(api)))
         return carrier.weight, {}
 
 
@@ -75,16 +75,14 @@ class Int8WeightOnly(_TorchAO):
     """Weights in int8 with one scale per output; products in the dtype of the activations."""
 
     name = "int8-weight-only"
-
-    def _config(self, api: Any) -> Any:
-        # Compiler settings are those of the whole process, and not ours to change.
-        return api.Int8WeightOnlyConfig(set_inductor_config=False)
+    config = "Int8WeightOnlyConfig"
 
 
 class Int8Dynamic(_TorchAO):
     """Weights in int8 with one scale per output, activations with one per token; integer products."""
 
     name = "int8-dynamic"
+    config = "Int8DynamicActivationInt8WeightConfig"
     # The projections of the text run once per prompt, on few rows. On the CPU a short text is absorbed into the other
     # projections of cross-attention, which is less work than any product with them and needs plain layers.
     kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v"), "cpu": ("attn2",)}
@@ -98,19 +96,17 @@ class Int8Dynamic(_TorchAO):
             )
         super().check(device, dtype)
 
-    def _config(self, api: Any) -> Any:
-        return api.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-
 
 class Float8(_TorchAO):
     """Weights and activations in float8 (e4m3), with one scale per output and per token."""
 
     name = "fp8"
+    config = "Float8DynamicActivationFloat8WeightConfig"
     kept: ClassVar[dict[str, Sequence[str]]] = {"": ("attn2.to_k", "attn2.to_v")}
     multiple = 16
 
-    def _config(self, api: Any) -> Any:
-        return api.Float8DynamicActivationFloat8WeightConfig(granularity=api.PerRow(), set_inductor_config=False)
+    def _options(self, api: Any) -> dict[str, Any]:
+        return {"granularity": api.PerRow(), **super()._options(api)}
 
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
@@ -157,9 +153,6 @@ class NF4(Scheme):
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Int8WeightOnly, Int8Dynamic, Float8, NF4)}
-
-
-# --- the layer ---
 
 
 class QuantizedLinear(nn.Module, Change):
@@ -242,11 +235,10 @@ class QuantizedLinear(nn.Module, Change):
         self._dtype = probe.dtype
         if self.original is not None:
             self._fill(self.original, probe.device)
-            return self
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if factors is not None:  # the scales stay float32 in every dtype
-            self.factors = factors.to(probe.device)
-            self.levels = self.levels.to(torch.float32)
+        else:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if factors is not None:  # the scales stay float32 in every dtype
+                self.factors, self.levels = factors.to(probe.device), self.levels.to(torch.float32)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -1,9 +1,7 @@
 """Feature caching: the residual of a denoiser's blocks changes little from step to step, so some steps reuse it.
 
-In two neighbouring steps the blocks see nearly the same tokens, so their residual, which is what they add to the
-tokens, is nearly the same. A reused step skips the blocks and adds the last computed residual to its tokens, or one
-extrapolated from the last two. The patch embedding and the last layer always run: they depend on the latents and on
-the timestep, and cost little.
+The residual is what the blocks add to the tokens. A reused step skips the blocks and adds the last computed residual,
+or one extrapolated from the last two. The patch embedding and the last layer always run: they cost little.
 
 Shapes: B rows (two for each image with guidance), N image tokens, D width.
 """
@@ -18,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from ..checks import whole_number
 from ..errors import ConfigurationError, InputError
 from ..nn.changes import CALL, Change, Handle, of, unwrapped
 
@@ -88,16 +87,10 @@ def cache_steps(
     else:
         if threshold is not None:
             raise InputError(f'cache_steps: "{method}" has no threshold; give an interval, or method="first-block"')
-        interval = DEFAULT_INTERVAL if interval is None else interval
-        _check_whole("interval", interval, 1)
-    _check_whole("first", first, 1)
-    _check_whole("last", last, 0)
+        interval = whole_number("cache_steps: interval", DEFAULT_INTERVAL if interval is None else interval)
+    first = whole_number("cache_steps: first", first)
+    last = whole_number("cache_steps: last", last, 0)
     return StepCache(target, Rule(method, threshold or 0.0, interval or 1, first, last))
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"cache_steps: {name} must be a whole number of {least} or more, not {value!r}")
 
 
 class Rule(NamedTuple):
@@ -127,12 +120,12 @@ class Memory:
 
     def __init__(self, owner: StepCache, count: int | None):
         self.owner = owner
-        self.reuses = False  # whether this step skips blocks
+        self.others = 0  # how many results a block has in addition to the image tokens
         self._count = count
         self._index = -1
+        self._reuses = False  # whether this step skips blocks
         self._form: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self._steps: list[Computed] = []  # the last one or two
-        self.others = 0  # how many results a block has in addition to the image tokens
         self._entered: Tensor | None = None  # the tokens before the blocks whose residual is kept
         self._first_residual: Tensor | None = None
 
@@ -150,47 +143,52 @@ class Memory:
         finally:
             _current.reset(token)
 
-    def begin(self, x: Tensor) -> None:
-        """Begin a step with tokens x."""
-        form = (x.shape, x.dtype, x.device)
-        if form != self._form:
-            self._steps = []
-        self._form = form
-        self._index += 1
-        self.reuses = False
+    def run_block(self, index: int, count: int, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
+        """Block ``index`` of ``count`` on tokens x [B, N, D]: computed by ``call``, or skipped."""
+        if index > 0 and self._reuses:
+            return x  # the residual of this block is already included
+        if index > 0:
+            out = call()  # [B, N, D]
+        else:
+            first = call() if self.owner.rule.method == "first-block" else None
+            self._begin(x, None if first is None else first - x)
+            start = x if first is None else first  # the tokens before the blocks that may be skipped
+            if self._reuses:
+                self.owner.reused += 1
+                return start + self._residual()
+            self.owner.computed += 1
+            self._entered = start.clone()  # a block or the replay of a captured graph may overwrite it
+            out = call() if first is None else first
+        if index == count - 1 and self._entered is not None:  # None: the first block was not called
+            step = Computed(self._index, out - self._entered, self._first_residual)
+            self._steps = [*self._steps[-1:], step] if self.owner.rule.method == "taylor" else [step]
+            self._entered = self._first_residual = None
+        return out
 
-    def decide(self, rule: Rule, first_residual: Tensor | None) -> None:
-        """Decide whether this step is reused."""
-        self._first_residual = first_residual
+    def _begin(self, x: Tensor, first_residual: Tensor | None) -> None:
+        """Begin a step with tokens x, and decide whether it reuses a residual."""
+        form, rule = (x.shape, x.dtype, x.device), self.owner.rule
+        if form != self._form:
+            self._form, self._steps = form, []
+        self._index += 1
+        self._first_residual, self._reuses = first_residual, False
         ends = self._count is not None and self._index >= self._count - rule.last
         if not self._steps or self._index < rule.first or ends:
             return
         latest = self._steps[-1]
         if first_residual is None:
-            self.reuses = self._index - latest.step < rule.interval
+            self._reuses = self._index - latest.step < rule.interval
         elif rule.threshold > 0.0:
             assert latest.first_residual is not None
             # In float32: means of many numbers. With NaN the comparison is false, and the step is computed.
             change = (first_residual.float() - latest.first_residual.float()).abs().mean()
-            self.reuses = bool(change < rule.threshold * latest.first_residual.float().abs().mean())
+            self._reuses = bool(change < rule.threshold * latest.first_residual.float().abs().mean())
 
-    def enter(self, x: Tensor) -> None:
-        self._entered = x.clone()  # a block or the replay of a captured graph may overwrite it
-
-    def leave(self, x: Tensor) -> None:
-        """Keep the residual, given the tokens after the last block."""
-        if self._entered is None:  # the first block was not called
-            return
-        step = Computed(self._index, x - self._entered, self._first_residual)
-        self._steps = [*self._steps[-1:], step] if self.owner.rule.method == "taylor" else [step]
-        self._entered = self._first_residual = None
-
-    def residual(self) -> Tensor:
+    def _residual(self) -> Tensor:
         """What the blocks would add in this step."""
-        latest = self._steps[-1]
-        if len(self._steps) < 2:
+        before, latest = self._steps[0], self._steps[-1]
+        if latest is before:
             return latest.residual
-        before = self._steps[0]
         slope = (self._index - latest.step) / (latest.step - before.step)
         return torch.lerp(before.residual, latest.residual, 1.0 + slope)
 
@@ -235,7 +233,7 @@ class CachedCall(Change):
             first: Tensor = out[0]
             return first
 
-        tokens = memory.owner.run_block(memory, self._index, self._count, x, compute)
+        tokens = memory.run_block(self._index, self._count, x, compute)
         return (tokens, *rest) if memory.others else tokens
 
 
@@ -262,15 +260,11 @@ class StepCache(Handle):
         if not isinstance(target, nn.Module):
             target.step_cache = self
 
-    # --- undo ---
-
     def remove(self) -> None:
         """Compute every step again. All changes are undone."""
         self._detach()
         if getattr(self._target, "step_cache", None) is self:
             self._target.step_cache = None
-
-    # --- generations ---
 
     @contextmanager
     def generation(self, steps: int | None = None) -> Iterator[None]:
@@ -286,8 +280,6 @@ class StepCache(Handle):
         """An empty memory for a generation of so many steps with the current transformer."""
         self._attach()
         return Memory(self, steps)
-
-    # --- blocks ---
 
     def _attach(self) -> None:
         """Change the call of every block of the current transformer."""
@@ -322,29 +314,3 @@ class StepCache(Handle):
                 f"which {self.rule.method!r} needs"
             )
         return list(blocks)
-
-    def run_block(self, memory: Memory, index: int, count: int, x: Tensor, call: Callable[[], Tensor]) -> Tensor:
-        """Block ``index`` of ``count`` on tokens x [B, N, D]: computed by ``call``, or skipped."""
-        if index == 0:
-            memory.begin(x)
-            if self.rule.method == "first-block":
-                out = call()  # [B, N, D]
-                memory.decide(self.rule, out - x)
-                start = out
-            else:
-                memory.decide(self.rule, None)
-                start = x
-            if memory.reuses:
-                self.reused += 1
-                return start + memory.residual()
-            self.computed += 1
-            memory.enter(start)
-            if self.rule.method != "first-block":
-                out = call()
-        elif memory.reuses:
-            return x  # the residual of this block is already included
-        else:
-            out = call()
-        if index == count - 1:
-            memory.leave(out)
-        return out

@@ -1,8 +1,7 @@
 """What the autoencoder holds in memory, and how it is tiled accordingly: all from the list of its layers (layers.py).
 
-A tiled pass computes one layer after the other, and each layer in strips of rows (tiling.py). A layer's input is freed
-as its output grows, so that the peak is about the largest map between two layers. When memory is short, what would
-add to it is computed twice rather than held:
+When a pass is tiled (tiling.py), a layer's input is freed as its output grows, so that the peak is about the largest
+map between two layers. When memory is short, what would add to it is computed twice rather than held:
 
     resnet          the map between its convolutions: its statistics are needed before any of it is normalized
     upsample        its result, four times the input: the resnet after it reads it two or three times
@@ -13,8 +12,8 @@ be on the meta device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .layers import Attention, Coder, Downsample, Head, Resnet, Upsample
@@ -50,8 +49,7 @@ class Layer(NamedTuple):
     @property
     def outputs(self) -> int:
         """Elements of the output."""
-        height, width = self.out_sides
-        return self.out_channels * height * width
+        return self.out_channels * math.prod(self.out_sides)
 
     @property
     def first_products(self) -> int:
@@ -69,8 +67,7 @@ class Layer(NamedTuple):
         return self.first_products + 9 * self.out_channels * self.outputs + shortcut
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """How one layer is computed when tiled."""
 
     layer: Layer
@@ -94,23 +91,17 @@ def trace(coder: Coder, height: int, width: int) -> list[Layer]:
     for block, modules in enumerate(coder.layers()):
         for module in modules:
             module = getattr(module, "_orig_mod", module)  # torch.compile has wrapped it
-            traced.append(Layer(module, *_channels(module), height, width, block))
+            match module:
+                case Resnet():
+                    channels = module.norm1.num_channels, module.norm2.num_channels
+                case Attention():
+                    channels = module.group_norm.num_channels, module.group_norm.num_channels
+                case _:
+                    weight = getattr(module, "conv", module).weight
+                    channels = weight.shape[1], weight.shape[0]
+            traced.append(Layer(module, *channels, height, width, block))
             height, width = traced[-1].out_sides
     return traced
-
-
-def _channels(module: Any) -> tuple[int, int]:
-    """Of the input and the output."""
-    match module:
-        case Resnet():
-            return module.norm1.num_channels, module.norm2.num_channels
-        case Attention():
-            return module.group_norm.num_channels, module.group_norm.num_channels
-        case Head() | Upsample() | Downsample():
-            weight = module.conv.weight
-        case _:
-            weight = module.weight
-    return weight.shape[1], weight.shape[0]
 
 
 def make_plan(
@@ -126,18 +117,16 @@ def make_plan(
         max_bytes: of activations; None is 0.
         strip_bytes: the working memory of one strip, included in ``max_bytes``.
     """
-    # An upsample and the resnet after it are decided together.
     groups: list[list[Layer]] = []
     for layer in layers:
-        if groups and isinstance(groups[-1][-1].module, Upsample):
+        if groups and isinstance(groups[-1][-1].module, Upsample):  # decided together with the resnet after it
             groups[-1].append(layer)
         else:
             groups.append([layer])
     ways = [_ways(group, itemsize, strip_bytes) for group in groups]
-    least = max(min(_peak(way) for way in options) for options in ways)
+    least = max(min(map(_peak, options)) for options in ways)
     budget = max(int(1.01 * least), max_bytes or 0)  # strips are not all of one size
-    chosen = [next(way for way in options if _peak(way) <= budget) for options in ways]
-    stages = [stage for way in chosen for stage in way]
+    stages = [stage for options in ways for stage in next(way for way in options if _peak(way) <= budget)]
     again = sum(stage.computed_again for stage in stages)
     # The strips of the output are joined when everything else has been freed.
     peak = max(_peak(stages), 2 * layers[-1].outputs * itemsize) + layers[0].inputs * itemsize
@@ -199,7 +188,6 @@ def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:
     for layer in layers:
         if layer.block != start.block:
             start = layer
-        block_input = 0 if layer is start else start.inputs
         x, out = layer.inputs, layer.outputs
         match layer.module:
             case Resnet():
@@ -214,5 +202,5 @@ def untiled_peak(layers: Sequence[Layer], itemsize: int) -> int:
                 needed = x + max(2 * x, x + out)
             case _:
                 needed = out
-        peak = max(peak, block_input + needed)
+        peak = max(peak, needed if layer is start else start.inputs + needed)
     return (peak + layers[0].inputs) * itemsize

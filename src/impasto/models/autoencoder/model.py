@@ -1,7 +1,6 @@
 """The autoencoder between images and latents (Rombach et al. 2022, section 3.1, appendix G).
 
-Encoder and decoder are convolutional pyramids (layers.py). Each level of the encoder but the last halves the sides,
-and the decoder mirrors it. The innermost block has two residual layers around one attention layer::
+Encoder and decoder are convolutional pyramids (layers.py): each level of the encoder but the last halves the sides::
 
     image -> conv_in -> down_blocks -> mid_block -> norm, SiLU, conv_out -> quant_conv -> mean, logvar
     latents -> post_quant_conv -> conv_in -> mid_block -> up_blocks -> norm, SiLU, conv_out -> image
@@ -205,15 +204,12 @@ class AutoencoderKL(Tiling, Model):
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         # In inference on the CPU, in the memory format in which convolutions are fastest; every layer preserves it.
         last = torch.channels_last
-        reorders = (
-            batch.device.type == "cpu" and not torch.is_grad_enabled() and not batch.is_contiguous(memory_format=last)
-        )
+        inference = batch.device.type == "cpu" and not torch.is_grad_enabled()
+        reorders = inference and not batch.is_contiguous(memory_format=last)
         if reorders:
             batch = batch.contiguous(memory_format=last)
-        if (self.use_slicing or self._tiles()) and batch.shape[0] > 1:
-            result = torch.cat([function(one) for one in batch.chunk(batch.shape[0])])
-        else:
-            result = function(batch)
+        slices = (self.use_slicing or self._tiles()) and batch.shape[0] > 1
+        result = torch.cat([function(one) for one in batch.split(1)]) if slices else function(batch)
         return result.contiguous() if reorders else result
 
     @classmethod
@@ -228,9 +224,9 @@ LEGACY_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -> None:
-    for block_type in types:
-        if block_type != expected:
-            raise ConfigurationError(f"{name}: {shown(block_type)} is not implemented; use {expected!r} for each level")
+    unknown = [block_type for block_type in types if block_type != expected]
+    if unknown:
+        raise ConfigurationError(f"{name}: {shown(unknown[0])} is not implemented; use {expected!r} for each level")
     if len(types) != levels:
         raise ConfigurationError(
             f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one entry for every level"

@@ -1,8 +1,7 @@
 """Exact tiling of the autoencoder: the same numbers as without it, to rounding, in a fraction of the memory.
 
-Tiles that go through the whole network independently differ at their edges and in the statistics of every group
-normalization, which is why they have to be blended. Here the whole image goes through one layer after the other, and
-only within a layer in strips of full rows:
+The whole image goes through one layer after the other, and within a layer in strips of full rows, so that nothing has
+to be blended:
 
     convolution      reads a row above and a row below each strip (halo); zeros only around the image
     normalization    with the statistics of the whole map, which are computed from all its strips beforehand
@@ -70,15 +69,7 @@ class Tiling:
 
 
 def compute(stages: list[Stage], x: Tensor) -> Tensor:
-    """All layers of an encoder or decoder, one after the other.
-
-    Args:
-        stages: how each layer is computed.
-        x: [1, C, H, W].
-
-    Returns:
-        [1, C', H', W'].
-    """
+    """All layers of an encoder or decoder, one after the other: [1, C, H, W] -> [1, C', H', W']."""
     source: Source = Map([x])
     for stage in stages:
         source = _compute_layer(stage, source)
@@ -169,7 +160,7 @@ class Upsampled:
     def rows(self, first: int, end: int) -> Tensor:
         top = max(first - 1, 0) // 2
         x = self.source.rows(top, min(end // 2 + 1, self.height))
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # the source rows are freed
         result: Tensor = self.conv(x)
         return result[:, :, first - 2 * top : end - 2 * top]
 
@@ -239,7 +230,7 @@ class Statistics:
         self.mean = self.squares = torch.zeros(())  # [C], and the sum of squared deviations from it, [C]
 
     def add(self, strip: Tensor) -> None:
-        # Blocks are reduced in float32 around their own mean, so nothing cancels; float64 joins them (not on MPS).
+        # Blocks are reduced in float32 around their own mean, so nothing cancels; float64, if any, joins them.
         single = torch.promote_types(strip.dtype, torch.float32)
         double = torch.float32 if strip.device.type == "mps" else torch.float64
         for rows in strip.split(max(1, STATISTICS_BLOCK // (strip.shape[1] * strip.shape[3])), dim=2):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,23 +67,26 @@ def generate_prior(
         check: called with the first scores of some images, before anything is sampled.
     """
     reserved = [model.config.image_token_id, model.config.image_end_token_id]
-    for mark in processor.tokenizer.convert_ids_to_tokens(reserved):
-        for i, prompt in enumerate(prompts):
-            if mark in prompt:
-                raise InputError(
-                    f"prompt[{i}] must not contain {shown(mark)}, which stands for an image, and is {shown(prompt)}; "
-                    f"give images as image"
-                )
-    read = [
-        _read(model, processor, prompt, size, [] if images is None else images[i]) for i, prompt in enumerate(prompts)
-    ]
+    marks = processor.tokenizer.convert_ids_to_tokens(reserved)
+    for i, prompt in enumerate(prompts):
+        mark = next((mark for mark in marks if mark in prompt), None)
+        if mark is not None:
+            raise InputError(
+                f"prompt[{i}] must not contain {shown(mark)}, which stands for an image, and is {shown(prompt)}; give "
+                f"images as image"
+            )
+    given: Sequence[Sequence[Image.Image]] = [[]] * len(prompts) if images is None else images
+    read = [_read(model, processor, prompt, size, some) for prompt, some in zip(prompts, given, strict=True)]
     repeated = [prompt for prompt in read for _ in range(per_prompt)]
     total = sum(rows * columns for rows, columns in read[0].targets)
     uniform = _numbers(generators, len(repeated), total).to(model.device)  # [B, total]
     made = []
     for start in range(0, len(repeated), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
-        counted = partial(_after, goes_on, start * total)
+
+        def counted(tokens: int, before: int = start * total) -> bool:
+            return goes_on(before + tokens)
+
         with computing(model):
             made.append(_sample(model, repeated[some], uniform[some], codebook_size, counted, packed, check))
     rows, columns = read[0].targets[-1]
@@ -187,10 +189,6 @@ def target_offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
         offsets.append(start + torch.stack([torch.zeros_like(row), row, column]).flatten(1))
         start += max(rows, columns)
     return torch.cat(offsets, dim=1)
-
-
-def _after(goes_on: GoesOn, before: int, more: int) -> bool:
-    return goes_on(before + more)
 
 
 def _doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
