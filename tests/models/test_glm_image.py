@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import diffusers
@@ -337,6 +338,68 @@ def test_images_of_a_mixed_batch_see_their_own_references(model: GlmImageTransfo
     assert max(map(distance, together, expected)) <= 1e-5
     shared = model(latents, **inputs, kv_caches=short).sample  # one row serves all images
     assert max(map(distance, shared, one_by_one(model, latents, inputs, [short] * 4))) <= 1e-5
+
+
+@torch.no_grad()
+def test_soft_biases_of_texts_and_references(model: GlmImageTransformer2DModel) -> None:
+    latents, inputs = mixed()
+    inputs["attention_mask"] = torch.randn(4, 1, 7).masked_fill(~MASK[:, None].bool(), -10000.0)
+    rows = arguments(batch=1, tokens=3, height=4, width=4)
+    context = context_of(model, rows, torch.tensor([[[0.5, -10000.0, -1.0]]]))
+    soft = model.encode_references(rows["hidden_states"], context, modulation_of(model, rows))
+    each = [references_of(model, 2), soft, soft.unseen(), soft]
+    expected = one_by_one(model, latents, inputs, each)
+    together = model(latents, **inputs, kv_caches=GlmImageReferences.concat(each)).sample
+    assert max(map(distance, together, expected)) <= 1e-5
+
+
+@torch.no_grad()
+def test_compiled_blocks_may_run_eagerly_and_the_model_as_a_whole(model: GlmImageTransformer2DModel) -> None:
+    latents, inputs = mixed()
+    expected = one_by_one(model, latents, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert max(map(distance, compiled(latents, **inputs).sample, expected)) <= 1e-5
+    context = GlmImageContext.concat([context_of_row(model, latents, inputs, i) for i in range(4)])
+    staged = compiled(latents, context, timestep=modulation_of(model, inputs)).sample
+    assert max(map(distance, staged, expected)) <= 1e-5
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    for few in (0, 128):
+        with pytest.MonkeyPatch.context() as patch, torch.compiler.set_stance("force_eager"):
+            patch.setattr("impasto.nn.tokens._FEW_TOKENS", few)
+            assert max(map(distance, model(latents, **inputs).sample, expected)) <= 1e-6
+
+
+@torch.no_grad()
+def test_lists_of_one_size_take_every_documented_form(model: GlmImageTransformer2DModel) -> None:
+    inputs = arguments()
+    ids = inputs["prior_token_id"][0]
+    rotary = tuple(torch.randn(12, 8) for _ in range(2))
+    for change in ({"prior_token_id": ids}, {"image_rotary_emb": rotary}, {"image_rotary_emb": [rotary, rotary]}):
+        expected = model(**inputs | change).sample
+        listed = inputs | change | {"hidden_states": [*inputs["hidden_states"]]}
+        assert distance(torch.stack(model(**listed).sample), expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_cache_is_written_with_one_tensor(model: GlmImageTransformer2DModel) -> None:
+    cache = GlmImageKVCache(num_layers=2)
+    cache.set_mode("write")
+    latents, inputs = mixed()
+    with pytest.raises(InputError, match="give them as one tensor"):
+        model(latents, **inputs, kv_caches=cache)
+    assert cache.read() is None
+
+
+@torch.no_grad()
+def test_keys_and_values_are_kept_for_references_only(model: GlmImageTransformer2DModel) -> None:
+    alive: list[Any] = []
+    for block in model.transformer_blocks:
+        block.attn1.register_forward_hook(lambda _, __, out: alive.append(weakref.ref(out[1].untyped_storage())))
+    counts: list[int] = []
+    model.norm_out.register_forward_pre_hook(lambda *_: counts.append(sum(ref() is not None for ref in alive)))
+    model(**arguments())
+    assert counts[0] < 2
 
 
 def test_one_graph_serves_every_layout(model: GlmImageTransformer2DModel) -> None:

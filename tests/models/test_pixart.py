@@ -597,6 +597,53 @@ def test_one_graph_serves_every_layout(whole: bool) -> None:
         assert counts[1:] == [counts[1]] * 3
 
 
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_compiled_blocks_may_run_eagerly(stance: str) -> None:
+    model, _, inputs = mixed()
+    latents = [torch.randn(4, *size) for size in [(16, 16), (8, 24), (16, 12), (12, 16), (24, 8)]]
+    expected = one_by_one(model, latents, inputs)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    predict(model, **arguments())
+    with torch.compiler.set_stance(stance):
+        together = predict(model, hidden_states=latents, **inputs)
+    assert max(map(distance, together, expected)) <= 1e-6
+
+
+def test_under_autocast_the_tokens_of_a_mixed_batch_keep_their_digits() -> None:
+    model, latents, inputs = mixed()
+    dtypes: list[torch.dtype] = []
+    model.transformer_blocks[1].register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        predict(model, hidden_states=latents, **inputs)
+        predict(model, **arguments())
+    assert dtypes == [torch.float32] * 2
+
+
+def test_contexts_from_before_and_after_a_hook_can_be_joined() -> None:
+    model, inputs = tiny(), arguments()
+    text = inputs["encoder_hidden_states"]
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        before = model.encode_context(text[:1])
+        model.transformer_blocks[0].attn2.register_forward_hook(lambda *_: None)
+        joined = PixArtContext.concat([before, model.encode_context(text[1:])])
+        assert distance(model(**inputs | {"encoder_hidden_states": joined}).sample, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_any_number_of_images(strict: bool, masked: bool) -> None:
+    model, batch = tiny(), torch.export.Dim("batch", min=2, max=64)
+    mask = {"encoder_attention_mask": RAGGED} if masked else {}
+    with torch.no_grad():
+        inputs: dict[str, Any] = {**arguments(), **mask}
+        shapes = {name: {0: batch} for name in inputs}
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=strict).module()
+        three = {**arguments(batch=3), **({"encoder_attention_mask": MIXED_MASK[:3]} if masked else {})}
+        assert distance(exported(**three).sample, model(**three).sample) <= 1e-5
+
+
 def test_hooks_on_attentions_fire_and_see_halves_and_text() -> None:
     """And the batch is [B, N, D], whatever sizes it holds."""
     model, inputs = tiny(), arguments() | {"encoder_attention_mask": RAGGED}

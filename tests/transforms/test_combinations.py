@@ -19,12 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from impasto import GlmImageTransformer2DModel, cache_steps, compute_in_float32, quantize
+from impasto import GlmImageTransformer2DModel, PixArtSigmaPipeline, cache_steps, compute_in_float32, quantize
 from impasto.errors import ConfigurationError
 from impasto.nn.graphs import CapturedCalls, varies
 
-from ..tiny import tiny_transformer
-from ..tiny_glm import TRANSFORMER
+from ..tiny import tiny_pipeline, tiny_transformer
+from ..tiny_glm import TRANSFORMER, pipelines
 
 Undo = Callable[[], Any]
 
@@ -246,3 +246,27 @@ def test_each_with_each_other(family: str, first: str, second: str, monkeypatch:
         for undo in subject.undo:
             undo()
         assert torch.equal(subject.predict(learn), plain)
+
+
+@pytest.mark.parametrize("family", ["pixart", "glm_image"])
+@torch.no_grad()
+def test_a_pipeline_generates_with_a_sharded_transformer(family: str) -> None:
+    """Its stages are called one by one, outside of ``forward``."""
+
+    def generate(shard: bool) -> Tensor:
+        torch.manual_seed(0)
+        if family == "pixart":
+            pipe: Any = tiny_pipeline(PixArtSigmaPipeline)
+            call: dict[str, Any] = {}
+        else:
+            pipe = pipelines()[0]
+            call = {"height": 64, "width": 96, "prior_token_ids": torch.zeros(1, 24, dtype=torch.long)}
+        if shard:
+            mesh = init_device_mesh("cpu", (1,))
+            for module in (*pipe.transformer.transformer_blocks, pipe.transformer):
+                fully_shard(module, mesh=mesh)
+        generator = torch.Generator().manual_seed(0)
+        result: Tensor = pipe('"a"', num_inference_steps=2, generator=generator, output_type="pt", **call).images
+        return result
+
+    torch.testing.assert_close(generate(True), generate(False), rtol=1e-4, atol=1e-5)

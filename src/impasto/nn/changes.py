@@ -7,7 +7,8 @@ a chain, the last one first, and leave it in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -128,9 +129,24 @@ def is_managed_elsewhere(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether the calls of a module are compiled, by us or by its ``compile()``."""
     calls = _chain(vars(module).get(CALL))
-    return any(not isinstance(call, Change) or call.change == "compiled" for call in calls)
+    return any(
+        getattr(call, "change", "") == "compiled" or hasattr(call, "_torchdynamo_orig_callable") for call in calls
+    )
 
 
 def unwrapped(module: Any) -> Any:
     """The module that ``torch.compile`` has wrapped as a whole, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def register_methods(modules: Iterable[nn.Module], *names: str) -> None:
+    """Let FSDP gather the parameters of modules for these methods too, as it does for ``forward``."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            for name in names:
+                if name not in vars(module) and hasattr(module, name):
+                    register_fsdp_forward_method(module, name)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import shown
 from ..errors import InputError
-from .changes import Change, Handle, is_managed_elsewhere, unwrapped
+from .changes import Change, Handle, is_managed_elsewhere, register_methods, unwrapped
 from .machine import is_native
 from .widening import HALVES, Function, Widening, is_narrow
 
@@ -94,8 +94,10 @@ def adapt(module: nn.Module) -> None:
 
     Pipelines and ``from_pretrained`` do this to every component. Whether it is needed is decided at each call, so the
     module may be moved and cast at any time. It stays an instance of its class, and is saved and pickled as one.
+    If FSDP has sharded it, it may be called by stages from then on.
     """
     module = unwrapped(module)
+    register_methods([module], *(name for name in _METHODS if name not in ("__call__", "forward")))
     cls = type(module)
     if not issubclass(cls, _Adapted) and not isinstance(module, torch.jit.ScriptModule):
         module.__class__ = _adapted(cls)  # type: ignore[arg-type]

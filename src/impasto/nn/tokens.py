@@ -8,13 +8,13 @@ every layout, they use the layout's tensors instead.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: In a sequence of so few tokens a modulation may be copied for each token, and tokens of all images be compared.
 _FEW_TOKENS = 128
@@ -30,9 +30,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Layout:
-        rows = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), max(lengths), rows.to(device), ends.to(device))
+        return _layout(tuple(lengths), device) if is_tracing() else _kept_layout(tuple(lengths), device)
 
     def as_tensors(self) -> Layout:
         """The same without the numbers, each of which a compiled graph would be specialized for."""
@@ -40,8 +38,8 @@ class Layout(NamedTuple):
 
     @property
     def by_tensors(self) -> bool:
-        """Whether to use the tensors: in a compiled graph, and for so few tokens that copies cost less than calls."""
-        return torch.compiler.is_compiling() or len(self.rows) <= _FEW_TOKENS
+        """Whether to use the tensors: for compiled blocks, and for so few tokens that copies cost less than calls."""
+        return not self.lengths or torch.compiler.is_compiling() or self.rows.shape[0] <= _FEW_TOKENS
 
     def groups(self) -> Iterator[tuple[slice, slice, int]]:
         """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
@@ -69,6 +67,16 @@ class Layout(NamedTuple):
         return torch.zeros(own.shape, dtype=dtype, device=own.device).masked_fill(~own, -torch.inf)[None, None]
 
 
+def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
+    rows = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Layout(lengths, max(lengths), rows.to(device), ends.to(device))
+
+
+#: The same layout comes at every step, and its tensors are copied to the device once.
+_kept_layout = lru_cache(maxsize=64)(_layout)
+
+
 def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     """a + b · c, where some of the three are of the tokens, [T, D], and the others of the images, [B or 1, 1, D].
 
@@ -77,9 +85,10 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     """
     if layout.by_tensors:  # compiled, it becomes one kernel, in which nothing is copied
         return torch.addcmul(*(x if x.ndim == 2 else (x[0] if len(x) == 1 else x[layout.rows, 0]) for x in factors))
-    like = next(x for x in factors if x.ndim == 2)
-    needs_grad = torch.is_grad_enabled()
-    out = None if needs_grad else torch.empty_like(like)
+    out: Tensor | None = None
+    if not torch.is_grad_enabled():
+        like = next(x for x in factors if x.ndim == 2)
+        out = torch.empty_like(like, dtype=reduce(torch.promote_types, (x.dtype for x in factors)))
     results = []
     for images, place, count in layout.groups():
         own = [
@@ -92,19 +101,16 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     return torch.cat(results) if out is None else out
 
 
+def indices(rows: slice | Tensor | list[int], count: int) -> list[int]:
+    """The numbers of the chosen ones of ``count`` rows."""
+    if isinstance(rows, slice):
+        return [*range(count)][rows]
+    if not isinstance(rows, Tensor):
+        return [range(count)[row] for row in rows]
+    chosen: list[int] = torch.arange(count)[rows.cpu()].tolist()
+    return chosen
+
+
 def is_tracing() -> bool:
     """Whether a graph is being made that is to serve other values: compiled, exported or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def register_methods(modules: Iterable[nn.Module], *names: str) -> None:
-    """Let FSDP gather the parameters of modules for these methods too, as it does for ``forward``."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            for name in names:
-                if name not in vars(module):
-                    register_fsdp_forward_method(module, name)

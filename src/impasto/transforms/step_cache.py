@@ -220,8 +220,8 @@ class CachedCall(Change):
         memory, cache = _current.get(), self._cache
         if memory is None or memory.owner is not cache or torch.is_grad_enabled():
             return call(x, *args, **kwargs)
-        # GLM-Image's blocks also return the text, and keys and values, which no loop needs.
-        rest: tuple[Any, ...] = (*args[:1], *[None] * memory.others)[: memory.others]
+        # GLM-Image's blocks also return keys and values, which no loop needs.
+        rest: tuple[Any, ...] = (None,) * memory.others
 
         def compute() -> Tensor:
             nonlocal rest

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigurationError, InputError
+from ...nn.tokens import indices
 
 Mode = Literal["write", "read", "skip"]
 
@@ -34,19 +35,20 @@ class GlmImageContext(NamedTuple):
     @property
     def rows(self) -> int:
         """How many images it is of, B."""
-        return len(self.text) + sum(len(other.text) for other in self.others)
+        return sum(batch.text.shape[0] for batch in self.batches)
 
     @property
     def batches(self) -> tuple[GlmImageContext, ...]:
         """Those of images of one size."""
         return (self._replace(others=()), *self.others)
 
-    def each(self) -> list[GlmImageContext]:
-        """One for each image, without its discarded tokens."""
-        return [batch._row(i) for batch in self.batches for i in range(len(batch.text))]
+    def each(self, drops: bool = False) -> list[GlmImageContext]:
+        """One for each image; ``drops``: without its discarded tokens."""
+        rows = [batch.select(slice(i, i + 1)) for batch in self.batches for i in range(batch.text.shape[0])]
+        return [row._without_discarded() for row in rows] if drops else rows
 
-    def _row(self, i: int) -> GlmImageContext:
-        one = self.select([i])
+    def _without_discarded(self) -> GlmImageContext:
+        one = self
         if one.bias is None:
             return one
         keep = one.bias[0, 0, 0] > -torch.inf
@@ -56,9 +58,8 @@ class GlmImageContext(NamedTuple):
     def select(self, rows: slice | Tensor | list[int]) -> GlmImageContext:
         """The contexts of some images of the batch."""
         if self.others:
-            each = [batch.select([i]) for batch in self.batches for i in range(len(batch.text))]
-            chosen = torch.arange(len(each))[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()]
-            return self.concat([each[i] for i in chosen.tolist()])
+            each = self.each()
+            return self.concat([each[i] for i in indices(rows, len(each))])
         shared = self.cos.shape[0] == 1
         return GlmImageContext(
             text=self.text[rows],
@@ -164,13 +165,11 @@ class GlmImageReferences(NamedTuple):
             return [*layers]
         if dynamic:
             return [(_in_one_row(key), _in_one_row(value)) for key, value in layers]
-        keep = self.bias_or_zeros()[:, 0, 0] > -torch.inf  # [B, R]
-        seen = [None if bool(row.all()) else row for row in keep]
-        some = [bool(row.any()) for row in keep]
+        kept = [bias.isfinite().nonzero()[:, 0] for bias in self.bias_or_zeros()[:, 0, 0]]  # B of [R']
         return [
             [
-                (_kept(key[i], row), _kept(value[i], row)) if visible else None
-                for i, (row, visible) in enumerate(zip(seen, some))
+                (_kept(key[i], places), _kept(value[i], places)) if places.shape[0] else None
+                for i, places in enumerate(kept)
             ]
             for key, value in layers
         ]
@@ -221,9 +220,9 @@ class GlmImageReferences(NamedTuple):
         return self.keys[0].new_zeros(self.rows, 1, 1, self.length) if self.bias is None else self.bias
 
 
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
-    """[heads, R, d] -> the kept ones of R, [1, heads, R', d]."""
-    return x[None] if keep is None else x[None, :, keep]
+def _kept(x: Tensor, places: Tensor) -> Tensor:
+    """[heads, R, d] -> those at R' places, [1, heads, R', d]."""
+    return x[None] if places.shape[0] == x.shape[1] else x.index_select(1, places)[None]
 
 
 def _in_one_row(x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all images.
             prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
             height, width: of the latents.
-            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a image.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair an image.
 
         Raises:
             InputError: a shape that does not fit, with the shape that would.
@@ -147,7 +147,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             prior_token_id = prior_token_id.expand(batch, -1)
             if prior_token_drop is not None and prior_token_drop.ndim == 1 and len(prior_token_drop) == tokens:
                 prior_token_drop = prior_token_drop.expand(batch, -1)
-        if tuple(prior_token_id.shape) != (batch, tokens):
+        if prior_token_id.shape != (batch, tokens):
             raise InputError(
                 f"prior_token_id has shape {list(prior_token_id.shape)}; latents of {height} x {width} are "
                 f"{rows} x {columns} tokens, of {batch} images: expected {[batch, tokens]}"
@@ -156,7 +156,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
         prior = self.prior_token_embedding(prior_token_id)  # [B, N, D]
         if prior_token_drop is not None:
-            if tuple(prior_token_drop.shape) not in {(batch,), (batch, tokens)}:
+            if prior_token_drop.shape != (batch,) and prior_token_drop.shape != (batch, tokens):
                 raise InputError(
                     f"prior_token_drop has shape {list(prior_token_drop.shape)}; expected {[batch, tokens]} "
                     f"or {[batch]}"
@@ -215,12 +215,13 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
 
         The context is of the images' own prior tokens, and of no text; the timestep is 0: they have no noise.
         """
-        return self._encode_references([latents], context, modulation)[1]
+        return self._encode_references(latents, context, modulation)[1]
 
     def _encode_references(
-        self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation
+        self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation
     ) -> tuple[Tensor, GlmImageReferences]:
-        outputs, layers, places = self._predict(batches, context, modulation, None)
+        layers: list[tuple[Tensor, Tensor]] = []
+        outputs, places = self._predict([latents], context, modulation, None, layers)
         keys, values = zip(*layers, strict=True)
         return outputs[0], GlmImageReferences(keys, values, None if context.bias is None else places.bias)
 
@@ -230,16 +231,21 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         context: GlmImageContext,
         modulation: GlmImageModulation,
         references: GlmImageReferences | None,
-    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], Places]:
-        """Outputs of one batch [B, C, H, W], or of a mixed batch of several [1, C, H, W]; its keys and values."""
+        layers: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[list[Tensor], Places]:
+        """Outputs of one batch [B, C, H, W], or of a mixed batch of several [1, C, H, W].
+
+        Args:
+            layers: to which the keys and values of each layer are added.
+        """
         p, mixed = self.patch_size, len(batches) > 1
         grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
         contexts = [context]
         if mixed:
-            contexts = [context.select([i]) for i in range(context.rows)] if dynamic else context.each()
+            contexts = context.each(drops=not dynamic)
         if references is not None:
-            references = references.for_batch(sum(map(len, batches)))
+            references = references.for_batch(sum(latents.shape[0] for latents in batches))
         parts = [
             torch.cat([one.text, self.image_projector(latents) + one.prior], dim=1)  # [B, M + N, D]
             for latents, one in zip(batches, contexts, strict=True)
@@ -249,23 +255,24 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         pasts = [None] * len(self.transformer_blocks) if references is None else references.of_layers(mixed, dynamic)
 
         inside = places.as_tensors() if dynamic else places
-        layers: list[tuple[Tensor, Tensor]] = []
         for block, past in zip(self.transformer_blocks, pasts, strict=True):
             run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
             x, *key_value = run(x, modulation.embedded, inside, past)
-            layers.append((key_value[0], key_value[1]))
+            if layers is not None:
+                layers.append((key_value[0], key_value[1]))
+            del key_value
 
         layout = Layout.of([one.prior.shape[1] for one in contexts], x.device) if mixed else None
         x = self.proj_out(self.norm_out(places.image_tokens(x), modulation.embedded, layout))  # [B, N, C * p * p]
         outputs = [x] if layout is None else [one[None] for one in layout.split(x)]
-        return [unpatchify_channels_first(o, *grid, p) for o, grid in zip(outputs, grids, strict=True)], layers, places
+        return [unpatchify_channels_first(o, *grid, p) for o, grid in zip(outputs, grids, strict=True)], places
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | Sequence[Tensor],
         encoder_hidden_states: Tensor | GlmImageContext,
-        prior_token_id: Tensor | None = None,
-        prior_token_drop: Tensor | None = None,
+        prior_token_id: Tensor | Sequence[Tensor] | None = None,
+        prior_token_drop: Tensor | Sequence[Tensor] | None = None,
         timestep: Tensor | GlmImageModulation | None = None,
         target_size: Tensor | None = None,
         crop_coords: Tensor | None = None,
@@ -278,7 +285,8 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         """Predict the velocity of latents.
 
         Args:
-            hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W.
+            hidden_states: latents [B, in_channels, H, W]; ``patch_size`` divides H and W. Or B of [in_channels, H, W]
+                in any sizes; prior_token_id, and prior_token_drop of tokens, are then lists of B, too.
             encoder_hidden_states: glyph embeddings [B, M, text_embed_dim], or what ``encode_context`` made, in place of
                 them, of the prior's tokens and of the positions.
             prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all images.
@@ -291,10 +299,10 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M], where -10000
                 discards.
             kv_caches: reference images: a cache, read or written as its mode says, or what ``encode_references`` made.
-            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair a image.
+            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair an image.
 
         Returns:
-            ``.sample``: [B, out_channels, H, W].
+            ``.sample``: [B, out_channels, H, W], or B of [out_channels, H, W].
 
         Raises:
             InputError: a shape that does not fit, with the shape that would; or something missing.
@@ -302,7 +310,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         batches = as_batches(hidden_states, self.in_channels, self.patch_size)
         if attention_kwargs and set(attention_kwargs) - {"scale"}:
             raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
-        batch = sum(map(len, batches))
+        batch = sum(latents.shape[0] for latents in batches)
         if isinstance(encoder_hidden_states, GlmImageContext):
             replaced = {
                 "prior_token_id": prior_token_id,
@@ -315,8 +323,8 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         else:
             if prior_token_id is None:
                 raise InputError(
-                    "prior_token_id is None; give a token for each image token. Where nothing is to be told, zeros, "
-                    "with prior_token_drop of ones"
+                    "prior_token_id is None; give a token for each image token. Without a prior, give zeros and "
+                    "prior_token_drop of ones"
                 )
             per_image = (attention_mask, prior_token_id, prior_token_drop, image_rotary_emb)
             context = self._contexts(batches, encoder_hidden_states, per_image)
@@ -332,15 +340,16 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
         self._check_rows(batches, context, modulation)
 
-        references = kv_caches
+        references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
             references = kv_caches.read() if kv_caches.mode == "read" else None
-        output: Any
         if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
-            output, written = self._encode_references(batches, context, modulation)
+            if not isinstance(hidden_states, Tensor):
+                raise InputError("a cache is written with latents of one size: give them as one tensor")
+            output, written = self._encode_references(hidden_states, context, modulation)
             kv_caches.write(written)
         else:
-            output = self.denoise(hidden_states, context, modulation, cast(GlmImageReferences | None, references))
+            output = self.denoise(hidden_states, context, modulation, references)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _contexts(self, batches: Sequence[Tensor], text: Tensor, per_image: Sequence[Any]) -> GlmImageContext:
@@ -351,10 +360,12 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             return self.encode_context(text, mask, ids, drop, height, width, rotary)
         contexts = []
         for i, latents in enumerate(batches):
-            own_ids, own_drop = (None if x is None else x[i].reshape(-1) for x in (ids, drop))
-            own_mask, own_rotary = (None if x is None else x[i : i + 1] for x in (mask, rotary))
+            own_ids = ids if isinstance(ids, Tensor) and ids.ndim == 1 else ids[i].reshape(-1)
+            own_mask, own_drop = (None if x is None else x[i : i + 1] for x in (mask, drop))
+            if own_drop is not None and not isinstance(own_drop, Tensor):  # one tensor for each image
+                own_drop = own_drop[0].reshape(-1)
+            own_rotary = rotary if rotary is None or isinstance(rotary[0], Tensor) else rotary[i : i + 1]
             (height, width), own_text = latents.shape[-2:], text[i : i + 1]
-            assert own_ids is not None
             contexts.append(self.encode_context(own_text, own_mask, own_ids, own_drop, height, width, own_rotary))
         return GlmImageContext.concat(contexts)
 
@@ -379,10 +390,10 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         return cos, sin
 
     def _check_rows(self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation) -> None:
-        batch = sum(map(len, batches))
+        batch = sum(latents.shape[0] for latents in batches)
         if context.rows != batch:
             raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
-        owners = [one for one in context.batches for _ in range(len(one.text) if len(batches) > 1 else 1)]
+        owners = [one for one in context.batches for _ in range(one.text.shape[0] if len(batches) > 1 else 1)]
         for latents, one in zip(batches, owners):
             height, width = latents.shape[2:]
             tokens = height // self.patch_size * (width // self.patch_size)
@@ -391,7 +402,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
                     f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are "
                     f"{tokens}"
                 )
-        steps = len(modulation.embedded)
+        steps = modulation.embedded.shape[0]
         if steps != 1 and steps != batch:
             raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
 

@@ -103,14 +103,26 @@ def mixed_places(contexts: Sequence[GlmImageContext], references: GlmImageRefere
     device = contexts[0].prior.device
     segments = Layout.of([length for pair in lengths for length in pair], device)
     images = Layout.of([sum(pair) for pair in lengths], device)
-    cos, sin = (torch.cat([getattr(places_of(one, None), name)[0] for one in contexts]) for name in ("cos", "sin"))
+    own = [places_of(one, None) for one in contexts]
+    cos, sin = torch.cat([one.cos[0] for one in own]), torch.cat([one.sin[0] for one in own])
     if dynamic:
-        keys, own = images.rows, [one.bias_or_zeros()[0, 0, 0] for one in contexts]
-        added = torch.cat([F.pad(bias, (0, n)) for bias, (_, n) in zip(own, lengths, strict=True)])  # [T]
+        keys, texts = images.rows, [one.bias_or_zeros()[0, 0, 0] for one in contexts]
+        added = torch.cat([F.pad(bias, (0, n)) for bias, (_, n) in zip(texts, lengths, strict=True)])  # [T]
         if references is not None:
             owners = torch.arange(references.rows, device=device).repeat_interleave(references.length)
             keys, added = torch.cat([owners, keys]), torch.cat([references.bias_or_zeros().flatten(), added])
         bias = images.bias(keys, torch.float32) + added  # [1, 1, T, B R + T]
         return Places(0, cos, sin, bias, segments)
-    biases = [None if one.bias is None else F.pad(one.bias, (0, one.prior.shape[1])) for one in contexts]
+    before = [None] * len(contexts) if references is None else references.bias_or_zeros()
+    biases = [_bias_of(one, seen) for one, seen in zip(contexts, before, strict=True)]
     return Places(0, cos, sin, None, segments, images, biases)
+
+
+def _bias_of(context: GlmImageContext, references: Tensor | None) -> Tensor | None:
+    """The bias [1, 1, 1, R + M + N] of an image, given that of its references [1, 1, R]; None if it adds nothing."""
+    text, image = context.bias_or_zeros(), context.prior.shape[1]
+    if references is None:
+        return None if context.bias is None else F.pad(text, (0, image))
+    seen = references[references.isfinite()].view(1, 1, 1, -1)  # without the ones that it does not see
+    bias = F.pad(torch.cat([seen.to(text.dtype), text], dim=3), (0, image))
+    return bias if bool(bias.any()) else None

@@ -22,13 +22,13 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
-from ...nn.changes import is_compiled, is_plain
+from ...nn.changes import is_compiled, is_plain, register_methods
 from ...nn.embeddings import sincos_2d
 from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.precision import checkpointed
-from ...nn.tokens import Layout, is_tracing, register_methods
+from ...nn.tokens import Layout, is_tracing
 from ..base import Model
 from ..compat import FusedProjections, GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text
@@ -339,7 +339,7 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
             raise InputError(
                 f"cross_attention_kwargs {sorted(cross_attention_kwargs)}: PixArt's attention takes none of them"
             )
-        batch = sum(map(len, batches))
+        batch = sum(latents.shape[0] for latents in batches)
         if isinstance(encoder_hidden_states, PixArtContext):
             context = encoder_hidden_states
         else:
@@ -357,7 +357,7 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     # Checks and loading
 
     def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
-        batch, rows, bias = sum(map(len, batches)), context.rows, context.projected.bias
+        batch, rows, bias = sum(latents.shape[0] for latents in batches), context.rows, context.projected.bias
         if rows is not None and rows != batch:
             raise InputError(f"encoder_hidden_states holds {rows} texts for {batch} images")
         if torch.is_grad_enabled() and context.layers is not None and self._learns():
@@ -372,7 +372,7 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
                     f"without text, encoder_attention_mask masks the image tokens: expected {[batch, tokens]} "
                     f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
                 )
-        steps = len(modulation.shared)
+        steps = modulation.shared.shape[0]
         if steps != 1 and steps != batch:
             raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...errors import InputError
 from ...nn.backends.absorbed import AbsorbedText, absorb, can_absorb
 from ...nn.backends.onednn import linear
-from ...nn.tokens import Layout
+from ...nn.tokens import Layout, indices
 
 
 class ProjectedText(NamedTuple):
@@ -156,7 +156,7 @@ class PixArtContext(NamedTuple):
     @property
     def rows(self) -> int | None:
         """How many texts there are, B; None without text."""
-        return None if self.projected.text is None else len(self.projected.text)
+        return None if self.projected.text is None else self.projected.text.shape[0]
 
     def of_layers(self, count: int, layout: Layout | None, dynamic: bool) -> Sequence[LayerText]:
         """The text in each of ``count`` layers.
@@ -198,7 +198,7 @@ class PixArtContext(NamedTuple):
         """The contexts of some images of the batch."""
         if self.layers is None:
             return PixArtContext(self.projected.select(rows))
-        chosen = torch.arange(self.rows or 0)[rows if isinstance(rows, slice) else torch.as_tensor(rows).cpu()].tolist()
+        chosen = indices(rows, self.rows or 0)
         return PixArtContext(
             self.projected.select(rows),
             tuple([text[i] for i in chosen] if isinstance(text, list) else text.select(rows) for text in self.layers),
@@ -207,7 +207,10 @@ class PixArtContext(NamedTuple):
     @staticmethod
     def concat(contexts: Sequence[PixArtContext]) -> PixArtContext:
         """One batch of several; shorter texts are padded with discarded tokens where they are not kept separately."""
-        if len({context._kind for context in contexts}) > 1:
+        kinds = {context._kind for context in contexts}
+        if kinds == {"inference", "training"} and not torch.is_grad_enabled():  # someone has begun to watch ``attn2``
+            contexts = [PixArtContext(context.projected) for context in contexts]
+        elif len(kinds) > 1:
             raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
         projected = _joined([context.projected for context in contexts])
         if any(isinstance(text, list) for context in contexts for text in context.layers or ()):
