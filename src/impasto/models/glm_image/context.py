@@ -7,19 +7,47 @@ Shapes: B images, N image tokens, M text tokens, R reference tokens, d channels 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigurationError, InputError
+from ...nn.embeddings import rotary_2d
 from ...nn.tokens import indices
 
 Mode = Literal["write", "read", "skip"]
 
 #: A layer's keys and values [B, heads, R, d] of the references; of a mixed batch, those that each image sees.
 Past: TypeAlias = tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor] | None] | None
+
+
+#: One pair of cosines and sines [N, d] for all images, or a pair for each.
+Rotary = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
+
+
+def rotary_tables(
+    given: Rotary | None, grid: tuple[int, int], head_dim: int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [1 or B, 1, N, d]: those given, or of a grid's rows and columns.
+
+    Raises:
+        InputError: given ones of another shape.
+    """
+    if given is None:
+        cos, sin = rotary_2d(*grid, head_dim, device)  # [N, d] each
+        return cos[None, None], sin[None, None]
+    shape = (grid[0] * grid[1], head_dim)
+    pairs = cast(list[tuple[Tensor, Tensor]], [given] if isinstance(given[0], Tensor) else list(given))
+    if len(pairs) not in (1, batch) or any(tuple(x.shape) != shape for pair in pairs for x in pair):
+        found = [[list(x.shape) for x in pair] for pair in pairs]
+        raise InputError(
+            f"image_rotary_emb has shapes {found}; expected cosines and sines of {list(shape)}, as one pair, or "
+            f"one for each of {batch} images"
+        )
+    cos, sin = (torch.stack(list(part))[:, None].to(device) for part in zip(*pairs, strict=True))
+    return cos, sin
 
 
 class GlmImageContext(NamedTuple):

@@ -24,7 +24,6 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
 from ...nn.changes import is_compiled
-from ...nn.embeddings import rotary_2d
 from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
@@ -34,11 +33,8 @@ from ..base import Model
 from ..compat import GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
-from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences
+from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences, Rotary, rotary_tables
 from .places import Places, mixed_places, places_of
-
-#: One pair of cosines and sines [N, d] for all images, or a pair for each.
-Rotary = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 
 class GlmImageTransformer2DModel(GradientCheckpointing, Model):
@@ -163,7 +159,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
                 )
             drop = prior_token_drop.bool().view(batch, -1, 1)  # [B, N or 1, 1]
             prior = prior.masked_fill(drop, 0.0)
-        cos, sin = self._rotary(image_rotary_emb, rows, columns, batch, text_embeds.device)
+        cos, sin = rotary_tables(image_rotary_emb, (rows, columns), self.head_dim, batch, text_embeds.device)
         return GlmImageContext(
             text=self.glyph_projector(text_embeds),  # [B, M, D]
             bias=None if mask is None else text_bias(mask),
@@ -370,24 +366,6 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         return GlmImageContext.concat(contexts)
 
     # Checks
-
-    def _rotary(
-        self, given: Rotary | None, rows: int, columns: int, batch: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [1 or B, 1, N, d]."""
-        if given is None:
-            cos, sin = rotary_2d(rows, columns, self.head_dim, device)  # [N, d] each
-            return cos[None, None], sin[None, None]
-        shape = (rows * columns, self.head_dim)
-        pairs = cast(list[tuple[Tensor, Tensor]], [given] if isinstance(given[0], Tensor) else list(given))
-        if len(pairs) not in (1, batch) or any(tuple(x.shape) != shape for pair in pairs for x in pair):
-            found = [[list(x.shape) for x in pair] for pair in pairs]
-            raise InputError(
-                f"image_rotary_emb has shapes {found}; expected cosines and sines of {list(shape)}, as one pair, or "
-                f"one for each of {batch} images"
-            )
-        cos, sin = (torch.stack(list(part))[:, None].to(device) for part in zip(*pairs, strict=True))
-        return cos, sin
 
     def _check_rows(self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation) -> None:
         batch = sum(latents.shape[0] for latents in batches)
