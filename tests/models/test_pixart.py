@@ -507,6 +507,15 @@ def test_images_of_several_sizes_share_a_forward(
     assert max(map(distance, together, expected)) <= 1e-6
 
 
+def test_a_layout_first_seen_in_inference_mode_serves_training() -> None:
+    model, latents, inputs = mixed()
+    latents = [image[:, :2, :2] if i == 1 else image for i, image in enumerate(latents)]  # a layout of no other test
+    with torch.inference_mode():
+        model([image.clone() for image in latents], **inputs)
+    sum(output.sum() for output in model(latents, **inputs).sample).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_linear_layers_see_all_tokens_of_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, latents, inputs = mixed()
     shapes: list[tuple[int, ...]] = []

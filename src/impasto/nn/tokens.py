@@ -57,6 +57,12 @@ class Layout(NamedTuple):
         parts: tuple[Tensor, ...] = x.split(self.lengths)
         return parts
 
+    def own_bias(self, dtype: torch.dtype) -> Tensor:
+        """The bias [1, 1, T, T] with which each token sees those of its own image."""
+        if not self.lengths or is_tracing():
+            return self.bias(self.rows, dtype)
+        return _kept_bias(self.lengths, self.rows.device, dtype)
+
     def bias(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """The bias [1, 1, T, S] with which each token sees the keys of its own image.
 
@@ -68,13 +74,25 @@ class Layout(NamedTuple):
 
 
 def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    rows = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    rows = torch.cat([torch.full((length,), i, device="cpu") for i, length in enumerate(lengths)])
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
     return Layout(lengths, max(lengths), rows.to(device), ends.to(device))
 
 
-#: The same layout comes at every step, and its tensors are copied to the device once.
-_kept_layout = lru_cache(maxsize=64)(_layout)
+# The same layout comes at every step and in every layer: its tensors are made once, and also serve training.
+
+
+@lru_cache(maxsize=64)
+def _kept_layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
+    with torch.inference_mode(False):
+        return _layout(lengths, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_bias(lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    layout = _kept_layout(lengths, device)
+    with torch.inference_mode(False):
+        return layout.bias(layout.rows, dtype)
 
 
 def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
@@ -84,7 +102,9 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
         [T, D]
     """
     if layout.by_tensors:  # compiled, it becomes one kernel, in which nothing is copied
-        return torch.addcmul(*(x if x.ndim == 2 else (x[0] if len(x) == 1 else x[layout.rows, 0]) for x in factors))
+        rows = layout.rows
+        own = [x if x.ndim == 2 else x[0] if x.shape[0] == 1 else x[:, 0].index_select(0, rows) for x in factors]
+        return torch.addcmul(*own)
     out: Tensor | None = None
     if not torch.is_grad_enabled():
         like = next(x for x in factors if x.ndim == 2)
@@ -92,7 +112,8 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     results = []
     for images, place, count in layout.groups():
         own = [
-            x[place].unflatten(0, (count, -1)) if x.ndim == 2 else (x if len(x) == 1 else x[images]) for x in factors
+            x[place].unflatten(0, (count, -1)) if x.ndim == 2 else (x if x.shape[0] == 1 else x[images])
+            for x in factors
         ]
         if out is None:
             results.append(torch.addcmul(*own).flatten(0, 1))
