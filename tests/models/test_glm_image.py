@@ -340,6 +340,28 @@ def test_images_of_a_mixed_batch_see_their_own_references(model: GlmImageTransfo
     assert max(map(distance, shared, one_by_one(model, latents, inputs, [short] * 4))) <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled blocks"])
+@torch.no_grad()
+def test_a_mixed_batch_on_a_gpu(model: GlmImageTransformer2DModel, compiled: bool, dtype: torch.dtype) -> None:
+    latents, inputs = mixed()
+    expected = one_by_one(model, latents, inputs)
+    model.to("cuda", dtype)
+    moved = {
+        name: [ids.cuda() for ids in x] if isinstance(x, list) else x.to("cuda", dtype if x.ndim == 3 else x.dtype)
+        for name, x in inputs.items()
+    }
+    if compiled:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=True)
+    for _ in range(2):
+        together = model([image.to("cuda", dtype) for image in latents], **moved).sample
+        assert max(distance(a.float().cpu(), b) for a, b in zip(together, expected, strict=True)) <= (
+            1e-3 if dtype == torch.float32 else 3e-2
+        )
+
+
 @torch.no_grad()
 def test_soft_biases_of_texts_and_references(model: GlmImageTransformer2DModel) -> None:
     latents, inputs = mixed()

@@ -606,6 +606,25 @@ def test_one_graph_serves_every_layout(whole: bool) -> None:
         assert counts[1:] == [counts[1]] * 3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled blocks"])
+@torch.no_grad()
+def test_a_mixed_batch_on_a_gpu(compiled: bool, dtype: torch.dtype) -> None:
+    model, latents, inputs = mixed(attention_head_dim=16, cross_attention_dim=32)
+    expected = one_by_one(model, latents, inputs)
+    model.to("cuda", dtype)
+    moved = {name: x.cuda() if name != "encoder_hidden_states" else x.to("cuda", dtype) for name, x in inputs.items()}
+    if compiled:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=True)
+    for _ in range(2):
+        together = model([image.to("cuda", dtype) for image in latents], **moved).sample
+        assert max(distance(a.float().cpu(), b) for a, b in zip(together, expected, strict=True)) <= (
+            1e-3 if dtype == torch.float32 else 3e-2
+        )
+
+
 @pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
 def test_compiled_blocks_may_run_eagerly(stance: str) -> None:
     model, _, inputs = mixed()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from impasto.nn import attention as seam
-from impasto.nn.attention import attention, attention_formula
+from impasto.nn.attention import attention, attention_by_image, attention_formula
+from impasto.nn.tokens import Layout
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
@@ -159,3 +160,20 @@ def test_the_formula_is_softmax_of_products_times_values() -> None:
     value = torch.tensor([[4.0], [8.0]]).reshape(1, 1, 2, 1)
     assert attention_formula(query, key, value).item() == pytest.approx(7.0)
     assert attention(query, key, value).item() == pytest.approx(7.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [72, 128])
+@torch.no_grad()
+def test_images_of_several_sizes_on_a_gpu(size: int, dtype: torch.dtype) -> None:
+    lengths, cuda = (15, 960, 7, 256), torch.device("cuda")
+    layout = Layout.of(lengths, cuda)
+    qkv = torch.randn(3, sum(lengths), 4, size, device=cuda, dtype=dtype)
+    together = layout.split(attention_by_image(*qkv, layout))
+    for i, length in enumerate(lengths):
+        own = [layout.split(x)[i] for x in qkv]
+        exact = attention_formula(*(x.transpose(0, 1)[None] for x in own))[0].transpose(0, 1)
+        assert distance(together[i], exact) <= (1e-5 if dtype == torch.float32 else 5e-3)
+        if dtype != torch.float32:  # whatever else is in the batch
+            assert torch.equal(together[i], attention_by_image(*own, Layout.of((length,), cuda)))

@@ -28,7 +28,7 @@ def pixart_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     monkeypatch.setattr(pixart_module, "denoising_steps", lambda pipe, begin: begin())
     runs = []
     for i, (prompt, size, steps, scale) in enumerate(PIXART):
-        noise = torch.randn(1 + i % 2, 4, *size, generator=torch.Generator().manual_seed(i))
+        noise = torch.randn(1 + i % 2, 4, *size, generator=torch.Generator().manual_seed(i)).to(pipe.device)
         embeds = pipe.encode_prompt(prompt, num_images_per_prompt=len(noise))
         runs.append(pipe.denoise(noise, embeds, num_inference_steps=steps, guidance_scale=scale))
         for _ in range(i):
@@ -46,10 +46,11 @@ def check(together: list[Run], apart: list[Run], steps: int) -> None:
             assert ((ours.latents - alone.latents).norm() / alone.latents.norm()).item() <= 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @torch.no_grad()
-def test_pixart_runs_share_a_forward(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = tiny_pipeline(PixArtSigmaPipeline, scheduler=scheduler())
+def test_pixart_runs_share_a_forward(scheduler: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline, scheduler=scheduler()).to(device)
     calls: list[int] = []
     pipe.transformer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     together, apart = pixart_runs(pipe, monkeypatch), pixart_runs(pipe, monkeypatch)

@@ -50,7 +50,7 @@ def attention_by_image(query: Tensor, key: Tensor, value: Tensor, layout: Layout
     """
     if runs_varlen(query, key, value):
         return varlen_attention(query, key, value, layout)
-    if layout.by_tensors:
+    if layout.compares:
         bias = layout.own_bias(query.dtype)  # [1, 1, T, T]
         whole = [x.transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, T, head_dim] each
         return attention(whole[0], whole[1], whole[2], bias)[0].transpose(0, 1)

@@ -12,6 +12,7 @@ from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .changes import is_plain
+from .machine import is_autocast
 from .tokens import Layout, addcmul_by_image
 
 
@@ -33,15 +34,10 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None)
 def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
     """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation."""
     plain = is_plain(norm, nn.LayerNorm) and not norm.elementwise_affine
-    kind = x.device.type
-    if not plain or layout is not None or shift.shape[0] > 1 or _is_autocast(kind):
+    if not plain or layout is not None or shift.shape[0] > 1 or is_autocast(x.device):
         return modulate(norm(x), shift, scale, layout)
     assert isinstance(norm, nn.LayerNorm)
     return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
-
-
-def _is_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

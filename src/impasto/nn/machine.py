@@ -66,6 +66,11 @@ def check_device(device: torch.device | str | int) -> torch.device:
     return require_device(chosen) if chosen.type in ("cuda", "mps", "xpu") else chosen
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is enabled for the type of this device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def _devices() -> list[str]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:

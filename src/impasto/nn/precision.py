@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import shown
 from ..errors import InputError
 from .changes import Change, Handle, is_managed_elsewhere, register_methods, unwrapped
-from .machine import is_native
+from .machine import is_autocast, is_native
 from .widening import HALVES, Function, Widening, is_narrow
 
 # --- when it is in force ---
@@ -54,9 +54,8 @@ def in_float32() -> Iterator[None]:
 
 def without_autocast(device: torch.device | str) -> AbstractContextManager[Any]:
     """Compute in the dtypes of the arguments, on devices of one type, whether or not autocast is enabled."""
-    kind = torch.device(device).type
-    there = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if there else nullcontext()
+    device = torch.device(device)
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def computing(module: nn.Module) -> AbstractContextManager[None]:

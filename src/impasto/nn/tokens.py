@@ -37,9 +37,14 @@ class Layout(NamedTuple):
         return self._replace(lengths=())
 
     @property
-    def by_tensors(self) -> bool:
-        """Whether to use the tensors: for compiled blocks, and for so few tokens that copies cost less than calls."""
+    def compares(self) -> bool:
+        """Whether attention uses a bias of all tokens: in compiled blocks, and where that costs less than calls."""
         return not self.lengths or torch.compiler.is_compiling() or self.rows.shape[0] <= _FEW_TOKENS
+
+    @property
+    def copies(self) -> bool:
+        """Whether a modulation is copied for each token: in compiled blocks, and where that costs less than calls."""
+        return self.compares or self.rows.device.type != "cpu"
 
     def groups(self) -> Iterator[tuple[slice, slice, int]]:
         """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
@@ -101,7 +106,7 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
     Returns:
         [T, D]
     """
-    if layout.by_tensors:  # compiled, it becomes one kernel, in which nothing is copied
+    if layout.copies:  # compiled, it becomes one kernel, in which nothing is copied
         rows = layout.rows
         own = [x if x.ndim == 2 else x[0] if x.shape[0] == 1 else x[:, 0].index_select(0, rows) for x in factors]
         return torch.addcmul(*own)

@@ -136,7 +136,10 @@ def _with_images(model: Any, given: Mapping[str, Tensor], images: Sequence[Image
     image_tokens = tokens.new_empty(0)
     if images:
         features = model.get_image_features(given["pixel_values"], grids).pooler_output
-        found = model.get_image_tokens(features).flatten()
+        if features[0].ndim == 3:  # maps; before transformers 5.2x, tokens
+            found = model.get_image_tokens(features).flatten()
+        else:
+            found = model.get_image_tokens(torch.cat(list(features)), grids).flatten()
         tokens = tokens.masked_scatter(tokens == model.config.image_token_id, found.to(tokens.dtype))
         each = found.split(grids.prod(dim=-1).tolist())
         image_tokens = torch.cat([_doubled(x, *grid[1:]) for x, grid in zip(each, grids.tolist(), strict=True)])

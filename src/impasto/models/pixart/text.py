@@ -67,6 +67,15 @@ class TextKeys(NamedTuple):
             for row, m in zip(rows, lengths, strict=True)
         ]
 
+    def in_one_row(self, own: Tensor) -> TextKeys:
+        """The texts one after the other, for the tokens of a mixed batch.
+
+        Args:
+            own: a bias [1, 1, T, B * M] with which each token sees the text of its image.
+        """
+        key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (self.key, self.value))  # [1, heads, B * M, d]
+        return TextKeys(key, value, own)
+
     def padded(self, length: int) -> TextKeys:
         """The same with discarded tokens up to a length."""
         more = length - self.key.shape[2]
@@ -167,10 +176,14 @@ class PixArtContext(NamedTuple):
         """
         if layout is None:
             return self.layers or [self.projected] * count
-        if dynamic:
+        keys = [layer for layer in self.layers or () if isinstance(layer, TextKeys)]
+        if keys and not dynamic:
+            own = self._own_bias(layout, keys[0].key.shape[2], keys[0].bias, keys[0].key.dtype)[None]
+            return [layer.in_one_row(own) for layer in keys]
+        if dynamic or (self.layers is None and layout.rows.device.type != "cpu"):
             return self._in_one_row(count, layout)
         if self.layers is not None:
-            return self.separate().layers or ()
+            return self.layers
         batch = len(layout.lengths)
         if self.projected.text is None:
             return [[ProjectedText(None, None)] * batch] * count
@@ -180,10 +193,16 @@ class PixArtContext(NamedTuple):
         text, bias = self.projected
         if text is None:
             return [ProjectedText(None, layout.bias(layout.rows, torch.float32)[:, 0])] * count
-        owners = torch.arange(len(text), device=text.device).repeat_interleave(text.shape[1])  # [B * M]
-        allowed = layout.bias(owners, torch.float32)[:, 0]  # [1, T, B * M]
-        whole = ProjectedText(text.flatten(0, 1)[None], allowed if bias is None else allowed + bias.reshape(1, 1, -1))
-        return [whole] * count
+        own = self._own_bias(layout, text.shape[1], bias, torch.float32)
+        return [ProjectedText(text.flatten(0, 1)[None], own)] * count
+
+    def _own_bias(self, layout: Layout, length: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias [1, T, B * M] with which each image token sees the text of its image, of ``length`` tokens."""
+        count = (self.rows or 0) * length
+        owners = torch.arange(self.rows or 0, device=layout.rows.device).repeat_interleave(length)  # [B * M]
+        own = layout.bias(owners, dtype)[:, 0]
+        own = own if bias is None else own + bias.to(dtype).reshape(1, 1, -1)
+        return F.pad(own, (0, -count % 8))[..., :count]  # rows that start where GPU kernels can read them
 
     def separate(self) -> PixArtContext:
         """The same with the text of each image by itself in every layer."""

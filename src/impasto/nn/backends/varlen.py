@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..tokens import Layout
+
+#: So an image's result is the same whatever else is in the batch. Before torch 2.13 there was no such choice.
+_WITHOUT_SPLITS: dict[str, Any] = {"num_splits": 1} if torch.__version__ >= (2, 13) else {}
 
 
 def runs_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -20,8 +25,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     """Each image's attention to its own tokens, [T, heads, head_dim] for all three and the result."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Without splits an image's result is the same whatever else is in the batch.
     ends = (layout.offsets, layout.offsets, layout.longest, layout.longest)
-    out = varlen_attn(query, key, value, *ends, num_splits=1)
+    out = varlen_attn(query, key, value, *ends, **_WITHOUT_SPLITS)
     assert isinstance(out, Tensor)
     return out
