@@ -136,7 +136,7 @@ def _with_images(model: Any, given: Mapping[str, Tensor], images: Sequence[Image
     image_tokens = tokens.new_empty(0)
     if images:
         features = model.get_image_features(given["pixel_values"], grids).pooler_output
-        if features[0].ndim == 3:  # maps; before transformers 5.2x, tokens
+        if features[0].ndim == 3:  # maps; older versions of transformers give tokens
             found = model.get_image_tokens(features).flatten()
         else:
             found = model.get_image_tokens(torch.cat(list(features)), grids).flatten()

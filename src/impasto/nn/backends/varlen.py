@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tokens import Layout
 
 #: So an image's result is the same whatever else is in the batch. Before torch 2.13 there was no such choice.
-_WITHOUT_SPLITS: dict[str, Any] = {"num_splits": 1} if torch.__version__ >= (2, 13) else {}
+_WITHOUT_SPLITS: dict[str, Any] = {"num_splits": 1} if torch.__version__ >= "2.13" else {}
 
 
 def runs_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
