@@ -104,6 +104,7 @@ class Model(Configurable, nn.Module):
             model, stored = cls.skeleton(folder, variant=variant, use_safetensors=use_safetensors, **overrides)
             weights.load_into(model, stored, dtype=chosen, device=target, rename=cls._rename_key)
         adapt(model)
+        model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return model.eval()
 
     @classmethod
