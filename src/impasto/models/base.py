@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import nn
 
 from ..checkpoints.config import Configurable, naming
 from ..checks import shown
 from ..errors import InputError, WeightsMismatchError
 from ..nn.machine import check_device
 from ..nn.precision import adapt
+from .compat import ModelSurface
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
 
-class Model(Configurable, nn.Module):
+class Model(Configurable, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
@@ -29,19 +29,17 @@ class Model(Configurable, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
+        """The dtype of the first floating-point parameter; not one in which weights are only stored."""
         for parameter in self.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
                 return parameter.dtype
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        """The device of the parameters, or that on which they are computed with."""
+        onload: torch.device | None = vars(self).get("_onload_device")
+        return next(self.parameters()).device if onload is None else onload
 
     @classmethod
     def _rename_key(cls, name: str) -> str:

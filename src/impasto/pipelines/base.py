@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..memory.placement import OneAtATime
 from ..models.base import parse_size
 from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
 from .calls import Call, calling
 from .compat import PipelineMethods
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache
 
 
-@keyed
-class ImagePipelineOutput(NamedTuple):
+@dataclass
+class ImagePipelineOutput(BaseOutput):
     """What a pipeline returns."""
 
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
