@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from .upload import Uploads
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -79,7 +80,7 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
     return wrapper
 
 
-class Configurable:
+class Configurable(Uploads):
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
