@@ -19,6 +19,7 @@ from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
+from .upload import Uploads
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -67,7 +68,7 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
     return wrapper
 
 
-class Configurable:
+class Configurable(Uploads):
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
