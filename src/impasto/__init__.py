@@ -27,6 +27,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .interop import to_diffusers
     from .memory.group_offload import apply_group_offloading
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
     from .models.compat import attention_backend
@@ -37,7 +38,14 @@ if TYPE_CHECKING:
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
     from .nn.precision import compute_as_stored, compute_in_float32
+    from .pipelines.auto import (
+        AutoModel,
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+    )
     from .pipelines.base import ImagePipelineOutput
+    from .pipelines.configs import DiffusionPipeline
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
     from .pipelines.pixart_edits import (
@@ -60,6 +68,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModel",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "AutoencoderKLOutput",
     "CheckpointError",
@@ -72,6 +84,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
+    "DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache",
     "GlmImagePipeline",
@@ -106,10 +119,15 @@ __all__ = [
     "dequantize",
     "guide_between",
     "quantize",
+    "to_diffusers",
 ]
 
 #: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
+    "AutoModel": ".pipelines.auto:AutoModel",
+    "AutoPipelineForImage2Image": ".pipelines.auto:AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting": ".pipelines.auto:AutoPipelineForInpainting",
+    "AutoPipelineForText2Image": ".pipelines.auto:AutoPipelineForText2Image",
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
     "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
@@ -119,6 +137,7 @@ _HOMES = {
     "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
     "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
+    "DiffusionPipeline": ".pipelines.configs:DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache": ".models.glm_image.context:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
@@ -145,6 +164,7 @@ _HOMES = {
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
     "quantize": ".transforms.quantize:quantize",
+    "to_diffusers": ".interop:to_diffusers",
 }
 
 

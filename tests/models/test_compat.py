@@ -16,9 +16,9 @@ from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from torch import Tensor, nn
 
 import impasto
+from impasto.errors import ConfigurationError, InputError
 from impasto.memory import streaming
 from impasto.memory.moving import device_of
-from impasto.errors import ConfigurationError, InputError
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel

@@ -11,7 +11,8 @@ Nothing here reshapes an image, so ``model.to(memory_format=torch.channels_last)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, cast, overload
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +22,7 @@ from ...checkpoints.values import Count, Levels, Scale, Shift
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
 from ...nn.gaussian import DiagonalGaussianDistribution
-from ...nn.outputs import keyed
+from ...nn.outputs import BaseOutput
 from ..base import Model
 from ..compat import FusedProjections, GradientCheckpointing
 from .blending import BlendedTiles
@@ -29,15 +30,15 @@ from .layers import Decoder, Encoder
 from .tiling import Tiling
 
 
-@keyed
-class AutoencoderKLOutput(NamedTuple):
+@dataclass
+class AutoencoderKLOutput(BaseOutput):
     """What ``encode`` returns."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
-@keyed
-class DecoderOutput(NamedTuple):
+@dataclass
+class DecoderOutput(BaseOutput):
     """What ``decode`` returns."""
 
     sample: Tensor  # [B, out_channels, H, W], about -1 to 1 and not clamped

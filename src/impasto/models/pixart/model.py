@@ -175,8 +175,8 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
     def encode_context(self, text_embeds: Tensor | None, mask: Tensor | None = None) -> PixArtContext:
         """Project the text and, in inference, make every layer's keys and values.
 
-        Discarded tokens are left out, so that padded text costs nothing; in training and inside a compiled graph,
-        where shapes are to be static, they are masked.
+        Discarded tokens are left out, so that padded text costs nothing; inside a compiled graph and in training with
+        compiled blocks, where shapes are to be static, they are masked.
 
         Args:
             text_embeds: [B, M, caption_channels], or [B, M, cross_attention_dim] without ``caption_channels``;
@@ -200,13 +200,15 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         if is_watched(self.caption_projection) and not is_tracing():
             return PixArtContext(ProjectedText(text_embeds, bias), projects=True)
         project = self.caption_projection or nn.Identity()
-        if torch.is_grad_enabled() or is_tracing():
+        if is_tracing() or (torch.is_grad_enabled() and is_compiled(self.transformer_blocks[0])):
             return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows, biases = kept_rows(text_embeds, bias)  # B of [M, C] and of [M], no longer padded
         lengths = [len(row) for row in rows]
+        if torch.is_grad_enabled() and not any(lengths):  # every parameter gets a gradient in each step
+            return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows = project(torch.cat(rows)).split(lengths)  # B of [M, D]
         projected = ProjectedText(pad(rows), bias_of(lengths, biases, text_embeds))
-        if self._makes_keys_each_step():
+        if torch.is_grad_enabled() or self._makes_keys_each_step():
             return PixArtContext(projected)
         register_methods(self.transformer_blocks, "encode_text")
         separate = self._keeps_rows(text_embeds)
