@@ -380,7 +380,7 @@ def test_group_offload_brings_blocks_in_turn(monkeypatch: pytest.MonkeyPatch) ->
         present.append([weight.data_ptr() != host for weight, host in zip(weights, on_host, strict=True)])
 
     for block in model.transformer_blocks:
-        block.register_forward_pre_hook(look)
+        block.ff.register_forward_pre_hook(look)
     model.enable_group_offload("cpu", num_blocks_per_group=2)
     assert torch.equal(predict(model), expected)
     assert present == [[True, True, False]] * 2 + [[False, False, True]]

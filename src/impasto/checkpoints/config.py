@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
@@ -29,6 +29,7 @@ MOST_BYTES = 10_000_000
 
 P = ParamSpec("P")
 T = TypeVar("T", bound="Configurable")
+_Path: TypeAlias = "str | os.PathLike[str]"
 
 
 #: Options of ``load_config``: what they say about the place of a config. The last three have no effect.
@@ -95,18 +96,18 @@ class Configurable(Uploads):
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[False] = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[False] = False, **overrides: Any
     ) -> Self: ...
 
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[True], **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[True], **overrides: Any
     ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: bool = False, **overrides: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Build from a config: ours, a dict, or that of another class, including those of diffusers.
 
@@ -115,7 +116,7 @@ class Configurable(Uploads):
         this class has compatible ones.
 
         Args:
-            config: any mapping.
+            config: any mapping; or a folder that has one, as ``EMAModel`` of diffusers gives it.
             return_unused_kwargs: also return the values and overrides that are not arguments.
             overrides: values that replace those of the config.
 
@@ -123,7 +124,9 @@ class Configurable(Uploads):
             ConfigurationError: not a config, a value that cannot be used, or an override that is not an argument
                 (unless ``return_unused_kwargs``).
         """
-        values, unused, kept = cls.extract_init_dict(config, **overrides)
+        if isinstance(config, str | os.PathLike) and Path(config).is_dir():
+            config = cast(Mapping[str, Any], cls.load_config(config))
+        values, unused, kept = cls.extract_init_dict(cast(Mapping[str, Any], config), **overrides)
         if not return_unused_kwargs:
             cls._arguments({}, overrides)
         unknown = [name for name in unused if name not in overrides]
