@@ -33,6 +33,7 @@ FLOORS = {
     "training": 4,
     "serving": 4,
     "scenes": 4,
+    "callbacks": 5,
     "cli": 5,
     "__init__": 5,
     "__main__": 5,

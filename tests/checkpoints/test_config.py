@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import operator
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from impasto.checkpoints.config import Config, Configurable, read_json, records_config, write_json
-from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
 
@@ -29,11 +30,13 @@ class Thing(Configurable):
 
 def test_every_argument_is_recorded_with_its_default() -> None:
     config = Thing(8, ratio=0.5).config
-    assert dict(config) == {"size": 8, "names": ["a", "b"], "ratio": 0.5, "old": 0}
+    recorded = {"size": 8, "names": ["a", "b"], "ratio": 0.5, "old": 0}
+    assert dict(config) == {**recorded, "_use_default_values": ["names", "old"]}
+    assert dict(Thing(8, ["a"], 0.5, 1).config) == {"size": 8, "names": ["a"], "ratio": 0.5, "old": 1}  # type: ignore[arg-type]
     assert config.size == config["size"] == config.get("size") == 8
     assert config.get("absent", 3) == 3
     assert "size" in config
-    assert len(config) == 4
+    assert len(config) == 5
 
 
 def test_what_is_not_there_and_what_is_read_only() -> None:
@@ -54,6 +57,54 @@ def test_copies_and_pickles() -> None:
         assert twin == config
 
 
+def test_it_is_a_dict() -> None:
+    config = Thing(8).config
+    assert isinstance(config, dict)
+    assert json.loads(json.dumps(config)) == config == {**config}
+    assert (config | {"size": 9}).size == ({"size": 9, "x": 1} | config).x + 8 == 9
+    assert sorted(config.keys()) == ["_use_default_values", "names", "old", "ratio", "size"]
+    changed = config.copy()
+    changed["size"] = 9
+    assert config.size == 8
+
+
+def test_every_change_is_refused() -> None:
+    config = Thing(8).config
+    changes: list[Any] = [
+        lambda: config.__setitem__("size", 9),
+        lambda: config.__delitem__("size"),
+        lambda: operator.ior(config, {"size": 9}),
+        lambda: config.pop("size"),
+        config.popitem,
+        config.clear,
+        lambda: config.update(size=9),
+        lambda: config.setdefault("new", 9),
+        lambda: setattr(config, "size", 9),
+        lambda: delattr(config, "size"),
+    ]
+    for change in changes:
+        with pytest.raises(ConfigurationError, match="read-only; construct a new module with"):
+            change()
+    assert config == Thing(8).config
+
+
+def test_a_record_can_be_replaced_but_not_the_object() -> None:
+    thing = Thing(8)
+    thing.register_to_config(size=9, origin="here")
+    assert (thing.config.size, thing.config.origin, thing.doubled) == (9, "here", 16)
+    thing._internal_dict = {"size": 3}  # type: ignore[assignment]
+    assert thing.config == thing._internal_dict == {"size": 3}
+    assert isinstance(thing.config, Config)
+
+
+def test_private_keywords_are_recorded_only() -> None:
+    first = Thing.from_config({"size": 6, "_class_name": "Other", "_diffusers_version": "0.1"})
+    assert first.config._class_name == "Thing"
+    again = Thing(**first.config)
+    assert again.config == first.config
+    assert again.doubled == 12
+
+
 # Configs of others
 
 
@@ -71,6 +122,32 @@ def test_overrides_replace_values_and_must_be_arguments() -> None:
     assert Thing.from_config(Thing(3).config).doubled == 6
     with pytest.raises(ConfigurationError, match="Thing has no argument 'colour'; it takes: size, names, ratio, old"):
         Thing.from_config({}, colour="red")
+    with pytest.raises(ConfigurationError, match=r"no argument 'ration'; did you mean 'ratio'\?"):
+        Thing.from_config({}, ration=2)
+
+
+def test_defaults_of_another_class_do_not_override_ours() -> None:
+    assert Thing.from_config({"size": 6, "ratio": 2.0, "_use_default_values": ["size"]}).config.size == 4
+    assert Thing.from_config({"size": 6, "_use_default_values": "damaged"}).config.size == 6
+
+
+def test_what_is_unused_is_kept_and_returned(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"size": 6, "colour": "red", "_class_name": "Other", "secret": object()}
+    thing, unused = Thing.from_config(config, True, weight=1, ratio=0.5)
+    assert unused == {"colour": "red", "weight": 1, "_class_name": "Thing"}
+    assert (thing.config.colour, thing.config.ratio, "weight" in thing.config) == ("red", 0.5, False)
+    values, unused, kept = Thing.extract_init_dict(config, weight=1)
+    assert (values, unused) == ({"size": 6}, {"colour": "red", "weight": 1})
+    assert kept == {"colour": "red", "_class_name": "Other"}
+
+
+def test_registering_for_automatic_classes_has_no_effect() -> None:
+    before = Thing().to_json_string()
+    Thing.register_for_auto_class()
+    assert Thing().to_json_string() == before
+    with pytest.raises(InputError, match="must be 'AutoModel', not 'AutoPipeline'"):
+        Thing.register_for_auto_class("AutoPipeline")
+    assert (Thing.has_compatibles, Thing.ignore_for_config) == (False, [])
 
 
 def test_contradictory_values() -> None:
@@ -105,10 +182,43 @@ def test_a_value_of_the_wrong_type_says_how_to_go_on() -> None:
 def test_saved_and_read_back(tmp_path: Path) -> None:
     Thing(6, ratio=0.25).save_config(tmp_path / "new" / "folder")
     content = Thing.load_config(tmp_path / "new" / "folder")
-    assert content == {"_class_name": "Thing", "size": 6, "names": ["a", "b"], "ratio": 0.25}  # old has no meaning
-    assert Thing.from_config(content).config == Thing(6, ratio=0.25).config
+    private = {"_class_name": "Thing", "_diffusers_version": "0.42.1"}
+    assert content == {**private, "size": 6, "names": ["a", "b"], "ratio": 0.25}  # old has no meaning
+    assert Thing.from_config(content).config == {**content, "old": 0, "_use_default_values": ["old"]}
     Thing(old=3).save_config(tmp_path)
     assert Thing.load_config(tmp_path)["old"] == 3
+
+
+def test_configs_are_found_in_subfolders_files_and_snapshots(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    Thing(6).save_config(snapshot / "thing")
+    content = Thing.load_config(snapshot, subfolder="thing", force_download=False, proxies=None, mirror="x")
+    assert content["size"] == 6
+    assert Thing.load_config(snapshot / "thing" / "config.json") == content
+    assert Thing.get_config_dict(str(snapshot / "thing")) == content
+    assert Thing.load_config(snapshot, True, True, subfolder="thing", weight=2) == (content, {"weight": 2}, "a" * 40)
+    Thing(6).save_config(tmp_path)
+    assert Thing.load_config(tmp_path, return_commit_hash=True) == (content, None)
+    with pytest.raises(InputError, match=r"load_config has no option 'subfoldr'; did you mean 'subfolder'\?"):
+        Thing.load_config(tmp_path, subfoldr="thing")
+
+
+def test_the_text_of_the_file(tmp_path: Path) -> None:
+    thing = Thing.from_config({"size": 6, "colour": "red", "_name_or_path": "/home/me"})
+    text = thing.to_json_string()
+    thing.save_config(tmp_path)
+    thing.to_json_file(tmp_path / "copy.json")
+    assert json.loads(text) == Thing.load_config(tmp_path) == read_json(tmp_path / "copy.json")
+    assert list(json.loads(text)) == ["_class_name", "_diffusers_version", "colour", "names", "ratio", "size"]
+    assert (tmp_path / "copy.json").read_text() == text
+
+
+def test_uploading_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(Thing, "push_to_hub", lambda self, *a, **kw: calls.append((a, kw)), raising=False)
+    Thing().save_config(tmp_path / "mine", push_to_hub=True, private=True)
+    Thing().save_config(tmp_path / "mine", True, repo_id="me/thing")
+    assert calls == [(("mine",), {"private": True}), (("me/thing",), {})]
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_outputs_by_attribute_key_index_and_unpacking() -> None:
     model, x = tiny(), torch.randn(1, 3, 16, 16)
     output = model.encode(x)
     assert output.latent_dist is output["latent_dist"] is output[0]
-    (sample,) = model.decode(output.latent_dist.mode())
+    (sample,) = model.decode(output.latent_dist.mode()).to_tuple()
     assert sample.shape == x.shape
     plain = model.decode(output.latent_dist.mode(), return_dict=False)
     assert type(plain) is tuple

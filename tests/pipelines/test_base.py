@@ -106,7 +106,7 @@ def test_parts_are_attributes_that_can_be_replaced_and_deleted() -> None:
 def test_output_is_read_in_every_way() -> None:
     output = ImagePipelineOutput(images=[])
     assert output.images is output["images"] is output[0]
-    (images,) = output
+    (images,) = output.to_tuple()
     assert images is output.images
 
 

@@ -84,12 +84,12 @@ def test_a_timestep_may_be_a_view_a_copy_or_a_number(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_outputs_are_read_by_name_key_index_and_unpacking(cls: Any) -> None:
+def test_outputs_are_read_by_name_key_and_index(cls: Any) -> None:
     scheduler = cls()
     scheduler.set_timesteps(1)
     output = scheduler.step(torch.zeros(1, 4, 2, 2), scheduler.timesteps[0], torch.ones(1, 4, 2, 2))
     assert output.prev_sample is output["prev_sample"] is output[0]
-    first, *_ = output
+    first, *_ = output.to_tuple()
     assert first is output.prev_sample
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import json
 import logging
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from ..checks import printable, shown
-from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
+from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
+from .frozen import Config as Config
+from .keywords import settle
 from .upload import Uploads
 from .values import check_arguments
 
@@ -27,54 +32,39 @@ P = ParamSpec("P")
 T = TypeVar("T", bound="Configurable")
 
 
-class Config(Mapping[str, Any]):
-    """The constructor arguments of a module, read-only: by attribute, by item, or with ``get``."""
+#: Options of ``load_config``: what they say about the place of a config. The last three have no effect.
+PLACE = (
+    "subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download", "proxies",
+    "mirror", "user_agent", "local_dir_use_symlinks",
+)  # fmt: skip
+_WITHOUT_EFFECT = PLACE[-3:]
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.__dict__["_values"] = dict(values)
 
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_values" not in self.__dict__:  # copying and pickling probe before __init__
-            raise AttributeError(name)
-        if name not in self._values:
-            raise AttributeError(f"the config has no {name!r}; it has: {', '.join(self._values)}")
-        return self._values[name]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise ConfigurationError(f"config.{name} is read-only; construct a new module with {name}={value!r}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return f"Config({self._values!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self._values)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__["_values"] = state
+def nearest(name: str, known: Iterable[str]) -> str:
+    """An unknown name for a message, with the nearest known one, or else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{name!r}; did you mean {near[0]!r}?" if near else f"{name!r}; it takes: {', '.join(known)}"
 
 
 def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
     """Decorate an ``__init__`` to check its arguments against their types (``values.py``), and to record them.
 
-    ``self.config`` holds all of them, including defaults.
+    ``self.config`` holds all of them, including defaults. Private keywords, such as those of another config, are
+    recorded and have no other effect.
     """
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def wrapper(self: T, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        private = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("_")}
         bound = signature.bind(self, *args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
         values = check_arguments(type(self).__name__, dict(list(bound.arguments.items())[1:]), init)
-        object.__setattr__(self, "config", Config(values))
+        defaulted = [name for name in values if name not in given]
+        config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
+        object.__setattr__(self, "config", config)
         cast(Any, init)(self, **values)
 
     return wrapper
@@ -87,28 +77,54 @@ class Configurable(Uploads):
     #: Keys without effect: ignored silently if no argument has that name, and only written if they differ from the
     #: default.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
+    #: Arguments that are not recorded: none.
+    ignore_for_config: ClassVar[list[str]] = []
+    #: Whether configs of other classes are taken, too, so that keys without an argument are expected.
+    has_compatibles: ClassVar[bool] = False
 
     config: Config
 
+    @overload
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build from a config, ours or any other mapping. A warning names unknown keys.
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[False] = False, **overrides: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[True], **overrides: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Build from a config: ours, a dict, or that of another class, including those of diffusers.
+
+        Values that were defaults of the other class do not replace those of this one. Values that are not arguments of
+        this class are kept in the new config, so that the other class finds them there; a warning names them, unless
+        this class has compatible ones.
+
+        Args:
+            config: any mapping.
+            return_unused_kwargs: also return the values and overrides that are not arguments.
+            overrides: values that replace those of the config.
 
         Raises:
-            ConfigurationError: a value cannot be used, or an override is not an argument of the class.
+            ConfigurationError: not a config, a value that cannot be used, or an override that is not an argument
+                (unless ``return_unused_kwargs``).
         """
-        values = cls._arguments(config, overrides)
-        unknown = [
-            str(name)
-            for name in config
-            if name not in values and name not in cls.ignored_config_keys and not str(name).startswith("_")
-        ]
+        values, unused, kept = cls.extract_init_dict(config, **overrides)
+        if not return_unused_kwargs:
+            cls._arguments({}, overrides)
+        unknown = [name for name in unused if name not in overrides]
         if unknown:
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             listed = ", ".join(printable(name[:80]) for name in unknown[:10])
             logger.warning("%s: unknown config values are ignored: %s%s", cls.__name__, listed, more)
         try:
-            return cls(**values)
+            built = cls(**values)
         except ConfigurationError:
             raise
         except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
@@ -116,6 +132,10 @@ class Configurable(Uploads):
                 f"{cls.__name__} cannot be built from this config: {printable(str(error))[:300]}. "
                 f"Compare its values with those of a published checkpoint."
             ) from error
+        if "_class_name" in kept:
+            kept["_class_name"] = cls.__name__
+        built.register_to_config(**kept)
+        return (built, {**unused, **kept}) if return_unused_kwargs else built
 
     @classmethod
     def checked_arguments(cls, config: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -134,38 +154,167 @@ class Configurable(Uploads):
         """The values of a config that are arguments, with overrides applied."""
         if not isinstance(config, Mapping):
             raise ConfigurationError(f"from_config takes a config, such as scheduler.config, not {shown(config)}")
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        known = cls._argument_names()
         wrong = [name for name in overrides if name not in known]
         if wrong:
-            raise ConfigurationError(f"{cls.__name__} has no argument {wrong[0]!r}; it takes: {', '.join(known)}")
-        return {**{name: value for name, value in config.items() if name in known}, **overrides}
+            raise ConfigurationError(f"{cls.__name__} has no argument {nearest(wrong[0], known)}")
+        return {**{name: value for name, value in given_values(config).items() if name in known}, **overrides}
 
     @classmethod
-    def load_config(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read the config file in ``folder`` as a dict."""
-        return read_json(Path(folder) / cls.config_name)
+    def _argument_names(cls) -> list[str]:
+        return list(inspect.signature(cls.__init__).parameters)[1:]
 
-    def save_config(self, folder: str | os.PathLike[str]) -> None:
-        """Write the config file into ``folder``, readable by diffusers.
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Mapping[str, Any], **overrides: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Divide a config as ``from_config`` does.
+
+        Returns:
+            The arguments of the constructor; the values that no compatible class expects, and the overrides that are
+            not arguments; the values of the config that are kept in the new one.
+        """
+        names = cls._argument_names()
+        values = cls._arguments(config_dict, {name: value for name, value in overrides.items() if name in names})
+        kept = {name: x for name, x in given_values(config_dict).items() if name not in values and is_json(name, x)}
+        unknown = [] if cls.has_compatibles else [name for name in kept if name not in cls.ignored_config_keys]
+        unused = {name: kept[name] for name in unknown if not name.startswith("_")}
+        return values, {**unused, **{name: x for name, x in overrides.items() if name not in names}}, kept
+
+    def register_to_config(self, **values: Any) -> None:
+        """Add values to the record, or replace them there. The object itself stays as it was built."""
+        object.__setattr__(self, "config", Config({**self.config, **values}))
+
+    @property
+    def _internal_dict(self) -> Config:
+        return self.config
+
+    @_internal_dict.setter
+    def _internal_dict(self, values: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "config", Config(values))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Has no effect: classes are found by name, and loading never runs the code of a checkpoint.
+
+        Raises:
+            InputError: not ``"AutoModel"``.
+        """
+        if auto_class != "AutoModel":
+            raise InputError(f"auto_class must be 'AutoModel', not {shown(auto_class)}")
+
+    # --- files ---
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        return_unused_kwargs: bool = False,
+        return_commit_hash: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Read the config file of a folder or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a hub id, or the file itself.
+            return_unused_kwargs: also return the options that are not among the following.
+            return_commit_hash: also return the commit of a file from the hub; None for other files.
+            options: ``subfolder``; for the hub ``revision``, ``cache_dir``, ``local_files_only``, ``token``,
+                ``force_download`` and ``proxies``. ``mirror``, ``user_agent`` and ``local_dir_use_symlinks`` have no
+                effect.
+
+        Returns:
+            The content as a dict, or a tuple if more is asked for.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+            InputError: an unknown option, unless ``return_unused_kwargs``.
+        """
+        place = {name: options.pop(name) for name in PLACE if name in options}
+        if options and not return_unused_kwargs:
+            raise InputError(f"load_config has no option {nearest(next(iter(options)), PLACE)}")
+        found = cls._config_path(pretrained_model_name_or_path, **place)
+        content = cls._read_config(found)
+        commit = re.search(r"snapshots/([0-9a-f]{40})/", found.as_posix())
+        more = [options] if return_unused_kwargs else []
+        if return_commit_hash:
+            more.append(commit and commit[1])  # type: ignore[arg-type]
+        return (content, *more) if more else content
+
+    @classmethod
+    def _settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keywords of ``from_pretrained`` that are arguments of the constructor; the others are checked."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        others = {name: value for name, value in given.items() if name not in known}
+        settle(cls.__name__, others, [*known, *inspect.signature(cast(Any, cls).from_pretrained).parameters])
+        return {name: value for name, value in given.items() if name in known}
+
+    @classmethod
+    def _config_path(cls, model: str | os.PathLike[str], subfolder: str | None = None, **place: Any) -> Path:
+        """The path of the config file, downloaded if need be."""
+        from . import hub
+
+        if isinstance(model, str | os.PathLike) and os.path.isfile(model):
+            return Path(model)
+        settle(cls.__name__, {"proxies": place.pop("proxies", None)})
+        wanted = {name: value for name, value in place.items() if value and name not in _WITHOUT_EFFECT}
+        file = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
+        return hub.inside(hub.resolve(model, allow_patterns=[file], **wanted), subfolder or None) / cls.config_name
+
+    @classmethod
+    def _read_config(cls, path: Path) -> dict[str, Any]:
+        from ..folders import reading
+
+        with reading(path.parent) as folder:
+            return read_json(folder / path.name)
+
+    get_config_dict = load_config
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the config file into a folder, readable by diffusers.
+
+        Args:
+            push_to_hub: also upload it; ``kwargs`` are those of ``push_to_hub``.
 
         Raises:
             OutputError: the folder cannot be written.
         """
         from ..folders import saving
 
-        with saving(folder) as staging:
+        with saving(save_directory) as staging:
             self._write_config(staging)
+        if push_to_hub:
+            cast(Any, self).push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def _write_config(self, folder: Path) -> None:
-        write_json(folder / self.config_name, {"_class_name": type(self).__name__, **self._stored_config()})
+        write_json(folder / self.config_name, self._file_content())
+
+    def to_json_string(self) -> str:
+        """The content of the config file, with sorted keys."""
+        return json.dumps(self._file_content(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the config into this file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_json(Path(json_file_path), json.loads(self.to_json_string()))
+
+    def _file_content(self) -> dict[str, Any]:
+        return {
+            "_class_name": type(self).__name__,
+            "_diffusers_version": FORMAT_VERSION,
+            **{name: value for name, value in self._stored_config().items() if not name.startswith("_")},
+        }
 
     def _stored_config(self) -> dict[str, Any]:
-        """The contents of the config file."""
+        """The values for the config file."""
         arguments = inspect.signature(type(self).__init__).parameters
         return {
             name: value
             for name, value in self.config.items()
-            if name not in self.ignored_config_keys or value != arguments[name].default
+            if name not in self.ignored_config_keys or name not in arguments or value != arguments[name].default
         }
 
 

@@ -104,7 +104,7 @@ class Workload:
         """The layers of the autoencoder's decoder for an image."""
         config = self.found.components["vae"].config
         with torch.device("meta"):
-            decoder = AutoencoderKL(**config).decoder
+            decoder = AutoencoderKL(**AutoencoderKL.checked_arguments(config)).decoder
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         return trace(decoder, -(-self.height // factor), -(-self.width // factor))
 

@@ -6,6 +6,7 @@ The copies are dropped, never copied back, and nothing remains in the component.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -209,6 +210,24 @@ def pin(component: nn.Module) -> None:
         tensor = slot.read()
         if tensor.device.type == "cpu" and not tensor.is_pinned():
             slot.write(tensor.pin_memory())
+
+
+def to_disk(component: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
+    """Write a component's weights on the host to ``name.safetensors`` in a folder, and memory-map them from there."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from ..files import make_folder, plain_path
+
+    slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type == "cpu"]
+    path = plain_path(folder) / f"{name}.safetensors"
+    make_folder(path.parent)
+    new = path.with_suffix(f".{os.getpid()}.{id(component)}.new")
+    save_file({slot.name: slot.read().contiguous() for slot in slots}, new)
+    os.replace(new, path)  # a file that is mapped already must not change
+    with safe_open(path, "pt") as file:
+        for slot in slots:
+            slot.write(file.get_tensor(slot.name))
 
 
 def size_of(component: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -10,22 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from torch import nn
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.keywords import settle
 from ..checkpoints.upload import check_upload_options, check_writable
 from ..checks import parse_size, shown, text
 from ..errors import ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
+from .compat import ModelSurface
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
 
-class Model(Configurable, nn.Module):
+class Model(Configurable, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
@@ -33,19 +31,17 @@ class Model(Configurable, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter."""
+        """The dtype of the first floating-point parameter; not one in which weights are only stored."""
         for parameter in self.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
                 return parameter.dtype
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        """The device of the parameters, or that on which they are computed with."""
+        onload: torch.device | None = vars(self).get("_onload_device")
+        return next(self.parameters()).device if onload is None else onload
 
     @classmethod
     def _rename_key(cls, name: str) -> str:
@@ -135,19 +131,11 @@ class Model(Configurable, nn.Module):
 
             quantize_as(quantization_config, model)
         adapt(model)
-        model.eval()
+        model.eval().register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         if not output_loading_info:
             return model
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         return cast(Self, (model, {kind: [] for kind in kinds}))
-
-    @classmethod
-    def _settled(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Those keywords that are arguments of the constructor; the others are checked."""
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        others = {name: value for name, value in given.items() if name not in known}
-        settle(cls.__name__, others, [*known, *inspect.signature(cls.from_pretrained).parameters])
-        return {name: value for name, value in given.items() if name in known}
 
     @classmethod
     def skeleton(

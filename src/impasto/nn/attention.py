@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import InputError
 from .backends.tiles import tiled_attention, tiled_attention_in_graphs
 from .backends.varlen import runs_varlen, varlen_attention
 from .machine import processor_has
@@ -13,6 +19,45 @@ from .tokens import Layout
 
 #: Above so many scores the products would not stay in cache, and they would take too much memory.
 _MAX_SCORES_IN_TRAINING = 2**25
+
+
+#: Names of backends in diffusers -> torch's kernels, the preferred one first; None: whatever is fastest.
+_FALLBACKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_FLASH = [SDPBackend.FLASH_ATTENTION, *_FALLBACKS]
+_FLASH_NAMES = ("flash", "flash_hub", "flash_4_hub", "_flash_3", "_flash_3_hub", "_native_flash")
+BACKENDS: dict[str, list[SDPBackend] | None] = {
+    "native": None,
+    "_native_math": [SDPBackend.MATH],
+    "_native_efficient": _FALLBACKS,
+    "xformers": _FALLBACKS,
+    "_native_cudnn": [SDPBackend.CUDNN_ATTENTION, *_FALLBACKS],
+    **dict.fromkeys(_FLASH_NAMES, _FLASH),
+}
+
+
+def check_backend(name: str) -> str:
+    """The name of a backend in lower case.
+
+    Raises:
+        InputError: it is none of ``BACKENDS``.
+    """
+    name = str(getattr(name, "value", name)).lower()
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no attention backend {name!r} here{hint} Use one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def kernels(name: str) -> Iterator[None]:
+    """Let torch's attention prefer the kernels of a backend; where it cannot compute a call, another one does."""
+    chosen = BACKENDS[name]
+    if chosen is None:
+        yield
+        return
+    with sdpa_kernel(chosen, set_priority=True):
+        yield
 
 
 def attention(

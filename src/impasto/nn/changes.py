@@ -112,8 +112,17 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether code that its class does not know runs at each call of a module: hooks, or another ``forward``."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    """Whether code that its class does not know runs at each call of a module: hooks, another ``forward``, or, in an
+    attention, a processor or a chosen kernel.
+    """
+    own = vars(module)
+    added = "forward" in own or "_processor" in own or "_backend" in own or "processor" in module._modules
+    return added or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_watched(module: nn.Module | None) -> bool:
+    """Whether a module or one inside is observed: then it is called once at every step."""
+    return module is not None and any(map(is_observed, module.modules()))
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:

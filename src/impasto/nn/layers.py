@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import shown
 from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
-from .changes import is_plain
+from .changes import is_plain, is_watched
 from .machine import is_autocast
 from .tokens import Layout, addcmul_by_image
 
@@ -144,7 +144,8 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(_Activated(dim, hidden, activation_fn), nn.Dropout(dropout), nn.Linear(hidden, out))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x.device.type == "cpu" and eager and not is_watched(self.net):
             tokens = x.flatten(0, -2)
             net = self._products(tokens) or self.net
             pieces = [net(piece) for piece in tokens.split(_BYTES_AT_ONCE // tokens.element_size())]

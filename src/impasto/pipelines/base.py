@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from ..errors import CheckpointError, ConfigurationError, InputError
 from ..memory.placement import OneAtATime
 from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
+from .calls import Call, calling
+from .compat import PipelineMethods
 from .components import Components
 from .images import ImageProcessor
 from .request import Request
 from .resolution import resize_and_crop
-from .sampling import Stop, calling
 
 if TYPE_CHECKING:
     from ..transforms.guidance_interval import GuidanceInterval
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
     from .prompt_cache import PromptCache
 
 
-@keyed
-class ImagePipelineOutput(NamedTuple):
+@dataclass
+class ImagePipelineOutput(BaseOutput):
     """What a pipeline returns."""
 
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
 
 
-class Pipeline(Components):
+class Pipeline(PipelineMethods):
     """Components, and what is in force on the calls that use them. A subclass adds the calls."""
 
     image_processor: ImageProcessor
@@ -49,8 +51,6 @@ class Pipeline(Components):
     compiled: Compiled | None
     step_cache: StepCache | None
     guidance_interval: GuidanceInterval | None
-    #: A flag for each call and loop in progress; the pipeline keeps nothing else about them.
-    in_progress: list[Stop]
 
     def __init__(self, **components: Any):
         super().__init__(**components)
@@ -133,39 +133,17 @@ class Pipeline(Components):
                     f"download or save it again"
                 )
 
-    # --- interruption ---
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the current call should end early; outside of a call, whether any call in progress should.
-
-        Assign True in a callback to end its call after this step and decode the latents so far. Assigned elsewhere,
-        such as in another thread, it ends every call and loop in progress.
-        """
-        return any(stop.requested for stop in self._addressed())
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        for stop in self._addressed():
-            stop.requested = bool(value)
-
-    _interrupt = interrupt
-
-    def _addressed(self) -> list[Stop]:
-        stop = calling.get()
-        return list(self.in_progress) if stop is None or stop.pipe is not self else [stop]
-
     @contextmanager
-    def _calling(self) -> Iterator[Stop]:
+    def _calling(
+        self, guidance_scale: float = 1.0, attention_kwargs: Mapping[str, Any] | None = None
+    ) -> Iterator[Call]:
         """A call. If components take turns on a device, it waits for the calls of other threads."""
-        stop = Stop(self)
-        with self.placement.calling():
-            token = calling.set(stop)
-            self.in_progress.append(stop)
+        call = Call(self, guidance_scale, attention_kwargs)
+        with self.placement.calling(), call.registered():
+            token = calling.set(call)
             try:
-                yield stop
+                yield call
             finally:
-                self.in_progress.remove(stop)
                 calling.reset(token)
 
     # --- compilation ---

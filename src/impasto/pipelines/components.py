@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checkpoints.keywords import settle
 from ..checkpoints.upload import check_upload_options, check_writable
-from ..checks import parse_size, whole_number
+from ..checks import parse_size, shown, whole_number
 from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
 from ..memory.placement import OneAtATime, PerComponent, Resident
@@ -326,40 +326,51 @@ class Components(DiffusionPipeline):
         self,
         onload_device: torch.device | str | None = None,
         offload_device: torch.device | str = "cpu",
-        num_blocks_per_group: int = 1,
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
         use_stream: bool = False,
+        record_stream: bool = False,
         low_cpu_mem_usage: bool = False,
-        exclude_modules: str | Sequence[str] = (),
+        offload_to_disk_path: str | os.PathLike[str] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
     ) -> None:
         """Keep the components on the host, and one group of blocks of the one in use on the device.
 
         Args:
             onload_device: where to compute; if None, the accelerator of this machine, or the CPU without one.
             offload_device: only the CPU.
-            num_blocks_per_group: how many blocks are moved at once.
+            offload_type: "block_level", or "leaf_level", which moves single blocks: the least that is moved here.
+            num_blocks_per_group: how many blocks are moved at once; one if None.
             use_stream: copy the next group while one computes, so that two are on the device. The weights are pinned
                 in host memory.
             low_cpu_mem_usage: do not pin them; the copies are then slower.
+            offload_to_disk_path: a folder to write the weights to; they are memory-mapped from there.
             exclude_modules: names of components that are moved whole.
+            non_blocking, record_stream: accepted without effect; copies do not block wherever that is safe.
 
         Raises:
             InputError: components are already on another device than the CPU, or an argument cannot be used.
         """
-        from ..memory.streaming import WITHOUT_STREAMS, Visit, pin
+        from ..memory.streaming import WITHOUT_STREAMS, Visit, pin, to_disk
 
         if as_device(offload_device).type != "cpu":
             raise InputError(f"offload_device is {str(offload_device)!r}; weights are kept on the host: use 'cpu'")
-        blocks = whole_number("num_blocks_per_group", num_blocks_per_group)
-        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules)
+        if getattr(offload_type, "value", offload_type) not in ("block_level", "leaf_level"):
+            raise InputError(f"offload_type must be 'block_level' or 'leaf_level', not {shown(offload_type)}")
+        blocks = 1 if num_blocks_per_group is None else whole_number("num_blocks_per_group", num_blocks_per_group)
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
         for name in excluded:
             self._require(name)
         whole = dict.fromkeys(self._moved_whole(excluded), Visit())
         target = choose_device(None, onload_device)
+        blocks = 1 if getattr(offload_type, "value", offload_type) == "leaf_level" else blocks
         self._offload(OneAtATime(target, Visit(blocks=blocks, ahead=use_stream), whole))
-        if use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS:
-            for module in movable(self.components).values():
-                if module not in whole:
-                    pin(module)
+        for name, module in movable(self.components).items():
+            if offload_to_disk_path is not None and name not in excluded:
+                to_disk(module, offload_to_disk_path, name)
+            elif use_stream and not low_cpu_mem_usage and target.type not in WITHOUT_STREAMS and module not in whole:
+                pin(module)
 
     def _offload(self, placement: OneAtATime) -> None:
         if isinstance(self.placement, PerComponent):
@@ -378,5 +389,6 @@ class Components(DiffusionPipeline):
         return {name: device for name, device in devices.items() if device is not None}
 
     def reset_device_map(self) -> None:
-        """End a device map: all components are moved to the CPU."""
-        self.to("cpu")
+        """End a device map: all components are moved to the CPU. Without a device map nothing happens."""
+        if isinstance(self.placement, PerComponent):
+            self.to("cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from ..checkpoints.config import Config, write_json
+from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME
 from ..checkpoints.upload import Uploads, check_upload_options
 from ..errors import CheckpointNotFoundError, ConfigurationError, InputError
@@ -68,7 +69,7 @@ class DiffusionPipeline(Uploads):
     @property
     def config(self) -> Config:
         """The library and class of each component, read-only, and what ``register_to_config`` has added."""
-        from .loading import FORMAT_VERSION, index_entry
+        from .loading import index_entry
 
         pipe = cast(Any, self)
         values = {"_class_name": pipe.saved_as or type(self).__name__, "_diffusers_version": FORMAT_VERSION}
@@ -144,7 +145,7 @@ class DiffusionPipeline(Uploads):
 
     def to_json_string(self) -> str:
         """The config as JSON."""
-        return json.dumps(self._stored_config(), indent=2) + "\n"
+        return json.dumps(self._stored_config(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the config as JSON."""

@@ -22,6 +22,7 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device, check_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
+from .compat import GlmImageMethods
 from .glm_image_inputs import (
     check_sides,
     images_of_prompts,
@@ -50,7 +51,7 @@ class GlyphEmbeds(NamedTuple):
     negative_prompt_embeds: Tensor | None = None  # [B, M, channels]
 
 
-class GlmImagePipeline(Pipeline):
+class GlmImagePipeline(GlmImageMethods, Pipeline):
     """Text to image and images to image.
 
     Args:
@@ -193,7 +194,7 @@ class GlmImagePipeline(Pipeline):
             InputError: an argument cannot be used; the message says what can.
         """
         request = read_glm_image(self, GlyphEmbeds._fields, locals())
-        with torch.no_grad(), self._calling() as stop:
+        with torch.no_grad(), self._calling(request.guidance_scale, attention_kwargs) as call:
             embeds = self.encode_prompt(**request.texts.of_glm_image)  # before the prior, which takes long
             prior = request.prior or run_prior(
                 self,
@@ -202,7 +203,7 @@ class GlmImagePipeline(Pipeline):
                 request.images,
                 request.generators,
                 request.texts.images_per_prompt,
-                stop,
+                call,
             )
             noise = self._noise(request, torch.float32)
             references = self.encode_references(request.images, prior)
@@ -254,8 +255,8 @@ class GlmImagePipeline(Pipeline):
         images = images_of_prompts(image, len(prompts))
         images = None if images is None else [[reference_image(one) for one in row] for row in images]
         generators = inputs.check_generator(generator, len(prompts) * num_images_per_prompt)
-        with self._calling() as stop:
-            prior = run_prior(self, prompts, (height, width), images, generators, num_images_per_prompt, stop)
+        with self._calling() as call:
+            prior = run_prior(self, prompts, (height, width), images, generators, num_images_per_prompt, call)
         target = self.device if device is None else as_device(device)
         return prior._replace(prior_token_ids=prior.prior_token_ids.to(target))
 

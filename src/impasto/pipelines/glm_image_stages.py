@@ -19,11 +19,12 @@ from ..errors import InputError
 from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
 from ..models.glm_image.prior import PriorTokens, generate_prior
+from .calls import Call
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
 from .prompts import EncodedTexts
 from .request import Schedule
-from .sampling import Half, Stop
+from .sampling import Half
 
 
 def run_prior(
@@ -33,16 +34,16 @@ def run_prior(
     images: list[list[Any]] | None,
     generators: torch.Generator | list[torch.Generator] | None,
     per_prompt: int,
-    stop: Stop,
+    call: Call,
 ) -> PriorTokens:
-    """Generate the tokens of B images, with a progress bar; ``stop`` ends it early."""
+    """Generate the tokens of B images, with a progress bar; interrupting ``call`` ends it early."""
     processor = pipe._require("processor")
     total = len(prompts) * per_prompt * tokens_to_generate(*size, images is not None)
     with pipe.using("vision_language_encoder") as model, pipe.progress_bar(total=total) as progress:
 
         def goes_on(done: int) -> bool:
             progress.update(done - progress.n)
-            return not stop.requested
+            return not call.interrupted
 
         return generate_prior(
             model,

@@ -168,23 +168,60 @@ def count_levels(name: str, value: Any) -> int:
 
 
 def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequence[str]) -> None:
-    """Call the callback after a step, and replace the step's latents and embeddings by those that it returns."""
-    old = {"latents": step.latents, **step.embeds._asdict()}
-    returned = callback(pipe, step.index, step.timestep, {name: old[name] for name in names})
+    """Call the callback after a step, and replace the step's latents and embeddings by those that it returns.
+
+    With guidance, ``prompt_embeds`` and ``prompt_attention_mask`` are handed over as [negative; positive]. Both
+    halves, the positive one alone, or a row for all images are accepted back; a negative half not given stays as it is.
+    """
+    own = {"latents": step.latents, **step.embeds._asdict()}
+    guided = pipe.do_classifier_free_guidance and own["negative_prompt_embeds"] is not None
+    handed = {name: _both_halves(own, name) if guided and name in _WITH_HALVES else own[name] for name in names}
+    versions = {name: _version(tensor) for name, tensor in handed.items()}
+    returned = callback(pipe, step.index, step.timestep, dict(handed))
     if returned is not None and not isinstance(returned, Mapping):
         raise InputError(f"callback_on_step_end must return a dict of tensors or None, not {shown(returned)}")
-    changed = {name: value for name, value in (returned or {}).items() if value is not old.get(name, ...)}
-    for name, value in changed.items():
+    changed = dict[str, Any]()
+    # Negative embeddings that are returned by themselves count more than the half of a pair.
+    for name, value in sorted({**handed, **(returned or {})}.items(), key=lambda item: "negative" in str(item[0])):
         who = f"callback_on_step_end returned {shown(name)}, which"
-        if name not in old:
-            raise InputError(f"{who} is not a tensor of this pipeline; there are: {', '.join(old)}")
-        if old[name] is None:
+        if name not in own:
+            raise InputError(f"{who} is not a tensor of this pipeline; there are: {', '.join(own)}")
+        old = handed.get(name, own[name])
+        if value is old and _version(value) == versions.get(name, _version(value)):
+            continue
+        if own[name] is None:
             raise InputError(f"{who} this call does not have; leave it out")
-        shape: list[int | str] = [*old[name].shape]
+        negative = own.get(f"negative_{name}")
+        shape: list[int | str] = [*own[name].shape]
         if name != "latents":
             shape[1] = "tokens"  # embeddings and masks are compared when they are used
+        if name in _WITH_HALVES and isinstance(value, Tensor) and value.ndim == len(shape):
+            rows, batch = len(value), len(own[name])
+            shape[0] = rows if rows in (1, batch) or (rows == 2 * batch and negative is not None) else batch
         check_tensor(f"{name} that callback_on_step_end returned", value, shape, mask=name.endswith("mask"))
+        if name in _WITH_HALVES and len(value) == 2 * len(own[name]):
+            changed[f"negative_{name}"], value = value.chunk(2)
+        elif name in _WITH_HALVES and len(value) < len(own[name]):  # the last row alone: guidance is cut off
+            cut = name in handed and value.shape[1:] == old.shape[1:] and torch.equal(value, old[-1:])
+            value = own[name] if cut else value.expand(len(own[name]), *value.shape[1:])
+        changed[name] = value
     if "latents" in changed:
-        step.latents = changed.pop("latents").to(old["latents"])
+        step.latents = changed.pop("latents").to(own["latents"])
     if changed:
         step.embeds = step.embeds._replace(**changed)
+
+
+#: What callbacks see as [negative; positive] where there is guidance.
+_WITH_HALVES = ("prompt_embeds", "prompt_attention_mask")
+
+
+def _both_halves(tensors: Mapping[str, Any], name: str) -> Tensor:
+    """[negative; positive], padded with zeros to one number of tokens."""
+    halves = [tensors[f"negative_{name}"], tensors[name]]
+    most = max(half.shape[1] for half in halves)
+    return torch.cat([torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], dim=1) for x in halves])
+
+
+def _version(tensor: Any) -> int:
+    """The number of changes in place, where it is counted."""
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0

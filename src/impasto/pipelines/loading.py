@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
+from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME, holds_weights
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
@@ -32,8 +33,6 @@ logger = logging.getLogger("impasto")
 
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
-#: The version of diffusers whose format is written.
-FORMAT_VERSION = "0.42.1"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
+from .compat import PixArtMethods
 from .defaults import with_defaults
 from .images import ImageProcessor
 from .latents import unscaled
@@ -42,7 +43,7 @@ class PromptEmbeds(NamedTuple):
     negative_prompt_attention_mask: Tensor | None = None  # [B, M]
 
 
-class PixArtPipeline(Pipeline):
+class PixArtPipeline(PixArtMethods, Pipeline):
     """What both pipelines share; they differ in their family and in a default value.
 
     Args:
@@ -75,22 +76,6 @@ class PixArtPipeline(Pipeline):
         """Pixels per latent along a side; without an autoencoder, that of the previous one, or 8."""
         vae = vars(self).get("vae")
         return int(self.image_processor.config.vae_scale_factor) if vae is None else _vae_scale_factor(vae)
-
-    def enable_vae_slicing(self) -> None:
-        """Decode one image of a batch at a time."""
-        self._require("vae").enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decode the whole batch at once."""
-        self._require("vae").disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decode in tiles, in less memory. With our autoencoder the result is exact, without seams."""
-        self._require("vae").enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decode whole images."""
-        self._require("vae").disable_tiling()
 
     # --- the call ---
 
@@ -160,7 +145,7 @@ class PixArtPipeline(Pipeline):
         request = read_pixart(self, PromptEmbeds._fields, locals())
         self._check_conditions()
         self._warn_of_mixtures()
-        with torch.no_grad(), self._calling():
+        with torch.no_grad(), self._calling(request.guidance_scale):
             embeds = self.encode_prompt(**request.texts.of_pixart)
             noise = self._noise(request, self.transformer.dtype)
             loop = self.denoise(noise, embeds, eta=request.eta, **request.denoising)

@@ -13,7 +13,6 @@ import inspect
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,23 +22,12 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn.changes import unwrapped
 from ..nn.precision import adapt
+from .calls import Call, calling
 from .inputs import call_back, check_tensor
 from .request import Request
 
 if TYPE_CHECKING:
     from ..transforms.step_cache import Memory
-
-
-class Stop:
-    """Whether a generation should end early. Each has its own, known to its pipeline while it is in progress."""
-
-    def __init__(self, pipe: Any):
-        self.pipe = pipe
-        self.requested = False
-
-
-#: The generation whose pipeline's call this thread is in. Loops that a caller drives are not calls.
-calling: ContextVar[Stop | None] = ContextVar("impasto_call", default=None)
 
 
 class Half(NamedTuple):
@@ -102,12 +90,17 @@ class Run:
 
     def __post_init__(self) -> None:
         self.index, self.end = self.start, len(self.scheduler.timesteps)
-        scale = self.guidance_scale if self.embeds.negative_prompt_embeds is not None else 1.0
-        interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache
-        #: The scale of each step; with 1 or less the negative half is left out.
-        self.guidance = [scale] * self.end if interval is None else interval.scales(self.scheduler, scale)
+        self.interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache
+        self.guide(self.guidance_scale)
         self.halves: dict[bool, list[Half]] = {}  # by whether the negative one is among them
         self.memories: dict[tuple[bool, int], Memory] = {}  # of the step cache, for each half
+
+    def guide(self, scale: float) -> None:
+        """Use this guidance scale from the next step on; without negative embeddings there is no guidance."""
+        self.guidance_scale = scale
+        scale = scale if self.embeds.negative_prompt_embeds is not None else 1.0
+        #: The scale of each step; with 1 or less the negative half is left out.
+        self.guidance = [scale] * self.end if self.interval is None else self.interval.scales(self.scheduler, scale)
 
     def use(self, embeds: Any) -> None:
         """Go on with other embeddings."""
@@ -214,29 +207,28 @@ def denoising_steps(pipe: Any, begin: Callable[[], Run]) -> Generator[DenoisingS
     Args:
         begin: called once the transformer is in place.
     """
-    stop, transformer, scheduler = calling.get(), pipe._require("transformer"), pipe.scheduler
-    if stop is None or stop.pipe is not pipe:
-        stop = Stop(pipe)  # the loop is driven by the caller
-    pipe.in_progress.append(stop)
-    try:
-        with pipe.placement.keeping(transformer):
-            adapt(transformer)
-            with pipe.placement.using(transformer):
-                run = begin()
-            try:
-                while run.index < run.end and not stop.requested:
-                    index = run.index
-                    advance([run])
-                    t, count = run.scheduler.timesteps[index], run.end - run.start
-                    step = DenoisingStep(index - run.start, count, t, run.latents, run.embeds)
-                    yield step
-                    run.latents = step.latents
-                    if step.embeds is not run.embeds:
-                        run.use(step.embeds)
-            finally:
-                show_schedule(run.scheduler, scheduler)
-    finally:
-        pipe.in_progress.remove(stop)
+    call, transformer, scheduler = calling.get(), pipe._require("transformer"), pipe.scheduler
+    if call is None or call.pipe is not pipe or call.steps is not None:
+        call = Call(pipe)  # the loop is driven by the caller
+    with call.registered(), pipe.placement.keeping(transformer):
+        adapt(transformer)
+        with pipe.placement.using(transformer):
+            run = begin()
+        call.guidance_scale, call.steps = run.guidance_scale, run.end - run.start
+        try:
+            while run.index < run.end and not call.interrupted:
+                if call.guidance_scale != run.guidance_scale:
+                    run.guide(call.guidance_scale)
+                index, call.timestep = run.index, run.scheduler.timesteps[run.index]
+                advance([run])
+                step = DenoisingStep(index - run.start, call.steps, call.timestep, run.latents, run.embeds)
+                yield step
+                run.latents = step.latents
+                if step.embeds is not run.embeds:
+                    run.use(step.embeds)
+        finally:
+            call.timestep = None
+            show_schedule(run.scheduler, scheduler)
 
 
 def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor, request: Request) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..checkpoints.config import records_config
 from ..checkpoints.values import Count
 from ..errors import InputError
 from ..models.base import Model
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from .reading import ARRANGEMENTS, Reading
 from .world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZES, Solid
 
@@ -33,8 +34,8 @@ WEIGHTS = Path(__file__).parent / "judge_weights"
 ImageLike = Tensor | Image.Image
 
 
-@keyed
-class JudgeOutput(NamedTuple):
+@dataclass
+class JudgeOutput(BaseOutput):
     """Logits. Those of slots that are not in the arrangement are meaningless."""
 
     arrangement: Tensor  # [B, len(ARRANGEMENTS)]

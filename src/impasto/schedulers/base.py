@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,21 +12,22 @@ from torch import Tensor
 from ..checks import finite, shown, whole_number
 from ..errors import InputError
 from ..nn.machine import check_device
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from . import process
 from .betas import training_betas
+from .compat import CountingNames, SchedulerNames
 from .config import SchedulerConfig
 from .noise_schedule import Array
 
 
-@keyed
-class SchedulerOutput(NamedTuple):
+@dataclass
+class SchedulerOutput(BaseOutput):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], the next, less noisy sample
 
 
-class Scheduler(SchedulerConfig):
+class Scheduler(SchedulerNames, SchedulerConfig):
     """What all solvers share. A subclass adds ``set_timesteps`` and ``step``.
 
     Attributes:
@@ -34,11 +36,13 @@ class Scheduler(SchedulerConfig):
         betas, alphas, alphas_cumprod: [num_train_timesteps], float32.
         init_noise_sigma: the standard deviation of the first sample.
         order: model calls per step.
+        custom_timesteps: whether the caller gave the timesteps, for DDPM and LCM.
     """
 
     order: ClassVar[int] = 1
     init_noise_sigma: float = 1.0
     num_inference_steps: int | None = None
+    custom_timesteps: bool = False
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
@@ -142,7 +146,7 @@ class Scheduler(SchedulerConfig):
         return process.alpha_sigma(process.per_sample(self.alphas_cumprod[timesteps.to(like.device)], like))
 
 
-class CountingScheduler(Scheduler):
+class CountingScheduler(CountingNames, Scheduler):
     """A scheduler that looks up its first timestep and counts steps from there."""
 
     _step_index: int | None = None
@@ -171,10 +175,14 @@ class CountingScheduler(Scheduler):
         steps = self._require_timesteps()
         process.require_timestep(timestep)
         if self._step_index is None:
-            self._step_index = self._first_step(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= steps:
+            self._init_step_index(timestep)
+        index: int = self._step_index  # type: ignore[assignment]
+        if index >= steps:
             raise InputError(f"all {steps} steps have been taken; call set_timesteps before starting again")
-        return self._step_index
+        return index
+
+    def _init_step_index(self, timestep: int | float | Tensor) -> None:
+        self._step_index = self._first_step(timestep) if self._begin_index is None else self._begin_index
 
     def _first_step(self, timestep: int | float | Tensor) -> int:
         value, index = self._locate(timestep)

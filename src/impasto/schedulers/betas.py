@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checkpoints.config import Config
+from ..checkpoints.frozen import Config
 from ..checks import shown
 from ..errors import ConfigurationError
 

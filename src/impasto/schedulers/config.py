@@ -5,32 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 import numpy as np
 from torch import Tensor
 
-from ..checkpoints import hub
-from ..checkpoints.config import Config, Configurable, naming, records_config
+from ..checkpoints.config import PLACE, Configurable, naming, records_config
 from ..checks import shown
 from ..errors import ConfigurationError
-from ..folders import reading
 
 P = ParamSpec("P")
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Spacing = Literal["linspace", "leading", "trailing"]
 S = TypeVar("S", bound="SchedulerConfig")
 
-#: The arguments that were left at their defaults: part of the config, but not of the file.
-DEFAULTED = "_use_default_values"
-
 
 def records_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """``records_config`` that also records which arguments were left at their defaults.
-
-    When a scheduler is built from another's config, its own defaults replace those of the other.
-    """
+    """``records_config`` for schedulers, which also take arrays and tensors of numbers."""
     recorded = records_config(init)
     signature = inspect.signature(init)
 
@@ -41,7 +33,6 @@ def records_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Conca
             for name, value in list(signature.bind(self, *args, **kwargs).arguments.items())[1:]
         }
         cast(Any, recorded)(self, **given)
-        self.config = Config({**self.config, DEFAULTED: [name for name in self.config if name not in given]})
 
     return wrapper
 
@@ -57,54 +48,56 @@ class SchedulerConfig(Configurable):
     """The part of a scheduler that reads and writes its config."""
 
     config_name: ClassVar[str] = "scheduler_config.json"
+    has_compatibles: ClassVar[bool] = True
 
+    @overload
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build from a config: ours, a dict, or that of another scheduler, including those of diffusers.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Self: ...
 
-        Ignored are values this class has no argument for, and those that the other scheduler had by default.
-
-        Raises:
-            ConfigurationError: not a config, or a value that cannot be used.
-        """
-        given = cls._arguments(config, {})
-        defaulted = config.get(DEFAULTED)
-        ignored = [name for name in defaulted if isinstance(name, str)] if isinstance(defaulted, list) else []
-        return super().from_config({name: x for name, x in given.items() if name not in ignored}, **overrides)
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        *,
+        return_unused_kwargs: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
         subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **overrides: Any,
-    ) -> Self:
-        """Load ``scheduler_config.json`` from a folder or the hub; ``overrides`` replace its values.
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Load ``scheduler_config.json`` from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path, subfolder: a folder or a hub id, and the folder of the scheduler in it.
+            return_unused_kwargs: also return the values and keywords that are not arguments.
+            kwargs: the options of ``load_config``; others replace values of the file.
 
         Raises:
             CheckpointError: the file is missing or damaged.
-            ConfigurationError: the file holds values that cannot be used.
+            ConfigurationError: the file holds values that cannot be used, or a keyword is not an argument.
         """
-        root = hub.resolve(
-            pretrained_model_name_or_path,
-            allow_patterns=[f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name],
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
-        cls.checked_arguments({}, **overrides)
-        with reading(hub.inside(root, subfolder)) as folder, naming(folder / cls.config_name):
-            return cls.from_config(cls.load_config(folder), **overrides)
+        place = {name: kwargs.pop(name) for name in PLACE if name in kwargs}
+        kwargs = kwargs if return_unused_kwargs else cls._settled(kwargs)
+        cls.checked_arguments({}, **({} if return_unused_kwargs else kwargs))
+        path = cls._config_path(pretrained_model_name_or_path, subfolder, **place)
+        with naming(path):
+            built, unused = cls.from_config(cls._read_config(path), True, **kwargs)
+        return (built, unused) if return_unused_kwargs else built
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``scheduler_config.json`` into the folder, readable by diffusers."""
-        self.save_config(save_directory)
-
-    def _stored_config(self) -> dict[str, Any]:
-        return {name: value for name, value in self.config.items() if name != DEFAULTED}
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """``save_config``: write ``scheduler_config.json`` into the folder, readable by diffusers."""
+        self.save_config(save_directory, push_to_hub, **kwargs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +14,23 @@ from ..checkpoints.values import Offset, Scale, Share, Steps
 from ..checks import finite
 from ..errors import InputError
 from ..nn.noise import draw_noise
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from .base import Scheduler
+from .compat import DDIMNames
 from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import spaced_timesteps
-from .process import alpha_sigma, limit, predicted_noise, predicted_original, widened
+from .process import alpha_sigma, limit, posterior, predicted_noise, predicted_original, widened
 
 
-@keyed
-class DDIMSchedulerOutput(NamedTuple):
+@dataclass
+class DDIMSchedulerOutput(BaseOutput):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], x_{t-1}
     pred_original_sample: Tensor | None = None  # [B, C, H, W], the predicted x_0
 
 
-class DDIMScheduler(Scheduler):
+class DDIMScheduler(DDIMNames, Scheduler):
     """A deterministic sampler (``eta=0``) that becomes DDPM at ``eta=1``. Steps can be taken in any order.
 
     Args:
@@ -121,7 +123,7 @@ class DDIMScheduler(Scheduler):
         if use_clipped_model_output:
             noise = (x - alpha * original) / sigma
 
-        variance = (1 - previous_bar) / (1 - bar) * (1 - bar / previous_bar)
+        variance = posterior(bar, previous_bar).variance
         std = eta * variance.clamp(min=0).sqrt()  # eq. 16
         direction = (1 - previous_bar - std**2).clamp(min=0).sqrt() * noise
         x = previous_bar.sqrt() * original + direction  # eq. 12
@@ -130,4 +132,4 @@ class DDIMScheduler(Scheduler):
                 variance_noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
             x = x + std * variance_noise
         result = DDIMSchedulerOutput(x.to(dtype), original.to(dtype))
-        return result if return_dict else tuple(result)
+        return result if return_dict else result.to_tuple()

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from ..checkpoints.values import Offset, Scale, Share, Steps
-from ..checks import shown
 from ..errors import InputError
 from ..nn.noise import draw_noise
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from . import process
 from .base import Scheduler
+from .compat import DDPMNames
 from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps, spaced_timesteps
 
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
-@keyed
-class DDPMSchedulerOutput(NamedTuple):
+@dataclass
+class DDPMSchedulerOutput(BaseOutput):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], x_{t-1}
     pred_original_sample: Tensor | None = None  # [B, C, H, W], the predicted x_0
 
 
-class DDPMScheduler(Scheduler):
+class DDPMScheduler(DDPMNames, Scheduler):
     """Ancestral sampling: every step adds new noise. Steps can be taken in any order.
 
     Args:
@@ -92,19 +93,7 @@ class DDPMScheduler(Scheduler):
             steps, config = self._count_steps(num_inference_steps), self.config
             schedule = spaced_timesteps(config.timestep_spacing, steps, len(self), config.steps_offset)
         self._set_timesteps(schedule, device)
-
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The timestep after this one in the schedule; -1 after the last.
-
-        Raises:
-            InputError: the timestep is not in the schedule.
-        """
-        value, index = self._locate(timestep)
-        if self.num_inference_steps is None:
-            return int(value) - 1
-        if index is None:
-            raise InputError(f"timestep {shown(value)} is not in the schedule: {self._timestep_values}")
-        return int([*self._timestep_values, -1][index + 1])
+        self.custom_timesteps = timesteps is not None
 
     def step(
         self,
@@ -133,19 +122,21 @@ class DDPMScheduler(Scheduler):
             model_output, learned = model_output.chunk(2, dim=1)
         output, x, dtype = process.widened(model_output, sample)
         t, _ = self._locate(timestep)
-        previous = self.previous_timestep(timestep)
-        bar = self._alpha_bar(t)
-        previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
-        q = process.posterior(bar, previous_bar)
-
-        original = process.predicted_original(self.config.prediction_type, output, x, *process.alpha_sigma(bar))
+        q, levels = self._posterior(timestep), process.alpha_sigma(self._alpha_bar(t))
+        original = process.predicted_original(self.config.prediction_type, output, x, *levels)
         original = process.limit(original, self.config)
         x = q.on_original * original + q.on_sample * x
         if t > 0:
             noise = draw_noise(sample.shape, generator, sample.device, model_output.dtype)
             x = x + self._std(q, learned) * noise
         result = DDPMSchedulerOutput(x.to(dtype), original.to(dtype))
-        return result if return_dict else tuple(result)
+        return result if return_dict else result.to_tuple()
+
+    def _posterior(self, timestep: int | Tensor) -> process.Posterior:
+        """That of the step from this timestep."""
+        previous = self.previous_timestep(timestep)
+        previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
+        return process.posterior(self._alpha_bar(self._locate(timestep)[0]), previous_bar)
 
     def _std(self, q: process.Posterior, learned: Tensor | None) -> Tensor:
         """The standard deviation of the noise that a step adds (section 3.2)."""

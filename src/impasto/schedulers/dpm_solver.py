@@ -33,11 +33,12 @@ from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
 from .base import CountingScheduler, SchedulerOutput
+from .compat import DPMSolverNames
 from .config import Spacing, records_arguments
 from .process import limit, per_sample, predicted_noise, predicted_original, require_tensors, widened
 
 
-class DPMSolverMultistepScheduler(CountingScheduler):
+class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
     """A fast high-order solver: good images in 15 to 25 steps of one model call each.
 
     Args:
@@ -120,9 +121,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.alphas_cumprod[-1] == 0:
             self.alphas_cumprod[-1] = 2**-24  # the first noise level must be finite
-        log_snr = torch.log(self.alphas_cumprod.sqrt()) - torch.log((1 - self.alphas_cumprod).sqrt())
+        self.alpha_t, self.sigma_t = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        self.lambda_t = torch.log(self.alpha_t) - torch.log(self.sigma_t)
         # lambda falls with t, so those above the clip come first.
-        self._usable = len(self) - int(torch.searchsorted(log_snr.flip(0), lambda_min_clipped))
+        self._usable = len(self) - int(torch.searchsorted(self.lambda_t.flip(0), lambda_min_clipped))
         if self._usable < 2:
             raise ConfigurationError(f"lambda_min_clipped={lambda_min_clipped!r} leaves no timesteps; lower it")
         self.timesteps = self.timesteps.float()
@@ -237,32 +239,30 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             InputError: no schedule yet, all steps taken, shapes that do not fit.
         """
         index = self._this_step(timestep)
-        require_tensors(model_output=model_output, sample=sample)
-        if self.config.variance_type in ("learned", "learned_range") and min(sample.ndim, model_output.ndim) > 1:
-            model_output = model_output[:, : sample.shape[1]]
-        output, x, dtype = widened(model_output, sample)
-        prediction = self._convert(output, x, index)
+        prediction, x, dtype = self._predict(model_output, sample, index)
         level = self._level(index)[2]
         if self._history and self._history[-1][0] == level:  # slopes need distinct levels
             self._history.pop()
         self._history = [*self._history, (level, prediction)][-self.config.solver_order :]
-        noise = variance_noise
-        if self._stochastic and noise is None:
-            noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
-        x = self._update(x, index, self._order_at(index), noise)
+        if self._stochastic and variance_noise is None:
+            variance_noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
+        x = self._update(x, index, self._history[-self._order_at(index) :], variance_noise)
         self._step_index = index + 1
         return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
 
-    def _convert(self, output: Tensor, x: Tensor, index: int) -> Tensor:
-        """m, x_0 or the noise, of the model's prediction."""
-        kind = self.config.prediction_type
-        alpha, sigma, _ = self._level(index)
+    def _predict(self, output: Tensor, sample: Tensor, index: int) -> tuple[Tensor, Tensor, torch.dtype]:
+        """m, x_0 or the noise, of the model's prediction; the sample in the same dtype; the dtype of the result."""
+        require_tensors(model_output=output, sample=sample)
+        if self.config.variance_type in ("learned", "learned_range") and min(sample.ndim, output.ndim) > 1:
+            output = output[:, : sample.shape[1]]
+        output, x, dtype = widened(output, sample)
+        kind, (alpha, sigma, _) = self.config.prediction_type, self._level(index)
         if kind == "flow_prediction":
             sigma = float(self.sigmas[index])  # differs only without flow sigmas, where the reference does the same
         if not self._over_original and not self.config.thresholding:
-            return predicted_noise(kind, output, x, alpha, sigma)
+            return predicted_noise(kind, output, x, alpha, sigma), x, dtype
         original = limit(predicted_original(kind, output, x, alpha, sigma), self.config)
-        return original if self._over_original else (x - alpha * original) / sigma
+        return (original if self._over_original else (x - alpha * original) / sigma), x, dtype
 
     def _order_at(self, index: int) -> int:
         """The order of this step: it grows with the history, and may fall towards the end."""
@@ -272,8 +272,8 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             return 1
         return min(order, 2) if left == 2 and falls else order
 
-    def _update(self, x: Tensor, index: int, order: int, noise: Tensor | None) -> Tensor:
-        """One step, as in the table at the top."""
+    def _update(self, x: Tensor, index: int, history: list[tuple[float, Tensor]], noise: Tensor | None) -> Tensor:
+        """One step, as in the table at the top, of the order of the length of ``history``."""
         alpha_t, sigma_t, lambda_t = self._level(index + 1)
         alpha_s, sigma_s, lambda_s = self._level(index)
         h = lambda_t - lambda_s
@@ -287,17 +287,17 @@ class DPMSolverMultistepScheduler(CountingScheduler):
         else:
             z, a, c = h, alpha_t / alpha_s, twice * sigma_t
 
-        _, m0 = self._history[-1]
+        (_, m0), order = history[-1], len(history)
         total = math.expm1(z) * m0
         if order > 1:
-            lambda_1, m1 = self._history[-2]
+            lambda_1, m1 = history[-2]
             h0 = lambda_s - lambda_1
             slope0 = (h / h0) * (m0 - m1)
         if order == 2:
             b1 = math.expm1(z) / z - 1 if self.config.solver_type == "heun" else math.expm1(z) / 2
             total = total + b1 * slope0
         elif order == 3:
-            lambda_2, m2 = self._history[-3]
+            lambda_2, m2 = history[-3]
             h1 = lambda_1 - lambda_2
             slope1 = (h / h1) * (m1 - m2)
             d1 = slope0 + h0 / (h0 + h1) * (slope0 - slope1)
@@ -314,10 +314,10 @@ class DPMSolverMultistepScheduler(CountingScheduler):
 
     def _level(self, index: int) -> tuple[float, float, float]:
         """alpha, sigma and lambda of a step, in float32, because published results include its rounding."""
-        alpha, sigma = self._alpha_sigma_of(self.sigmas[index])
+        alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas[index])
         return float(alpha), float(sigma), float(torch.log(alpha) - torch.log(sigma))  # lambda may be infinite
 
-    def _alpha_sigma_of(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def _sigma_to_alpha_sigma_t(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Noise level -> (alpha, sigma): alpha² + sigma² = 1, or alpha + sigma = 1 on the straight line of flows."""
         if self._flow:
             return 1 - level, level
@@ -340,4 +340,4 @@ class DPMSolverMultistepScheduler(CountingScheduler):
             if self.num_inference_steps is not None:
                 matches = timesteps[:, None] == self.timesteps.to(like.device)[None]  # [B, N]
                 levels = torch.where(matches.any(1), sigmas[matches.int().argmax(1)], levels)
-        return self._alpha_sigma_of(per_sample(levels, like))
+        return self._sigma_to_alpha_sigma_t(per_sample(levels, like))

@@ -16,12 +16,13 @@ from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
 from .base import CountingScheduler, SchedulerOutput
+from .compat import FlowMatchNames
 from .config import records_arguments
 from .noise_schedule import Array
 from .process import add_noise, per_sample, predicted_original, prediction_target, require_same_shape
 
 
-class FlowMatchEulerDiscreteScheduler(CountingScheduler):
+class FlowMatchEulerDiscreteScheduler(FlowMatchNames, CountingScheduler):
     """Steps of equal length in time, shifted towards noise, where large images need more of them.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..checkpoints.values import Count, Offset, Scale, Share, Steps
 from ..checks import finite, whole_number
 from ..errors import InputError
 from ..nn.noise import draw_noise
-from ..nn.outputs import keyed
+from ..nn.outputs import BaseOutput
 from .base import CountingScheduler
 from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps
@@ -23,12 +23,9 @@ from .process import add_noise, alpha_sigma, limit, predicted_original, widened
 
 logger = logging.getLogger("impasto")
 
-#: The standard deviation of data that the boundary condition assumes.
-SIGMA_DATA = 0.5
 
-
-@keyed
-class LCMSchedulerOutput(NamedTuple):
+@dataclass
+class LCMSchedulerOutput(BaseOutput):
     """The result of one step."""
 
     prev_sample: Tensor  # [B, C, H, W], the next, less noisy sample
@@ -54,6 +51,8 @@ class LCMScheduler(CountingScheduler):
         ConfigurationError: a value that cannot be used.
     """
 
+    sigma_data = 0.5  # the standard deviation of data that the boundary condition assumes
+
     @records_arguments
     def __init__(
         self,
@@ -76,6 +75,7 @@ class LCMScheduler(CountingScheduler):
         rescale_betas_zero_snr: bool = False,
     ):
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self._alpha_bars[0]
 
     def set_timesteps(
         self,
@@ -117,6 +117,14 @@ class LCMScheduler(CountingScheduler):
             picked = np.linspace(0, len(distilled), num=steps, endpoint=False).astype(np.int64)
             schedule = distilled[::-1][picked]
         self._set_timesteps(schedule, device)
+        self.custom_timesteps = timesteps is not None
+
+    def get_scalings_for_boundary_condition_discrete(self, timestep: int | float) -> tuple[float, float]:
+        """The weights of x_t and x_0: the consistency function is the identity at t = 0 (consistency models, arXiv
+        2303.01469, appendix C)."""
+        scaled = timestep * self.config.timestep_scaling
+        total = scaled**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, scaled / total**0.5
 
     def step(
         self,
@@ -144,10 +152,7 @@ class LCMScheduler(CountingScheduler):
         bar = self._alpha_bar(t)
         original = limit(predicted_original(self.config.prediction_type, output, x, *alpha_sigma(bar)), self.config)
 
-        # The consistency function is the identity at t = 0 (consistency models, arXiv 2303.01469, appendix C).
-        scaled = t * self.config.timestep_scaling
-        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-        c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
+        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
         denoised = c_skip * x + c_out * original
 
         x = denoised
@@ -157,4 +162,4 @@ class LCMScheduler(CountingScheduler):
             x = add_noise(denoised, noise, *alpha_sigma(next_bar))
         self._step_index = index + 1
         result = LCMSchedulerOutput(x.to(dtype), denoised.to(dtype))
-        return result if return_dict else tuple(result)
+        return result if return_dict else result.to_tuple()

@@ -14,16 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checkpoints.config import Config
+from ..checkpoints.frozen import Config
 from ..checks import shown
 from ..errors import ConfigurationError, InputError
 
 Array = NDArray[Any]
 #: The longest list of timesteps or noise levels that is accepted.
 MOST_NUMBERS = 100_000
-
-
-# --- timesteps: which training timesteps sampling visits ---------------------------------------------------
 
 
 def spaced_timesteps(
@@ -92,9 +89,6 @@ def descending(name: str, given: Sequence[float] | Tensor | Array, largest: floa
     if not np.isfinite(values).all() or values.min() <= 0 or values.max() > largest or (np.diff(values) >= 0).any():
         raise InputError(f"{name} must descend from {largest:g} or less to above 0; these are {shown(values.tolist())}")
     return values
-
-
-# --- noise levels -----------------------------------------------------------------------------------------
 
 
 def noise_levels(alphas_cumprod: Tensor) -> Array:
@@ -182,13 +176,18 @@ def shifted(sigmas: Array, shift: float) -> Array:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def stretched(levels: Any, terminal: float) -> Any:
+    """Levels of a straight path, stretched so that the last is ``terminal``."""
+    return 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+
+
 def flow_levels(sigmas: Array, shift: float, terminal: float | None, spacing: str | None) -> Array:
     """Sigmas of a straight path after shift, stretching to a terminal value and respacing, in float32."""
     levels = shifted(sigmas, shift)
     if terminal:
         if levels[-1] >= 1:
             raise InputError("shift_terminal needs a last level below 1; use two steps or more")
-        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+        levels = stretched(levels, terminal)
     if spacing is not None:
         levels = SPACINGS[spacing](float(levels[0]), float(levels[-1]), len(levels))
     return levels.astype(np.float32)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.config import Config
+from ..checkpoints.frozen import Config
 from ..checks import finite, shown
 from ..errors import InputError
 
@@ -99,18 +99,20 @@ def learned_log_variance(interpolation: Tensor, log_beta: Tensor, log_variance: 
 
 
 def limit(original: Tensor, config: Config) -> Tensor:
-    """Apply the scheduler's clipping or dynamic thresholding, if any, to x_0. For pixels; latents have no fixed range.
-
-    Thresholding clips each sample to a quantile of its magnitudes, in [1, sample_max_value], and divides by it (Imagen,
-    arXiv 2205.11487, section 2.3).
-    """
+    """Apply the scheduler's clipping or dynamic thresholding to x_0, if any. For pixels: latents have no range."""
     if config.thresholding:
-        bound = torch.quantile(original.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)  # [B]
-        bound = per_sample(bound.clamp(min=1.0, max=config.sample_max_value), original)
-        return original.clamp(-bound, bound) / bound
+        return thresholded(original, config)
     if config.get("clip_sample"):
         return original.clamp(-config.clip_sample_range, config.clip_sample_range)
     return original
+
+
+def thresholded(original: Tensor, config: Config) -> Tensor:
+    """Clip each sample to a quantile of its magnitudes, in [1, sample_max_value], and divide by it (Imagen, arXiv
+    2205.11487, section 2.3)."""
+    bound = torch.quantile(original.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)  # [B]
+    bound = per_sample(bound.clamp(min=1.0, max=config.sample_max_value), original)
+    return original.clamp(-bound, bound) / bound
 
 
 def widened(prediction: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.attention import attention
-from ...nn.precision import checkpointed
+from ...nn.fused_linear import project
+from ..attention_processor import ProcessedAttention
+from ..compat import GradientCheckpointing
 
 
-class Coder(nn.Module):
+class Coder(GradientCheckpointing, nn.Module):
     """An encoder or decoder: a convolution, blocks, and a head."""
 
     conv_in: nn.Conv2d
     conv_norm_out: nn.GroupNorm
     conv_out: nn.Conv2d
-    gradient_checkpointing = False
 
     def blocks(self) -> list[Block]:
         raise NotImplementedError
@@ -40,7 +41,7 @@ class Coder(nn.Module):
         x = self.conv_in(x)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks():
-            x = checkpointed(block, x) if checkpointing else block(x)
+            x = self.checkpoint(block, x) if checkpointing else block(x)
         return self.head()(x)  # [B, out_channels, H / f, W / f], or f H, f W
 
 
@@ -167,8 +168,11 @@ class Resnet(nn.Module):
         return shortcut + h  # [B, out_channels, H, W]
 
 
-class Attention(nn.Module):
+class Attention(ProcessedAttention):
     """x + attention over the positions of the image, with a single head as wide as the level."""
+
+    heads = 1
+    residual_connection = True
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -176,14 +180,22 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+    def compute(self, x: Tensor, *_: Any) -> Tensor:  # [B, C, H, W]
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
-        query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)  # [B, N, C]
+        query, key, value = project(self._fused, self.fusible, tokens)  # [B, N, C]
         h = attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)  # [B, N, C]
         h = cast(Tensor, self.to_out(h)).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
         return x + h
+
+    def process(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return self.call_processor(hidden_states.contiguous(), temb=None)  # processors view it as tokens
+
+    @property
+    def fusible(self) -> list[nn.Module]:
+        """The projections of one input."""
+        return [self.to_q, self.to_k, self.to_v]
 
 
 class Downsample(nn.Module):

@@ -11,7 +11,8 @@ Nothing here reshapes an image, so ``model.to(memory_format=torch.channels_last)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple, cast, overload
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,27 +22,29 @@ from ...checkpoints.values import Count, Levels, Scale, Shift
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
 from ...nn.gaussian import DiagonalGaussianDistribution
-from ...nn.outputs import keyed
+from ...nn.outputs import BaseOutput
 from ..base import Model
+from ..compat import FusedProjections, GradientCheckpointing
+from .blending import BlendedTiles
 from .layers import Decoder, Encoder
 from .tiling import Tiling
 
 
-@keyed
-class AutoencoderKLOutput(NamedTuple):
+@dataclass
+class AutoencoderKLOutput(BaseOutput):
     """What ``encode`` returns."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
-@keyed
-class DecoderOutput(NamedTuple):
+@dataclass
+class DecoderOutput(BaseOutput):
     """What ``decode`` returns."""
 
     sample: Tensor  # [B, out_channels, H, W], about -1 to 1 and not clamped
 
 
-class AutoencoderKL(Tiling, Model):
+class AutoencoderKL(FusedProjections, GradientCheckpointing, BlendedTiles, Tiling, Model):
     """Images <-> latents, 2 ** (levels - 1) times smaller on each side.
 
     Args:
@@ -64,6 +67,9 @@ class AutoencoderKL(Tiling, Model):
     Raises:
         ConfigurationError: a value that is not one of those above.
     """
+
+    _no_split_modules: ClassVar = ["MidBlock", "Resnet"]
+    _encoded, _decoded = AutoencoderKLOutput, DecoderOutput
 
     stored_lists: ClassVar[Mapping[str, str]] = {
         "block_out_channels": "encoder.down_blocks",
@@ -117,6 +123,9 @@ class AutoencoderKL(Tiling, Model):
         self.in_channels = in_channels
         self.latent_channels = latent_channels
         self.use_slicing = False
+        self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // 2 ** (len(widths) - 1)
+        self.tile_overlap_factor = 0.25
 
     @overload
     def encode(self, x: Tensor, return_dict: Literal[True] = True) -> AutoencoderKLOutput: ...
@@ -185,14 +194,6 @@ class AutoencoderKL(Tiling, Model):
     def disable_slicing(self) -> None:
         """Compute the whole batch at once."""
         self.use_slicing = False
-
-    def enable_gradient_checkpointing(self) -> None:
-        """In training, keep only the input of each block and recompute its activations in the backward pass."""
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        """In training, keep every activation."""
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
     def _encode(self, x: Tensor) -> Tensor:
         parameters = self._run(self.encoder, x)

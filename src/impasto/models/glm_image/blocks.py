@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ...nn.embeddings import apply_rotary, timestep_features
 from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
 from ...nn.tokens import Layout
+from ..attention_processor import ProcessedAttention
 from .context import Past
 from .places import Places
+from .processor import GlmImageAttnProcessor, process
 
 _EPS = 1e-5
 
@@ -104,8 +106,13 @@ class GlmImageBlock(nn.Module):
         return places.gated(x, gate_ff, self.ff(normed)), key, value
 
 
-class Attention(nn.Module):
+class Attention(ProcessedAttention):
     """Multi-head attention with normalized queries and keys; only image tokens have positions."""
+
+    default_processor = GlmImageAttnProcessor()
+    group_norm = None
+    norm_q = property(lambda self: _normalized)
+    norm_k = norm_q
 
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
@@ -115,18 +122,29 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, heads * head_dim)
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, width), nn.Dropout(0.0))
 
-    def forward(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] -> [B, S, D], and its keys and values [B, heads, S, d]; or [T, D] of a mixed batch.
 
         Args:
             past: keys and values [B, heads, R, d] of the references; of a mixed batch, a pair or None for each image.
         """
-        layers = (self.to_q, self.to_k, self.to_v)
-        query, key, value = (torch.unflatten(layer(x), -1, (self.heads, -1)) for layer in layers)
-        query, key = (apply_rotary(_normalized(y), places.cos, places.sin) for y in (query, key))  # [B, S, heads, d]
+        query = apply_rotary(_normalized(self._heads(self.to_q, x)), places.cos, places.sin)  # [B, S, heads, d]
+        key, value = self._keys_values(x, places)
         out = places.attend(query, key, value, past).flatten(-2)  # [B, S, D]
         projected: Tensor = self.to_out(out)
         return projected, key.transpose(-3, -2), value.transpose(-3, -2)
+
+    def process(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor, Tensor]:
+        projected, written = process(self, x, places, past)
+        key, value = written or self._keys_values(x, places)
+        return projected, key.transpose(-3, -2), value.transpose(-3, -2)
+
+    def _keys_values(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        key = apply_rotary(_normalized(self._heads(self.to_k, x)), places.cos, places.sin)
+        return key, self._heads(self.to_v, x)
+
+    def _heads(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return torch.unflatten(layer(x), -1, (self.heads, -1))
 
 
 def _normalized(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B images, N image tokens, M text tokens, R reference tokens, d channels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
@@ -59,6 +59,15 @@ class GlmImageContext(NamedTuple):
     cos: Tensor  # [B or 1, 1, N, d]
     sin: Tensor  # [B or 1, 1, N, d]
     others: tuple[GlmImageContext, ...] = ()  # those of a mixed batch that follow, of images of other sizes
+    projects: bool = False  # made by ``denoise``, since someone watches what makes it; then the prior is [B, N, 2]:
+    # the numbers of its tokens, and whether they are dropped
+
+    def made(self, project: Callable[[GlmImageContext], GlmImageContext]) -> GlmImageContext:
+        """The same with text and prior projected."""
+        if not self.projects:
+            return self
+        first, *others = (project(batch) for batch in self.batches)
+        return first._replace(others=tuple(others), projects=False)
 
     @property
     def rows(self) -> int:
@@ -95,12 +104,15 @@ class GlmImageContext(NamedTuple):
             prior=self.prior[rows],
             cos=self.cos if shared else self.cos[rows],
             sin=self.sin if shared else self.sin[rows],
+            projects=self.projects,
         )
 
     @staticmethod
     def concat(contexts: Sequence[GlmImageContext]) -> GlmImageContext:
         """One batch of several. In a batch of one size, shorter texts are padded with discarded tokens."""
         contexts = [batch for context in contexts for batch in context.batches]
+        if len({context.projects for context in contexts}) > 1:
+            raise InputError("contexts from before and after a hook on what makes them cannot be joined")
         if len({context.prior.shape[1] for context in contexts}) > 1:
             return contexts[0]._replace(others=tuple(contexts[1:]))
         lengths = [context.text.shape[1] for context in contexts]
@@ -121,6 +133,7 @@ class GlmImageContext(NamedTuple):
             prior=torch.cat([context.prior for context in contexts]),
             cos=cos,
             sin=sin,
+            projects=first.projects,
         )
 
     def bias_or_zeros(self) -> Tensor:
@@ -132,15 +145,24 @@ class GlmImageModulation(NamedTuple):
     """The timestep and the image's size and crop, embedded: the input of every block's modulation."""
 
     embedded: Tensor  # [B, time_embed_dim]
+    embeds: bool = False  # made by ``denoise``, since someone watches what makes it; then it is [B, 5]
+
+    def made(self, embed: Callable[..., Tensor], dtype: torch.dtype) -> GlmImageModulation:
+        """The same, made."""
+        if not self.embeds:
+            return self
+        return GlmImageModulation(embed(self.embedded[:, 0], self.embedded[:, 1:3], self.embedded[:, 3:], dtype))
 
     def select(self, rows: slice | Tensor | list[int]) -> GlmImageModulation:
         """The modulation of some rows: of one step, where it was made for all of them."""
-        return GlmImageModulation(self.embedded[rows])
+        return self._replace(embedded=self.embedded[rows])
 
     @staticmethod
     def concat(modulations: Sequence[GlmImageModulation]) -> GlmImageModulation:
         """One batch of several."""
-        return GlmImageModulation(torch.cat([modulation.embedded for modulation in modulations]))
+        if len({modulation.embeds for modulation in modulations}) > 1:
+            raise InputError("modulations from before and after a hook on what makes them cannot be joined")
+        return modulations[0]._replace(embedded=torch.cat([modulation.embedded for modulation in modulations]))
 
 
 class GlmImageReferences(NamedTuple):
@@ -201,6 +223,12 @@ class GlmImageReferences(NamedTuple):
             ]
             for key, value in layers
         ]
+
+    def seen_by(self, row: int) -> GlmImageReferences | None:
+        """Those that one image sees; None if it sees none."""
+        places = self.bias_or_zeros()[row, 0, 0].isfinite().nonzero()[:, 0]
+        keys, values = (tuple(_kept(x[row], places) for x in side) for side in (self.keys, self.values))
+        return GlmImageReferences(keys, values) if places.shape[0] else None
 
     def unseen(self) -> GlmImageReferences:
         """The same, and no image sees it: for the unconditional half of a batch."""

@@ -23,21 +23,22 @@ from torch import Tensor, nn
 from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
-from ...nn.changes import is_compiled
+from ...nn.changes import is_compiled, is_watched
 from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
-from ...nn.precision import checkpointed
 from ...nn.tokens import Layout, is_tracing
+from ..attention_processor import giving
 from ..base import Model
-from ..compat import GradientCheckpointing
+from ..compat import Caching, GradientCheckpointing, Processors, Rope
 from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
 from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences, Rotary, rotary_tables
 from .places import Places, mixed_places, places_of
+from .processor import differ, one_by_one
 
 
-class GlmImageTransformer2DModel(GradientCheckpointing, Model):
+class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointing, Model):
     """Predicts the velocity of latents, given glyphs, the prior's tokens, timestep and size.
 
     Arguments are those of the diffusers class of this name. The released model has 32 heads of 128.
@@ -61,6 +62,9 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
     # Of the documents, not of the class that wrote the released config: only written where they say something.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset({"pos_embed_max_size", "sample_size"})
 
+    _no_split_modules: ClassVar = ["GlmImageBlock", "ImageProjector", "TimestepAndSizeEmbedder"]
+    _repeated_blocks: ClassVar = ["GlmImageBlock"]
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "norm", "proj_out"]
     stored_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
 
     @records_config
@@ -68,16 +72,17 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         self,
         patch_size: Patch = 2,
         in_channels: Count = 16,
+        out_channels: Count = 16,
         num_layers: Count = 30,
         attention_head_dim: Count = 40,
         num_attention_heads: Count = 64,
-        out_channels: Count = 16,
         text_embed_dim: Count = 1472,
         time_embed_dim: Count = 512,
         condition_dim: Count = 256,
+        prior_vq_quantizer_codebook_size: Count = 16384,
+        *,
         pos_embed_max_size: Count = 128,
         sample_size: Count = 128,
-        prior_vq_quantizer_codebook_size: Count = 16384,
     ):
         super().__init__()
         name = type(self).__name__
@@ -150,23 +155,30 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             )
         if prior_token_id.is_floating_point() or prior_token_id.dtype == torch.bool:
             raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
-        prior = self.prior_token_embedding(prior_token_id)  # [B, N, D]
+        dropped = torch.zeros_like(prior_token_id)
         if prior_token_drop is not None:
             if prior_token_drop.shape != (batch,) and prior_token_drop.shape != (batch, tokens):
                 raise InputError(
                     f"prior_token_drop has shape {list(prior_token_drop.shape)}; expected {[batch, tokens]} "
                     f"or {[batch]}"
                 )
-            drop = prior_token_drop.bool().view(batch, -1, 1)  # [B, N or 1, 1]
-            prior = prior.masked_fill(drop, 0.0)
+            dropped = prior_token_drop.bool().view(batch, -1).expand(-1, tokens).to(prior_token_id.dtype)
         cos, sin = rotary_tables(image_rotary_emb, (rows, columns), self.head_dim, batch, text_embeds.device)
-        return GlmImageContext(
-            text=self.glyph_projector(text_embeds),  # [B, M, D]
+        context = GlmImageContext(
+            text=text_embeds,
             bias=None if mask is None else text_bias(mask),
-            prior=self.prior_projector(prior),  # [B, N, D]
+            prior=torch.stack([prior_token_id, dropped], dim=-1),
             cos=cos,
             sin=sin,
+            projects=True,
         )
+        made_by = (self.glyph_projector, self.prior_token_embedding, self.prior_projector)
+        return context if not is_tracing() and any(map(is_watched, made_by)) else context.made(self._project)
+
+    def _project(self, context: GlmImageContext) -> GlmImageContext:
+        ids, dropped = context.prior.unbind(-1)  # [B, N]
+        prior = self.prior_token_embedding(ids).masked_fill(dropped.bool()[..., None], 0.0)  # [B, N, D]
+        return context._replace(text=self.glyph_projector(context.text), prior=self.prior_projector(prior))
 
     def modulate(self, timestep: Tensor, target_size: Tensor, crop_coords: Tensor) -> GlmImageModulation:
         """Embed timesteps, sizes and crops.
@@ -180,7 +192,13 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             if numbers.ndim != 2 or numbers.shape[1] != 2 or numbers.shape[0] not in (1, len(timestep)):
                 raise InputError(f"{name} has shape {list(numbers.shape)}; expected {[len(timestep), 2]}")
         sizes, crops = (x.expand(len(timestep), 2) for x in (target_size, crop_coords))
-        return GlmImageModulation(self.time_condition_embed(timestep, sizes, crops, self.proj_out.weight.dtype))
+        numbers = torch.cat([x.float() for x in (timestep[:, None], sizes, crops)], dim=1)  # [B, 5]
+        modulation = GlmImageModulation(numbers, embeds=True)
+        later = is_watched(self.time_condition_embed) and not is_tracing()
+        return modulation if later else self._embed(modulation)
+
+    def _embed(self, modulation: GlmImageModulation) -> GlmImageModulation:
+        return modulation.made(self.time_condition_embed, self.proj_out.weight.dtype)
 
     def denoise(
         self,
@@ -197,12 +215,18 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         Returns:
             [B, out_channels, H, W], or B of [out_channels, H, W].
         """
+        context, modulation = context.made(self._project), self._embed(modulation)
+        if self._is_processed() and differ(latents, context, references):
+            return one_by_one(self._predict, latents, context, modulation, references)
         if isinstance(latents, Tensor):
             return self._predict([latents], context, modulation, references)[0][0]
         if len({image.shape for image in latents}) == 1:
             return [*self.denoise(torch.stack([*latents]), context, modulation, references)]
         images = [image[None] for image in latents]
         return [output[0] for output in self._predict(images, context, modulation, references)[0]]
+
+    def _is_processed(self) -> bool:
+        return any(cast(GlmImageBlock, block).attn1.is_processed for block in self.transformer_blocks)
 
     def encode_references(
         self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation
@@ -216,6 +240,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
     def _encode_references(
         self, latents: Tensor, context: GlmImageContext, modulation: GlmImageModulation
     ) -> tuple[Tensor, GlmImageReferences]:
+        context, modulation = context.made(self._project), self._embed(modulation)
         layers: list[tuple[Tensor, Tensor]] = []
         outputs, places = self._predict([latents], context, modulation, None, layers)
         keys, values = zip(*layers, strict=True)
@@ -252,7 +277,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
 
         inside = places.as_tensors() if dynamic else places
         for block, past in zip(self.transformer_blocks, pasts, strict=True):
-            run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
+            run = partial(self.checkpoint, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
             x, *key_value = run(x, modulation.embedded, inside, past)
             if layers is not None:
                 layers.append((key_value[0], key_value[1]))
@@ -290,7 +315,7 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             timestep: [B] (or one for all), or what ``modulate`` made, in place of it, of size and crop.
             target_size: [B, 2] (or one for all), the image's height and width in pixels.
             crop_coords: [B, 2] (or one for all), where in it the crop begins, from the top and from the left.
-            attention_kwargs: accepted as documented; attention takes none (``scale`` is ignored).
+            attention_kwargs: for attention processors that take them (``scale`` is ignored).
             return_dict: False returns a plain tuple.
             attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M], where -10000
                 discards.
@@ -304,8 +329,6 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
             InputError: a shape that does not fit, with the shape that would; or something missing.
         """
         batches = as_batches(hidden_states, self.in_channels, self.patch_size)
-        if attention_kwargs and set(attention_kwargs) - {"scale"}:
-            raise InputError(f"attention_kwargs {sorted(attention_kwargs)}: GLM-Image's attention takes none of them")
         batch = sum(latents.shape[0] for latents in batches)
         if isinstance(encoder_hidden_states, GlmImageContext):
             replaced = {
@@ -339,13 +362,14 @@ class GlmImageTransformer2DModel(GradientCheckpointing, Model):
         references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
             references = kv_caches.read() if kv_caches.mode == "read" else None
-        if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
-            if not isinstance(hidden_states, Tensor):
-                raise InputError("a cache is written with latents of one size: give them as one tensor")
-            output, written = self._encode_references(hidden_states, context, modulation)
-            kv_caches.write(written)
-        else:
-            output = self.denoise(hidden_states, context, modulation, references)
+        with giving(attention_kwargs, self, "attention_kwargs", self.gradient_checkpointing):
+            if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
+                if not isinstance(hidden_states, Tensor):
+                    raise InputError("a cache is written with latents of one size: give them as one tensor")
+                output, written = self._encode_references(hidden_states, context, modulation)
+                kv_caches.write(written)
+            else:
+                output = self.denoise(hidden_states, context, modulation, references)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _contexts(self, batches: Sequence[Tensor], text: Tensor, per_image: Sequence[Any]) -> GlmImageContext:

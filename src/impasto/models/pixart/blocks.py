@@ -5,8 +5,7 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,10 @@ from ...errors import InputError
 from ...nn.attention import attention, attention_by_image
 from ...nn.backends.onednn import linear
 from ...nn.embeddings import timestep_features
-from ...nn.fused_linear import FusedLinear, project
+from ...nn.fused_linear import project
 from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
 from ...nn.tokens import Layout
+from ..attention_processor import ProcessedAttention
 from .text import LayerText, Modulation, attend_text, encode_layer
 
 
@@ -133,8 +133,10 @@ class PixArtBlock(nn.Module):
         return gated(x, gate_ff, self.ff(normed), layout)
 
 
-class Attention(nn.Module):
+class Attention(ProcessedAttention):
     """Multi-head attention of image tokens to themselves or to the text."""
+
+    group_norm = None
 
     def __init__(self, width: int, context_dim: int | None, heads: int, bias: bool, dropout: float, upcast: bool):
         super().__init__()
@@ -145,9 +147,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim or width, width, bias=bias)
         self.to_v = nn.Linear(context_dim or width, width, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-        self._fused: FusedLinear | None = None
 
-    def forward(
+    def compute(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
@@ -192,13 +193,6 @@ class Attention(nn.Module):
         """The projections of one input: of self-attention all three, of cross-attention those of the text."""
         layers: list[nn.Module] = [self.to_k, self.to_v]
         return layers if self.is_cross else [self.to_q, *layers]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moving or casting gives every projection storage of its own again.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._fused is not None:
-            self._fused = FusedLinear(self._fused.layers)
-        return self
 
 
 def _four(mask: Tensor | None) -> Tensor | None:

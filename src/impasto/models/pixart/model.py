@@ -22,21 +22,21 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
-from ...nn.changes import is_compiled, is_plain, register_methods
+from ...nn.changes import is_compiled, is_plain, is_watched, register_methods
 from ...nn.embeddings import sincos_2d
 from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
-from ...nn.precision import checkpointed
 from ...nn.tokens import Layout, is_tracing
+from ..attention_processor import giving
 from ..base import Model
-from ..compat import FusedProjections, GradientCheckpointing
+from ..compat import Caching, FusedProjections, GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
 
-class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
+class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing, Model):
     """Predicts the noise (and, with twice the channels, its variance) in latents, given text and timestep.
 
     α and Σ differ by config alone. Arguments are those of the diffusers class of this name.
@@ -70,6 +70,9 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         {"double_self_attention", "only_cross_attention", "num_vector_embeds", "use_linear_projection"}
     )
 
+    _no_split_modules: ClassVar = ["PixArtBlock", "PatchEmbed"]
+    _repeated_blocks: ClassVar = ["PixArtBlock"]
+    _skip_layerwise_casting_patterns: ClassVar = ["pos_embed", "norm", "adaln_single"]
     stored_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
 
     @records_config
@@ -133,7 +136,8 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
                 f"{cross_attention_dim}; make them equal, or leave caption_channels None"
             )
 
-        self.inner_dim = width
+        self.inner_dim, self.attention_head_dim = width, attention_head_dim
+        self.height = self.width = sample_size
         self.has_cross_attention = cross_attention_dim is not None
         self.text_channels = cross_attention_dim if caption_channels is None else caption_channels
         self.out_channels = out_channels or in_channels
@@ -171,8 +175,8 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
     def encode_context(self, text_embeds: Tensor | None, mask: Tensor | None = None) -> PixArtContext:
         """Project the text and, in inference, make every layer's keys and values.
 
-        Discarded tokens are left out, so that padded text costs nothing; in training and inside a compiled graph,
-        where shapes are to be static, they are masked.
+        Discarded tokens are left out, so that padded text costs nothing; inside a compiled graph and in training with
+        compiled blocks, where shapes are to be static, they are masked.
 
         Args:
             text_embeds: [B, M, caption_channels], or [B, M, cross_attention_dim] without ``caption_channels``;
@@ -193,14 +197,18 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         if not self.has_cross_attention:
             return PixArtContext(ProjectedText(None, None))
         bias = None if mask is None else text_bias(mask)[:, 0]  # [B, 1, M]
+        if is_watched(self.caption_projection) and not is_tracing():
+            return PixArtContext(ProjectedText(text_embeds, bias), projects=True)
         project = self.caption_projection or nn.Identity()
-        if torch.is_grad_enabled() or is_tracing():
+        if is_tracing() or (torch.is_grad_enabled() and is_compiled(self.transformer_blocks[0])):
             return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows, biases = kept_rows(text_embeds, bias)  # B of [M, C] and of [M], no longer padded
         lengths = [len(row) for row in rows]
+        if torch.is_grad_enabled() and not any(lengths):  # every parameter gets a gradient in each step
+            return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows = project(torch.cat(rows)).split(lengths)  # B of [M, D]
         projected = ProjectedText(pad(rows), bias_of(lengths, biases, text_embeds))
-        if self._is_watched():
+        if torch.is_grad_enabled() or self._makes_keys_each_step():
             return PixArtContext(projected)
         register_methods(self.transformer_blocks, "encode_text")
         separate = self._keeps_rows(text_embeds)
@@ -218,6 +226,10 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         attentions = [attention for block in blocks for attention in (block.attn1, block.attn2)]
         return not all(attention is None or is_plain(attention, Attention) for attention in attentions)
 
+    def _makes_keys_each_step(self) -> bool:
+        blocks = cast(Sequence[PixArtBlock], self.transformer_blocks)
+        return self._is_watched() or any(is_watched(block.attn2) for block in blocks)
+
     def modulate(self, timestep: Tensor, conditions: Mapping[str, Tensor | None] | None = None) -> Modulation:
         """Embed timesteps and micro-conditions.
 
@@ -226,6 +238,8 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
             conditions: ``resolution`` [B, 2] (height and width in pixels) and ``aspect_ratio`` [B, 1]
                 (height / width), for models with ``use_additional_conditions``; may be None elsewhere.
         """
+        if is_watched(self.adaln_single) and not is_tracing():
+            return Modulation.later(timestep, conditions or {})
         modulation: Modulation = self.adaln_single(timestep, conditions or {})
         return modulation
 
@@ -255,6 +269,7 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         Returns:
             [B, out_channels, H, W], or B of [out_channels, H, W].
         """
+        context, modulation = context.made(self.caption_projection), modulation.made(self.adaln_single)
         if isinstance(latents, Tensor):
             return self._predict([latents], context, modulation, attention_mask)[0]
         if len({image.shape for image in latents}) == 1:  # one size
@@ -283,13 +298,13 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         x = embedded[0] if layout is None else torch.cat([tokens[0] for tokens in embedded])  # [B, N, D] or [T, D]
 
         bias = image_bias(attention_mask, x)  # [B, 1, N]
-        if self._is_watched():
+        if context.layers is not None and self._makes_keys_each_step():
             context = PixArtContext(context.projected)
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
         texts = context.of_layers(len(self.transformer_blocks), layout, dynamic)
         places = layout.as_tensors() if layout is not None and dynamic else layout
         for block, text in zip(self.transformer_blocks, texts, strict=True):
-            run = partial(checkpointed, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
+            run = partial(self.checkpoint, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
             x = run(x, modulation.shared, text, bias, places)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
@@ -321,7 +336,7 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
             encoder_hidden_states: text embeddings [B, M, caption_channels], or what ``encode_context`` made.
             timestep: [B] (or one for all), or what ``modulate`` made.
             added_cond_kwargs: the micro-conditions ``resolution`` [B, 2] and ``aspect_ratio`` [B, 1].
-            cross_attention_kwargs: accepted as documented; attention takes none (``scale`` is ignored).
+            cross_attention_kwargs: for attention processors that take them (``scale`` is ignored).
             attention_mask: which image tokens self-attention may read: [B, N], true (or 1) keeps; or a bias
                 [B, 1, N].
             encoder_attention_mask: which text tokens count: [B, M], true (or 1) keeps; or a bias [B, 1, M],
@@ -335,10 +350,6 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
             InputError: a shape that does not fit, with the shape that would.
         """
         batches = as_batches(hidden_states, self.in_channels, self.patch_size)
-        if cross_attention_kwargs and set(cross_attention_kwargs) - {"scale"}:
-            raise InputError(
-                f"cross_attention_kwargs {sorted(cross_attention_kwargs)}: PixArt's attention takes none of them"
-            )
         batch = sum(latents.shape[0] for latents in batches)
         if isinstance(encoder_hidden_states, PixArtContext):
             context = encoder_hidden_states
@@ -351,7 +362,8 @@ class PixArtTransformer2DModel(FusedProjections, GradientCheckpointing, Model):
         self._check_rows(batches, context, modulation)
         if attention_mask is not None and not isinstance(hidden_states, Tensor):
             raise InputError("attention_mask masks the tokens of images of one size: give their latents as one tensor")
-        output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
+        with giving(cross_attention_kwargs, self, "cross_attention_kwargs", self.gradient_checkpointing):
+            output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     # Checks and loading

@@ -5,7 +5,7 @@ Shapes: B images, N image tokens, M text tokens, T tokens of a mixed batch, D wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -161,6 +161,11 @@ class PixArtContext(NamedTuple):
 
     projected: ProjectedText
     layers: tuple[LayerText, ...] | None = None  # L
+    projects: bool = False  # the text is projected by ``denoise``, since someone watches the projection
+
+    def made(self, projection: Any) -> PixArtContext:
+        """The same with its text projected."""
+        return PixArtContext(self.projected._replace(text=projection(self.projected.text))) if self.projects else self
 
     @property
     def rows(self) -> int | None:
@@ -216,7 +221,7 @@ class PixArtContext(NamedTuple):
     def select(self, rows: slice | Tensor | list[int]) -> PixArtContext:
         """The contexts of some images of the batch."""
         if self.layers is None:
-            return PixArtContext(self.projected.select(rows))
+            return PixArtContext(self.projected.select(rows), projects=self.projects)
         chosen = indices(rows, self.rows or 0)
         return PixArtContext(
             self.projected.select(rows),
@@ -232,6 +237,8 @@ class PixArtContext(NamedTuple):
         elif len(kinds) > 1:
             raise InputError("contexts of inference and of training, or with and without text, cannot be joined")
         projected = _joined([context.projected for context in contexts])
+        if contexts[0].projects:
+            return PixArtContext(projected, projects=True)
         if any(isinstance(text, list) for context in contexts for text in context.layers or ()):
             contexts = [context.separate() for context in contexts]
         layers = [context.layers for context in contexts if context.layers is not None]
@@ -252,6 +259,8 @@ class PixArtContext(NamedTuple):
     def _kind(self) -> str:
         if self.layers is not None:
             return "inference"
+        if self.projects:
+            return "projected later"
         return "no text" if self.projected.text is None else "training"
 
 
@@ -287,15 +296,35 @@ class Modulation(NamedTuple):
 
     shared: Tensor  # [B, 6, D]: shift, scale, gate of attention; shift, scale, gate of the feed-forward
     timestep: Tensor  # [B, 1, D]: for the last layer
+    conditions: Mapping[str, Tensor] | None = None  # of one that ``denoise`` makes; the others are then timesteps [B]
+
+    @staticmethod
+    def later(timestep: Tensor, conditions: Mapping[str, Tensor | None]) -> Modulation:
+        """One that ``denoise`` makes, since someone watches what makes it."""
+        rows = len(timestep)
+        given = {name: x.expand(rows, -1) if len(x) == 1 else x for name, x in conditions.items() if x is not None}
+        return Modulation(timestep, timestep, given)
+
+    def made(self, embed: Any) -> Modulation:
+        """The same, made."""
+        made: Modulation = self if self.conditions is None else embed(self.timestep, self.conditions)
+        return made
 
     def select(self, rows: slice | Tensor | list[int]) -> Modulation:
         """The modulation of some rows: of one step, where it was made for all of them."""
-        return Modulation(self.shared[rows], self.timestep[rows])
+        conditions = None if self.conditions is None else {name: x[rows] for name, x in self.conditions.items()}
+        return Modulation(self.shared[rows], self.timestep[rows], conditions)
 
     @staticmethod
     def concat(modulations: Sequence[Modulation]) -> Modulation:
         """One batch of several."""
-        return Modulation(torch.cat([m.shared for m in modulations]), torch.cat([m.timestep for m in modulations]))
+        given = [m.conditions for m in modulations if m.conditions is not None]
+        if given and len(given) < len(modulations):
+            raise InputError("modulations from before and after a hook on what makes them cannot be joined")
+        conditions = {name: torch.cat([one[name] for one in given]) for name in given[0]} if given else None
+        return Modulation(
+            torch.cat([m.shared for m in modulations]), torch.cat([m.timestep for m in modulations]), conditions
+        )
 
 
 def image_bias(mask: Tensor | None, x: Tensor) -> Tensor | None:
