@@ -34,6 +34,7 @@ FLOORS = {
     "serving": 4,
     "scenes": 4,
     "callbacks": 5,
+    "image_processor": 5,
     "cli": 5,
     "__init__": 5,
     "__main__": 5,

@@ -63,8 +63,7 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
         bound.apply_defaults()
         values = check_arguments(type(self).__name__, dict(list(bound.arguments.items())[1:]), init)
         defaulted = [name for name in values if name not in given]
-        config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
-        object.__setattr__(self, "config", config)
+        self.config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
         cast(Any, init)(self, **values)
 
     return wrapper
@@ -82,7 +81,17 @@ class Configurable(Uploads):
     #: Whether configs of other classes are taken, too, so that keys without an argument are expected.
     has_compatibles: ClassVar[bool] = False
 
-    config: Config
+    _internal_dict: Mapping[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The arguments that this was built from."""
+        values = self._internal_dict
+        return values if isinstance(values, Config) else Config(values)  # old code assigns a dict of its own
+
+    @config.setter
+    def config(self, values: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_internal_dict", Config(values))
 
     @overload
     @classmethod
@@ -183,15 +192,7 @@ class Configurable(Uploads):
 
     def register_to_config(self, **values: Any) -> None:
         """Add values to the record, or replace them there. The object itself stays as it was built."""
-        object.__setattr__(self, "config", Config({**self.config, **values}))
-
-    @property
-    def _internal_dict(self) -> Config:
-        return self.config
-
-    @_internal_dict.setter
-    def _internal_dict(self, values: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "config", Config(values))
+        self.config = Config({**self.config, **values})
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

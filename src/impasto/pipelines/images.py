@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
+from ..checkpoints.values import Count
 from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
-from ..errors import ImpastoError, InputError
+from ..errors import ConfigurationError, ImpastoError, InputError
+from .image_methods import ImageMethods
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
@@ -30,17 +31,36 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
-class ImageProcessor(Configurable):
+class ImageProcessor(ImageMethods, Configurable):
     """Converts between an autoencoder's tensors and images.
 
     Args:
+        do_resize: whether ``preprocess`` resizes images.
         vae_scale_factor: pixels per latent along a side; heights and widths are rounded down to multiples of it.
         vae_latent_channels: ``preprocess`` takes tensors with this many channels for latents.
+        resample: the filter for PIL images.
+        reducing_gap: Pillow's option of this name, for faster and rougher reductions.
+        do_normalize: whether the autoencoder's tensors are in [-1, 1] (True) or in [0, 1] (False).
+        do_binarize: whether ``preprocess`` rounds values to 0 and 1, as for masks.
+        do_convert_rgb: without effect, as PIL images are converted to RGB anyway, unless they become gray.
+        do_convert_grayscale: whether ``preprocess`` converts PIL images to gray; arrays [B, H, W] are then gray images.
     """
 
     @records_config
-    def __init__(self, vae_scale_factor: int = 8, vae_latent_channels: int = 4):
-        pass
+    def __init__(
+        self,
+        do_resize: bool = True,
+        vae_scale_factor: Count = 8,
+        vae_latent_channels: Count = 4,
+        resample: Literal["linear", "bilinear", "bicubic", "lanczos", "nearest"] = "lanczos",
+        reducing_gap: float | None = None,
+        do_normalize: bool = True,
+        do_binarize: bool = False,
+        do_convert_rgb: bool = False,
+        do_convert_grayscale: bool = False,
+    ):
+        if do_convert_rgb and do_convert_grayscale:
+            raise ConfigurationError("do_convert_rgb and do_convert_grayscale contradict each other; give one of them")
 
     def postprocess(
         self, image: Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None
@@ -52,7 +72,7 @@ class ImageProcessor(Configurable):
             output_type: "pil": a list of PIL images; "np": an array [B, H, W, C] in [0, 1]; "pt": a tensor
                 [B, C, H, W] in [0, 1]; "latent": ``image``, unchanged.
             do_denormalize: for each image, whether it is in [-1, 1] (True) or already in [0, 1] (False);
-                None: all are in [-1, 1].
+                None: as ``do_normalize`` of the processor.
 
         Raises:
             InputError: not a tensor [B, C, H, W], or an unknown ``output_type``.
@@ -68,7 +88,7 @@ class ImageProcessor(Configurable):
             raise InputError(f"do_denormalize has {len(do_denormalize)} entries for {len(image)} images")
         _warn_of_non_finite(image)
         if do_denormalize is None:
-            image = self.denormalize(image)
+            image = self.denormalize(image) if self.config.do_normalize else image
         else:
             image = torch.stack([self.denormalize(x) if do else x for x, do in zip(image, do_denormalize)])
         if output_type == "pt":
@@ -78,7 +98,12 @@ class ImageProcessor(Configurable):
         return self.numpy_to_pil(self.pt_to_numpy(image.float().nan_to_num(0.0)))
 
     def preprocess(
-        self, image: Images | Sequence[Images], height: int | None = None, width: int | None = None
+        self,
+        image: Images | Sequence[Images],
+        height: int | None = None,
+        width: int | None = None,
+        resize_mode: str = "default",
+        crops_coords: tuple[int, int, int, int] | None = None,
     ) -> Tensor:
         """Convert images to the tensor that an autoencoder encodes.
 
@@ -88,9 +113,11 @@ class ImageProcessor(Configurable):
                 in [0, 1] or integers in [0, 255]. Floats in [-1, 1] are accepted with a warning; other ranges are
                 refused. Tensors with the channels of latents are returned unchanged.
             height, width: in pixels, rounded down to multiples of ``vae_scale_factor``; the first image's by default.
+            resize_mode: as for ``resize``.
+            crops_coords: left, top, right and bottom of the region of PIL images that is used.
 
         Returns:
-            A tensor [B, C, height, width] in [-1, 1].
+            A tensor [B, C, height, width] in [-1, 1], or in [0, 1] without ``do_normalize``.
 
         Raises:
             InputError: not images of one kind, or values outside of these ranges.
@@ -105,13 +132,20 @@ class ImageProcessor(Configurable):
             raise InputError(f"expected PIL images, NumPy arrays or tensors, all of one kind, not {names}")
 
         if isinstance(first, Image.Image):
-            size = self._size((first.height, first.width), height, width)
-            resized = [
-                to_rgb(x).resize(size[::-1], Image.Resampling.LANCZOS) for x in images if isinstance(x, Image.Image)
-            ]
-            return normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
+            plain = [x if crops_coords is None else x.crop(crops_coords) for x in images if isinstance(x, Image.Image)]
+            gray = self.config.do_convert_grayscale
+            plain = [x if gray and x.mode in ("L", "RGB") else to_rgb(x) for x in plain]
+            if self.config.do_resize:
+                size = self._size((plain[0].height, plain[0].width), height, width)
+                plain = [self.resize(x, *size, resize_mode) for x in plain]
+            elif len({x.size for x in plain}) > 1:
+                raise InputError("the images have different sizes, and do_resize=False: give images of one size")
+            batch = self.numpy_to_pt(self.pil_to_numpy([x.convert("L") for x in plain] if gray else plain))
+            return self._in_range(batch)
 
         check_arrays(images)
+        if self.config.do_convert_grayscale and not isinstance(image, list | tuple):
+            images = [_gray(first)]
         batches = [as_batch(x) for x in images]
         if len({batch.shape[1:] for batch in batches}) > 1:
             shapes = ", ".join(str(list(batch.shape)) for batch in batches)
@@ -122,7 +156,13 @@ class ImageProcessor(Configurable):
         size = self._size((batch.shape[2], batch.shape[3]), height, width)
         if batch.shape[1] not in (1, 3):
             raise InputError(f"an image has 1 or 3 channels, not {batch.shape[1]} (shape {list(batch.shape)})")
-        return F.interpolate(normalize(batch), size=size)
+        batch = self._in_range(batch)
+        return self.resize(batch, *size, resize_mode) if self.config.do_resize else batch
+
+    def _in_range(self, images: Tensor) -> Tensor:
+        """In the autoencoder's range, and rounded to its ends if they are to be."""
+        images = normalize(images) if self.config.do_normalize else unit_range(images)
+        return self.binarize(images) if self.config.do_binarize else images
 
     def _size(self, old: tuple[int, int], height: int | None, width: int | None) -> tuple[int, int]:
         factor = self.config.vae_scale_factor
@@ -131,6 +171,11 @@ class ImageProcessor(Configurable):
         if height < factor or width < factor:
             raise InputError(f"an image of {height} x {width} pixels is smaller than a latent of {factor} x {factor}")
         return height - height % factor, width - width % factor
+
+    @staticmethod
+    def convert_to_rgb(image: Image.Image) -> Image.Image:
+        """A PIL image of any mode as 8-bit RGB, transparency on white."""
+        return to_rgb(image)
 
     @staticmethod
     def denormalize(images: Tensor) -> Tensor:
@@ -174,6 +219,37 @@ class ImageProcessor(Configurable):
     def resize_and_crop_tensor(samples: Tensor, new_width: int, new_height: int) -> Tensor:
         """:func:`~impasto.pipelines.resolution.resize_and_crop`, under its documented name; width comes first."""
         return resize_and_crop(samples, new_height, new_width)
+
+
+class PixArtImageProcessor(ImageProcessor):
+    """The same, with arguments in the documented order of PixArt's."""
+
+    ignored_config_keys: ClassVar[frozenset[str]] = frozenset({"reducing_gap", "do_convert_rgb"})
+
+    @records_config
+    def __init__(
+        self,
+        do_resize: bool = True,
+        vae_scale_factor: Count = 8,
+        resample: Literal["linear", "bilinear", "bicubic", "lanczos", "nearest"] = "lanczos",
+        do_normalize: bool = True,
+        do_binarize: bool = False,
+        do_convert_grayscale: bool = False,
+        vae_latent_channels: Count = 4,
+    ):
+        super().__init__(
+            do_resize, vae_scale_factor, vae_latent_channels, resample, None, do_normalize, do_binarize,
+            do_convert_grayscale=do_convert_grayscale,
+        )  # fmt: skip
+
+
+def _gray(image: Any) -> Any:
+    """Arrays [B, H, W] or [H, W, 1] and tensors [B, H, W] as gray images with a channel."""
+    if image.ndim != 3:
+        return image
+    if isinstance(image, Tensor):
+        return image.unsqueeze(1)
+    return image[None] if image.shape[-1] == 1 else image[..., None]
 
 
 def check_output_type(output_type: Any) -> None:

@@ -25,7 +25,7 @@ from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .compat import PixArtMethods
 from .defaults import with_defaults
-from .images import ImageProcessor
+from .images import PixArtImageProcessor
 from .latents import unscaled
 from .prompts import EncodedTexts, encode_texts, prepare
 from .request import read_pixart, read_schedule, read_texts
@@ -67,7 +67,7 @@ class PixArtPipeline(PixArtMethods, Pipeline):
         )
         channels = 4 if vae is None else vae.config.get("latent_channels", 4)
         factor = 8 if vae is None else _vae_scale_factor(vae)
-        self.image_processor = ImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
+        self.image_processor = PixArtImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
         self._warned: set[str] = set()
         self._warn_of_mixtures()
 
