@@ -188,6 +188,13 @@ def test_foreign_parts_are_loaded_again(with_foreign_parts: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
 
 
+def test_a_memory_budget_with_foreign_parts(with_foreign_parts: Path) -> None:
+    options = {"memory_budget": "8GB", "vae": tiny_vae()}
+    assert PixArtSigmaPipeline.from_pretrained(with_foreign_parts, **options).scheduler.config.beta_end == 0.02
+    with pytest.raises(CheckpointError, match=r"AutoencoderTiny of diffusers, whose memory is not known.*vae=\.\.\."):
+        PixArtSigmaPipeline.from_pretrained(with_foreign_parts, memory_budget="8GB")
+
+
 def test_without_diffusers_the_error_names_the_install(
     with_foreign_parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,9 @@ def test_a_pipeline_for_a_task(sigma: Path, alpha: Path, auto: str, of_sigma: st
         turned = cls.from_pipe(getattr(impasto, other).from_pipe(pipe))
         assert type(turned) is type(pipe)
         assert turned.transformer is pipe.transformer
-    assert type(cls.from_pipe(impasto.to_diffusers(pipe), vae=None)) is type(pipe)
+    theirs = impasto.to_diffusers(pipe)
+    assert type(cls.from_pipe(theirs, vae=None, requires_safety_checker=False)) is type(pipe)
+    assert impasto.DiffusionPipeline.from_pipe(theirs).transformer is theirs.transformer
     with pytest.raises(InputError, match="PAG pipeline runs on to_diffusers"):
         cls.from_pretrained(sigma, enable_pag=True)
     with pytest.raises(InputError, match="from_pretrained or from_pipe"):

@@ -210,7 +210,7 @@ def test_wrong_quantization_configs_say_what_to_do(folder: Path) -> None:
     for wrong, expected in (
         (config, "PipelineQuantizationConfig, or a dict of configs by component"),
         ({"unet": config}, "'unet', which is not loaded"),
-        ({"scheduler": config}, "use transformer, text_encoder, vae"),
+        ({"scheduler": config}, "use text_encoder, vae, transformer"),
         ({"transformer": SimpleNamespace()}, "asks for SimpleNamespace"),
     ):
         with pytest.raises(InputError, match=expected):

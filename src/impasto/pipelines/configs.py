@@ -45,6 +45,13 @@ class DiffusionPipeline(Uploads):
         return found.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
+        """A pipeline of ours, of the same class, that shares the components of another one, ours or of diffusers."""
+        from ..registry import pipeline_class
+
+        return pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **options)
+
+    @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
         """Download the files that ``from_pretrained`` would load, and return their folder.
 
