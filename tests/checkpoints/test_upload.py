@@ -66,7 +66,7 @@ def test_a_scheduler_goes_into_a_subfolder(hub: Hub) -> None:
     uploaded = hub.calls[1][1]
     assert uploaded["files"] == ["scheduler_config.json"]
     assert (uploaded["repo_id"], uploaded["path_in_repo"]) == ("me/scheduler", "scheduler")
-    assert uploaded["commit_message"] == "Upload DDIMScheduler"
+    assert uploaded["commit_message"] == "Upload scheduler"
 
 
 def test_save_with_push_uploads_what_was_saved_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
