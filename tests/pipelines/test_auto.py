@@ -14,7 +14,7 @@ import impasto
 from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 
 from ..tiny import tiny_pipeline, tiny_vae, write_pipeline
-from ..tiny_glm import pipelines
+from ..tiny_glm import pipelines, prior_parts
 
 LIGHT: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
 
@@ -98,6 +98,15 @@ def test_models_by_their_config(sigma: Path) -> None:
         impasto.AutoModel.from_pretrained(sigma, subfolder="text_encoder", trust_remote_code=True)
 
 
+def test_an_index_that_diffusers_writes_for_glm_image(tmp_path: Path) -> None:
+    """It takes the name of a module in transformers for that of a pipeline."""
+    pipe, _ = pipelines()
+    pipe = impasto.GlmImagePipeline(**{**pipe.components, **prior_parts()})
+    impasto.to_diffusers(pipe).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["processor"] == ["glm_image", "GlmImageProcessor"]
+    assert type(impasto.DiffusionPipeline.from_pretrained(tmp_path).processor).__name__ == "GlmImageProcessor"
+
+
 def test_a_model_of_another_class(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     with pytest.raises(CheckpointError, match="'UNet2DConditionModel', which is not a class of this package"):
@@ -121,7 +130,10 @@ def test_the_config_names_the_components(sigma: Path) -> None:
     }
     assert pipe.config.vae == ("diffusers", "AutoencoderKL")
     assert pipe.name_or_path == str(sigma)
-    assert tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT).name_or_path is None
+    built = tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT)
+    assert built.name_or_path is None
+    assert list(built.config) == list(built.components)
+    assert json.loads(built.to_json_string())["_class_name"] == "PixArtSigmaPipeline"
     pipe.scheduler = impasto.DDIMScheduler()
     assert pipe.config["scheduler"] == ("diffusers", "DDIMScheduler")
     with pytest.raises(ConfigurationError):
@@ -156,7 +168,9 @@ def test_components_are_registered(sigma: Path) -> None:
     made = impasto.PixArtSigmaPipeline.from_config(pipe.config, vae=vae)
     assert made.vae is vae
     assert made.transformer is None
-    chosen, unused, hidden = impasto.PixArtSigmaPipeline.extract_init_dict(pipe.config, vae=vae, colour=1)
+    chosen, unused, hidden = impasto.PixArtSigmaPipeline.extract_init_dict(
+        impasto.PixArtSigmaPipeline.load_config(sigma), vae=vae, colour=1
+    )
     assert chosen["vae"] is vae
     assert unused == {"colour": 1}
     assert hidden["_class_name"] == "PixArtSigmaPipeline"
