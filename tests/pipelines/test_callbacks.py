@@ -338,7 +338,7 @@ def test_a_scale_for_loops_by_hand() -> None:
 
 
 def test_what_callbacks_refuse() -> None:
-    assert SDCFGCutoffCallback(0.25).config == {"cutoff_step_ratio": 0.25, "cutoff_step_index": None}
+    assert {"cutoff_step_ratio": 0.25, "cutoff_step_index": None}.items() <= SDCFGCutoffCallback(0.25).config.items()
     for ratio, index in ((None, None), (0.5, 2)):
         with pytest.raises(ConfigurationError, match="either cutoff_step_ratio or cutoff_step_index"):
             SDCFGCutoffCallback(ratio, index)
