@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,12 @@ import torch
 import transformers
 
 from impasto.checkpoints.stored import WEIGHTS_NAME
-from impasto.errors import CheckpointNotFoundError, ConfigurationError, InputError
+from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from impasto.memory.inspection import inspect_components
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines import loading
 from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.transforms.quantize import quantize
 from impasto.transforms.quantized_linear import QuantizedLinear
 
 from ..tiny import tiny_pipeline, tiny_transformer, write_pipeline
@@ -203,6 +205,23 @@ def test_text_encoders_take_configs_of_both_libraries(folder: Path, library: Any
     mapping = {"text_encoder": library.BitsAndBytesConfig(load_in_4bit=True)}
     pipe = PixArtSigmaPipeline.from_pretrained(folder, quantization_config=mapping, transformer=None, vae=None)
     assert quantized_layers(pipe.text_encoder) == {"Linear4bit"}
+
+
+def test_quantized_weights_without_the_originals_are_not_saved(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    quantize(pipe.transformer, "nf4", keep_originals=False)
+    for save in (pipe.save_pretrained, pipe.transformer.save_pretrained):
+        with pytest.raises(ConfigurationError, match="original weights were not kept"):
+            save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_another_library_has_quantized(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "transformer", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(CheckpointError, match=r"quantized by another library.*quantization_config"):
+        PixArtTransformer2DModel.from_pretrained(tmp_path / "model")
 
 
 def test_wrong_quantization_configs_say_what_to_do(folder: Path) -> None:

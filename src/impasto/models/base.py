@@ -13,7 +13,7 @@ import torch
 from ..checkpoints.config import Configurable, naming
 from ..checkpoints.upload import check_upload_options, check_writable
 from ..checks import parse_size, shown, text
-from ..errors import ConfigurationError, InputError, WeightsMismatchError
+from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
@@ -151,6 +151,11 @@ class Model(Configurable, ModelSurface):
 
         cls.checked_arguments({}, **overrides)
         config = cls.load_config(folder)
+        if config.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{folder / cls.config_name}: these weights are quantized by another library. Load the original "
+                f"weights, with the same quantization_config if they are to be quantized."
+            )
         stored = files.describe(files.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
         names = {cls._rename_key(name) for name in stored}
         config = cls._fit_config(config, names)
