@@ -89,6 +89,9 @@ def test_a_pipeline_generates_and_saves_the_same(tmp_path: Path) -> None:
     assert torch.allclose(draw(back), expected, atol=1e-5)
     again = impasto.to_diffusers(back)
     assert again.transformer is theirs.transformer
+    # diffusers compares classes, and our pipeline has used the components.
+    pag = diffusers.PixArtSigmaPAGPipeline.from_pipe(again, pag_applied_layers=["blocks.1"])
+    assert pag.transformer is theirs.transformer
 
 
 def test_pag_of_diffusers_runs_on_ours() -> None:
