@@ -246,6 +246,14 @@ class Configurable(Uploads):
         return (content, *more) if more else content
 
     @classmethod
+    def _settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keywords of ``from_pretrained`` that are arguments of the constructor; the others are checked."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        others = {name: value for name, value in given.items() if name not in known}
+        settle(cls.__name__, others, [*known, *inspect.signature(cast(Any, cls).from_pretrained).parameters])
+        return {name: value for name, value in given.items() if name in known}
+
+    @classmethod
     def _config_path(cls, model: str | os.PathLike[str], subfolder: str | None = None, **place: Any) -> Path:
         """The path of the config file, downloaded if need be."""
         from . import hub
