@@ -17,7 +17,6 @@ from ..nn.noise import draw_noise
 from . import inputs
 from .calls import Call, call_of, calling, remember
 from .components import Components
-from .glyphs import quoted_texts
 from .images import ImageProcessor
 from .prompts import prepare
 from .request import read_pixart
@@ -307,4 +306,6 @@ class GlmImageMethods(PipelineMethods):
 
     def get_glyph_texts(self, prompt: str | Sequence[str]) -> list[list[str]]:
         """The quoted texts of each prompt."""
+        from .glyphs import quoted_texts
+
         return [quoted_texts(one) for one in ([prompt] if isinstance(prompt, str) else prompt)]
