@@ -27,6 +27,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .interop import to_diffusers
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
     from .models.glm_image.context import GlmImageKVCache
     from .models.glm_image.model import GlmImageTransformer2DModel
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
     from .nn.precision import compute_as_stored, compute_in_float32
+    from .pipelines.auto import (
+        AutoModel,
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
+    )
     from .pipelines.base import ImagePipelineOutput
+    from .pipelines.configs import DiffusionPipeline
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
     from .pipelines.pixart_edits import (
@@ -57,6 +65,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModel",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "AutoencoderKLOutput",
     "CheckpointError",
@@ -69,6 +81,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "DecoderOutput",
     "DiagonalGaussianDistribution",
+    "DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache",
     "GlmImagePipeline",
@@ -100,10 +113,15 @@ __all__ = [
     "dequantize",
     "guide_between",
     "quantize",
+    "to_diffusers",
 ]
 
 #: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
+    "AutoModel": ".pipelines.auto:AutoModel",
+    "AutoPipelineForImage2Image": ".pipelines.auto:AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting": ".pipelines.auto:AutoPipelineForInpainting",
+    "AutoPipelineForText2Image": ".pipelines.auto:AutoPipelineForText2Image",
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
     "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
@@ -113,6 +131,7 @@ _HOMES = {
     "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
     "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
+    "DiffusionPipeline": ".pipelines.configs:DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache": ".models.glm_image.context:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",
@@ -136,6 +155,7 @@ _HOMES = {
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
     "quantize": ".transforms.quantize:quantize",
+    "to_diffusers": ".interop:to_diffusers",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from typing import Any
 
 from .errors import ImpastoError, InputError
@@ -108,3 +109,18 @@ MAX_IMAGES = 10_000  # of a call, or of a command
 MAX_GUIDANCE = 1000.0  # in magnitude; the largest number of float16 is 65504
 MAX_TOKENS = 4096  # of a text
 MAX_CHARACTERS = 20_000  # of a prompt: more than any text encoder here reads
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number, or a text such as ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
+    if isinstance(size, int):
+        found = size
+    else:
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+        if match is None:
+            raise InputError(f"size {shown(size)} is not understood; write it like 5GB or 500MB")
+        base = 1024 if match[3] else 1000
+        found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if found <= 0:
+        raise InputError(f"size {shown(size)} must be more than zero")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,45 @@ def class_of(name: str) -> type[Model] | type[Scheduler]:
     return found
 
 
+def is_foreign(name: Any) -> bool:
+    """Whether the class of a component is neither ours nor one that transformers loads."""
+    return name not in _MODULES and name not in _ALIASES and name not in _OF_TRANSFORMERS
+
+
+#: The modules of our pipelines.
+_PIPELINES = {
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "PixArtAlphaImg2ImgPipeline": "pixart_edits",
+    "PixArtSigmaImg2ImgPipeline": "pixart_edits",
+    "PixArtAlphaInpaintPipeline": "pixart_edits",
+    "PixArtSigmaInpaintPipeline": "pixart_edits",
+    "GlmImagePipeline": "glm_image",
+}
+#: What a pipeline makes of a prompt -> the part of its name that says so, and whether GLM-Image does it.
+TASKS = {"text-to-image": ("", True), "image-to-image": ("Img2Img", True), "inpainting": ("Inpaint", False)}
+
+
+def pipeline_class(stored: Any, task: str | None = None) -> Any:
+    """Our pipeline class for a name in ``model_index.json``, or that of its family for a task.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = str(stored).replace("PAGPipeline", "Pipeline")
+    if task is not None and name in _PIPELINES:
+        infix, also_glm = TASKS[task]
+        family = re.sub(r"(Img2Img|Inpaint)?Pipeline$", "", name)
+        if family != "GlmImage":
+            name = f"{family}{infix}Pipeline"
+        elif not also_glm:
+            raise CheckpointError(f"there is no {task} with {name}; it takes images as references: pipe(prompt, image)")
+    if name not in _PIPELINES:
+        known = ", ".join(_PIPELINES)
+        raise CheckpointError(f"a {shown(stored)} is not one of the pipelines of this package, which are {known}")
+    return getattr(import_module(f".pipelines.{_PIPELINES[name]}", __package__), name)
+
+
 def accepted_classes(pipeline: str, component: str) -> tuple[str, ...]:
     """The classes that a pipeline accepts for a component; empty if it has no such component."""
     return (_GLM_IMAGE if family_of(pipeline) is GLM_IMAGE else _PIXART).get(component, ())
@@ -71,6 +111,10 @@ def check_role(pipeline: str, component: str, library_and_class: Any, folder: st
     library, name = library_and_class
     accepted = accepted_classes(pipeline, component)
     if name in accepted and (library == "transformers") == (name in _OF_TRANSFORMERS):
+        return
+    from .interop import fits_role
+
+    if accepted and fits_role(component, library_and_class):
         return
     raise CheckpointError(
         f"{folder}: the {component} is a {shown(name)} of {shown(library)}, and a {pipeline} takes "

@@ -90,8 +90,8 @@ class Make:
 
     def pixart_pipeline(self, name: str = "PixArtSigmaPipeline", **parts: Any) -> Any:
         made = {
-            "tokenizer": copy.deepcopy(tiny_tokenizer()),
-            "text_encoder": tiny_text_encoder,
+            "tokenizer": tiny_tokenizer(),
+            "text_encoder": lambda: copy.deepcopy(_text_encoder()),
             "vae": self.vae,
             "transformer": self.pixart,
             "scheduler": self.scheduler,
@@ -111,8 +111,9 @@ class Make:
 
     def glm(self, prior: bool = False, **parts: Any) -> Any:
         made: dict[str, Any] = {
-            **copy.deepcopy(_glm_texts()),
-            **(copy.deepcopy(_prior()) if prior else {"processor": None, "vision_language_encoder": None}),
+            "tokenizer": _glm_texts()["tokenizer"],
+            "text_encoder": copy.deepcopy(_glm_texts()["text_encoder"]),
+            **(_prior() if prior else {"processor": None, "vision_language_encoder": None}),
             "vae": self.vae,
             "transformer": self.glm_transformer,
             "scheduler": self.scheduler,
@@ -193,6 +194,11 @@ class _Together:
 
 
 @lru_cache
+def _text_encoder() -> nn.Module:
+    return tiny_text_encoder()
+
+
+@lru_cache
 def _glm_texts() -> dict[str, Any]:
     return text_parts()
 
@@ -231,13 +237,18 @@ def comparable(value: Any) -> Any:
     """Plain data: arrays, numbers, texts, lists, dicts by sorted key; other objects by the name of their class."""
     if isinstance(value, Tensor):
         value = value.detach()
+        if value.ndim == 0:
+            return value.item()
         return value.double().numpy() if value.is_floating_point() else value.numpy()
     if isinstance(value, Image.Image):
         return np.asarray(value).astype(float)
     if value is None or isinstance(value, (np.ndarray, bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(k): comparable(v) for k, v in sorted(value.items(), key=str) if k not in PRIVATE}
+        plain = {str(k): comparable(v) for k, v in value.items() if k not in PRIVATE}
+        if "_use_default_values" in plain:  # in any order
+            plain["_use_default_values"].sort()
+        return dict(sorted(plain.items()))
     if isinstance(value, (list, tuple)):
         return [comparable(v) for v in value]
     if isinstance(value, (set, frozenset)):

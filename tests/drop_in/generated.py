@@ -667,7 +667,7 @@ def call(make: Make, owner: str, method: str, argument: str | None) -> Any:
             return [len(found.splitlines()) > 3]
         if found is None or found is thing:
             if method == "set_timesteps":
-                seen.append([thing.timesteps, getattr(thing, "sigmas", None), thing.num_inference_steps])
+                seen.append([thing.timesteps, getattr(thing, "sigmas", None)])
             elif method not in ("check_inputs", "enable_cache"):
                 seen.append(effect(thing, owner))
             if owner in MODELS:
@@ -752,7 +752,7 @@ def read(make: Make, owner: str, name: str) -> Any:
         return sorted({c.__name__ for c in value} & ours)
     if name == "components":
         return {n: type(c) for n, c in value.items()}
-    return value.pattern if isinstance(value, re.Pattern) else value
+    return value.sub("!", "a #b (c) [d] {e} |f/ *g") if isinstance(value, re.Pattern) else value
 
 
 def generated() -> Iterator[Idiom]:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
 
 from impasto import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DModel
+from impasto.checks import parse_size
 from impasto.errors import InputError, MissingDependencyError
 from impasto.memory import plan as planner
 from impasto.memory import streaming as moving
@@ -21,7 +22,7 @@ from impasto.memory.moving import is_settled
 from impasto.memory.placement import OneAtATime
 from impasto.memory.plan import BLOCKS, IN_TURN, RESIDENT, Budget, BudgetTooSmallError, MemoryPlan, plan_memory
 from impasto.memory.streaming import Group
-from impasto.models.base import Model, parse_size
+from impasto.models.base import Model
 from impasto.pipelines import loading
 from impasto.transforms.quantized_linear import QuantizedLinear
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import T5EncoderModel
 
+from impasto.checkpoints.stored import WEIGHTS_NAME
 from impasto.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -202,7 +203,7 @@ def test_early_names_of_classes(own_folder: Path) -> None:
 
 
 def test_an_unknown_class_can_be_passed_in(own_folder: Path) -> None:
-    edit_index(own_folder, scheduler=["diffusers", "SASolverScheduler"])
+    edit_index(own_folder, scheduler=["solvers", "SASolverScheduler"])
     with pytest.raises(CheckpointError, match=r"SASolverScheduler.*DPMSolverMultistepScheduler.*scheduler=SASolver"):
         PixArtSigmaPipeline.from_pretrained(own_folder)
     scheduler = DPMSolverMultistepScheduler()
@@ -300,6 +301,8 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
 ) -> None:
     torch.save(tiny_vae().state_dict(), own_folder / "vae" / "diffusion_pytorch_model.bin")
     (own_folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    transformer = own_folder / "transformer"
+    shutil.copy(transformer / f"{WEIGHTS_NAME}.safetensors", transformer / f"{WEIGHTS_NAME}.fp16.safetensors")
     asked: list[str] = []
     monkeypatch.setattr(
         loading.hub, "resolve", lambda model, *, allow_patterns, **_: asked.extend(allow_patterns) or own_folder
@@ -308,7 +311,9 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
     index = source.read_index("PixArtSigmaPipeline")
     source.fetch(index, COMPONENTS, "PixArtSigmaPipeline")
     assert "vae/diffusion_pytorch_model.fp16.bin" in asked
+    assert "vae/diffusion_pytorch_model.bin" in asked
     assert "transformer/diffusion_pytorch_model.fp16.bin" not in asked
+    assert "transformer/diffusion_pytorch_model.safetensors" not in asked
     asked.clear()
     loading.Source("owner/name", None, None, False, None, None, False, None).fetch(
         index, COMPONENTS, "PixArtSigmaPipeline"

@@ -19,6 +19,7 @@ from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
+from .upload import Uploads
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -61,14 +62,13 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
         bound.apply_defaults()
         values = check_arguments(type(self).__name__, dict(list(bound.arguments.items())[1:]), init)
         defaulted = [name for name in values if name not in given]
-        config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
-        object.__setattr__(self, "config", config)
+        self.config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
         cast(Any, init)(self, **values)
 
     return wrapper
 
 
-class Configurable:
+class Configurable(Uploads):
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
@@ -80,7 +80,17 @@ class Configurable:
     #: Whether configs of other classes are taken, too, so that keys without an argument are expected.
     has_compatibles: ClassVar[bool] = False
 
-    config: Config
+    _internal_dict: Mapping[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The arguments that this was built from."""
+        values = self._internal_dict
+        return values if isinstance(values, Config) else Config(values)  # old code assigns a dict of its own
+
+    @config.setter
+    def config(self, values: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_internal_dict", Config(values))
 
     @overload
     @classmethod
@@ -181,15 +191,7 @@ class Configurable:
 
     def register_to_config(self, **values: Any) -> None:
         """Add values to the record, or replace them there. The object itself stays as it was built."""
-        object.__setattr__(self, "config", Config({**self.config, **values}))
-
-    @property
-    def _internal_dict(self) -> Config:
-        return self.config
-
-    @_internal_dict.setter
-    def _internal_dict(self, values: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "config", Config(values))
+        self.config = Config({**self.config, **values})
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

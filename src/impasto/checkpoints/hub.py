@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from ..checks import printable, shown, text
 from ..errors import CheckpointNotFoundError, HubError, InputError
 from ..files import plain_path
+from .layout import holds_weights, weight_patterns
 
 #: Models that come with the package.
 BUILTIN = {"builtin:scenes": "scenes/checkpoint"}
@@ -23,13 +25,14 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    force_download: bool = False,
 ) -> Path:
     """Return the local folder of ``model``: an existing folder, a bundled model, or a hub repository.
 
     Args:
         model: a folder, ``builtin:NAME``, or ``owner/name`` on the Hugging Face hub.
         allow_patterns: the files to download from a hub repository; all by default.
-        revision, cache_dir, local_files_only, token: as in ``huggingface_hub.snapshot_download``.
+        revision, cache_dir, local_files_only, token, force_download: as in ``huggingface_hub.snapshot_download``.
 
     Raises:
         CheckpointNotFoundError: no such folder, bundled model or repository.
@@ -56,6 +59,7 @@ def resolve(
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     cache = None if cache_dir is None else plain_path(cache_dir, InputError)
+    forced: dict[str, Any] = {"force_download": True} if force_download else {}
     try:
         folder = snapshot_download(
             name,
@@ -64,6 +68,7 @@ def resolve(
             cache_dir=cache,
             local_files_only=local_files_only,
             token=token,
+            **forced,
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise CheckpointNotFoundError(
@@ -76,6 +81,36 @@ def resolve(
             f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"
         ) from error
     return Path(folder)
+
+
+def fetch(
+    model: str | os.PathLike[str],
+    folders: Sequence[str],
+    *,
+    variant: str | None,
+    use_safetensors: bool | None,
+    others: Sequence[str] = (),
+    **options: Any,
+) -> tuple[Path, list[str]]:
+    """The local folder of ``model`` with components in it, of whose weights only one form is downloaded.
+
+    Args:
+        folders: of the components, relative to the repository.
+        variant: of the weights; None: those without one.
+        others: further files to download.
+        options: for ``resolve``.
+
+    Returns:
+        the folder, and those of ``folders`` that should hold weights and hold none of this variant.
+    """
+    left = list(folders)
+    for kind in {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]:
+        asked = [f"{folder}/{file}".lstrip("/") for folder in left for file in weight_patterns(variant, kind)]
+        root = resolve(model, allow_patterns=[*others, *asked], **options)
+        left = [folder for folder in left if not holds_weights(root / folder, variant, kind)]
+        if not left:
+            break
+    return root, left
 
 
 def inside(root: Path, subfolder: str | None) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 #: The file that lists the classes of a pipeline's components.
 INDEX_NAME = "model_index.json"
@@ -33,6 +34,33 @@ READER_FILES = frozenset(
         "vocab.json",
     }
 )
+
+
+def weight_patterns(variant: str | None, kind: str) -> list[str]:
+    """The files of a component in a repository, which may hold its weights in several forms.
+
+    Args:
+        kind: "safetensors" or "bin".
+    """
+    shards = "-*-of-*"
+    forms = ("", shards) if variant is None else (f".{variant}", f".{variant}{shards}", f"{shards}.{variant}")
+    weights = [
+        f"{stem}{form}.{kind}" for stem in ("diffusion_pytorch_model", "model", "pytorch_model") for form in forms
+    ]
+    return ["*.json", "*.jinja", "*.model", "*.txt", *weights]
+
+
+def holds_weights(folder: Path, variant: str | None, kind: str | None = None) -> bool:
+    """Whether the weights of a model in this form are there; tokenizers and schedulers (no config.json) have none."""
+    try:
+        present = os.listdir(folder)
+    except OSError:  # reading it will say what is wrong
+        return True
+    found = [match for name in present if (match := WEIGHTS.fullmatch(name))]
+    return "config.json" not in present or any(
+        (match["variant"] or match["index_variant"] or "") == (variant or "") and kind in (None, match["kind"])
+        for match in found
+    )
 
 
 def superseded(present: Sequence[str], written: Sequence[str]) -> Iterable[str]:

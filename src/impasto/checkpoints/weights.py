@@ -75,12 +75,14 @@ def load_into(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     rename: Callable[[str], str] = lambda name: name,
+    copy: bool = False,
 ) -> None:
     """Fill ``module``, built on the meta device, with stored tensors that fit it (``check_fit``).
 
     Args:
         dtype: of floating-point weights; None keeps the stored one.
         rename: stored name -> the module's name, for checkpoints of older layouts.
+        copy: leave no tensor in the memory-mapped file.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -89,7 +91,7 @@ def load_into(
     for file in dict.fromkeys(tensor.file for tensor in stored.values()):
         for stored_name, tensor in iterate_tensors(file):
             name = rename(stored_name)
-            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=copy)
             path, _, leaf = name.rpartition(".")
             owner = module.get_submodule(path)
             if leaf in owner._parameters:

@@ -80,7 +80,7 @@ def generate(
         if side is not None:
             whole_number(option, side, most=MAX_SIDE)
     if memory_budget is not None:
-        from ..models.base import parse_size
+        from ..checks import parse_size
 
         try:
             parse_size(memory_budget)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import parse_size
 from ..errors import InputError
-from ..models.base import parse_size
 from ..nn.machine import CPU, require_device
 from .moving import device_of, movable, move
 from .placement import PerComponent

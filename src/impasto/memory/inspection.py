@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
-from ..checkpoints.layout import INDEX_NAME, WEIGHTS
+from ..checkpoints.layout import INDEX_NAME, WEIGHTS, holds_weights
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
 from ..family import BLOCK_LISTS, VAE_SCALE_FACTOR
@@ -220,7 +220,7 @@ def _inspect_component(folder: Path, class_name: str, variant: str | None) -> Co
 
     config: Mapping[str, Any] = {}
     stored: Stored = {}
-    chosen = _stored_variant(folder) if variant is None else variant
+    chosen = variant if variant is not None and holds_weights(folder, variant) else _stored_variant(folder)
     if class_name in LANGUAGE_MODELS:
         config, _, stored = from_transformers.check_model(class_name, folder, chosen, None)
     elif class_name not in READERS:

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.stored import FLOATS
+from ..checks import parse_size
 from ..errors import CheckpointError, InputError, ResourceError
-from ..models.base import parse_size
 from ..nn import machine
 from ..nn.machine import default_device, free_memory
 from ..nn.precision import compute_in_float32

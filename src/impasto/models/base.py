@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checks import shown
-from ..errors import InputError, WeightsMismatchError
-from ..nn.machine import check_device
+from ..checkpoints.keywords import settle
+from ..checkpoints.upload import check_upload_options, check_writable
+from ..checks import parse_size, shown, text
+from ..errors import ConfigurationError, InputError, WeightsMismatchError
+from ..nn.changes import refuse_adapters
+from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
 from .compat import ModelSurface
 
@@ -65,7 +69,13 @@ class Model(Configurable, ModelSurface):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        force_download: bool = False,
         device: torch.device | str = "cpu",
+        device_map: Any = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        disable_mmap: bool = False,
+        quantization_config: Any = None,
+        output_loading_info: bool = False,
         **overrides: Any,
     ) -> Self:
         """Load a model in evaluation mode from a folder or the hub.
@@ -78,31 +88,65 @@ class Model(Configurable, ModelSurface):
             variant: ``"fp16"`` loads ``diffusion_pytorch_model.fp16.safetensors``.
             use_safetensors: True: only safetensors; False: only ``.bin``; None: whichever is found first. A
                 ``.bin`` may hold only tensors.
-            overrides: values that replace those of the config.
+            revision, cache_dir, local_files_only, token, force_download: options of the hub download.
+            device, device_map: where to load it: a device, or "auto" for the accelerator, if the model fits there.
+            max_memory: how much of each device "auto" may use, as in ``{0: "6GB"}``.
+            disable_mmap: read the files into memory rather than mapping them.
+            quantization_config: a config of diffusers or transformers, such as ``BitsAndBytesConfig``, for
+                ``quantize`` (``transforms.quantization_configs``).
+            output_loading_info: also return what did not fit, by kind; loading is strict, so that is never anything.
+            overrides: values that replace those of the config, and keywords without effect (``checkpoints.keywords``).
 
         Raises:
             CheckpointError: the folder or a file is missing or damaged, or weights and config do not match.
             ConfigurationError: the config has values that cannot be used.
+            InputError: an unknown keyword, or one that cannot be acted on.
             ResourceError: ``device`` does not exist.
         """
         from ..checkpoints import hub, weights
         from ..folders import reading
 
+        overrides = cls._settled(overrides)
         target = check_device(device)
-        root = hub.resolve(
+        if use_safetensors not in (None, True, False):
+            raise InputError(f"use_safetensors must be True, False or None, not {shown(use_safetensors)}")
+        root, _ = hub.fetch(
             pretrained_model_name_or_path,
-            allow_patterns=[f"{subfolder}/*" if subfolder else "*"],
+            [text("subfolder", subfolder or "", 255)],
+            variant=variant,
+            use_safetensors=use_safetensors,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
         chosen = parse_dtype(dtype if dtype is not None else torch_dtype)
         with reading(hub.inside(root, subfolder)) as folder:
             model, stored = cls.skeleton(folder, variant=variant, use_safetensors=use_safetensors, **overrides)
-            weights.load_into(model, stored, dtype=chosen, device=target, rename=cls._rename_key)
+            if device_map is not None:
+                size = sum(math.prod(t.shape) * (chosen or getattr(torch, t.dtype)).itemsize for t in stored.values())
+                target = device_of_map(device_map, max_memory, size)
+            weights.load_into(model, stored, dtype=chosen, device=target, rename=cls._rename_key, copy=disable_mmap)
+        if quantization_config is not None:
+            from ..transforms.quantization_configs import quantize_as
+
+            quantize_as(quantization_config, model)
         adapt(model)
-        return model.eval()
+        model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        model.eval()
+        if not output_loading_info:
+            return model
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return cast(Self, (model, {kind: [] for kind in kinds}))
+
+    @classmethod
+    def _settled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Those keywords that are arguments of the constructor; the others are checked."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        others = {name: value for name, value in given.items() if name not in known}
+        settle(cls.__name__, others, [*known, *inspect.signature(cls.from_pretrained).parameters])
+        return {name: value for name, value in given.items() if name in known}
 
     @classmethod
     def skeleton(
@@ -143,27 +187,59 @@ class Model(Configurable, ModelSurface):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **upload: Any,
     ) -> None:
         """Write config.json and safetensors (sharded beyond ``max_shard_size``), readable by diffusers.
+
+        Args:
+            is_main_process: False writes nothing: another process does.
+            save_function: accepted without effect.
+            push_to_hub: upload it too; ``upload`` holds arguments of ``push_to_hub``.
 
         Raises:
             OutputError: the folder cannot be written.
             InputError: ``safe_serialization=False``: pickles are read but never written.
+            ConfigurationError: an adapter wraps layers, or the module has tensors that its class does not have.
         """
-        if not safe_serialization:
-            raise InputError("safe_serialization=False would write a pickle; only safetensors are written")
+        check_writable(safe_serialization, use_flashpack)
+        check_upload_options(upload)
         from ..checkpoints.layout import superseded
         from ..checkpoints.weights import write_weights
         from ..folders import saving
 
         size = parse_size(max_shard_size)
+        self.check_saveable()
+        if not is_main_process:
+            return
         with saving(save_directory, superseded) as staging:
             write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
+        self._push_saved(push_to_hub, save_directory, upload, variant=variant)
+
+    def check_saveable(self, name: str = "") -> None:
+        """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config.
+
+        Raises:
+            ConfigurationError: the message says what to do.
+        """
+        refuse_adapters(name or type(self).__name__, self)
+        with torch.device("meta"):
+            expected = type(self)(**self.checked_arguments(self.config)).state_dict()
+        strange = [key for key in self.state_dict() if key not in expected]
+        missing = [key for key in expected if key not in self.state_dict()]
+        if strange or missing:
+            raise ConfigurationError(
+                f"the {name or type(self).__name__} was not saved, since it could not be loaded again: its config does "
+                f"not describe it ({len(strange)} tensors are strange, {len(missing)} missing, such as "
+                f"{(strange + missing)[0]}). Undo what changed its layers first."
+            )
 
 
 def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:
@@ -180,19 +256,4 @@ def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = t
     found = getattr(torch, names.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype {shown(dtype)} is unknown; use float32, bfloat16, float16 or auto")
-    return found
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number, or a text such as ``"5GB"`` (powers of ten) or ``"5GiB"`` (powers of two)."""
-    if isinstance(size, int):
-        found = size
-    else:
-        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-        if match is None:
-            raise InputError(f"size {shown(size)} is not understood; write it like 5GB or 500MB")
-        base = 1024 if match[3] else 1000
-        found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if found <= 0:
-        raise InputError(f"size {shown(size)} must be more than zero")
     return found

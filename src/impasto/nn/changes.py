@@ -135,6 +135,23 @@ def is_managed_elsewhere(module: nn.Module) -> bool:
     return bool(getattr(module, "is_quantized", False) or getattr(module, "hf_device_map", None))
 
 
+def refuse_adapters(name: str, module: nn.Module, what: str = "saved") -> None:
+    """Check that a module's tensors are those of its class: peft wraps none of its layers, nor the module itself.
+
+    Raises:
+        ConfigurationError: the message says what to do.
+    """
+    wrapped = next((key for key, inner in module.named_modules() if type(inner).__module__.startswith("peft.")), None)
+    if wrapped is None:
+        return
+    does = "is wrapped by peft" if wrapped == "" else f"has adapters that peft has injected (at {wrapped})"
+    undo = "x = x.merge_and_unload()" if wrapped == "" else "peft's merge_and_unload() of the model around it"
+    raise ConfigurationError(
+        f"the {name} was not {what}: it {does}, and its tensors would not fit its class. Merge the adapter first: "
+        f"{undo}; or save the adapter alone with peft (get_peft_model_state_dict), and the model without it."
+    )
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether the calls of a module are compiled, by us or by its ``compile()``."""
     calls = _chain(vars(module).get(CALL))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import shown
+from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
 
 #: The instructions that multiply a dtype, by the names of ``torch.cpu.get_capabilities``.
@@ -64,6 +65,29 @@ def check_device(device: torch.device | str | int) -> torch.device:
     """As ``require_device``, but devices that other libraries provide are accepted unchecked."""
     chosen = as_device(device)
     return require_device(chosen) if chosen.type in ("cuda", "mps", "xpu") else chosen
+
+
+def device_of_map(device_map: Any, max_memory: Mapping[int | str, int | str] | None, size: int) -> torch.device:
+    """The device on which a device map puts a whole model of so many bytes.
+
+    Raises:
+        InputError: a map of several devices.
+        ResourceError: the device does not exist.
+    """
+    if isinstance(device_map, Mapping):
+        places = {str(place): place for place in device_map.values()}
+        if len(places) != 1:
+            raise InputError(
+                f"device_map puts one model on {len(places)} devices; load it without, and distribute it: "
+                f"accelerate.dispatch_model(model, device_map)"
+            )
+        return check_device(next(iter(places.values())))
+    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return check_device(device_map)
+    chosen = default_device()
+    key = chosen.index or 0
+    given = None if max_memory is None else max_memory.get(key, max_memory.get(f"{chosen.type}:{key}", 1))
+    return chosen if size <= (free_memory(chosen) if given is None else parse_size(given)) else CPU
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import parse_size
 from ..errors import CheckpointError, ConfigurationError, InputError
 from ..memory.placement import OneAtATime
-from ..models.base import parse_size
 from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput

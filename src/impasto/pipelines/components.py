@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ..checks import shown, whole_number
+from ..checkpoints.keywords import settle
+from ..checkpoints.upload import check_upload_options, check_writable
+from ..checks import parse_size, shown, whole_number
 from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
 from ..memory.placement import OneAtATime, PerComponent, Resident
 from ..memory.placement import offload_device as choose_device
-from ..models.base import parse_dtype, parse_size
+from ..models.base import parse_dtype
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
+from .configs import DiffusionPipeline
 
 if TYPE_CHECKING:
     from ..memory.device_map import DeviceMap
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from .loading import DTypes
 
 
-class Components:
+class Components(DiffusionPipeline):
     """The components are the arguments of the constructor, and attributes of the same names.
 
     Any of them may be None, reassigned, or deleted (``del pipe.transformer``).
@@ -46,6 +49,7 @@ class Components:
         self.placement = Resident()
         self.plan = None
         self._source: Path | None = None  # the folder that the components were loaded from
+        self._name_or_path: str | None = None  # what ``from_pretrained`` was given
 
     @classmethod
     def component_names(cls) -> list[str]:
@@ -88,6 +92,9 @@ class Components:
         device_map: DeviceMap | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         memory_budget: int | str | Budget | None = None,
+        quantization_config: Any = None,
+        disable_mmap: bool = False,
+        force_download: bool = False,
         **components: Any,
     ) -> Self:
         """Load a pipeline from a folder, the hub, or the package (``builtin:scenes``).
@@ -97,8 +104,8 @@ class Components:
             dtype, torch_dtype: the dtype of all weights: a ``torch.dtype``, its name, or ``"auto"`` (as stored);
                 float32 by default. A dict maps names of components to dtypes, and ``"default"`` to that of the
                 others. With a memory budget it may also specify quantized weights: ``"int8"`` or ``"nf4"``.
-            variant: ``"fp16"`` loads the ``*.fp16.safetensors`` files.
-            revision, cache_dir, local_files_only, token: options of the hub download.
+            variant: ``"fp16"`` loads the ``*.fp16.safetensors`` files of those components that have some.
+            revision, cache_dir, local_files_only, token, force_download: options of the hub download.
             subfolder: the folder of the pipeline within the folder or repository.
             use_safetensors: True: only safetensors; False: only ``.bin``; None: whichever is found first.
             device_map: the device on which each component stays and computes: "auto" (fills one accelerator after
@@ -109,8 +116,11 @@ class Components:
                 generating one image of the default size stays within it; ``pipe.plan`` describes the choice. It
                 limits the memory of the accelerator, or without one that of the process, not counting memory-mapped
                 files. Use a ``memory.plan.Budget`` for other sizes and numbers of images.
+            quantization_config: a ``PipelineQuantizationConfig``, or a dict of configs by component.
+            disable_mmap: read the files into memory rather than mapping them.
             components: components that replace the stored ones. One that is given as None is left out. The stored
-                files are not read or downloaded in either case.
+                files are not read or downloaded in either case. Keywords without effect are accepted too
+                (``checkpoints.keywords``).
 
         Raises:
             CheckpointError: a component or a file is missing, damaged, or of an unknown class.
@@ -120,6 +130,13 @@ class Components:
         """
         if device_map is not None and memory_budget is not None:
             raise InputError("device_map and memory_budget both specify where components go; give one of them")
+        if quantization_config is not None and memory_budget is not None:
+            raise InputError("a memory_budget chooses what is quantized; give it or quantization_config")
+        names = cls.component_names()
+        others = {name: value for name, value in components.items() if name not in names}
+        known = inspect.signature(Components.from_pretrained).parameters
+        settle(cls.__name__, others, [*names, *known], f"; components: {', '.join(names)}")
+        components = {name: value for name, value in components.items() if name in names}
         from .loading import Source, load_components
 
         source = Source(
@@ -131,13 +148,19 @@ class Components:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
         requested = dtype if dtype is not None else torch_dtype
-        names = cls.component_names()
         name = cls.saved_as or cls.__name__
-        loaded, plan, folder = load_components(source, name, names, components, requested, memory_budget)
+        loaded, plan, folder = load_components(
+            source, name, names, components, requested, memory_budget, quantization_config
+        )
         pipe = cls(**loaded)
-        pipe._source = folder
+        pipe._source, pipe._name_or_path = folder, os.fspath(pretrained_model_name_or_path)
+        if disable_mmap:
+            read = [part for part, value in loaded.items() if part not in components and isinstance(value, nn.Module)]
+            for parameter in [parameter for part in read for parameter in loaded[part].parameters()]:
+                parameter.data = parameter.data.clone()
         if plan is not None:
             from ..memory.plan import apply_plan
 
@@ -154,6 +177,9 @@ class Components:
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **upload: Any,
     ) -> None:
         """Write each component into its own folder, and ``model_index.json``; diffusers can read them.
 
@@ -162,12 +188,14 @@ class Components:
             safe_serialization: only True: pickles are read but never written.
             variant: inserted into the names of the weight files, such as ``"fp16"``.
             max_shard_size: the largest size of a weight file, such as ``"5GB"``; 10 GB by default.
+            push_to_hub: upload it too; ``upload`` holds arguments of ``push_to_hub``.
 
         Raises:
+            ConfigurationError: an adapter wraps layers of a component.
             OutputError: the folder cannot be written.
         """
-        if not safe_serialization:
-            raise InputError("safe_serialization=False would write pickles; only safetensors are written")
+        check_writable(safe_serialization, use_flashpack)
+        check_upload_options(upload)
         from ..files import plain_path
         from .loading import save_components
 
@@ -175,6 +203,7 @@ class Components:
         components = {name: unwrapped(component) for name, component in self.components.items()}
         name = self.saved_as or type(self).__name__
         save_components(components, plain_path(save_directory), name, variant, shard_bytes)
+        self._push_saved(push_to_hub, save_directory, upload, variant=variant)
 
     @classmethod
     def from_pipe(
@@ -206,6 +235,7 @@ class Components:
     def _share(self, other: Components) -> None:
         """Adopt placement, plan and source of a pipeline with the same components."""
         self.placement, self.plan, self._source = other.placement, other.plan, other._source
+        self._name_or_path = other._name_or_path
 
     # --- device, dtype, placement ---
 
@@ -230,14 +260,15 @@ class Components:
         *args: torch.device | torch.dtype | str | int | None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         silence_dtype_warnings: bool = False,
     ) -> Self:
         """Move all components to a device, cast them to a dtype, or both, in place.
 
         ``pipe.to("cuda")``, ``pipe.to(torch.bfloat16)``, ``pipe.to("cuda", torch.bfloat16)``, or with ``device=``
-        and ``dtype=``. A move ends any offloading, device map or memory plan, and a cast ends a memory plan. In float16
-        a T5 encoder keeps in float32 those weights that would overflow. A component that another library has
-        quantized, or placed by its own device map, is left unchanged.
+        and ``dtype=`` (also called ``torch_dtype``). A move ends any offloading, device map or memory plan, and a cast
+        ends a memory plan. In float16 a T5 encoder keeps in float32 those weights that would overflow. A component
+        that another library has quantized, or placed by its own device map, is left unchanged.
 
         Args:
             silence_dtype_warnings: accepted without effect; there are no such warnings.
@@ -245,7 +276,7 @@ class Components:
         Raises:
             ResourceError: the device does not exist, or does not compute in this dtype.
         """
-        target, dtype = read_target(args, device, dtype)
+        target, dtype = read_target(args, device, torch_dtype if dtype is None else dtype)
         for module in movable(self.components).values():
             move(module, target, dtype)
         if target is not None or self.plan is not None:

@@ -16,13 +16,14 @@ from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
-from ..checkpoints.layout import INDEX_NAME
+from ..checkpoints.layout import INDEX_NAME, holds_weights
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
 from ..models.base import parse_dtype
+from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, check_dtype
-from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
+from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries, is_foreign
 
 if TYPE_CHECKING:
     from ..memory.plan import Budget, MemoryPlan
@@ -47,6 +48,7 @@ class Source:
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
     token: str | bool | None
+    force_download: bool = False
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
@@ -57,20 +59,23 @@ class Source:
         with reading(hub.inside(Path(self.model), self.subfolder)) as folder:
             yield replace(self, model=folder, subfolder=None)
 
-    def _resolve(self, patterns: list[str]) -> Path:
-        root = hub.resolve(
-            self.model,
-            allow_patterns=[f"{self.subfolder}/{pattern}" if self.subfolder else pattern for pattern in patterns],
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            local_files_only=self.local_files_only,
-            token=self.token,
-        )
-        return hub.inside(root, self.subfolder)
+    def _options(self) -> dict[str, Any]:
+        """The options of the download."""
+        names = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+        return {name: getattr(self, name) for name in names}
+
+    def _inside(self, path: str) -> str:
+        return f"{self.subfolder}/{path}" if self.subfolder else path
+
+    def read_content(self) -> tuple[Path, dict[str, Any]]:
+        """The path and contents of the index; the latter are empty without one."""
+        root = hub.resolve(self.model, allow_patterns=[self._inside(INDEX_NAME)], **self._options())
+        path = hub.inside(root, self.subfolder) / INDEX_NAME
+        return path, read_json(path) if path.is_file() else {}
 
     def read_index(self, pipeline: str) -> dict[str, list[str | None]]:
         """Component name -> library and class name."""
-        path = self._resolve([INDEX_NAME]) / INDEX_NAME
+        path, content = self.read_content()
         if not path.is_file():
             transformer = accepted_classes(pipeline, "transformer")[0]
             raise CheckpointNotFoundError(
@@ -80,7 +85,6 @@ class Source:
                 f"transformer={transformer}.from_pretrained({os.fspath(self.model)!r}, "
                 f"subfolder='transformer'))"
             )
-        content = read_json(path)
         stored = content.get("_class_name")
         if stored != pipeline:
             logger.warning("%s was saved by %s and is loaded as %s", self.model, printable(str(stored)[:80]), pipeline)
@@ -91,10 +95,15 @@ class Source:
         stored = [name for name in names if index.get(name, [None, None])[1] is not None]
         for name in stored:
             check_role(pipeline, name, index[name], os.fspath(self.model))
-        folder = self._fetch_files(stored, safetensors=self.use_safetensors is not False)
-        without_weights = [name for name in stored if not _has_safetensors(folder / name)]
-        if without_weights and self.use_safetensors is None:
-            folder = self._fetch_files(without_weights, safetensors=False)
+        folder, left = self._fetch(stored, self.variant)
+        if self.variant is not None and left:
+            with_weights = [name for name in stored if (folder / name / "config.json").is_file()]
+            if len(left) == len(with_weights):
+                raise CheckpointNotFoundError(
+                    f"{self.model} holds no weights of the variant {self.variant!r}: none of {', '.join(left)} has any"
+                    f". Leave variant out to load those that it has."
+                )
+            folder, _ = self._fetch(left, None)
         # A component that the index lists as null is meant to be absent.
         lacking = [n for n in names if n not in index or (n in stored and not (folder / n).is_dir())]
         if lacking:
@@ -107,19 +116,17 @@ class Source:
             )
         return folder
 
-    def _fetch_files(self, names: list[str], safetensors: bool) -> Path:
-        return self._resolve([INDEX_NAME, *(file for name in names for file in self._files(name, safetensors))])
-
-    def _files(self, name: str, safetensors: bool) -> list[str]:
-        """Names of a component's files in a repository, which may hold its weights in several forms."""
-        suffix = "safetensors" if safetensors else "bin"
-        middle = f".{self.variant}" if self.variant else ""
-        weights = [
-            f"{stem}{middle}{ending}.{suffix}"
-            for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
-            for ending in ("", "-*-of-*")
-        ]
-        return [f"{name}/{file}" for file in ("*.json", "*.jinja", "*.model", "*.txt", *weights)]
+    def _fetch(self, names: Sequence[str], variant: str | None) -> tuple[Path, list[str]]:
+        """The folder with these components, downloaded if needed, and the names of those that lack their weights."""
+        root, left = hub.fetch(
+            self.model,
+            [self._inside(name) for name in names],
+            variant=variant,
+            use_safetensors=self.use_safetensors,
+            others=[self._inside(INDEX_NAME)],
+            **self._options(),
+        )
+        return hub.inside(root, self.subfolder), [path.rpartition("/")[2] for path in left]
 
 
 def load_components(
@@ -129,6 +136,7 @@ def load_components(
     given: Mapping[str, Any],
     dtype: DTypes,
     memory_budget: int | str | Budget | None,
+    quantization_config: Any = None,
 ) -> tuple[dict[str, Any], MemoryPlan | None, Path]:
     """The components of a pipeline by name, the plan for the memory budget, and the folder that they came from.
 
@@ -136,15 +144,21 @@ def load_components(
         pipeline: the name of the pipeline's class.
         names: of the components, in order.
         given: components in place of the stored ones, which are not read.
+        quantization_config: for the whole pipeline, or a dict of configs by component.
     """
-    for name in given:
-        if name not in names:
-            raise InputError(f"{pipeline} has no argument {name!r}; components: {', '.join(names)}")
     dtypes, quantized, is_given = _read_dtypes(dtype, names, planned=memory_budget is not None)
     plan = None
     with source.opened() as opened:
         index = opened.read_index(pipeline)
         wanted = [name for name in names if name not in given]
+        quantization: Mapping[str, Any] = {}
+        if quantization_config is not None:
+            from ..transforms.quantization_configs import configs_of
+
+            classes = {name: str(index[name][1]) for name in wanted if index.get(name, [None, None])[1] is not None}
+            models = {name for name, cls in classes.items() if cls not in READERS and name != "scheduler"}
+            ours = {name: classes[name] not in LANGUAGE_MODELS for name in models}
+            quantization = configs_of(quantization_config, ours)
         folder = opened.fetch(index, wanted, pipeline)
         if memory_budget is not None:
             from ..memory import inspection
@@ -160,7 +174,14 @@ def load_components(
             planner.check_libraries(plan)
             dtypes |= planner.load_dtypes(plan)
         loaded = {
-            name: load_component(index[name], folder / name, dtypes[name], opened.variant, opened.use_safetensors)
+            name: load_component(
+                index[name],
+                folder / name,
+                dtypes[name],
+                opened.variant if holds_weights(folder / name, opened.variant) else None,
+                opened.use_safetensors,
+                quantization.get(name),
+            )
             for name in wanted
             if index[name][1] is not None
         }
@@ -205,17 +226,13 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
     return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _has_safetensors(folder: Path) -> bool:
-    """Whether the weights of a model are there; tokenizers and schedulers (without config.json) have none."""
-    return not (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
-
-
 def load_component(
     library_and_class: Sequence[str | None],
     folder: Path,
     dtype: torch.dtype | None,
     variant: str | None,
     use_safetensors: bool | None,
+    quantization_config: Any = None,
 ) -> Any:
     """Load one component, whose class was found to fit its role, from its folder."""
     name = str(library_and_class[1])
@@ -224,7 +241,11 @@ def load_component(
 
         if name in READERS:
             return from_transformers.load_reader(name, folder)
-        return from_transformers.load_model(name, folder, dtype, variant, use_safetensors)
+        return from_transformers.load_model(name, folder, dtype, variant, use_safetensors, quantization_config)
+    if is_foreign(name):
+        from ..interop import load_component as load_foreign
+
+        return load_foreign(folder.name, name, folder, dtype, variant, use_safetensors)
     from ..schedulers.base import Scheduler
 
     found = class_of(name)
@@ -240,7 +261,8 @@ def load_component(
                 found.config_name,
             )
         return found.from_pretrained(folder)
-    return found.from_pretrained(folder, dtype=dtype or "auto", variant=variant, use_safetensors=use_safetensors)
+    options = {"variant": variant, "use_safetensors": use_safetensors, "quantization_config": quantization_config}
+    return found.from_pretrained(folder, dtype=dtype or "auto", **options)
 
 
 def check_vocabularies(components: Mapping[str, Any]) -> None:
@@ -255,7 +277,7 @@ def check_vocabularies(components: Mapping[str, Any]) -> None:
 # --- saving ---
 
 
-def _index_entry(component: Any) -> list[str | None]:
+def index_entry(component: Any) -> list[str | None]:
     """Library and class of a component in ``model_index.json``; ours have the names that diffusers gives them."""
     if component is None:
         return [None, None]
@@ -265,6 +287,20 @@ def _index_entry(component: Any) -> list[str | None]:
     cls = type(component)
     library = "diffusers" if isinstance(component, Model | Scheduler) else cls.__module__.split(".")[0]
     return [library, cls.__name__]
+
+
+def check_saveable(name: str, component: Any) -> None:
+    """Refuse to save a component that could not be loaded again, before anything is written.
+
+    Raises:
+        ConfigurationError: adapters wrap its layers; the message says what to do.
+    """
+    from ..models.base import Model
+
+    if isinstance(component, Model):
+        component.check_saveable(name)
+    elif isinstance(component, nn.Module):
+        refuse_adapters(name, component)
 
 
 def save_components(
@@ -277,10 +313,12 @@ def save_components(
     from ..folders import saving
 
     with_variant(".safetensors", variant)  # refused before anything is written
+    for name, component in components.items():
+        check_saveable(name, component)
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": FORMAT_VERSION}
     with saving(root, superseded) as staging, disk_errors():
         for name, component in components.items():
-            index[name] = _index_entry(component)
+            index[name] = index_entry(component)
             if component is not None:
                 # Only components with weights have these options, also those of transformers and diffusers.
                 has_weights = isinstance(component, nn.Module)

@@ -59,7 +59,7 @@ class SchedulerNames:
 
         def __getattr__(self, name: str) -> Any:
             """Values of the config are attributes, too, though ``scheduler.config`` is the place to read them."""
-            if name.startswith("_") or name not in self.__dict__.get("config", ()):
+            if name.startswith("_") or name not in self.__dict__.get("_internal_dict", ()):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return self.config[name]
 
@@ -79,6 +79,19 @@ class CountingNames:
         if not found:
             raise InputError(f"timestep {shown(value)} is not in the schedule: {shown(schedule)}")
         return found[:2][-1]
+
+
+class SpacingNames(CountingNames):
+    """For schedulers that space noise levels."""
+
+    def _convert_to_karras(self, in_sigmas: Any, num_inference_steps: int) -> Any:
+        return schedules.karras_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
+
+    def _convert_to_exponential(self, in_sigmas: Any, num_inference_steps: int) -> Any:
+        return schedules.exponential_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
+
+    def _convert_to_beta(self, in_sigmas: Any, num_inference_steps: int) -> Any:
+        return schedules.beta_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
 
 
 class DDIMNames:
@@ -122,7 +135,7 @@ class DDPMNames:
         return fixed[kind.removeprefix("fixed_")]
 
 
-class FlowMatchNames:
+class FlowMatchNames(SpacingNames):
     """For flow matching."""
 
     def time_shift(self: Any, mu: float, sigma: float, t: Any) -> Any:
@@ -144,7 +157,7 @@ class FlowMatchNames:
         return sigma * self.config.num_train_timesteps
 
 
-class DPMSolverNames(CountingNames):
+class DPMSolverNames(SpacingNames):
     """For DPM-Solver."""
 
     @property

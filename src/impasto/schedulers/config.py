@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 import numpy as np
@@ -24,22 +25,20 @@ S = TypeVar("S", bound="SchedulerConfig")
 def records_arguments(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
     """``records_config`` for schedulers, which also take arrays and tensors of numbers."""
     recorded = records_config(init)
-    signature = inspect.signature(init)
+    names = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
     def wrapper(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        given = {
-            name: _listed(name, value) if isinstance(value, np.ndarray | Tensor) else value
-            for name, value in list(signature.bind(self, *args, **kwargs).arguments.items())[1:]
-        }
-        cast(Any, recorded)(self, **given)
+        plain = [_plain(name, value) for name, value in zip(chain(names, repeat("an argument")), args, strict=False)]
+        cast(Any, recorded)(self, *plain, **{name: _plain(name, value) for name, value in kwargs.items()})
 
     return wrapper
 
 
-def _listed(name: str, value: np.ndarray[Any, Any] | Tensor) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """The value, or a list for an array or a tensor."""
     try:
-        return value.tolist()
+        return value.tolist() if isinstance(value, np.ndarray | Tensor) else value
     except (RuntimeError, ValueError) as error:
         raise ConfigurationError(f"{name} cannot be read as numbers: {shown(value)}") from error
 

@@ -317,12 +317,12 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas[index])
         return float(alpha), float(sigma), float(torch.log(alpha) - torch.log(sigma))  # lambda may be infinite
 
-    def _sigma_to_alpha_sigma_t(self, level: Tensor) -> tuple[Tensor, Tensor]:
+    def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Noise level -> (alpha, sigma): alpha² + sigma² = 1, or alpha + sigma = 1 on the straight line of flows."""
         if self._flow:
-            return 1 - level, level
-        alpha = 1 / (level**2 + 1) ** 0.5
-        return alpha, level * alpha
+            return 1 - sigma, sigma
+        alpha = 1 / (sigma**2 + 1) ** 0.5
+        return alpha, sigma * alpha
 
     def _alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """For ``add_noise``: the level of the current step, else of the schedule, else of training."""

@@ -98,9 +98,17 @@ def class_of_transformers(name: str) -> Any:
 
 
 def load_model(
-    name: str, folder: Path, dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None
+    name: str,
+    folder: Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    use_safetensors: bool | None,
+    quantization_config: Any = None,
 ) -> nn.Module:
     """Load a T5 encoder or GLM-Image's prior, in evaluation mode; ``dtype=None`` keeps the stored dtype.
+
+    Args:
+        quantization_config: one of transformers or diffusers: transformers quantizes the weights.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -113,6 +121,10 @@ def load_model(
         config = class_of_transformers(kind.config_class)(**values, architectures=[name])
     # Loading with a dtype, unlike a later cast to float16, keeps T5's sensitive weights in float32.
     options = {"dtype": "auto" if dtype is None else dtype, "generation_config": _generation(name, folder)}
+    if quantization_config is not None:
+        if "quantization_config" in values:
+            raise CheckpointError(f"{folder} is quantized already; load it without quantization_config")
+        options["quantization_config"] = _of_transformers(quantization_config)
     if "quantization_config" in values:
         source: Any = folder  # the quantization method reads the files itself, with its own names and dtypes
         options |= {"variant": variant, "use_safetensors": files[0].suffix == ".safetensors"}
@@ -121,7 +133,7 @@ def load_model(
             expected = class_of_transformers(name)(config).state_dict()
         _check_tensors(folder, name, kind, expected, stored)
         source, options["state_dict"] = None, _state(kind, files, expected)
-    with translated(name, folder, quantized="quantization_config" in values):
+    with translated(name, folder, quantized="quantization_config" in (values.keys() | options.keys())):
         loaded, report = class_of_transformers(name).from_pretrained(
             source,
             config=config,
@@ -140,6 +152,16 @@ def load_model(
             raise _mismatch(folder, name, f"misshapen are {listing([f'{key}.weight'])}")
     loaded.config.name_or_path = str(folder)
     return cast(nn.Module, loaded.eval())
+
+
+def _of_transformers(config: Any) -> Any:
+    """A quantization config as a class of transformers, which has those of diffusers under the same names."""
+    name = type(config).__name__
+    cls = class_of_transformers(name) if name.endswith("Config") else None
+    if cls is None or isinstance(config, cls) or not hasattr(config, "to_dict"):
+        return config
+    given = {key: value for key, value in config.to_dict().items() if key != "quant_method" and not key.startswith("_")}
+    return cls.from_dict(given)
 
 
 def check_model(

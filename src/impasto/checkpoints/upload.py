@@ -1,0 +1,113 @@
+"""Saving to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checks import printable
+from ..errors import HubError, ImpastoError, InputError
+
+_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+
+
+class Uploads:
+    """What can be saved into a folder, and so be uploaded."""
+
+    save_pretrained: Any
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Save it into a temporary folder, upload that, and return the address of the commit.
+
+        Args:
+            repo_id: ``owner/name``, or a name among your own repositories; created if it does not exist.
+            private: of a new repository; None: as the owner's settings say.
+            token: of the hub; None: that of ``hf auth login``.
+            create_pr: open a pull request rather than committing to the main branch.
+            safe_serialization: only True: pickles are never written.
+            variant: inserted into the names of the weight files, such as ``"fp16"``.
+            subfolder: the folder in the repository.
+
+        Raises:
+            HubError: the upload failed; the message says why.
+        """
+        given = {} if variant is None else {"variant": variant}
+        if not safe_serialization:
+            given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
+        with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
+            self.save_pretrained(folder, **given)
+            return upload(
+                folder, repo_id, commit_message or f"Upload {type(self).__name__}", private, token, create_pr, subfolder
+            )
+
+    def _push_saved(
+        self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
+    ) -> None:
+        """``push_to_hub=True`` of ``save_pretrained``: upload what was saved, and nothing else from that folder."""
+        if wanted:
+            self.push_to_hub(**{"repo_id": Path(folder).name, **options, **save})
+
+
+def check_upload_options(options: Mapping[str, Any]) -> None:
+    """Refuse keywords of ``save_pretrained`` that ``push_to_hub`` does not have.
+
+    Raises:
+        InputError: the message lists those that it has.
+    """
+    wrong = next((name for name in options if name not in _OPTIONS), None)
+    if wrong is not None:
+        raise InputError(f"save_pretrained has no argument {wrong!r}; those of push_to_hub are {', '.join(_OPTIONS)}")
+
+
+def check_writable(safe_serialization: bool, use_flashpack: bool = False) -> None:
+    """Refuse formats that are not written.
+
+    Raises:
+        InputError: anything but safetensors.
+    """
+    if not safe_serialization or use_flashpack:
+        wanted = "use_flashpack=True" if use_flashpack else "safe_serialization=False"
+        raise InputError(
+            f"{wanted} would write {'another format' if use_flashpack else 'a pickle'}; only safetensors are written"
+        )
+
+
+def upload(
+    folder: str,
+    repo_id: str,
+    message: str,
+    private: bool | None,
+    token: str | bool | None,
+    create_pr: bool,
+    subfolder: str | None,
+) -> str:
+    """Upload a folder to a repository, which is created if needed; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, commit_message=message, create_pr=create_pr
+        )
+    except ImpastoError:
+        raise
+    except Exception as error:  # from the network, the server or the library
+        raise HubError(
+            f"{printable(str(repo_id)[:200])} was not uploaded ({type(error).__name__}): check the name, log in with "
+            f"`hf auth login` or give token=, and unset HF_HUB_OFFLINE"
+        ) from error
+    return str(commit)

@@ -1,0 +1,182 @@
+"""DiffusionPipeline, the base of all pipelines: their config, and loading any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from ..checkpoints.config import Config, write_json
+from ..checkpoints.layout import INDEX_NAME
+from ..checkpoints.upload import Uploads, check_upload_options
+from ..errors import CheckpointNotFoundError, ConfigurationError, InputError
+
+#: The arguments of ``from_pretrained`` that say where and how to look for files.
+_OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
+
+
+class DiffusionPipeline(Uploads):
+    """Any pipeline: ``DiffusionPipeline.from_pretrained`` returns one of the class that ``model_index.json`` names.
+
+    The config of a pipeline is what ``model_index.json`` holds: the library and class of each component.
+    """
+
+    config_name: ClassVar[str] = INDEX_NAME
+    has_compatibles: ClassVar[bool] = False
+    #: No argument is left out of the config.
+    ignore_for_config: ClassVar[list[str]] = []
+
+    _name_or_path: str | None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """Load a pipeline of the class that its ``model_index.json`` names; ``options`` are those of that class.
+
+        Raises:
+            CheckpointError: there is no such file, or it names a class that this package does not have.
+        """
+        from ..registry import pipeline_class
+
+        stored = stored_class(pretrained_model_name_or_path, options)
+        found = pipeline_class(stored)
+        return found.from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
+        """Download the files that ``from_pretrained`` would load, and return their folder.
+
+        Args:
+            options: ``variant``, ``revision`` and the other options of the download; components that are given, as in
+                ``text_encoder=None``, are left out.
+        """
+        from ..registry import pipeline_class
+
+        source = _source(pretrained_model_name, options)
+        with source.opened() as opened:
+            stored = opened.read_content()[1].get("_class_name")
+            kind = cast(Any, pipeline_class(stored) if cls is DiffusionPipeline else cls)
+            name = kind.saved_as or kind.__name__
+            index = opened.read_index(name)
+            wanted = [part for part in kind.component_names() if part not in options]
+            found: Path = opened.fetch(index, wanted, name)
+        return found if opened is source else Path(source.model, source.subfolder or "")
+
+    # --- the config ---
+
+    @property
+    def config(self) -> Config:
+        """The library and class of each component, read-only, and what ``register_to_config`` has added."""
+        from .loading import FORMAT_VERSION, index_entry
+
+        pipe = cast(Any, self)
+        values = {"_class_name": pipe.saved_as or type(self).__name__, "_diffusers_version": FORMAT_VERSION}
+        if self._name_or_path is not None:
+            values["_name_or_path"] = self._name_or_path
+        components = {name: tuple(index_entry(component)) for name, component in pipe.components.items()}
+        return Config({**values, **components, **vars(self).get("_registered", {})})
+
+    @property
+    def name_or_path(self) -> str | None:
+        """What ``from_pretrained`` was given; None for a pipeline that was not loaded."""
+        return self._name_or_path
+
+    def register_to_config(self, **values: Any) -> None:
+        """Add values to ``config``. They have no effect on the pipeline."""
+        self.__dict__["_registered"] = {**vars(self).get("_registered", {}), **values}
+
+    def register_modules(self, **components: Any) -> None:
+        """Assign components: ``register_modules(vae=vae)`` is ``pipe.vae = vae``."""
+        names = cast(Any, self).component_names()
+        for name, component in components.items():
+            if name not in names:
+                raise InputError(f"{type(self).__name__} has no component {name!r}; it has: {', '.join(names)}")
+            setattr(self, name, component)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **components: Any) -> Any:
+        """A pipeline of the given components; a config only names their classes, so others are None."""
+        kind = cast(Any, cls)
+        return kind(**{**dict.fromkeys(kind.component_names()), **components})
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        return_unused_kwargs: bool = False,
+        return_commit_hash: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The contents of ``model_index.json``; ``options`` are those of the download.
+
+        Args:
+            return_unused_kwargs: return the other options, too.
+            return_commit_hash: return None in addition, as no commit is recorded.
+        """
+        unused = {name: value for name, value in options.items() if name not in (*_OF_SOURCE, "force_download")}
+        path, content = _source(pretrained_model_name_or_path, options).read_content()
+        if not content:
+            raise CheckpointNotFoundError(f"{path} does not exist; {pretrained_model_name_or_path} is not a pipeline")
+        found = [content, *([unused] if return_unused_kwargs else []), *([None] if return_commit_hash else [])]
+        return content if len(found) == 1 else tuple(found)
+
+    get_config_dict = load_config
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Mapping[str, Any], **given: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The entries that name components, replaced by those given; what else was given; the other entries."""
+        names = cast(Any, cls).component_names()
+        chosen = {name: given.get(name, config_dict.get(name)) for name in names if {name} & {*given, *config_dict}}
+        unused = {name: value for name, value in given.items() if name not in names}
+        return chosen, unused, {name: value for name, value in config_dict.items() if name not in names}
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **upload: Any) -> None:
+        """Write ``model_index.json`` alone. ``push_to_hub`` uploads the whole pipeline."""
+        from ..folders import saving
+
+        check_upload_options(upload)
+        with saving(save_directory) as staging:
+            write_json(staging / INDEX_NAME, self._stored_config())
+        self._push_saved(push_to_hub, save_directory, upload)
+
+    def to_json_string(self) -> str:
+        """The config as JSON."""
+        return json.dumps(self._stored_config(), indent=2) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the config as JSON."""
+        write_json(Path(json_file_path), self._stored_config())
+
+    def _stored_config(self) -> dict[str, Any]:
+        return {name: value for name, value in self.config.items() if name != "_name_or_path"}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "DiffusionPipeline") -> None:
+        """Refused: it would write the code of the class next to the weights, and loading runs no such code."""
+        raise ConfigurationError(
+            f"{cls.__name__} is not registered: code is neither saved with weights nor loaded with them; import the "
+            f"class and call its from_pretrained"
+        )
+
+
+def stored_class(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
+    """The name of the class in a pipeline's ``model_index.json``.
+
+    Args:
+        options: of ``from_pretrained``; only those of the download are read.
+    """
+    path, content = _source(model, options).read_content()
+    if not content:
+        raise CheckpointNotFoundError(f"{path} does not exist; a model alone is loaded by its own class or AutoModel")
+    return str(content.get("_class_name"))
+
+
+def _source(model: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
+    from .loading import Source
+
+    chosen: dict[str, Any] = {name: options.get(name) for name in _OF_SOURCE}
+    chosen |= {name: bool(options.get(name)) for name in ("local_files_only", "force_download")}
+    return Source(model, **chosen)
