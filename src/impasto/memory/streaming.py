@@ -217,14 +217,13 @@ def to_disk(component: nn.Module, folder: str | os.PathLike[str], name: str) -> 
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from ..files import make_folder, plain_path
+    from ..files import make_folder, plain_path, write_file
 
     slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type == "cpu"]
     path = plain_path(folder) / f"{name}.safetensors"
     make_folder(path.parent)
-    new = path.with_suffix(f".{os.getpid()}.{id(component)}.new")
-    save_file({slot.name: slot.read().contiguous() for slot in slots}, new)
-    os.replace(new, path)  # a file that is mapped already must not change
+    tensors = {slot.name: slot.read().contiguous() for slot in slots}
+    write_file(path, lambda new: save_file(tensors, new), durable=False)  # a file that is mapped already stays
     with safe_open(path, "pt") as file:
         for slot in slots:
             slot.write(file.get_tensor(slot.name))
