@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError
 from impasto.nn import layers
@@ -96,7 +96,18 @@ def test_feed_forward_takes_tokens_in_parts_that_stay_in_cache(
     whole = layer(x)
     monkeypatch.setattr(layers, "_BYTES_AT_ONCE", 5 * x.element_size())
     lengths: list[int] = []
-    layer.net.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[-2]))
+
+    class Recording(nn.Sequential):  # a hook would get all tokens at once
+        def forward(self, x: Tensor) -> Tensor:
+            lengths.append(x.shape[-2])
+            return super().forward(x)
+
+    layer.net.__class__ = Recording
     with torch.no_grad():
         torch.testing.assert_close(layer(x), whole)
     assert lengths == [5, 5, 4]
+    layer.net.__class__ = nn.Sequential
+    layer.net.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[-2]))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+    assert lengths == [5, 5, 4, 7]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -217,13 +218,18 @@ def to_disk(component: nn.Module, folder: str | os.PathLike[str], name: str) -> 
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    from ..checkpoints.weights import disk_errors
     from ..files import make_folder, plain_path, write_file
 
     slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type == "cpu"]
     path = plain_path(folder) / f"{name}.safetensors"
     make_folder(path.parent)
-    tensors = {slot.name: slot.read().contiguous() for slot in slots}
-    write_file(path, lambda new: save_file(tensors, new), durable=False)  # a file that is mapped already stays
+
+    def write(new: Path) -> None:
+        with disk_errors():
+            save_file({slot.name: slot.read().contiguous() for slot in slots}, new)
+
+    write_file(path, write, durable=False)  # a file that is mapped already does not change
     with safe_open(path, "pt") as file:
         for slot in slots:
             slot.write(file.get_tensor(slot.name))
