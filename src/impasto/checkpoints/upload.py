@@ -89,10 +89,10 @@ def upload(
     folder: str,
     repo_id: str,
     message: str,
-    private: bool | None,
-    token: str | bool | None,
-    create_pr: bool,
-    subfolder: str | None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
 ) -> str:
     """Upload a folder to a repository, which is created if needed; returns the address of the commit."""
     from huggingface_hub import HfApi
