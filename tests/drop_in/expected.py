@@ -4,6 +4,12 @@ _MODELS = ("PixArtTransformer2DModel", "GlmImageTransformer2DModel", "Autoencode
 _PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 
 EXPECTED_DIFFERENT: dict[str, str] = {
+    "a_keyword_misspelt": "An unknown keyword of `from_pretrained` is an error",
+    "sizes_that_do_not_fit": "`ignore_mismatched_sizes=True` are errors",
+    "a_tensor_that_is_missing": "A tensor that is missing, unexpected or misshapen is an error",
+    "saving_pickles": "Pickles are never written",
+    "a_prompt_and_its_embeddings": "`encode_prompt` with both `prompt` and `prompt_embeds` is an error",
+    "images_and_their_batch": "Padding of glyphs is masked",
     "a_config_assigned_to": "Any assignment to a `config` is an error",
     "embeddings_of_padding": "The embeddings of padding are zero in what `encode_prompt` returns",
     "the_text_that_a_processor_sees": "Attention processors and hooks see the text without padding",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from .building import Make, denoise, noise
 
@@ -233,6 +234,32 @@ def a_model_that_is_not_there(lib: ModuleType, make: Make) -> Any:
     except OSError:
         return "refused"
     return None
+
+
+@idiom("using-diffusers/loading")
+def a_keyword_misspelt(lib: ModuleType, make: Make) -> Any:
+    return type(lib.PixArtSigmaPipeline.from_pretrained(make.checkpoint(), torch_dytpe=torch.bfloat16))
+
+
+@idiom("api/models/overview")
+def sizes_that_do_not_fit(lib: ModuleType, make: Make) -> Any:
+    options = {"subfolder": "transformer", "ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+    return type(lib.PixArtTransformer2DModel.from_pretrained(make.checkpoint(), caption_channels=16, **options))
+
+
+@idiom("api/models/overview")
+def a_tensor_that_is_missing(lib: ModuleType, make: Make) -> Any:
+    make.pixart().save_pretrained(make.folder)
+    file = make.folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if k != "proj_out.bias"}, file, {"format": "pt"})
+    return type(lib.PixArtTransformer2DModel.from_pretrained(make.folder))
+
+
+@idiom("using-diffusers/push_to_hub")
+def saving_pickles(lib: ModuleType, make: Make) -> Any:
+    make.pixart().save_pretrained(make.folder, safe_serialization=False)
+    return sorted(p.name for p in make.folder.iterdir())
 
 
 @idiom("using-diffusers/push_to_hub")
@@ -859,6 +886,20 @@ def checked_inputs(lib: ModuleType, make: Make) -> Any:
         except ValueError:
             found.append("refused")
     return found
+
+
+@idiom("using-diffusers/weighted_prompts")
+def a_prompt_and_its_embeddings(lib: ModuleType, make: Make) -> Any:
+    embeds = {"prompt_embeds": noise(1, 5, 32), "prompt_attention_mask": torch.ones(1, 5)}
+    with torch.no_grad():
+        return make.sigma().encode_prompt("a cat", do_classifier_free_guidance=False, **embeds)[0]
+
+
+@idiom("api/pipelines/glm_image")
+def images_and_their_batch(lib: ModuleType, make: Make) -> Any:
+    call = glm_call(prompt=['a sign that says "open"', "a cube"], latents=noise(2, 4, 8, 12))
+    call["prior_token_ids"] = call["prior_token_ids"].repeat(2, 1)
+    return make.glm()(**call).images
 
 
 @idiom("api/pipelines/pixart")
