@@ -50,8 +50,13 @@ class Uploads:
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **given)
             return upload(
-                folder, repo_id, commit_message or f"Upload {type(self).__name__}", private, token, create_pr, subfolder
+                folder, repo_id, commit_message or self._upload_message(), private, token, create_pr, subfolder
             )
+
+    def _upload_message(self) -> str:
+        """The message of a commit, as diffusers chooses it."""
+        name = type(self).__name__
+        return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
