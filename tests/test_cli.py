@@ -98,6 +98,76 @@ def test_an_image_does_not_depend_on_its_batch(model: Path, tmp_path: Path) -> N
     assert abs(pixels(made[4][3]) - alone).max() > 5
 
 
+def test_earlier_images_in_a_folder_stay(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "0041.jpg").write_bytes(b"kept")
+    for name in ("12.png", "notes.txt", "0099.txt", "cube.png"):  # not numbers of images
+        (folder / name).write_bytes(b"")
+    first = generate(model, "a red cube", "a cat", "--output", folder)
+    assert first.stdout.split() == [str(folder / "0042.png"), str(folder / "0043.png")]
+    before = (folder / "0042.png").read_bytes()
+    assert generate(model, "a red cube", "--output", folder).stdout == f"{folder / '0044.png'}\n"
+    again = generate(model, "a red cube", "--output", folder, "--overwrite")
+    assert again.stdout == f"{folder / '0000.png'}\n"
+    assert (folder / "0042.png").read_bytes() == before
+    (folder / "0000.png").write_bytes(b"old")
+    assert generate(model, "a red cube", "--output", folder, "--overwrite").exit_code == 0
+    assert (folder / "0000.png").read_bytes() != b"old"
+    assert (folder / "0041.jpg").read_bytes() == b"kept"
+
+
+def test_a_file_is_replaced_on_request_only(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cube.png"
+    path.write_bytes(b"old")
+    result = generate(model, "a red cube", "--output", path)
+    assert (result.exit_code, path.read_bytes()) == (1, b"old")
+    assert "--overwrite" in result.stderr
+    assert generate(model, "a red cube", "--output", path, "--overwrite").exit_code == 0
+    assert read_settings(path).prompt == "a red cube"
+
+    def run(*arguments: Any, **options: Any) -> Any:  # the file appears while the image is generated
+        late.write_bytes(b"of another process")
+        return plain(*arguments, **options)
+
+    late, plain = tmp_path / "late.png", pipelines.run
+    monkeypatch.setattr(pipelines, "run", run)
+    result = generate(model, "a red cube", "--output", late)
+    assert (result.exit_code, late.read_bytes()) == (1, b"of another process")
+    assert "exists already" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_number_that_is_taken_meanwhile_is_left(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, plain = tmp_path / "images", pipelines.run
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        (folder / "0001.png").write_bytes(b"of another process")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(pipelines, "run", run)
+    result = generate(model, "a red cube", "--num-images", 3, "--seed", 5, "--output", f"{folder}/")
+    assert [Path(line).name for line in result.stdout.split()] == ["0000.png", "0002.png", "0003.png"]
+    assert (folder / "0001.png").read_bytes() == b"of another process"
+    assert [read_settings(folder / name).seed for name in ("0000.png", "0002.png", "0003.png")] == [5, 6, 7]
+
+
+def test_two_runs_at_once_lose_nothing(model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "impasto", "generate", "a red cube", "--model", str(model), "--steps", "1",
+        "--num-images", "4", "--batch-size", "1", "--output", f"{tmp_path}/out/", "--device", "cpu",
+    ]  # fmt: skip
+    runs = [
+        subprocess.Popen([*command, "--seed", seed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for seed in ("10", "20")
+    ]
+    printed = [run.communicate(timeout=240) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    names = [line for out, _ in printed for line in out.split()]
+    assert sorted(names) == [str(tmp_path / "out" / f"{i:04d}.png") for i in range(8)]
+    assert sorted(read_settings(name).seed for name in names) == [10, 11, 12, 13, 20, 21, 22, 23]
+
+
 def test_the_images_are_those_of_the_pipeline(model: Path, tmp_path: Path) -> None:
     generate(model, "a red cube", "--seed", 3, "--scheduler", "lcm", "--output", tmp_path / "x.png")
     pipe = PixArtSigmaPipeline.from_pretrained(model, dtype=torch.bfloat16 if NATIVE else torch.float32)
@@ -137,8 +207,9 @@ def test_alpha_is_generated_by_its_own_pipeline(tmp_path: Path, monkeypatch: pyt
 def test_dtypes(model: Path, tmp_path: Path) -> None:
     assert pipelines.choose_dtype(DType.AUTO, torch.device("cpu")) == (torch.bfloat16 if NATIVE else torch.float32)
     for dtype in ("bfloat16", "float32"):
-        generate(model, "a red cube", "--dtype", dtype, "--seed", 1, "--output", tmp_path / "x.png")
-        assert read_settings(tmp_path / "x.png").extra["Dtype"] == dtype
+        path = tmp_path / f"{dtype}.png"
+        generate(model, "a red cube", "--dtype", dtype, "--seed", 1, "--output", path)
+        assert read_settings(path).extra["Dtype"] == dtype
 
 
 # --- errors ---
@@ -361,6 +432,7 @@ def test_an_image_is_edited(model: Path, photo: tuple[Path, Path], tmp_path: Pat
     settings = read_settings(path)
     assert settings.extra["Denoising strength"] == "0.5"
     assert (settings.height, settings.width) == (20, 30)
+    path = tmp_path / "small.png"
     assert generate(model, "a cat", "--image", photo[0], "--height", 16, "--width", 24, "--output", path).exit_code == 0
     assert pixels(path).shape == (16, 24, 3)
     assert read_settings(path).extra["Denoising strength"] == "0.8"

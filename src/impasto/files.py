@@ -32,16 +32,23 @@ WAIT_SECONDS = 600.0
 
 
 def write_file(
-    path: str | os.PathLike[str], content: bytes | str | Callable[[Path], object], *, durable: bool = True
+    path: str | os.PathLike[str],
+    content: bytes | str | Callable[[Path], object],
+    *,
+    durable: bool = True,
+    overwrite: bool = True,
 ) -> None:
     """Write a file completely or not at all, with the permissions of the umask. Its folder must exist.
 
     Args:
         content: bytes, text (UTF-8), or a function that writes to the path it is given.
         durable: sync it to disk before the rename, so that it survives a power failure; False for caches.
+        overwrite: whether a file of this name is replaced. If not, of several processes that write it at once one
+            succeeds.
 
     Raises:
-        OutputError: the disk is full, or the file or its folder cannot be written. The old file remains.
+        OutputError: the disk is full, or the file or its folder cannot be written, or may not be replaced. The old
+            file remains.
     """
     path = plain_path(path)
     temporary = path.with_name(f".impasto-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
@@ -56,6 +63,8 @@ def write_file(
                 _write_all(descriptor, content.encode("utf-8") if isinstance(content, str) else content)
             if durable:
                 os.fsync(descriptor)
+            if not overwrite and os.path.lexists(path):  # nobody else of us can write it now
+                raise OSError(errno.EEXIST, "it exists already")
             if not HAS_LOCKS:  # Windows renames no open file
                 os.close(descriptor)
                 descriptor = -1

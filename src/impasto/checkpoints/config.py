@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
@@ -31,6 +31,7 @@ MOST_BYTES = 10_000_000
 
 P = ParamSpec("P")
 T = TypeVar("T", bound="Configurable")
+_Path: TypeAlias = "str | os.PathLike[str]"
 
 
 #: Keywords that say where a config is.
@@ -89,18 +90,18 @@ class Configurable(Uploads):
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[False] = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[False] = False, **overrides: Any
     ) -> Self: ...
 
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[True], **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[True], **overrides: Any
     ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: bool = False, **overrides: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Build from a config: ours, a dict, or that of another class, including those of diffusers.
 
@@ -119,7 +120,7 @@ class Configurable(Uploads):
         """
         if isinstance(config, str | os.PathLike) and os.path.exists(config):
             config, overrides = cls.load_config(config, True, **overrides)
-        values, unused, kept = cls.extract_init_dict(config, **overrides)
+        values, unused, kept = cls.extract_init_dict(cast(Mapping[str, Any], config), **overrides)
         if not return_unused_kwargs:
             cls._arguments({}, overrides)
         unknown = [name for name in unused if name not in overrides]
@@ -243,6 +244,14 @@ class Configurable(Uploads):
         if return_commit_hash:
             more.append(commit and commit[1])  # type: ignore[arg-type]
         return (content, *more) if more else content
+
+    @classmethod
+    def _settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keywords of ``from_pretrained`` that are arguments of the constructor; the others are checked."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        others = {name: value for name, value in given.items() if name not in known}
+        settle(cls.__name__, others, [*known, *inspect.signature(cast(Any, cls).from_pretrained).parameters])
+        return {name: value for name, value in given.items() if name in known}
 
     @classmethod
     def _config_path(cls, model: str | os.PathLike[str], subfolder: str | None = None, **place: Any) -> Path:

@@ -49,9 +49,8 @@ class Uploads:
             given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **given)
-            return upload(
-                folder, repo_id, commit_message or self._upload_message(), private, token, create_pr, subfolder
-            )
+            message = commit_message or self._upload_message()
+            return upload(folder, repo_id, message, private, token, create_pr, subfolder)
 
     def _upload_message(self) -> str:
         """The message of a commit, as diffusers chooses it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +29,9 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to show.", show_default=False)],
     model: Model = "builtin:scenes",
     output: Annotated[str, typer.Option(metavar="PATH", help="An image file, or a folder.")] = "out/",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files: --output, or in a folder from 0000.png on.")
+    ] = False,
     negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What guidance steers away from.")] = "",
     steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -68,7 +73,7 @@ def generate(
 ) -> None:
     """Generate an image of each PROMPT and save it with its settings.
 
-    Several images are saved as 0000.png, 0001.png, ... in the folder --output.
+    Several images are saved as 0000.png, 0001.png, ... in the folder --output, after those that are there.
     """
     for prompt in (*prompts, negative_prompt):
         text("a prompt", prompt, MAX_CHARACTERS)
@@ -87,7 +92,7 @@ def generate(
         except InputError as error:
             raise InputError(f"--memory-budget: {error}") from error
     seed = secrets.randbelow(2**32) if seed is None else seed
-    files = plan_files(output, len(prompts) * num_images)
+    files = plan_files(output, len(prompts) * num_images, overwrite)
     folder, class_name = pipelines.resolve(model)
 
     from ..pipelines import image_files
@@ -146,7 +151,14 @@ def generate(
                 "Version": pipelines.version(),
             },
         )
-        image_files.save_image(image, file, settings)
+        while True:
+            try:
+                image_files.save_image(image, file, settings, overwrite)
+                break
+            except OutputError:
+                if overwrite or file == Path(output) or not os.path.lexists(file):
+                    raise
+                file = _numbered(file.parent, _next_number(file.parent))  # another process has taken this one
         say(str(file))
 
     options: dict[str, Any] = {
@@ -172,20 +184,37 @@ def generate(
             save(generated, prompt, file, seed + i)
 
 
-def plan_files(output: str, count: int) -> list[Path]:
-    """The file of each image."""
+def plan_files(output: str, count: int, overwrite: bool = False) -> list[Path]:
+    """The file of each image: after those that are in the folder, unless they may be replaced."""
     path = Path(output)
     is_folder = path.is_dir() or output.endswith("/")
     if not is_folder and path.suffix.lower() in IMAGE_EXTENSIONS:
         if count > 1:
             raise InputError(f"{count} images do not fit into the one file {path}; give a folder, as in --output out")
+        if not overwrite and os.path.lexists(path):
+            raise OutputError(f"{path} exists already; give another name, or --overwrite to replace it")
         return [path]
     if not is_folder and path.suffix[1:].isalpha():
         known = ", ".join(IMAGE_EXTENSIONS)
         raise OutputError(f"{path} has none of the extensions of an image ({known}); or, for a folder, end it with /")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, and should be a folder or end in .png; choose another name")
-    return [path / f"{i:04d}.png" for i in range(count)]
+    first = 0 if overwrite else _next_number(path)
+    return [_numbered(path, first + i) for i in range(count)]
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder / f"{number:04d}.png"
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the highest number of an image in the folder, which need not exist."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # it does not exist, or is reported when it is written
+        names = []
+    numbered = (re.fullmatch(r"([0-9]{4,9})(\.[a-z]+)", name.lower()) for name in names)
+    return max((int(found[1]) for found in numbered if found and found[2] in IMAGE_EXTENSIONS), default=-1) + 1
 
 
 def _check_edit(family: Family, steps: int, image: list[Path], strength: float | None, mask: Path | None) -> None:

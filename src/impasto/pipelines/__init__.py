@@ -1,0 +1,31 @@
+"""Pipelines, under the import paths of diffusers too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..lazy import publish, resolve
+
+_HOMES = {
+    "AutoPipelineForImage2Image": ":AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting": ":AutoPipelineForInpainting",
+    "AutoPipelineForText2Image": ":AutoPipelineForText2Image",
+    "DiffusionPipeline": ":DiffusionPipeline",
+    "GlmImagePipeline": "pipelines.glm_image:GlmImagePipeline",
+    "ImagePipelineOutput": "pipelines.base:ImagePipelineOutput",
+    "PixArtAlphaImg2ImgPipeline": "pipelines.pixart_edits:PixArtAlphaImg2ImgPipeline",
+    "PixArtAlphaInpaintPipeline": "pipelines.pixart_edits:PixArtAlphaInpaintPipeline",
+    "PixArtAlphaPipeline": "pipelines.pixart:PixArtAlphaPipeline",
+    "PixArtSigmaImg2ImgPipeline": "pipelines.pixart_edits:PixArtSigmaImg2ImgPipeline",
+    "PixArtSigmaInpaintPipeline": "pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
+    "PixArtSigmaPipeline": "pipelines.pixart:PixArtSigmaPipeline",
+}
+publish(__name__, _HOMES, "auto_pipeline", "pipeline_utils")
+
+
+def __getattr__(name: str) -> Any:
+    return resolve(__name__, _HOMES, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

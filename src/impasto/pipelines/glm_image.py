@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from ..lazy import publish
 from ..memory.placement import OneAtATime
 from ..models.base import parse_dtype
 from ..models.glm_image.context import GlmImageReferences
@@ -379,3 +380,10 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
 def _trimmed(embeds: Tensor, mask: Tensor) -> Tensor:
     """Embeddings [P, M, channels] without the columns in which all rows are padding."""
     return embeds[:, : int(mask.sum(dim=1).max())]
+
+
+publish(
+    __name__,
+    {"GlmImagePipeline": "pipelines.glm_image:GlmImagePipeline"},
+    "pipeline_glm_image",
+)

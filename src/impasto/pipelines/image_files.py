@@ -101,11 +101,19 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"the folder {path.parent} is not writable; allow it or choose another")
 
 
-def save_image(image: Image.Image, path: str | os.PathLike[str], settings: GenerationSettings | None = None) -> None:
+def save_image(
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    settings: GenerationSettings | None = None,
+    overwrite: bool = True,
+) -> None:
     """Write an image completely or not at all, with its settings inside.
 
     The extension determines the format: .png (settings in the text chunk ``parameters``), .jpg, .jpeg or .webp
     (in the EXIF user comment).
+
+    Args:
+        overwrite: whether a file of this name is replaced; if not, it is an OutputError.
 
     Raises:
         OutputError: unknown extension, missing or unwritable folder, full disk, or an image that the format
@@ -119,7 +127,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], settings: Gener
         content = _encode(image, _FORMATS[path.suffix.lower()], settings)
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} cannot be written as {path.suffix}: {error}; try .png") from error
-    write_file(path, content)
+    write_file(path, content, overwrite=overwrite)
 
 
 def _encode(image: Image.Image, kind: str, settings: GenerationSettings | None) -> bytes:

@@ -155,7 +155,7 @@ def load_components(
             from ..transforms.quantization_configs import configs_of
 
             classes = {name: str(index[name][1]) for name in wanted if index.get(name, [None, None])[1] is not None}
-            models = {name for name, cls in classes.items() if cls not in READERS and name != "scheduler"}
+            models = [name for name, cls in classes.items() if cls not in READERS and name != "scheduler"]
             ours = {name: classes[name] not in LANGUAGE_MODELS for name in models}
             quantization = configs_of(quantization_config, ours)
         folder = opened.fetch(index, wanted, pipeline)
