@@ -36,6 +36,7 @@ FLOORS = {
     "callbacks": 5,
     "image_processor": 5,
     "cli": 5,
+    "hooks": 5,
     "__init__": 5,
     "__main__": 5,
 }
