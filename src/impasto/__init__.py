@@ -28,7 +28,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .interop import to_diffusers
+    from .memory.group_offload import apply_group_offloading
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
+    from .models.compat import attention_backend
     from .models.glm_image.context import GlmImageKVCache
     from .models.glm_image.model import GlmImageTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
     from .schedulers.lcm import LCMScheduler, LCMSchedulerOutput
     from .transforms.guidance_interval import guide_between
+    from .transforms.layerwise_casting import apply_layerwise_casting
     from .transforms.quantize import dequantize, quantize
     from .transforms.step_cache import cache_steps
 
@@ -107,6 +110,9 @@ __all__ = [
     "Transformer2DModelOutput",
     "WeightsMismatchError",
     "__version__",
+    "apply_group_offloading",
+    "apply_layerwise_casting",
+    "attention_backend",
     "cache_steps",
     "compute_as_stored",
     "compute_in_float32",
@@ -149,6 +155,9 @@ _HOMES = {
     "SchedulerOutput": ".schedulers.base:SchedulerOutput",
     "Transformer2DModel": ".models.pixart.model:PixArtTransformer2DModel",
     "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
+    "apply_group_offloading": ".memory.group_offload:apply_group_offloading",
+    "apply_layerwise_casting": ".transforms.layerwise_casting:apply_layerwise_casting",
+    "attention_backend": ".models.compat:attention_backend",
     "cache_steps": ".transforms.step_cache:cache_steps",
     "compute_as_stored": ".nn.precision:compute_as_stored",
     "compute_in_float32": ".nn.precision:compute_in_float32",

@@ -18,6 +18,7 @@ from .checks import printable, shown, whole_number
 from .errors import CheckpointError, ConfigurationError, InputError, MissingDependencyError, WeightsMismatchError
 from .models.base import Model
 from .nn.changes import refuse_adapters, unwrapped
+from .nn.precision import restore_class
 from .schedulers.base import Scheduler
 
 #: Component -> its base class in diffusers, the pattern of its name, and the methods that a pipeline calls.
@@ -60,7 +61,7 @@ def to_diffusers(component: Any) -> Any:
     components = getattr(component, "components", None)
     if not isinstance(components, Mapping) or not type(component).__module__.startswith(f"{__package__}."):
         if isinstance(component, nn.Module) or components is not None:
-            return component
+            return _component(component)
         raise InputError(f"to_diffusers takes a model, a scheduler or a pipeline, not {shown(component)}")
     name = getattr(component, "saved_as", None) or type(component).__name__
     cls = getattr(_diffusers("to_diffusers"), name)
@@ -70,7 +71,12 @@ def to_diffusers(component: Any) -> Any:
 
 
 def _component(value: Any) -> Any:
-    return to_diffusers(value) if isinstance(unwrapped(value), Model | Scheduler) else unwrapped(value)
+    value = unwrapped(value)
+    if isinstance(value, Model | Scheduler):
+        return to_diffusers(value)
+    if isinstance(value, nn.Module):
+        restore_class(value)
+    return value
 
 
 def _counterpart(ours: Model | Scheduler) -> Any:

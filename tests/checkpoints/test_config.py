@@ -4,12 +4,14 @@ import copy
 import json
 import logging
 import operator
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import impasto.checkpoints.config as config_file
 from impasto.checkpoints.config import Config, Configurable, read_json, records_config, write_json
 from impasto.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
@@ -30,13 +32,13 @@ class Thing(Configurable):
 
 def test_every_argument_is_recorded_with_its_default() -> None:
     config = Thing(8, ratio=0.5).config
-    recorded = {"size": 8, "names": ["a", "b"], "ratio": 0.5, "old": 0}
-    assert dict(config) == {**recorded, "_use_default_values": ["names", "old"]}
+    recorded = {"size": 8, "names": ["a", "b"], "ratio": 0.5}  # old has no effect
+    assert dict(config) == {**recorded, "_use_default_values": ["names"]}
     assert dict(Thing(8, ["a"], 0.5, 1).config) == {"size": 8, "names": ["a"], "ratio": 0.5, "old": 1}  # type: ignore[arg-type]
     assert config.size == config["size"] == config.get("size") == 8
     assert config.get("absent", 3) == 3
     assert "size" in config
-    assert len(config) == 5
+    assert len(config) == 4
 
 
 def test_what_is_not_there_and_what_is_read_only() -> None:
@@ -62,7 +64,7 @@ def test_it_is_a_dict() -> None:
     assert isinstance(config, dict)
     assert json.loads(json.dumps(config)) == config == {**config}
     assert (config | {"size": 9}).size == ({"size": 9, "x": 1} | config).x + 8 == 9
-    assert sorted(config.keys()) == ["_use_default_values", "names", "old", "ratio", "size"]
+    assert sorted(config.keys()) == ["_use_default_values", "names", "ratio", "size"]
     changed = config.copy()
     changed["size"] = 9
     assert config.size == 8
@@ -184,7 +186,7 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     content = Thing.load_config(tmp_path / "new" / "folder")
     private = {"_class_name": "Thing", "_diffusers_version": "0.42.1"}
     assert content == {**private, "size": 6, "names": ["a", "b"], "ratio": 0.25}  # old has no meaning
-    assert Thing.from_config(content).config == {**content, "old": 0, "_use_default_values": ["old"]}
+    assert Thing.from_config(content).config == content
     Thing(old=3).save_config(tmp_path)
     assert Thing.load_config(tmp_path)["old"] == 3
 
@@ -199,7 +201,7 @@ def test_configs_are_found_in_subfolders_files_and_snapshots(tmp_path: Path) -> 
     assert Thing.load_config(snapshot, True, True, subfolder="thing", weight=2) == (content, {"weight": 2}, "a" * 40)
     Thing(6).save_config(tmp_path)
     assert Thing.load_config(tmp_path, return_commit_hash=True) == (content, None)
-    with pytest.raises(InputError, match=r"load_config has no option 'subfoldr'; did you mean 'subfolder'\?"):
+    with pytest.raises(InputError, match=r"load_config has no argument 'subfoldr'; did you mean 'subfolder'\?"):
         Thing.load_config(tmp_path, subfoldr="thing")
 
 
@@ -214,11 +216,31 @@ def test_the_text_of_the_file(tmp_path: Path) -> None:
 
 
 def test_uploading_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(Thing, "push_to_hub", lambda self, *a, **kw: calls.append((a, kw)), raising=False)
+    calls: list[Any] = []
+
+    def upload(folder: str, **options: Any) -> None:
+        calls.append((sorted(os.listdir(folder)), options))
+
+    monkeypatch.setattr(config_file, "upload", upload)
     Thing().save_config(tmp_path / "mine", push_to_hub=True, private=True)
-    Thing().save_config(tmp_path / "mine", True, repo_id="me/thing")
-    assert calls == [(("mine",), {"private": True}), (("me/thing",), {})]
+    Thing().save_config(tmp_path / "mine", True, repo_id="me/thing", commit_message="New")
+    Thing().save_config(tmp_path / "mine")
+    message = "Upload Thing"
+    assert calls == [
+        (["config.json"], {"repo_id": "mine", "message": message, "private": True}),
+        (["config.json"], {"repo_id": "me/thing", "message": "New"}),
+    ]
+    with pytest.raises(InputError, match="no argument 'privat'"):
+        Thing().save_config(tmp_path / "mine", True, privat=True)
+
+
+def test_a_path_is_taken_for_its_config(tmp_path: Path) -> None:
+    """As averages of diffusers' EMAModel are loaded, whose state is in the config."""
+    thing = Thing(6)
+    thing.register_to_config(decay=0.5)
+    thing.save_config(tmp_path / "sub")
+    loaded, unused = Thing.from_config(tmp_path, return_unused_kwargs=True, subfolder="sub")  # type: ignore[call-overload]
+    assert (loaded.config.size, unused["decay"]) == (6, 0.5)
 
 
 def test_missing_file(tmp_path: Path) -> None:

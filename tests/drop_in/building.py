@@ -223,14 +223,8 @@ def denoise(scheduler: Any, steps: int = 4, **options: Any) -> Tensor:
     return latents
 
 
-#: The built-in exceptions by which scripts catch errors.
-FAMILIES = (ValueError, TypeError, KeyError, OSError, AttributeError, NotImplementedError, ImportError, RuntimeError)
 #: Keys of a config that say who wrote it.
 PRIVATE = {"_diffusers_version", "_impasto_version"}
-
-
-def family(error: BaseException) -> str:
-    return next((f.__name__ for f in FAMILIES if isinstance(error, f)), "Exception")
 
 
 def comparable(value: Any) -> Any:
@@ -253,8 +247,6 @@ def comparable(value: Any) -> Any:
         return [comparable(v) for v in value]
     if isinstance(value, (set, frozenset)):
         return sorted(comparable(v) for v in value)
-    if isinstance(value, BaseException):
-        return family(value)
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, (torch.dtype, torch.device, Path)):

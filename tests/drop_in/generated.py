@@ -661,7 +661,8 @@ def call(make: Make, owner: str, method: str, argument: str | None) -> Any:
             found = found.total
         seen: list[Any] = [found]
         if method.startswith(("save_", "to_json_file", "push")):  # what was written
-            seen.append(sorted(p.relative_to(make.folder).as_posix() for p in make.folder.rglob("*") if p.is_file()))
+            files = (p.relative_to(make.folder).as_posix() for p in make.folder.rglob("*") if p.is_file())
+            seen.append(sorted(f for f in files if f != "README.md"))
             return [None if method == "push_to_hub" else found, seen[1], make.uploads]
         if method == "to_json_string":
             return [len(found.splitlines()) > 3]

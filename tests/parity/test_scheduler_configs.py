@@ -74,6 +74,7 @@ def test_configs_go_both_ways_as_among_themselves(ours: str, other: str, given: 
     taken, ours_unused = mine.from_config(source.config, return_unused_kwargs=True, extra=1)
     assert content(taken.config) == content(expected.config)
     assert content(ours_unused) == content(unused)
+    assert mine.extract_init_dict(source.config)[1] == reference.extract_init_dict(source.config)[1]
 
     expected = foreign.from_config(built(reference, given).config)
     assert content(foreign.from_config(built(mine, given).config).config) == content(expected.config)

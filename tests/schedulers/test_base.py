@@ -167,6 +167,27 @@ def test_an_array_of_betas_survives_saving(cls: Any, tmp_path: Path) -> None:
     assert torch.equal(cls.from_pretrained(tmp_path).betas, scheduler.betas)
 
 
+def test_keywords_of_loading(tmp_path: Path) -> None:
+    DDIMScheduler(500).save_pretrained(tmp_path / "scheduler")
+    harmless: dict[str, Any] = {"force_download": True, "proxies": None, "mirror": "x", "output_loading_info": True}
+    loaded = DDIMScheduler.from_pretrained(tmp_path, "scheduler", revision="main", token="t", beta_end=0.05, **harmless)
+    assert (loaded.config.num_train_timesteps, loaded.config.beta_end) == (500, 0.05)
+    with pytest.raises(InputError, match=r"DDIMScheduler has no argument 'subfoldr'; did you mean 'subfolder'\?"):
+        DDIMScheduler.from_pretrained(tmp_path, subfoldr="scheduler")
+    with pytest.raises(InputError, match=r"DDIMScheduler has no argument 'beta_edn'; did you mean 'beta_end'\?"):
+        DDIMScheduler.from_pretrained(tmp_path / "scheduler", beta_edn=0.5)
+    with pytest.raises(InputError, match=r"proxies=.*HTTPS_PROXY"):
+        DDIMScheduler.from_pretrained(tmp_path, "scheduler", True, proxies={"https": "x"})
+
+
+def test_a_misspelt_key_of_a_config_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = DPMSolverMultistepScheduler.from_config({"solver_oder": 3, "skip_prk_steps": True})
+    assert [record.getMessage() for record in caplog.records] == [
+        "DPMSolverMultistepScheduler: unknown config values are ignored: solver_oder"
+    ]
+    assert scheduler.config.skip_prk_steps is True
+
+
 def test_from_config_wants_a_config() -> None:
     with pytest.raises(ConfigurationError, match=r"scheduler\.config"):
         DDIMScheduler.from_config(DDIMScheduler())  # type: ignore[arg-type]

@@ -10,16 +10,18 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
-from .upload import Uploads
+from .keywords import settle
+from .upload import Uploads, check_upload_options, upload
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -29,28 +31,20 @@ MOST_BYTES = 10_000_000
 
 P = ParamSpec("P")
 T = TypeVar("T", bound="Configurable")
+_Path: TypeAlias = "str | os.PathLike[str]"
 
 
-#: Options of ``load_config``: what they say about the place of a config. The last three have no effect.
-PLACE = (
-    "subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download", "proxies",
-    "mirror", "user_agent", "local_dir_use_symlinks",
-)  # fmt: skip
-_WITHOUT_EFFECT = PLACE[-3:]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """An unknown name for a message, with the nearest known one, or else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    return f"{name!r}; did you mean {near[0]!r}?" if near else f"{name!r}; it takes: {', '.join(known)}"
+#: Keywords that say where a config is.
+PLACE = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
+#: Further keywords of a download.
+DOWNLOAD = ("mirror", "proxies", "resume_download", "user_agent", "local_dir", "local_dir_use_symlinks")
 
 
 def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
     """Decorate an ``__init__`` to check its arguments against their types (``values.py``), and to record them.
 
-    ``self.config`` holds all of them, including defaults. Private keywords, such as those of another config, are
-    recorded and have no other effect.
+    ``self.config`` holds all of them, including defaults, except for keys without effect that are not given. Private
+    keywords, such as those of another config, are recorded and have no other effect.
     """
     signature = inspect.signature(init)
 
@@ -61,8 +55,9 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
         given = set(bound.arguments)
         bound.apply_defaults()
         values = check_arguments(type(self).__name__, dict(list(bound.arguments.items())[1:]), init)
-        defaulted = [name for name in values if name not in given]
-        self.config = Config({**private, **values, **({DEFAULTED: defaulted} if defaulted else {})})
+        public = {name: x for name, x in values.items() if name in given or name not in self.ignored_config_keys}
+        defaulted = [name for name in public if name not in given]
+        self.config = Config({**private, **public, **({DEFAULTED: defaulted} if defaulted else {})})
         cast(Any, init)(self, **values)
 
     return wrapper
@@ -72,12 +67,12 @@ class Configurable(Uploads):
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
-    #: Keys without effect: ignored silently if no argument has that name, and only written if they differ from the
-    #: default.
+    #: Keys without effect: ignored silently if no argument has that name, and only recorded if they are given, and
+    #: written if they differ from the default.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
     #: Arguments that are not recorded: none.
     ignore_for_config: ClassVar[list[str]] = []
-    #: Whether configs of other classes are taken, too, so that keys without an argument are expected.
+    #: Whether configs of other classes are taken, too.
     has_compatibles: ClassVar[bool] = False
 
     _internal_dict: Mapping[str, Any]
@@ -95,27 +90,27 @@ class Configurable(Uploads):
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[False] = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[False] = False, **overrides: Any
     ) -> Self: ...
 
     @overload
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: Literal[True], **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: Literal[True], **overrides: Any
     ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any
+        cls, config: Mapping[str, Any] | _Path, return_unused_kwargs: bool = False, **overrides: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Build from a config: ours, a dict, or that of another class, including those of diffusers.
 
         Values that were defaults of the other class do not replace those of this one. Values that are not arguments of
-        this class are kept in the new config, so that the other class finds them there; a warning names them, unless
-        this class has compatible ones.
+        this class are kept in the new config, so that the other class finds them there; a warning names those that no
+        compatible class has.
 
         Args:
-            config: any mapping.
+            config: any mapping; or the path of a folder, as for ``load_config``, with its options among ``overrides``.
             return_unused_kwargs: also return the values and overrides that are not arguments.
             overrides: values that replace those of the config.
 
@@ -123,7 +118,9 @@ class Configurable(Uploads):
             ConfigurationError: not a config, a value that cannot be used, or an override that is not an argument
                 (unless ``return_unused_kwargs``).
         """
-        values, unused, kept = cls.extract_init_dict(config, **overrides)
+        if isinstance(config, str | os.PathLike) and os.path.exists(config):
+            config, overrides = cls.load_config(config, True, **overrides)
+        values, unused, kept = cls.extract_init_dict(cast(Mapping[str, Any], config), **overrides)
         if not return_unused_kwargs:
             cls._arguments({}, overrides)
         unknown = [name for name in unused if name not in overrides]
@@ -165,7 +162,9 @@ class Configurable(Uploads):
         known = cls._argument_names()
         wrong = [name for name in overrides if name not in known]
         if wrong:
-            raise ConfigurationError(f"{cls.__name__} has no argument {nearest(wrong[0], known)}")
+            near = difflib.get_close_matches(wrong[0], known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known)}"
+            raise ConfigurationError(f"{cls.__name__} has no argument {wrong[0]!r}; {hint}")
         return {**{name: value for name, value in given_values(config).items() if name in known}, **overrides}
 
     @classmethod
@@ -185,9 +184,15 @@ class Configurable(Uploads):
         names = cls._argument_names()
         values = cls._arguments(config_dict, {name: value for name, value in overrides.items() if name in names})
         kept = {name: x for name, x in given_values(config_dict).items() if name not in values and is_json(name, x)}
-        unknown = [] if cls.has_compatibles else [name for name in kept if name not in cls.ignored_config_keys]
-        unused = {name: kept[name] for name in unknown if not name.startswith("_")}
+        foreign = cls.has_compatibles and config_dict.get("_class_name", cls.__name__) != cls.__name__
+        unknown = [name for name in kept if not (foreign or name.startswith("_") or cls._is_expected(name))]
+        unused = {name: kept[name] for name in unknown}
         return values, {**unused, **{name: x for name, x in overrides.items() if name not in names}}, kept
+
+    @classmethod
+    def _is_expected(cls, name: str) -> bool:
+        """Whether a key that is no argument is one of a compatible class, or known to have no effect."""
+        return name in cls.ignored_config_keys
 
     def register_to_config(self, **values: Any) -> None:
         """Add values to the record, or replace them there. The object itself stays as it was built."""
@@ -219,20 +224,19 @@ class Configurable(Uploads):
             pretrained_model_name_or_path: a folder, a hub id, or the file itself.
             return_unused_kwargs: also return the options that are not among the following.
             return_commit_hash: also return the commit of a file from the hub; None for other files.
-            options: ``subfolder``; for the hub ``revision``, ``cache_dir``, ``local_files_only``, ``token``,
-                ``force_download`` and ``proxies``. ``mirror``, ``user_agent`` and ``local_dir_use_symlinks`` have no
-                effect.
+            options: ``subfolder``; for the hub ``revision``, ``cache_dir``, ``local_files_only``, ``token`` and
+                ``force_download``; and those without effect (``checkpoints.keywords``).
 
         Returns:
             The content as a dict, or a tuple if more is asked for.
 
         Raises:
             CheckpointError: the file is missing or damaged.
-            InputError: an unknown option, unless ``return_unused_kwargs``.
+            InputError: an option that cannot be acted on, or, unless ``return_unused_kwargs``, an unknown one.
         """
         place = {name: options.pop(name) for name in PLACE if name in options}
-        if options and not return_unused_kwargs:
-            raise InputError(f"load_config has no option {nearest(next(iter(options)), PLACE)}")
+        checked = DOWNLOAD if return_unused_kwargs else tuple(options)
+        settle("load_config", {name: options.pop(name) for name in checked if name in options}, PLACE)
         found = cls._config_path(pretrained_model_name_or_path, **place)
         content = cls._read_config(found)
         commit = re.search(r"snapshots/([0-9a-f]{40})/", found.as_posix())
@@ -242,15 +246,22 @@ class Configurable(Uploads):
         return (content, *more) if more else content
 
     @classmethod
+    def _settled(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those keywords of ``from_pretrained`` that are arguments of the constructor; the others are checked."""
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        others = {name: value for name, value in given.items() if name not in known}
+        settle(cls.__name__, others, [*known, *inspect.signature(cast(Any, cls).from_pretrained).parameters])
+        return {name: value for name, value in given.items() if name in known}
+
+    @classmethod
     def _config_path(cls, model: str | os.PathLike[str], subfolder: str | None = None, **place: Any) -> Path:
         """The path of the config file, downloaded if need be."""
         from . import hub
 
         if isinstance(model, str | os.PathLike) and os.path.isfile(model):
             return Path(model)
-        wanted = {name: value for name, value in place.items() if value and name not in _WITHOUT_EFFECT}
         file = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
-        return hub.inside(hub.resolve(model, allow_patterns=[file], **wanted), subfolder or None) / cls.config_name
+        return hub.inside(hub.resolve(model, allow_patterns=[file], **place), subfolder or None) / cls.config_name
 
     @classmethod
     def _read_config(cls, path: Path) -> dict[str, Any]:
@@ -265,17 +276,22 @@ class Configurable(Uploads):
         """Write the config file into a folder, readable by diffusers.
 
         Args:
-            push_to_hub: also upload it; ``kwargs`` are those of ``push_to_hub``.
+            push_to_hub: also upload it; ``kwargs`` are those of ``push_to_hub``, and ``repo_id`` is the folder's name
+                if it is not given.
 
         Raises:
             OutputError: the folder cannot be written.
         """
         from ..folders import saving
 
+        check_upload_options(kwargs)
         with saving(save_directory) as staging:
             self._write_config(staging)
         if push_to_hub:
-            cast(Any, self).push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            message = kwargs.pop("commit_message", None) or f"Upload {type(self).__name__}"
+            with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
+                self._write_config(Path(folder))
+                upload(folder, **{"repo_id": Path(save_directory).name, "message": message, **kwargs})
 
     def _write_config(self, folder: Path) -> None:
         write_json(folder / self.config_name, self._file_content())

@@ -43,6 +43,11 @@ KEYWORDS: Mapping[str, Keyword] = {
     "use_auth_token": Keyword("give it as token="),
     "local_dir": Keyword("download the repository there first (hf download --local-dir), and load that folder"),
     "return_cached_folder": Keyword("call download(), which returns the folder"),
+    # Of weights, which schedulers do not have.
+    "torch_dtype": _NO_EFFECT,
+    "dtype": _NO_EFFECT,
+    "variant": _NO_EFFECT,
+    "use_safetensors": _NO_EFFECT,
     # Components and pipelines of other families.
     "safety_checker": _NO_CHECKER,
     "requires_safety_checker": _NO_CHECKER,

@@ -47,11 +47,11 @@ class Uploads:
         given = {} if variant is None else {"variant": variant}
         if not safe_serialization:
             given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
+        name = type(self).__name__
+        kind = "model" if "Model" in name else "scheduler" if "Scheduler" in name else name
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **given)
-            return upload(
-                folder, repo_id, commit_message or f"Upload {type(self).__name__}", private, token, create_pr, subfolder
-            )
+            return upload(folder, repo_id, commit_message or f"Upload {kind}", private, token, create_pr, subfolder)
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
@@ -89,10 +89,10 @@ def upload(
     folder: str,
     repo_id: str,
     message: str,
-    private: bool | None,
-    token: str | bool | None,
-    create_pr: bool,
-    subfolder: str | None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
 ) -> str:
     """Upload a folder to a repository, which is created if needed; returns the address of the commit."""
     from huggingface_hub import HfApi

@@ -21,7 +21,7 @@ from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
 from ..family import BLOCK_LISTS, VAE_SCALE_FACTOR
 from ..folders import reading
-from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries
+from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries, is_foreign
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
@@ -223,6 +223,13 @@ def _inspect_component(folder: Path, class_name: str, variant: str | None) -> Co
     chosen = variant if variant is not None and holds_weights(folder, variant) else _stored_variant(folder)
     if class_name in LANGUAGE_MODELS:
         config, _, stored = from_transformers.check_model(class_name, folder, chosen, None)
+    elif is_foreign(class_name):
+        if (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} is a {class_name} of diffusers, whose memory is not known: load it without a memory budget, "
+                f"or load it with diffusers and pass it, {folder.name}=..."
+            )
+        read_json(folder / "scheduler_config.json")
     elif class_name not in READERS:
         cls = class_of(class_name)
         if issubclass(cls, Model):

@@ -27,7 +27,8 @@ def is_settled(component: nn.Module) -> bool:
 
 
 def device_of(component: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*component.parameters(), *component.buffers())), None)
+    onload: torch.device | None = vars(component).get("_onload_device")  # of a model that is offloaded by itself
+    return onload or next((tensor.device for tensor in (*component.parameters(), *component.buffers())), None)
 
 
 def stays_float32(component: nn.Module, name: str, dtype: torch.dtype | None) -> bool:

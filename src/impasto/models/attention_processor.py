@@ -68,7 +68,7 @@ class ProcessedAttention(nn.Module):
     upcast_softmax = only_cross_attention = pre_only = is_causal = False
     residual_connection = False
     rescale_output_factor = 1.0
-    scale_qk = True
+    scale_qk = added_proj_bias = True
 
     @property
     def processor(self) -> Any:
@@ -77,7 +77,6 @@ class ProcessedAttention(nn.Module):
 
     @processor.setter
     def processor(self, processor: Any) -> None:
-        self._modules.pop("processor", None)
         vars(self).pop("_processor", None)
         if not isinstance(processor, AttnProcessor2_0 | type(self.default_processor)):
             if not callable(processor):
@@ -88,6 +87,8 @@ class ProcessedAttention(nn.Module):
 
     def set_processor(self, processor: Any) -> None:
         """Let a processor compute this attention; one that is a module becomes a submodule, with its weights."""
+        self._modules.pop("processor", None)
+        vars(self).pop("_processor", None)
         self.processor = processor
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
@@ -133,7 +134,7 @@ class ProcessedAttention(nn.Module):
             attention_mask = attention_mask.to(hidden_states.dtype).clamp(min=-10_000.0)
             attention_mask = attention_mask[:, None] if attention_mask.ndim == 2 else attention_mask
         taken = parameters_of(self.processor)
-        more = {name: value for name, value in {**more, **(_given.get() or {})}.items() if name in taken}
+        more = {name: value for name, value in {**more, **(_given.get() or {})}.items() if takes(taken, name)}
         return self.processor(
             self, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **more
         )
@@ -158,7 +159,7 @@ class ProcessedAttention(nn.Module):
         return int(self.to_k.in_features)  # type: ignore[arg-type]
 
     inner_kv_dim = inner_dim
-    out_dim = query_dim
+    out_dim = out_context_dim = query_dim
     sliceable_head_dim = property(lambda self: self.heads)
     use_bias = property(lambda self: self.to_q.bias is not None)
     dropout = property(lambda self: self.to_out[1].p)
@@ -204,9 +205,16 @@ class ProcessedAttention(nn.Module):
         """Accepted without effect: attention never holds all scores at once."""
 
 
-def parameters_of(processor: Any) -> set[str]:
-    """The names of the arguments that a processor takes."""
-    return set(inspect.signature(processor.__call__).parameters)
+def parameters_of(processor: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a processor takes, by name."""
+    function = processor.forward if isinstance(processor, nn.Module) else processor
+    return inspect.signature(function).parameters
+
+
+def takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    """Whether a processor takes an argument; ``scale``, which many would reject, only by its name."""
+    collects = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return name in parameters or (collects and name != "scale")
 
 
 @contextmanager
@@ -220,8 +228,7 @@ def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str, che
         yield
         return
     processors = [m.processor for m in model.modules() if isinstance(m, ProcessedAttention) and m.is_processed]
-    taken = set[str]().union(*map(parameters_of, processors)) | {"scale"}
-    unknown = sorted(set(arguments) - taken)
+    unknown = [n for n in arguments if n != "scale" and not any(takes(parameters_of(p), n) for p in processors)]
     if unknown:
         raise InputError(f"{name} {unknown}: this model's attention takes none of them")
     if processors and checkpointing and torch.is_grad_enabled():
@@ -231,3 +238,7 @@ def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str, che
         yield
     finally:
         _given.reset(token)
+
+
+#: For ``isinstance``: the name of the class in diffusers.
+Attention = ProcessedAttention

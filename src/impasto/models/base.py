@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Mapping
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.keywords import settle
 from ..checkpoints.upload import check_upload_options, check_writable
 from ..checks import parse_size, shown, text
-from ..errors import ConfigurationError, InputError, WeightsMismatchError
+from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
@@ -133,20 +131,11 @@ class Model(Configurable, ModelSurface):
 
             quantize_as(quantization_config, model)
         adapt(model)
-        model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        model.eval()
+        model.eval().register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         if not output_loading_info:
             return model
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         return cast(Self, (model, {kind: [] for kind in kinds}))
-
-    @classmethod
-    def _settled(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Those keywords that are arguments of the constructor; the others are checked."""
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
-        others = {name: value for name, value in given.items() if name not in known}
-        settle(cls.__name__, others, [*known, *inspect.signature(cls.from_pretrained).parameters])
-        return {name: value for name, value in given.items() if name in known}
 
     @classmethod
     def skeleton(
@@ -162,6 +151,11 @@ class Model(Configurable, ModelSurface):
 
         cls.checked_arguments({}, **overrides)
         config = cls.load_config(folder)
+        if config.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{folder / cls.config_name}: these weights are quantized by another library. Load the original "
+                f"weights, with the same quantization_config if they are to be quantized."
+            )
         stored = files.describe(files.find_weight_files(folder, variant=variant, use_safetensors=use_safetensors))
         names = {cls._rename_key(name) for name in stored}
         config = cls._fit_config(config, names)

@@ -219,12 +219,13 @@ class Processors:
             wrong = sorted(set(named) ^ set(self.attn_processors))
             raise InputError(f"attention processors by name need one for each attention; see {', '.join(wrong[:3])}")
         for name, attention in cast(Any, self)._attentions:
-            attention.processor = named[f"{name}.processor"]
+            attention.set_processor(named[f"{name}.processor"])
 
     def set_default_attn_processor(self) -> None:
         """Let every attention be computed by its own code, with separate projections."""
         for _, attention in cast(Any, self)._attentions:
-            attention.processor, attention._fused = attention.default_processor, None
+            attention.set_processor(attention.default_processor)
+            attention._fused = None
 
 
 class FusedProjections(Processors):

@@ -102,6 +102,12 @@ def adapt(module: nn.Module) -> None:
         module.__class__ = _adapted(cls)  # type: ignore[arg-type]
 
 
+def restore_class(module: nn.Module) -> None:
+    """Undo ``adapt``, for other libraries that compare classes. The next use in a pipeline adapts the module again."""
+    if isinstance(module, _Adapted):
+        module.__class__ = type(module).__bases__[0]
+
+
 def compute_in_float32(module: nn.Module) -> Precision:
     """Let a module with 16-bit weights compute in float32 on every machine and device.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ..checkpoints.keywords import settle
+from ..checkpoints.keywords import KEYWORDS, settle
 from ..checkpoints.upload import check_upload_options, check_writable
 from ..checks import parse_size, shown, whole_number
 from ..errors import InputError
@@ -222,9 +222,10 @@ class Components(DiffusionPipeline):
             components: components that replace those of the other pipeline.
         """
         names = cls.component_names()
-        for name in components:
-            if name not in names:
+        for name in [name for name in components if name not in names]:
+            if name not in KEYWORDS:
                 raise InputError(f"{cls.__name__} has no component {name!r}; it has: {', '.join(names)}")
+            settle(cls.__name__, {name: components[name]})
         shared: Mapping[str, Any] = pipeline.components
         new = cls(**{name: components.get(name, shared.get(name)) for name in names})
         if isinstance(pipeline, Components):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from ..checkpoints.config import Config, write_json
+from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME
 from ..checkpoints.upload import Uploads, check_upload_options
 from ..errors import CheckpointNotFoundError, ConfigurationError, InputError
@@ -44,6 +45,13 @@ class DiffusionPipeline(Uploads):
         return found.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
+        """A pipeline of ours, of the same class, that shares the components of another one, ours or of diffusers."""
+        from ..registry import pipeline_class
+
+        return pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **options)
+
+    @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
         """Download the files that ``from_pretrained`` would load, and return their folder.
 
@@ -67,13 +75,14 @@ class DiffusionPipeline(Uploads):
 
     @property
     def config(self) -> Config:
-        """The library and class of each component, read-only, and what ``register_to_config`` has added."""
-        from .loading import FORMAT_VERSION, index_entry
+        """The library and class of each component, and what ``register_to_config`` has added; read-only.
+
+        That of a loaded pipeline also says what was loaded: ``_class_name``, ``_diffusers_version``, ``_name_or_path``.
+        """
+        from .loading import index_entry
 
         pipe = cast(Any, self)
-        values = {"_class_name": pipe.saved_as or type(self).__name__, "_diffusers_version": FORMAT_VERSION}
-        if self._name_or_path is not None:
-            values["_name_or_path"] = self._name_or_path
+        values = {} if self._name_or_path is None else {**self._format(), "_name_or_path": self._name_or_path}
         components = {name: tuple(index_entry(component)) for name, component in pipe.components.items()}
         return Config({**values, **components, **vars(self).get("_registered", {})})
 
@@ -144,14 +153,18 @@ class DiffusionPipeline(Uploads):
 
     def to_json_string(self) -> str:
         """The config as JSON."""
-        return json.dumps(self._stored_config(), indent=2) + "\n"
+        return json.dumps(self._stored_config(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the config as JSON."""
         write_json(Path(json_file_path), self._stored_config())
 
     def _stored_config(self) -> dict[str, Any]:
-        return {name: value for name, value in self.config.items() if name != "_name_or_path"}
+        return {**self._format(), **{n: value for n, value in self.config.items() if n != "_name_or_path"}}
+
+    def _format(self) -> dict[str, Any]:
+        name = cast(Any, self).saved_as or type(self).__name__
+        return {"_class_name": name, "_diffusers_version": FORMAT_VERSION}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "DiffusionPipeline") -> None:

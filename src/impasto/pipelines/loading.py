@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checkpoints import hub
 from ..checkpoints.config import read_json
+from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME, holds_weights
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
@@ -32,8 +33,6 @@ logger = logging.getLogger("impasto")
 
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
-#: The version of diffusers whose format is written.
-FORMAT_VERSION = "0.42.1"
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def load_components(
             from ..transforms.quantization_configs import configs_of
 
             classes = {name: str(index[name][1]) for name in wanted if index.get(name, [None, None])[1] is not None}
-            models = {name for name, cls in classes.items() if cls not in READERS and name != "scheduler"}
+            models = [name for name, cls in classes.items() if cls not in READERS and name != "scheduler"]
             ours = {name: classes[name] not in LANGUAGE_MODELS for name in models}
             quantization = configs_of(quantization_config, ours)
         folder = opened.fetch(index, wanted, pipeline)

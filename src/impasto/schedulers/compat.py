@@ -1,6 +1,6 @@
 """The rest of the documented surface of schedulers: what ports of diffusers code read and call.
 
-Except for ``previous_timestep``, by which DDPM goes, ``step`` calls none of these: overriding them does not change it.
+The steps of solvers call none of these public names: overriding one does not change them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from . import process
 
 #: Schedulers that take each other's configs.
 COMPATIBLES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
+#: Arguments of schedulers of diffusers that are compatible with these, and that none of these has.
+FOREIGN_KEYS = frozenset(
+    "disable_corrector interpolation_type noise_sampler_seed predict_x0 rho shift_terminal sigma_data sigma_max "  # noqa: SIM905
+    "sigma_min sigma_schedule skip_prk_steps solver_p timestep_type".split()
+)
 
 
 class SchedulerNames:
@@ -35,18 +40,29 @@ class SchedulerNames:
         package = import_module(__name__.split(".")[0])
         return [getattr(package, name) for name in COMPATIBLES] if cls.__name__ in COMPATIBLES else [cls]
 
-    def previous_timestep(self: Any, timestep: int | Tensor) -> int:
-        """The timestep after this one in the schedule; -1 after the last.
+    def previous_timestep(self: Any, timestep: int | Tensor) -> int | Tensor:
+        """The timestep after this one in the schedule, a tensor with one number; -1 after the last.
+
+        Without a schedule it is one less than the given one.
 
         Raises:
             InputError: the timestep is not in the schedule.
         """
+        previous: int = self._previous(timestep)
+        return previous if self.num_inference_steps is None else torch.tensor(previous)
+
+    def _previous(self: Any, timestep: int | Tensor) -> int:
         value, index = self._locate(timestep)
         if self.num_inference_steps is None:
             return int(value) - 1
         if index is None:
             raise InputError(f"timestep {shown(value)} is not in the schedule: {self._timestep_values}")
         return int([*self._timestep_values, -1][index + 1])
+
+    @classmethod
+    def _is_expected(cls, name: str) -> bool:
+        known = [cls._argument_names() for cls in cls._get_compatibles()]  # type: ignore[attr-defined]
+        return cls.__name__ in COMPATIBLES and (name in FOREIGN_KEYS or any(name in names for names in known))
 
     def _threshold_sample(self: Any, sample: Tensor) -> Tensor:
         """Dynamic thresholding of x_0 as configured, whether or not it is switched on."""

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeVar
 import numpy as np
 from torch import Tensor
 
-from ..checkpoints.config import PLACE, Configurable, naming, records_config
+from ..checkpoints.config import DOWNLOAD, PLACE, Configurable, naming, records_config
+from ..checkpoints.keywords import settle
 from ..checks import shown
 from ..errors import ConfigurationError
 
@@ -83,18 +84,25 @@ class SchedulerConfig(Configurable):
         Args:
             pretrained_model_name_or_path, subfolder: a folder or a hub id, and the folder of the scheduler in it.
             return_unused_kwargs: also return the values and keywords that are not arguments.
-            kwargs: the options of ``load_config``; others replace values of the file.
+            kwargs: the options of ``load_config``, ``output_loading_info``, which has no effect, and values that
+                replace those of the file.
 
         Raises:
             CheckpointError: the file is missing or damaged.
-            ConfigurationError: the file holds values that cannot be used, or a keyword is not an argument.
+            ConfigurationError: a value cannot be used.
+            InputError: an unknown keyword, or one that cannot be acted on.
         """
+        names = cls._argument_names()
         place = {name: kwargs.pop(name) for name in PLACE if name in kwargs}
-        cls.checked_arguments({}, **({} if return_unused_kwargs else kwargs))
+        others = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        checked = [name for name in others if name in DOWNLOAD or not return_unused_kwargs]
+        given = {name: others.pop(name) for name in checked}
+        settle(cls.__name__, {**given, "output_loading_info": None}, [*names, *PLACE])
+        cls.checked_arguments({}, **kwargs)
         path = cls._config_path(pretrained_model_name_or_path, subfolder, **place)
         with naming(path):
             built, unused = cls.from_config(cls._read_config(path), True, **kwargs)
-        return (built, unused) if return_unused_kwargs else built
+        return (built, {**others, **unused}) if return_unused_kwargs else built
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """``save_config``: write ``scheduler_config.json`` into the folder, readable by diffusers."""

@@ -134,7 +134,7 @@ class DDPMScheduler(DDPMNames, Scheduler):
 
     def _posterior(self, timestep: int | Tensor) -> process.Posterior:
         """That of the step from this timestep."""
-        previous = self.previous_timestep(timestep)
+        previous = self._previous(timestep)
         previous_bar = self._alpha_bars[previous] if previous >= 0 else torch.tensor(1.0)
         return process.posterior(self._alpha_bar(self._locate(timestep)[0]), previous_bar)
 

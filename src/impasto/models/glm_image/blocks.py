@@ -46,7 +46,7 @@ class TimestepAndSizeEmbedder(nn.Module):
     def forward(self, timestep: Tensor, target_size: Tensor, crop_coords: Tensor, dtype: torch.dtype) -> Tensor:
         times: Tensor = self.timestep_embedder(timestep_features(timestep, self.width).to(dtype))  # [B, T]
         numbers = torch.cat([crop_coords, target_size], dim=1)  # [B, 4]: top, left, height, width
-        features = timestep_features(numbers.flatten(), self.condition_dim).view(len(numbers), -1)
+        features = timestep_features(numbers.flatten(), self.condition_dim).view(numbers.shape[0], -1)
         sizes: Tensor = self.condition_embedder(features.to(dtype))  # [B, T]
         return F.silu(times + sizes)
 

@@ -146,7 +146,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         batch, tokens = text_embeds.shape[0], rows * columns
         if prior_token_id.ndim == 1:
             prior_token_id = prior_token_id.expand(batch, -1)
-            if prior_token_drop is not None and prior_token_drop.ndim == 1 and len(prior_token_drop) == tokens:
+            if prior_token_drop is not None and prior_token_drop.shape == (tokens,):
                 prior_token_drop = prior_token_drop.expand(batch, -1)
         if prior_token_id.shape != (batch, tokens):
             raise InputError(
@@ -188,10 +188,11 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
             target_size: [B, 2], the image's height and width in pixels.
             crop_coords: [B, 2], where in it the crop begins, from the top and from the left.
         """
+        batch = timestep.shape[0]
         for name, numbers in (("target_size", target_size), ("crop_coords", crop_coords)):
-            if numbers.ndim != 2 or numbers.shape[1] != 2 or numbers.shape[0] not in (1, len(timestep)):
-                raise InputError(f"{name} has shape {list(numbers.shape)}; expected {[len(timestep), 2]}")
-        sizes, crops = (x.expand(len(timestep), 2) for x in (target_size, crop_coords))
+            if numbers.ndim != 2 or numbers.shape[1] != 2 or (numbers.shape[0] != 1 and numbers.shape[0] != batch):
+                raise InputError(f"{name} has shape {list(numbers.shape)}; expected {[batch, 2]}")
+        sizes, crops = (x.expand(batch, 2) for x in (target_size, crop_coords))
         numbers = torch.cat([x.float() for x in (timestep[:, None], sizes, crops)], dim=1)  # [B, 5]
         modulation = GlmImageModulation(numbers, embeds=True)
         later = is_watched(self.time_condition_embed) and not is_tracing()

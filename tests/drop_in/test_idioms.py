@@ -1,0 +1,94 @@
+"""The same idioms with `import diffusers` and with `import impasto`: what works there works here, with equal results.
+
+Run with `-s` to see the counts. `docs/differences.md` gives the reason for each idiom of `EXPECTED_DIFFERENT`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import diffusers
+import pytest
+import torch
+
+import impasto
+
+from . import generated
+from .building import Make, comparable, difference
+from .expected import EXPECTED_DIFFERENT
+from .idioms import IDIOMS, Idiom, all_idioms
+
+DIFFERENCES = Path(__file__).parents[2] / "docs" / "differences.md"
+
+
+class Failed(NamedTuple):
+    error: str
+
+
+def run(one: Idiom, lib: ModuleType) -> Any:
+    """What an idiom returns, as comparable data, or how it failed."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return comparable(one.run(lib, Make(lib, Path(folder))))
+        except Exception as error:
+            return Failed(f"{type(error).__name__}: {error}"[:300])
+
+
+class Outcome(NamedTuple):
+    name: str
+    works_there: bool
+    difference: str | None  # None: agrees
+    seconds: float
+    there: Any
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Outcome]:
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    found = {}
+    for one in all_idioms():
+        start = time.perf_counter()
+        theirs = run(one, diffusers)
+        different = None
+        if not isinstance(theirs, Failed):
+            ours = run(one, impasto)
+            different = ours.error if isinstance(ours, Failed) else difference(ours, theirs)
+        assert one.name not in found
+        seconds = time.perf_counter() - start
+        found[one.name] = Outcome(one.name, not isinstance(theirs, Failed), different, seconds, theirs)
+    diffusers.utils.logging.set_verbosity(level)
+    return found
+
+
+def test_every_argument_has_a_sample() -> None:
+    assert generated.samples_missing() == []
+
+
+def test_what_works_there_works_here(outcomes: dict[str, Outcome]) -> None:
+    working = [o for o in outcomes.values() if o.works_there]
+    agreeing = [o for o in working if o.difference is None]
+    written = [o for o in working if o.name in IDIOMS]
+    print(
+        f"\n{len(outcomes)} idioms, {len(IDIOMS)} of them from the documentation; {len(working)} work in diffusers "
+        f"({len(written)} of the documentation's); {len(agreeing)} of these agree here: "
+        f"{100 * len(agreeing) / len(working):.1f} %"
+    )
+    failing = [f"{o.name}: {o.difference}" for o in working if o.difference and o.name not in EXPECTED_DIFFERENT]
+    assert not failing, f"{len(failing)} idioms fail:\n" + "\n".join(failing)
+    assert len(agreeing) >= 0.95 * len(working)
+    assert len(written) >= 100
+
+
+def test_listed_differences_are_true_and_documented(outcomes: dict[str, Outcome]) -> None:
+    text = " ".join(DIFFERENCES.read_text().split())
+    assert not [n for n in EXPECTED_DIFFERENT if n not in outcomes], "no such idiom"
+    assert not [n for n in EXPECTED_DIFFERENT if outcomes[n].difference is None], "these agree: take them out"
+    assert not [n for n, reason in EXPECTED_DIFFERENT.items() if reason not in text], "reasons not in the docs"
