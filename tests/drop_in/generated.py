@@ -54,6 +54,19 @@ def instance(make: Make, name: str, **options: Any) -> Any:
     return make.pixart_pipeline(name, **options)
 
 
+#: Methods of pipelines that leave nothing behind.
+PURE = ("__call__", "encode", "check", "prepare", "numpy", "get_glyph", "save", "push", "to_json", "progress", "maybe")
+_SHARED: dict[tuple[str, str], Any] = {}
+
+
+def shared(make: Make, name: str) -> Any:
+    """One pipeline for all idioms that do not change it."""
+    key = make.lib.__name__, name
+    if key not in _SHARED:
+        _SHARED[key] = instance(make, name)
+    return _SHARED[key]
+
+
 def effect(thing: Any, name: str) -> Any:
     """What an object computes, to see the effect of an option."""
     with torch.no_grad():
@@ -305,7 +318,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         **glm_inputs(),
         "attention_kwargs": {},
         "return_dict": False,
-        "attention_mask": torch.ones(1, 5),
+        "attention_mask": mask,
         "kv_caches": lambda make: _kv_cache(make),
         "image_rotary_emb": lambda make: make.glm_transformer().rope(noise(1, 4, 8, 8)),
     },
@@ -368,7 +381,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "return_commit_hash": True,
     },
     "get_config_dict": {"=": ("pretrained_model_name_or_path",), "pretrained_model_name_or_path": ""},
-    "extract_init_dict": {"config_dict": lambda make: {"steps_offset": 1, "sample_size": 8, "foreign": 3}},
+    "extract_init_dict": {"config_dict": lambda make: {"num_train_timesteps": 500, "num_layers": 1}},
     "register_to_config": {"kwargs": {"note": 3}},
     "register_for_auto_class": {"auto_class": "AutoModel"},
     "register_modules": {"kwargs": lambda make: {"vae": make.vae(scaling_factor=0.3)}},
@@ -641,7 +654,9 @@ def call(make: Make, owner: str, method: str, argument: str | None) -> Any:
                 del cls._auto_class
     if method in ("extract_init_dict", "from_pipe", "download"):
         return getattr(cls, method)(**arguments)
-    thing = instance(make, owner, **given(table.get(f"new {argument}", table.get("new", {})), make))
+    new = given(table.get(f"new {argument}", table.get("new", {})), make)
+    pure = owner in PIPELINES and method.startswith(PURE) and not new
+    thing = shared(make, owner) if pure else instance(make, owner, **new)
     if owner in SCHEDULERS:
         if method.startswith(("step", "index", "convert", "dpm_", "multi", "previous", "get_scal", "scale", "set_beg")):
             thing.set_timesteps(5)
@@ -692,7 +707,7 @@ def load(make: Make, owner: str, keyword: str | None) -> Any:
     folder = str(make.saved(owner, instance))
     options = {keyword: given(LOADING[keyword], make)} if keyword else {}
     if owner in PIPELINES and keyword not in (None, "torch_dtype", "variant"):  # these take long to load
-        pipe = instance(make, owner)
+        pipe = shared(make, owner)
         options |= {"tokenizer": pipe.tokenizer, "text_encoder": pipe.text_encoder}
         if owner == "GlmImagePipeline":
             prior = instance(make, owner, prior=True)
@@ -734,7 +749,7 @@ def construct_pipeline(make: Make, owner: str, argument: str) -> Any:
 
 
 def read(make: Make, owner: str, name: str) -> Any:
-    thing = instance(make, owner)
+    thing = shared(make, owner) if owner in PIPELINES else instance(make, owner)
     if owner in SCHEDULERS and name not in ("config", "compatibles", "begin_index"):
         thing.set_timesteps(5)
         thing.step(noise(1, 2, 4, 4), thing.timesteps[0], noise(1, 2, 4, 4, seed=1))

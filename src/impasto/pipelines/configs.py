@@ -12,7 +12,7 @@ from ..checkpoints.config import Config, write_json
 from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME
 from ..checkpoints.upload import Uploads, check_upload_options
-from ..errors import CheckpointNotFoundError, ConfigurationError, InputError
+from ..errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
 _OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
@@ -136,11 +136,12 @@ class DiffusionPipeline(Uploads):
     def extract_init_dict(
         cls, config_dict: Mapping[str, Any], **given: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The entries that name components, replaced by those given; what else was given; the other entries."""
+        """The entries of components, replaced by those given; what else is given or public; the other entries."""
         names = cast(Any, cls).component_names()
         chosen = {name: given.get(name, config_dict.get(name)) for name in names if {name} & {*given, *config_dict}}
-        unused = {name: value for name, value in given.items() if name not in names}
-        return chosen, unused, {name: value for name, value in config_dict.items() if name not in names}
+        others = {name: value for name, value in config_dict.items() if name not in names}
+        unused = {name: value for name, value in {**others, **given}.items() if name not in names and name[0] != "_"}
+        return chosen, unused, others
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **upload: Any) -> None:
         """Write ``model_index.json`` alone. ``push_to_hub`` uploads the whole pipeline."""
@@ -167,12 +168,8 @@ class DiffusionPipeline(Uploads):
         return {"_class_name": name, "_diffusers_version": FORMAT_VERSION}
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "DiffusionPipeline") -> None:
-        """Refused: it would write the code of the class next to the weights, and loading runs no such code."""
-        raise ConfigurationError(
-            f"{cls.__name__} is not registered: code is neither saved with weights nor loaded with them; import the "
-            f"class and call its from_pretrained"
-        )
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Has no effect, as for models: code is neither saved with weights nor loaded with them."""
 
 
 def stored_class(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
