@@ -38,6 +38,7 @@ FLOORS = {
     "image_processor": 5,
     "utils": 5,
     "cli": 5,
+    "hooks": 5,
     "__init__": 5,
     "__main__": 5,
 }

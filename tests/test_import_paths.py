@@ -84,6 +84,19 @@ def test_every_way_to_import_works_in_a_fresh_interpreter() -> None:
         assert done.returncode == 0, done.stderr
 
 
+ATTRIBUTES = """
+utils.load_image logging.set_verbosity_error callbacks.PipelineCallback schedulers.DDIMScheduler
+image_processor.VaeImageProcessor models.transformers.PixArtTransformer2DModel pipelines.pixart_alpha
+"""
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES.split())
+def test_modules_are_attributes_of_the_package(path: str) -> None:
+    code = f"import impasto\nimpasto.{path}\nassert '{path.split('.')[0]}' in dir(impasto)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_packages_load_nothing_heavy() -> None:
     code = (
         "import sys, impasto.models, impasto.schedulers, impasto.pipelines, impasto.utils, impasto.utils.logging\n"

@@ -168,7 +168,21 @@ _HOMES = {
 }
 
 
+#: Modules that are attributes of the package without having been imported.
+_MODULES = {
+    "callbacks": ".callbacks",
+    "image_processor": ".image_processor",
+    "logging": ".utils.logging",
+    "models": ".models",
+    "pipelines": ".pipelines",
+    "schedulers": ".schedulers",
+    "utils": ".utils",
+}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name], __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name].split(":")
@@ -178,4 +192,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -15,7 +15,9 @@ _ROOT = __name__.rpartition(".")[0]
 
 
 def resolve(module: str, homes: Mapping[str, str], name: str) -> Any:
-    """A name of a module, from where ``homes`` says: ``"nn.outputs:BaseOutput"``, or ``":quantize"`` for a public one.
+    """A name of a module, from where ``homes`` says.
+
+    A home is ``"nn.outputs:BaseOutput"``, ``"pipelines.pixart:"`` for a module, or ``":quantize"`` for a public name.
 
     Raises:
         AttributeError: there is no such name.
@@ -23,7 +25,8 @@ def resolve(module: str, homes: Mapping[str, str], name: str) -> Any:
     if name not in homes:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     home, attribute = homes[name].split(":")
-    value = getattr(import_module(f"{_ROOT}.{home}" if home else _ROOT), attribute)
+    found = import_module(f"{_ROOT}.{home}" if home else _ROOT)
+    value = getattr(found, attribute) if attribute else found
     setattr(sys.modules[module], name, value)  # the next access does not come here
     return value
 

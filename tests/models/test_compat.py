@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 import impasto
 from impasto.errors import ConfigurationError, InputError
+from impasto.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from impasto.memory import streaming
 from impasto.memory.moving import device_of
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
+
+from ..tiny import tiny_pipeline
 
 PIXART: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "cross_attention_dim": 24, "sample_size": 8,
@@ -206,6 +209,14 @@ def test_copies_and_pickles(change: str | None) -> None:
     with torch.no_grad():
         model.proj_out.weight.zero_()
     assert all(torch.equal(predict(one), expected) for one in copies)
+
+
+def test_a_spawned_process_gets_a_model() -> None:
+    model = pixart()
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        results = pool.apply_async(predict, (model,))
+        assert torch.equal(results.get(timeout=120), predict(model))
 
 
 def test_dispatched_by_accelerate() -> None:
@@ -451,6 +462,37 @@ def test_other_cache_configs() -> None:
         with pytest.raises(ConfigurationError, match=f"{type(config).__name__} has no counterpart"):
             model.enable_cache(config)
         assert not model.is_cache_enabled
+
+
+def test_a_cache_that_is_enabled_on_the_transformer_acts_in_pipelines_and_configs_of_ours_work() -> None:
+    pipe = tiny_pipeline(impasto.PixArtSigmaPipeline)
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 2.0}
+
+    def generate() -> Tensor:
+        latents: Tensor = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images
+        return latents
+
+    expected = generate()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=100.0))
+    cached = generate()
+    assert (pipe.transformer.step_cache.computed, pipe.transformer.step_cache.reused) == (2, 2)
+    assert not torch.equal(cached, expected)
+    pipe.transformer.disable_cache()
+    assert torch.equal(generate(), expected)
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2))
+    assert pipe.transformer.step_cache.rule.first == 3
+
+
+@pytest.mark.parametrize("where", ["caption_projection", "adaln_single", "transformer_blocks.0.attn2.to_k"])
+def test_hooks_fire_at_every_step_of_a_pipeline(where: str) -> None:
+    pipe = tiny_pipeline(impasto.PixArtSigmaPipeline)
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 2.0}
+    expected = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images
+    calls: list[int] = []
+    pipe.transformer.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    latents = pipe("a cat", generator=torch.Generator().manual_seed(0), **options).images
+    assert len(calls) == 4
+    assert distance(latents, expected) <= 1e-5
 
 
 # The autoencoder's blended tiles

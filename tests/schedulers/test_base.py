@@ -180,6 +180,13 @@ def test_keywords_of_loading(tmp_path: Path) -> None:
         DDIMScheduler.from_pretrained(tmp_path, "scheduler", True, proxies={"https": "x"})
 
 
+def test_uploading_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("impasto.checkpoints.upload.upload", lambda folder, *options: calls.append(options))
+    DDIMScheduler().push_to_hub("me/ddim", variant="fp16", private=True)
+    assert calls == [("me/ddim", "Upload scheduler", True, None, False, None)]
+
+
 def test_a_misspelt_key_of_a_config_is_named(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = DPMSolverMultistepScheduler.from_config({"solver_oder": 3, "skip_prk_steps": True})
     assert [record.getMessage() for record in caplog.records] == [

@@ -288,7 +288,7 @@ class Configurable(Uploads):
         with saving(save_directory) as staging:
             self._write_config(staging)
         if push_to_hub:
-            message = kwargs.pop("commit_message", None) or f"Upload {type(self).__name__}"
+            message = kwargs.pop("commit_message", None) or self._upload_message()
             with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
                 self._write_config(Path(folder))
                 upload(folder, **{"repo_id": Path(save_directory).name, "message": message, **kwargs})

@@ -47,11 +47,15 @@ class Uploads:
         given = {} if variant is None else {"variant": variant}
         if not safe_serialization:
             given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
-        name = type(self).__name__
-        kind = "model" if "Model" in name else "scheduler" if "Scheduler" in name else name
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **given)
-            return upload(folder, repo_id, commit_message or f"Upload {kind}", private, token, create_pr, subfolder)
+            message = commit_message or self._upload_message()
+            return upload(folder, repo_id, message, private, token, create_pr, subfolder)
+
+    def _upload_message(self) -> str:
+        """The message of a commit, as diffusers chooses it."""
+        name = type(self).__name__
+        return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any

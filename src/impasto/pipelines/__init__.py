@@ -19,6 +19,8 @@ _HOMES = {
     "PixArtSigmaImg2ImgPipeline": "pipelines.pixart_edits:PixArtSigmaImg2ImgPipeline",
     "PixArtSigmaInpaintPipeline": "pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline": "pipelines.pixart:PixArtSigmaPipeline",
+    "glm_image": "pipelines.glm_image:",
+    "pixart_alpha": "pipelines.pixart_alpha:",
 }
 publish(__name__, _HOMES, "auto_pipeline", "pipeline_utils")
 

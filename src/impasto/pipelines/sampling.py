@@ -90,7 +90,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.index, self.end = self.start, len(self.scheduler.timesteps)
-        self.interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache
+        own = getattr(unwrapped(self.transformer), "step_cache", None)  # enabled on the transformer itself
+        self.interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache or own
         self.guide(self.guidance_scale)
         self.halves: dict[bool, list[Half]] = {}  # by whether the negative one is among them
         self.memories: dict[tuple[bool, int], Memory] = {}  # of the step cache, for each half

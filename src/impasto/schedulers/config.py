@@ -105,5 +105,9 @@ class SchedulerConfig(Configurable):
         return (built, {**others, **unused}) if return_unused_kwargs else built
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """``save_config``: write ``scheduler_config.json`` into the folder, readable by diffusers."""
+        """``save_config``: write ``scheduler_config.json`` into the folder, readable by diffusers.
+
+        ``variant``, which names files of weights, has no effect.
+        """
+        kwargs.pop("variant", None)
         self.save_config(save_directory, push_to_hub, **kwargs)

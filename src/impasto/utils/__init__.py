@@ -19,11 +19,13 @@ _HOMES = {
     "export_to_gif": "utils.images:export_to_gif",
     "get_logger": "utils.logging:get_logger",
     "is_compiled_module": "utils.torch_utils:is_compiled_module",
+    "logging": "utils.logging:",
     "load_image": "utils.images:load_image",
     "make_image_grid": "utils.images:make_image_grid",
     "numpy_to_pil": "utils.images:numpy_to_pil",
     "pt_to_pil": "utils.images:pt_to_pil",
     "randn_tensor": "utils.torch_utils:randn_tensor",
+    "torch_utils": "utils.torch_utils:",
 }
 publish(__name__, _HOMES, "export_utils", "loading_utils", "outputs", "pil_utils")
 #: Names of packages that differ from those in ``is_..._available``.
@@ -34,10 +36,6 @@ def __getattr__(name: str) -> Any:
     available = re.fullmatch(r"is_(\w+)_available", name)
     if available is not None:
         return partial(_is_installed, _PACKAGES.get(available[1], available[1]))
-    if name in ("logging", "torch_utils"):
-        from importlib import import_module
-
-        return import_module(f"{__name__}.{name}")
     return resolve(__name__, _HOMES, name)
 
 
