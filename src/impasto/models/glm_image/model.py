@@ -33,7 +33,15 @@ from ..base import Model
 from ..compat import Caching, GradientCheckpointing, Processors, Rope
 from ..inputs import as_batches, as_timesteps, check_prior, check_text, require_none
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
-from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences, Rotary, rotary_tables
+from .context import (
+    GlmImageContext,
+    GlmImageKVCache,
+    GlmImageModulation,
+    GlmImageReferences,
+    Rotary,
+    check_rows,
+    rotary_tables,
+)
 from .places import Places, mixed_places, places_of
 from .processor import differ, one_by_one
 
@@ -340,7 +348,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
                 raise InputError(f"{missing[0]} is None; give one for the batch or one for each image")
             times = as_timesteps(timestep, batch, batches[0].device)
             modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
-        self._check_rows(batches, context, modulation)
+        check_rows(batches, context, modulation, self.patch_size)
 
         references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
@@ -371,22 +379,3 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
             (height, width), own_text = latents.shape[-2:], text[i : i + 1]
             contexts.append(self.encode_context(own_text, own_mask, own_ids, own_drop, height, width, own_rotary))
         return GlmImageContext.concat(contexts)
-
-    # Checks
-
-    def _check_rows(self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation) -> None:
-        batch = sum(latents.shape[0] for latents in batches)
-        if context.rows != batch:
-            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
-        owners = [one for one in context.batches for _ in range(one.text.shape[0] if len(batches) > 1 else 1)]
-        for latents, one in zip(batches, owners):
-            height, width = latents.shape[2:]
-            tokens = height // self.patch_size * (width // self.patch_size)
-            if one.prior.shape[1] != tokens:
-                raise InputError(
-                    f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are "
-                    f"{tokens}"
-                )
-        steps = modulation.embedded.shape[0]
-        if steps != 1 and steps != batch:
-            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
