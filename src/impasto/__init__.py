@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from .nn.gaussian import DiagonalGaussianDistribution
     from .nn.outputs import Transformer2DModelOutput
     from .nn.precision import compute_as_stored, compute_in_float32
-    from .pipelines.auto import (
+    from .pipelines.base import ImagePipelineOutput
+    from .pipelines.compat.auto import (
         AutoModel,
         AutoPipelineForImage2Image,
         AutoPipelineForInpainting,
         AutoPipelineForText2Image,
     )
-    from .pipelines.base import ImagePipelineOutput
-    from .pipelines.configs import DiffusionPipeline
+    from .pipelines.compat.configs import DiffusionPipeline
     from .pipelines.glm_image import GlmImagePipeline
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
     from .pipelines.pixart_edits import (
@@ -124,10 +124,10 @@ __all__ = [
 
 #: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
-    "AutoModel": ".pipelines.auto:AutoModel",
-    "AutoPipelineForImage2Image": ".pipelines.auto:AutoPipelineForImage2Image",
-    "AutoPipelineForInpainting": ".pipelines.auto:AutoPipelineForInpainting",
-    "AutoPipelineForText2Image": ".pipelines.auto:AutoPipelineForText2Image",
+    "AutoModel": ".pipelines.compat.auto:AutoModel",
+    "AutoPipelineForImage2Image": ".pipelines.compat.auto:AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting": ".pipelines.compat.auto:AutoPipelineForInpainting",
+    "AutoPipelineForText2Image": ".pipelines.compat.auto:AutoPipelineForText2Image",
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
     "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
@@ -137,7 +137,7 @@ _HOMES = {
     "DPMSolverMultistepScheduler": ".schedulers.dpm_solver:DPMSolverMultistepScheduler",
     "DecoderOutput": ".models.autoencoder.model:DecoderOutput",
     "DiagonalGaussianDistribution": ".nn.gaussian:DiagonalGaussianDistribution",
-    "DiffusionPipeline": ".pipelines.configs:DiffusionPipeline",
+    "DiffusionPipeline": ".pipelines.compat.configs:DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler": ".schedulers.flow_match_euler:FlowMatchEulerDiscreteScheduler",
     "GlmImageKVCache": ".models.glm_image.context:GlmImageKVCache",
     "GlmImagePipeline": ".pipelines.glm_image:GlmImagePipeline",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +59,47 @@ def as_timesteps(timestep: Tensor | float | None, batch: int, device: torch.devi
     if timesteps.shape[0] != 1 and timesteps.shape[0] != batch:
         raise InputError(f"timestep has {timesteps.shape[0]} values for {batch} images; give 1 or {batch}")
     return timesteps
+
+
+def check_prior(
+    prior_token_id: Tensor,
+    prior_token_drop: Tensor | None,
+    batch: int,
+    grid: tuple[int, int],
+    sides: tuple[int, int],
+) -> Tensor:
+    """The prior's tokens [B, N] or [N], and which are dropped, [B, N], [B] or [N] -> both, [B, N, 2].
+
+    Args:
+        grid: rows and columns of image tokens.
+        sides: of the latents, for messages.
+
+    Raises:
+        InputError: another shape, or numbers that are not whole.
+    """
+    tokens = grid[0] * grid[1]
+    if prior_token_id.ndim == 1:
+        prior_token_id = prior_token_id.expand(batch, -1)
+        if prior_token_drop is not None and prior_token_drop.shape == (tokens,):
+            prior_token_drop = prior_token_drop.expand(batch, -1)
+    if prior_token_id.shape != (batch, tokens):
+        raise InputError(
+            f"prior_token_id has shape {list(prior_token_id.shape)}; latents of {sides[0]} x {sides[1]} are "
+            f"{grid[0]} x {grid[1]} tokens, of {batch} images: expected {[batch, tokens]}"
+        )
+    if prior_token_id.is_floating_point() or prior_token_id.dtype == torch.bool:
+        raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
+    dropped = torch.zeros_like(prior_token_id)
+    if prior_token_drop is not None:
+        if prior_token_drop.shape != (batch,) and prior_token_drop.shape != (batch, tokens):
+            raise InputError(
+                f"prior_token_drop has shape {list(prior_token_drop.shape)}; expected {[batch, tokens]} or {[batch]}"
+            )
+        dropped = prior_token_drop.bool().view(batch, -1).expand(-1, tokens).to(prior_token_id.dtype)
+    return torch.stack([prior_token_id, dropped], dim=-1)
+
+
+def require_none(arguments: Mapping[str, Any], because: str) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise InputError(f"{because} {given[0]} already: leave {', '.join(given)} out")

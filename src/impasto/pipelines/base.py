@@ -21,7 +21,7 @@ from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
 from .calls import Call, calling
-from .compat import PipelineMethods
+from .compat.methods import PipelineMethods
 from .components import Components
 from .images import ImageProcessor
 from .request import Request

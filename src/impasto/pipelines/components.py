@@ -21,7 +21,7 @@ from ..memory.placement import offload_device as choose_device
 from ..models.base import parse_dtype
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
-from .configs import DiffusionPipeline
+from .compat.configs import DiffusionPipeline
 
 if TYPE_CHECKING:
     from ..memory.device_map import DeviceMap

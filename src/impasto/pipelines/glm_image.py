@@ -23,14 +23,8 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device, check_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .compat import GlmImageMethods
-from .glm_image_inputs import (
-    check_sides,
-    images_of_prompts,
-    read_glm_image,
-    read_glm_image_texts,
-    reference_image,
-)
+from .compat.methods import GlmImageMethods
+from .glm_image_inputs import check_sides, images_of_prompts, read_glm_image, read_glm_image_texts, reference_image
 from .glm_image_stages import (
     encode_contexts,
     encode_quoted_texts,

@@ -16,7 +16,7 @@ from ..checkpoints.config import Configurable, records_config
 from ..checkpoints.values import Count
 from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
 from ..errors import ConfigurationError, ImpastoError, InputError
-from .image_methods import ImageMethods
+from .compat.images import ImageMethods
 from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")

@@ -23,7 +23,7 @@ from ..nn.changes import unwrapped
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
-from .compat import PixArtMethods
+from .compat.methods import PixArtMethods
 from .defaults import with_defaults
 from .images import PixArtImageProcessor
 from .latents import unscaled

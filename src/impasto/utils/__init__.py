@@ -15,7 +15,7 @@ SAFETENSORS_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 _HOMES = {
     "BaseOutput": "nn.outputs:BaseOutput",
-    "PIL_INTERPOLATION": "pipelines.image_methods:FILTERS",
+    "PIL_INTERPOLATION": "pipelines.compat.images:FILTERS",
     "export_to_gif": "utils.images:export_to_gif",
     "get_logger": "utils.logging:get_logger",
     "is_compiled_module": "utils.torch_utils:is_compiled_module",

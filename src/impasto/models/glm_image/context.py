@@ -347,3 +347,23 @@ class GlmImageKVCache:
         if self._joined is None:
             self._joined = GlmImageReferences.concat([GlmImageReferences.one_after_another(s) for s in samples])
         return self._joined
+
+
+def check_rows(
+    batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation, patch_size: int
+) -> None:
+    """Raise InputError unless context and modulation are those of these latents [B, C, H, W]."""
+    batch = sum(latents.shape[0] for latents in batches)
+    if context.rows != batch:
+        raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
+    owners = [one for one in context.batches for _ in range(one.text.shape[0] if len(batches) > 1 else 1)]
+    for latents, one in zip(batches, owners):
+        height, width = latents.shape[2:]
+        tokens = height // patch_size * (width // patch_size)
+        if one.prior.shape[1] != tokens:
+            raise InputError(
+                f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are {tokens}"
+            )
+    steps = modulation.embedded.shape[0]
+    if steps != 1 and steps != batch:
+        raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")

@@ -31,9 +31,17 @@ from ...nn.tokens import Layout, is_tracing
 from ..attention_processor import giving
 from ..base import Model
 from ..compat import Caching, GradientCheckpointing, Processors, Rope
-from ..inputs import as_batches, as_timesteps, check_text
+from ..inputs import as_batches, as_timesteps, check_prior, check_text, require_none
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
-from .context import GlmImageContext, GlmImageKVCache, GlmImageModulation, GlmImageReferences, Rotary, rotary_tables
+from .context import (
+    GlmImageContext,
+    GlmImageKVCache,
+    GlmImageModulation,
+    GlmImageReferences,
+    Rotary,
+    check_rows,
+    rotary_tables,
+)
 from .places import Places, mixed_places, places_of
 from .processor import differ, one_by_one
 
@@ -143,31 +151,13 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         """
         rows, columns = height // self.patch_size, width // self.patch_size
         check_text(text_embeds, mask, self.text_channels, "attention_mask")
-        batch, tokens = text_embeds.shape[0], rows * columns
-        if prior_token_id.ndim == 1:
-            prior_token_id = prior_token_id.expand(batch, -1)
-            if prior_token_drop is not None and prior_token_drop.shape == (tokens,):
-                prior_token_drop = prior_token_drop.expand(batch, -1)
-        if prior_token_id.shape != (batch, tokens):
-            raise InputError(
-                f"prior_token_id has shape {list(prior_token_id.shape)}; latents of {height} x {width} are "
-                f"{rows} x {columns} tokens, of {batch} images: expected {[batch, tokens]}"
-            )
-        if prior_token_id.is_floating_point() or prior_token_id.dtype == torch.bool:
-            raise InputError(f"prior_token_id holds numbers of tokens, not {prior_token_id.dtype}")
-        dropped = torch.zeros_like(prior_token_id)
-        if prior_token_drop is not None:
-            if prior_token_drop.shape != (batch,) and prior_token_drop.shape != (batch, tokens):
-                raise InputError(
-                    f"prior_token_drop has shape {list(prior_token_drop.shape)}; expected {[batch, tokens]} "
-                    f"or {[batch]}"
-                )
-            dropped = prior_token_drop.bool().view(batch, -1).expand(-1, tokens).to(prior_token_id.dtype)
+        batch = text_embeds.shape[0]
+        prior = check_prior(prior_token_id, prior_token_drop, batch, (rows, columns), (height, width))  # [B, N, 2]
         cos, sin = rotary_tables(image_rotary_emb, (rows, columns), self.head_dim, batch, text_embeds.device)
         context = GlmImageContext(
             text=text_embeds,
             bias=None if mask is None else text_bias(mask),
-            prior=torch.stack([prior_token_id, dropped], dim=-1),
+            prior=prior,
             cos=cos,
             sin=sin,
             projects=True,
@@ -338,7 +328,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
                 "attention_mask": attention_mask,
                 "image_rotary_emb": image_rotary_emb,
             }
-            _require_none(replaced, "encoder_hidden_states is a context, which holds")
+            require_none(replaced, "encoder_hidden_states is a context, which holds")
             context = encoder_hidden_states
         else:
             if prior_token_id is None:
@@ -349,7 +339,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
             per_image = (attention_mask, prior_token_id, prior_token_drop, image_rotary_emb)
             context = self._contexts(batches, encoder_hidden_states, per_image)
         if isinstance(timestep, GlmImageModulation):
-            _require_none({"target_size": target_size, "crop_coords": crop_coords}, "timestep is a modulation, of")
+            require_none({"target_size": target_size, "crop_coords": crop_coords}, "timestep is a modulation, of")
             modulation = timestep
         else:
             given = {"timestep": timestep, "target_size": target_size, "crop_coords": crop_coords}
@@ -358,7 +348,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
                 raise InputError(f"{missing[0]} is None; give one for the batch or one for each image")
             times = as_timesteps(timestep, batch, batches[0].device)
             modulation = self.modulate(times.expand(batch), cast(Tensor, target_size), cast(Tensor, crop_coords))
-        self._check_rows(batches, context, modulation)
+        check_rows(batches, context, modulation, self.patch_size)
 
         references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
@@ -389,28 +379,3 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
             (height, width), own_text = latents.shape[-2:], text[i : i + 1]
             contexts.append(self.encode_context(own_text, own_mask, own_ids, own_drop, height, width, own_rotary))
         return GlmImageContext.concat(contexts)
-
-    # Checks
-
-    def _check_rows(self, batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation) -> None:
-        batch = sum(latents.shape[0] for latents in batches)
-        if context.rows != batch:
-            raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
-        owners = [one for one in context.batches for _ in range(one.text.shape[0] if len(batches) > 1 else 1)]
-        for latents, one in zip(batches, owners):
-            height, width = latents.shape[2:]
-            tokens = height // self.patch_size * (width // self.patch_size)
-            if one.prior.shape[1] != tokens:
-                raise InputError(
-                    f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are "
-                    f"{tokens}"
-                )
-        steps = modulation.embedded.shape[0]
-        if steps != 1 and steps != batch:
-            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
-
-
-def _require_none(arguments: Mapping[str, Any], because: str) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
-        raise InputError(f"{because} {given[0]} already: leave {', '.join(given)} out")

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..checkpoints import hub
-from ..checkpoints.config import read_json
-from ..checkpoints.keywords import settle
-from ..checks import shown
-from ..errors import CheckpointError, InputError
-from ..registry import LANGUAGE_MODELS, class_of, pipeline_class
+from ...checkpoints import hub
+from ...checkpoints.config import read_json
+from ...checkpoints.keywords import settle
+from ...checks import shown
+from ...errors import CheckpointError, InputError
+from ...registry import LANGUAGE_MODELS, class_of, pipeline_class
 from .configs import stored_class
 
 
@@ -94,8 +94,8 @@ class AutoModel:
 
 
 def _language_model(name: str, folder: Path, options: dict[str, Any]) -> Any:
-    from ..checkpoints.foreign.from_transformers import load_model
-    from ..models.base import parse_dtype
+    from ...checkpoints.foreign.from_transformers import load_model
+    from ...models.base import parse_dtype
 
     dtype = parse_dtype(options.pop("dtype", None) or options.pop("torch_dtype", None))
     given = [options.pop(key, None) for key in ("variant", "use_safetensors", "quantization_config")]

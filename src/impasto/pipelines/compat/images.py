@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from ..checks import MAX_SIDE, shown, whole_number
-from ..errors import InputError
+from ...checks import MAX_SIDE, shown, whole_number
+from ...errors import InputError
 
 if TYPE_CHECKING:
-    from ..checkpoints.config import Config
+    from ...checkpoints.config import Config
 
 T = TypeVar("T", bound="np.ndarray[Any, Any] | Tensor")
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from ..checkpoints.config import Config, write_json
-from ..checkpoints.frozen import FORMAT_VERSION
-from ..checkpoints.layout import INDEX_NAME
-from ..checkpoints.upload import Uploads, check_upload_options
-from ..errors import CheckpointNotFoundError, InputError
+from ...checkpoints.config import Config, write_json
+from ...checkpoints.frozen import FORMAT_VERSION
+from ...checkpoints.layout import INDEX_NAME
+from ...checkpoints.upload import Uploads, check_upload_options
+from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
 _OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
@@ -38,7 +38,7 @@ class DiffusionPipeline(Uploads):
         Raises:
             CheckpointError: there is no such file, or it names a class that this package does not have.
         """
-        from ..registry import pipeline_class
+        from ...registry import pipeline_class
 
         stored = stored_class(pretrained_model_name_or_path, options)
         found = pipeline_class(stored)
@@ -47,7 +47,7 @@ class DiffusionPipeline(Uploads):
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
         """A pipeline of ours, of the same class, that shares the components of another one, ours or of diffusers."""
-        from ..registry import pipeline_class
+        from ...registry import pipeline_class
 
         return pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **options)
 
@@ -59,7 +59,7 @@ class DiffusionPipeline(Uploads):
             options: ``variant``, ``revision`` and the other options of the download; components that are given, as in
                 ``text_encoder=None``, are left out.
         """
-        from ..registry import pipeline_class
+        from ...registry import pipeline_class
 
         source = _source(pretrained_model_name, options)
         with source.opened() as opened:
@@ -79,7 +79,7 @@ class DiffusionPipeline(Uploads):
 
         That of a loaded pipeline also says what was loaded: ``_class_name``, ``_diffusers_version``, ``_name_or_path``.
         """
-        from .loading import index_entry
+        from ..loading import index_entry
 
         pipe = cast(Any, self)
         values = {} if self._name_or_path is None else {**self._format(), "_name_or_path": self._name_or_path}
@@ -145,7 +145,7 @@ class DiffusionPipeline(Uploads):
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **upload: Any) -> None:
         """Write ``model_index.json`` alone. ``push_to_hub`` uploads the whole pipeline."""
-        from ..folders import saving
+        from ...folders import saving
 
         check_upload_options(upload)
         with saving(save_directory) as staging:
@@ -185,7 +185,7 @@ def stored_class(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
 
 
 def _source(model: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
-    from .loading import Source
+    from ..loading import Source
 
     chosen: dict[str, Any] = {name: options.get(name) for name in _OF_SOURCE}
     chosen |= {name: bool(options.get(name)) for name in ("local_files_only", "force_download")}

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..memory.placement import OneAtATime, Resident
-from ..nn.machine import as_device
-from ..nn.noise import draw_noise
-from . import inputs
-from .calls import Call, call_of, calling, remember
-from .components import Components
-from .images import ImageProcessor
-from .prompts import prepare
-from .request import read_pixart
-from .sampling import step_options
+from ...memory.placement import OneAtATime, Resident
+from ...nn.machine import as_device
+from ...nn.noise import draw_noise
+from .. import inputs
+from ..calls import Call, call_of, calling, remember
+from ..components import Components
+from ..images import ImageProcessor
+from ..prompts import prepare
+from ..request import read_pixart
+from ..sampling import step_options
 
 
 class CallFacts(Components):
@@ -260,7 +260,7 @@ class PixArtMethods(PipelineMethods):
         return [prepare(one, clean_caption) for one in ([text] if isinstance(text, str) else text)]
 
     def _clean_caption(self, caption: str) -> str:
-        from .cleaning import clean_caption
+        from ..cleaning import clean_caption
 
         return clean_caption(caption)
 
@@ -285,7 +285,7 @@ class GlmImageMethods(PipelineMethods):
         image: Any = None,
     ) -> None:
         """Raise InputError for arguments that a call would refuse."""
-        from .glm_image_inputs import read_glm_image
+        from ..glm_image_inputs import read_glm_image
 
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "read_glm_image")}
         given["callback_on_step_end_tensor_inputs"] = callback_on_step_end_tensor_inputs or ()
@@ -308,6 +308,6 @@ class GlmImageMethods(PipelineMethods):
 
     def get_glyph_texts(self, prompt: str | Sequence[str]) -> list[list[str]]:
         """The quoted texts of each prompt."""
-        from .glyphs import quoted_texts
+        from ..glyphs import quoted_texts
 
         return [quoted_texts(one) for one in ([prompt] if isinstance(prompt, str) else prompt)]
