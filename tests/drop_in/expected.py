@@ -15,6 +15,7 @@ EXPECTED_DIFFERENT: dict[str, str] = {
     "the_text_that_a_processor_sees": "Attention processors and hooks see the text without padding",
     "PixArtTransformer2DModel.get_memory_footprint()": "The positions of PixArt's transformer are not a buffer",
     "dequantized": "`dequantize()` of a model that is not quantized does nothing",
+    "names_of_all_modules": "Modules without parameters",
     "AutoencoderKL(act_fn)": '`act_fn` of the autoencoder other than `"silu"`',
     "DPMSolverMultistepScheduler.add_noise()": "`DPMSolverMultistepScheduler.add_noise` before `set_timesteps`",
     "FlowMatchEulerDiscreteScheduler.step(per_token_timesteps)": "Euler steps with a timestep per token",

@@ -999,6 +999,92 @@ def verbosity(lib: ModuleType, make: Make) -> Any:
     return during, type(logging.get_logger(f"{lib.__name__}.x"))
 
 
+@idiom("using-diffusers/loading#diffusionpipeline")
+def a_pipeline_printed(lib: ModuleType, make: Make) -> Any:
+    name, config = str(make.sigma()).split(" ", 1)
+    return name, json.loads(config)
+
+
+@idiom("using-diffusers/custom_pipeline_overview")
+def a_subclass_that_encodes_prompts_otherwise(lib: ModuleType, make: Make) -> Any:
+    class Halved(lib.PixArtSigmaPipeline):
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            embeds, *others = super().encode_prompt(*args, **kwargs)
+            return embeds / 2, *others
+
+    pipe = Halved(**make.sigma().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a cat", generator=seed(), **CALL).images
+
+
+@idiom("using-diffusers/custom_pipeline_overview")
+def methods_replaced_on_the_object(lib: ModuleType, make: Make) -> Any:
+    pipe = make.sigma()
+    calls: list[str] = []
+    for owner, name in ((pipe.transformer, "forward"), (pipe.scheduler, "step"), (pipe.vae, "decode")):
+        original = getattr(owner, name)
+
+        def counted(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+    images = pipe("a cat", generator=seed(), **{**CALL, "output_type": "np"}).images
+    return images, calls
+
+
+@idiom("api/models/overview")
+def blocks_removed_and_skipped(lib: ModuleType, make: Make) -> Any:
+    shorter, skipping = make.pixart(), make.pixart()
+    shorter.transformer_blocks = shorter.transformer_blocks[:1]
+    skipping.transformer_blocks[0].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    return shorter(**pixart_inputs()).sample, skipping(**pixart_inputs()).sample
+
+
+@idiom("api/models/overview")
+def hooks_that_change_blocks(lib: ModuleType, make: Make) -> Any:
+    pipe = make.sigma()
+    blocks, outputs = pipe.transformer.transformer_blocks, []
+    blocks[0].register_forward_pre_hook(lambda module, args: (args[0] * 1.1, *args[1:]))
+    blocks[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+    return pipe("a cat", generator=seed(), **CALL).images, outputs
+
+
+@idiom("api/models/overview")
+def names_of_modules(lib: ModuleType, make: Make) -> Any:
+    models = make.pixart(), make.vae(), make.glm_transformer()
+    return [sorted(n for n, module in m.named_modules() if list(module.parameters())) for m in models]
+
+
+@idiom("api/models/overview")
+def names_of_all_modules(lib: ModuleType, make: Make) -> Any:
+    return sorted(name for name, _ in make.glm_transformer().named_modules())
+
+
+@idiom("api/pipelines/overview#diffusers.DiffusionPipeline")
+def pipelines_copied_and_pickled(lib: ModuleType, make: Make) -> Any:
+    pipes = copy.deepcopy(make.sigma()), pickle.loads(pickle.dumps(make.sigma()))
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    return [pipe("a cat", generator=seed(), **CALL).images for pipe in pipes]
+
+
+@idiom("optimization/memory#device-placement")
+def a_device_map(lib: ModuleType, make: Make) -> Any:
+    pipe = lib.PixArtSigmaPipeline.from_pretrained(make.checkpoint(), device_map="cpu")
+    return bool(pipe.hf_device_map), pipe.device
+
+
+@idiom("training/overview")
+def an_offload_by_accelerate(lib: ModuleType, make: Make) -> Any:
+    import accelerate
+
+    offloaded, dispatched = make.pixart(), make.pixart()
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    accelerate.dispatch_model(dispatched, {"": "cpu"}, main_device="cpu")
+    return offloaded(**pixart_inputs()).sample, dispatched(**pixart_inputs()).sample
+
+
 # --- Memory: optimization/memory ---
 
 

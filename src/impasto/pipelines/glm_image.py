@@ -190,7 +190,7 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
         """
         request = read_glm_image(self, GlyphEmbeds._fields, locals())
         with torch.no_grad(), self._calling(request.guidance_scale, attention_kwargs) as call:
-            embeds = self.encode_prompt(**request.texts.of_glm_image)  # before the prior, which takes long
+            embeds = GlyphEmbeds(*self.encode_prompt(**request.texts.of_glm_image))  # before the prior takes long
             prior = request.prior or run_prior(
                 self,
                 request.texts.prompts,

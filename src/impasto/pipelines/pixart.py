@@ -146,7 +146,7 @@ class PixArtPipeline(PixArtMethods, Pipeline):
         self._check_conditions()
         self._warn_of_mixtures()
         with torch.no_grad(), self._calling(request.guidance_scale):
-            embeds = self.encode_prompt(**request.texts.of_pixart)
+            embeds = PromptEmbeds(*self.encode_prompt(**request.texts.of_pixart))  # a subclass may return a tuple
             noise = self._noise(request, self.transformer.dtype)
             loop = self.denoise(noise, embeds, eta=request.eta, **request.denoising)
             images = self._finish(drive(self, loop, noise, request), request)

@@ -73,7 +73,7 @@ class PixArtEditPipeline(PixArtPipeline):
         self._check_conditions()
         self._warn_of_mixtures()
         with torch.no_grad(), self._calling(request.guidance_scale):
-            embeds = self.encode_prompt(**request.texts.of_pixart)
+            embeds = PromptEmbeds(*self.encode_prompt(**request.texts.of_pixart))
             repeats = batch // len(originals)
             latents = originals.to_encode()
             if originals.latents:

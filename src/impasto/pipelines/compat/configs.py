@@ -156,6 +156,9 @@ class DiffusionPipeline(Uploads):
         """The config as JSON."""
         return json.dumps(self._stored_config(), indent=2, sort_keys=True) + "\n"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the config as JSON."""
         write_json(Path(json_file_path), self._stored_config())
