@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -223,8 +223,6 @@ class ImageProcessor(ImageMethods, Configurable):
 
 class PixArtImageProcessor(ImageProcessor):
     """The same, with arguments in the documented order of PixArt's."""
-
-    ignored_config_keys: ClassVar[frozenset[str]] = frozenset({"reducing_gap", "do_convert_rgb"})
 
     @records_config
     def __init__(
