@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import impasto
 from impasto.errors import ConfigurationError, InputError
@@ -23,6 +27,7 @@ from impasto.memory.moving import device_of
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.nn.attention import chosen_backend
 
 from ..tiny import tiny_pipeline
 
@@ -263,6 +268,91 @@ def test_a_chosen_backend_is_what_computes(monkeypatch: pytest.MonkeyPatch) -> N
     seen.clear()
     predict(model)
     assert set(seen) == {(True, True)}
+
+
+def flags() -> list[bool]:
+    return [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("math", "flash", "mem_efficient")]
+
+
+def test_a_backend_is_chosen_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before, seen = pixart(), flags(), []
+    plain, predicted = nn.functional.scaled_dot_product_attention, predict(model)
+
+    def look(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(flags()[1])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
+    first, second = impasto.attention_backend("_native_math"), impasto.attention_backend("_native_math")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        one.submit(first.__enter__).result()
+        two.submit(second.__enter__).result()
+        assert flags() == before
+        predict(model)
+        assert set(seen) == {True}
+        seen.clear()
+        one.submit(first.__exit__, None, None, None).result()
+        assert distance(two.submit(predict, model).result(), predicted) <= 1e-5
+        assert set(seen) == {False}
+        two.submit(second.__exit__, None, None, None).result()
+        seen.clear()
+        two.submit(predict, model).result()
+        assert set(seen) == {True}
+    assert flags() == before
+
+
+def test_backends_within_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = pixart(), []
+    plain = nn.functional.scaled_dot_product_attention
+
+    def look(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(flags()[1:])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
+    with impasto.attention_backend("_native_math"):
+        with impasto.attention_backend("native"):
+            predict(model)
+        predict(model)
+        model.set_attention_backend("_native_efficient")
+        predict(model)
+    assert [found for found, _ in groupby(seen)] == [[True, True], [False, False], [False, True]]
+
+
+@pytest.mark.parametrize("of", ["model", "blocks"])
+def test_compiled_attention_has_the_backend_in_force(of: str) -> None:
+    torch._dynamo.reset()
+    model, graphs = pixart(), []
+    expected = predict(model)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = model.compile if of == "model" else model.compile_repeated_blocks
+    compiled(backend=backend, fullgraph=True)
+    for name in ("native", "_native_math"):
+        with impasto.attention_backend(name):
+            assert distance(predict(model), expected) <= 1e-5
+        assert ("sdpa_kernel" in graphs[-1]) == (name != "native")
+    count = len(graphs)
+    assert distance(predict(model), expected) <= 1e-5
+    assert len(graphs) == count
+    model.set_attention_backend("_native_math")
+    assert distance(predict(model), expected) <= 1e-5
+    assert "sdpa_kernel" in graphs[-1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_checkpointed_blocks_are_computed_again_by_the_same_backend(own: bool) -> None:
+    model, seen = pixart(), []
+    arguments = (partial(checkpoint, use_reentrant=False),) if own else ()
+    model.enable_gradient_checkpointing(*arguments)
+    model.transformer_blocks[0].ff.register_forward_hook(lambda *_: seen.append(chosen_backend()))
+    with impasto.attention_backend("_native_math"):
+        out = model(**inputs()).sample
+    out.sum().backward()
+    assert seen == ["_native_math"] * 2
 
 
 @pytest.mark.parametrize("name", MODELS)

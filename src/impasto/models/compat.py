@@ -26,7 +26,7 @@ def _public(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def attention_backend(backend: str = "native") -> Iterator[None]:
-    """Let attention inside of the ``with`` block prefer the kernels of a backend, by its name in diffusers.
+    """Let attention inside of the ``with`` block, in this thread, prefer a backend's kernels, by its name in diffusers.
 
     Raises:
         InputError: there is no such backend.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +53,67 @@ def check_backend(name: str) -> str:
 
 @contextmanager
 def kernels(name: str) -> Iterator[None]:
-    """Let torch's attention prefer the kernels of a backend; where it cannot compute a call, another one does."""
-    chosen = BACKENDS[name]
-    if chosen is None:
-        yield
+    """Let ``attention`` prefer the kernels of a backend here; where they cannot compute a call, others do.
+
+    Other threads and tasks keep theirs.
+    """
+    if torch.compiler.is_compiling():
+        before, _thread.backend = _thread.backend, name
+        try:
+            yield
+        finally:
+            _thread.backend = before
         return
-    with sdpa_kernel(chosen, set_priority=True):
+    token = _chosen.set(name)
+    _thread.enter(name)
+    try:
         yield
+    finally:
+        _thread.leave(name)
+        _chosen.reset(token)
+
+
+#: The backend in force, by name.
+_chosen: ContextVar[str] = ContextVar("impasto_attention_backend", default="native")
+
+
+class _Thread(threading.local):
+    """The same for compiled code, which cannot read a ContextVar."""
+
+    def __init__(self) -> None:
+        self.entered = ["native"]
+        self.backend = "native"
+
+    def enter(self, name: str) -> None:
+        self.entered.append(name)
+        self.backend = name
+
+    def leave(self, name: str) -> None:
+        """Forget the last of this name, which need not be the last of all: tasks of one thread take turns."""
+        del self.entered[len(self.entered) - 1 - self.entered[::-1].index(name)]
+        self.backend = self.entered[-1]
+
+
+_thread = _Thread()
+#: torch's choice of kernels is the whole process's.
+_flags = threading.RLock()
+
+
+def chosen_backend() -> str:
+    """The name of the backend in force here."""
+    return _thread.backend if torch.compiler.is_compiling() else _chosen.get()
+
+
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """torch's, by the kernels in force."""
+    chosen = BACKENDS[chosen_backend()]
+    if chosen is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    if torch.compiler.is_compiling():
+        with sdpa_kernel(chosen, set_priority=True):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    with _flags, sdpa_kernel(chosen, set_priority=True):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 def attention(
@@ -81,7 +137,7 @@ def attention(
     if bias is None and _tiles_are_faster(query, key, value):
         tiled = tiled_attention_in_graphs if torch.compiler.is_compiling() else tiled_attention
         return tiled(query, key, value, scale)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return _torch_attention(query, key, value, bias, scale)
 
 
 def attention_by_image(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:

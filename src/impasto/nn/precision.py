@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import shown
 from ..errors import InputError
+from .attention import chosen_backend, kernels
 from .changes import Change, Handle, is_managed_elsewhere, register_methods, unwrapped
 from .machine import is_autocast, is_native
 from .widening import HALVES, Function, Widening, is_narrow
@@ -64,20 +65,30 @@ def computing(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def checkpointed(block: nn.Module, *arguments: Any) -> Any:
-    """Gradient checkpointing: the block is recomputed in the backward pass, in the precision that it has now."""
-    if not _thread.is_wide:
+    """Gradient checkpointing: the block is recomputed in the backward pass, in this precision and by these kernels."""
+    wide, backend = _thread.is_wide, chosen_backend()
+    if not wide and backend == "native":
         return checkpoint(block, *arguments, use_reentrant=False)
-    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), in_float32()))
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _as(wide, backend)))
 
 
 def checkpointed_by(function: Function, block: nn.Module, *arguments: Any) -> Any:
     """As ``checkpointed``, by a caller's function, which is called as ``function(block, *arguments)``."""
-    return function(functools.partial(_in_float32, block) if _thread.is_wide else block, *arguments)
+    wide, backend = _thread.is_wide, chosen_backend()
+    if not wide and backend == "native":
+        return function(block, *arguments)
+    return function(functools.partial(_computed_as, block, wide, backend), *arguments)
 
 
-def _in_float32(block: nn.Module, *arguments: Any) -> Any:
-    with in_float32():
+def _computed_as(block: nn.Module, wide: bool, backend: str, *arguments: Any) -> Any:
+    with _as(wide, backend):
         return block(*arguments)
+
+
+@contextmanager
+def _as(wide: bool, backend: str) -> Iterator[None]:
+    with in_float32() if wide else nullcontext(), kernels(backend):
+        yield
 
 
 # --- modules ---
