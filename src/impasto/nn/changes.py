@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from ..errors import ConfigurationError
 
@@ -117,7 +118,8 @@ def is_observed(module: nn.Module) -> bool:
     """
     own = vars(module)
     added = "forward" in own or "_processor" in own or "_backend" in own or "processor" in module._modules
-    return added or bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return added or bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
 def is_watched(module: nn.Module | None) -> bool:
