@@ -87,6 +87,19 @@ def test_save_with_push_uploads_what_was_saved_and_nothing_else(hub: Hub, tmp_pa
     assert hub.calls[0][1]["repo_id"] == "me/other"
 
 
+def test_save_with_push_uploads_the_same_shards(hub: Hub, tmp_path: Path) -> None:
+    model = tiny_transformer()
+    model.save_pretrained(tmp_path / "model", max_shard_size=20_000, push_to_hub=True)
+    saved = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert len(saved) > 3
+    assert hub.calls[1][1]["files"] == saved
+    pipe = tiny_pipeline(PixArtSigmaPipeline, transformer=model, text_encoder=None, tokenizer=None, vae=None)
+    pipe.save_pretrained(tmp_path / "pipe", max_shard_size=20_000, push_to_hub=True, variant="fp16")
+    uploaded = [name for name in hub.calls[3][1]["files"] if name.startswith("transformer/")]
+    assert uploaded == sorted(f"transformer/{path.name}" for path in (tmp_path / "pipe" / "transformer").iterdir())
+    assert len(uploaded) == len(saved)
+
+
 def test_unknown_options_are_refused_before_anything_is_written(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no argument 'repo'.*repo_id, commit_message"):
         tiny_pipeline(PixArtSigmaPipeline).save_pretrained(tmp_path / "x", push_to_hub=True, repo="a/b")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import T5EncoderModel
@@ -98,6 +100,27 @@ def test_models_by_their_config(sigma: Path) -> None:
         impasto.AutoModel.from_pretrained(sigma, subfolder="text_encoder", trust_remote_code=True)
 
 
+def test_a_text_encoder_is_downloaded_with_its_weights(
+    sigma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [path.relative_to(sigma).as_posix() for path in sigma.rglob("*") if path.is_file()]
+    forced = []
+
+    def download(repo_id: str, force_download: bool = False, **options: Any) -> str:
+        filters = {key: options[key] for key in ("allow_patterns", "ignore_patterns") if key in options}
+        forced.append(force_download)
+        for name in huggingface_hub.utils.filter_repo_objects(names, **filters):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(sigma / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    encoder = impasto.AutoModel.from_pretrained("owner/name", subfolder="text_encoder", force_download=True)
+    assert isinstance(encoder, T5EncoderModel)
+    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder"]
+    assert all(forced)
+
+
 def test_an_index_that_diffusers_writes_for_glm_image(tmp_path: Path) -> None:
     """It takes the name of a module in transformers for that of a pipeline."""
     pipe, _ = pipelines()
@@ -156,6 +179,21 @@ def test_the_config_is_written_and_read(sigma: Path, tmp_path: Path) -> None:
     assert cls.load_config(sigma, return_unused_kwargs=True, colour=1) == (stored, {"colour": 1})
     with pytest.raises(CheckpointNotFoundError):
         cls.load_config(sigma / "vae")
+
+
+def test_options_of_a_download_are_checked(sigma: Path) -> None:
+    cls = impasto.PixArtSigmaPipeline
+    for method in (cls.download, impasto.DiffusionPipeline.download, cls.load_config, cls.get_config_dict):
+        with pytest.raises(InputError, match=r"has no argument 'revison'; did you mean 'revision'"):
+            method(sigma, revison="v2")
+        with pytest.raises(InputError, match="HTTPS_PROXY"):
+            method(sigma, proxies={"https": "x"})
+        method(sigma, resume_download=True, force_download=True, revision="v2")
+    with pytest.raises(InputError, match="HTTPS_PROXY"):
+        cls.load_config(sigma, return_unused_kwargs=True, proxies={"https": "x"})
+    with pytest.raises(InputError, match="no code of a checkpoint"):
+        cls.download(sigma, trust_remote_code=True)
+    assert cls.download(sigma, text_encoder=None, torch_dtype=torch.float16) == sigma
 
 
 def test_components_are_registered(sigma: Path) -> None:

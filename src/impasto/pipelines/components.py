@@ -203,7 +203,7 @@ class Components(DiffusionPipeline):
         components = {name: unwrapped(component) for name, component in self.components.items()}
         name = self.saved_as or type(self).__name__
         save_components(components, plain_path(save_directory), name, variant, shard_bytes)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant)
+        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pipe(

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from ...checkpoints.config import Config, write_json
+from ...checkpoints.config import DOWNLOAD, Config, write_json
 from ...checkpoints.frozen import FORMAT_VERSION
+from ...checkpoints.keywords import settle
 from ...checkpoints.layout import INDEX_NAME
 from ...checkpoints.upload import Uploads, check_upload_options
 from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
 _OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
+_OF_DOWNLOAD = (*_OF_SOURCE, "force_download")
 
 
 class DiffusionPipeline(Uploads):
@@ -57,7 +59,10 @@ class DiffusionPipeline(Uploads):
 
         Args:
             options: ``variant``, ``revision`` and the other options of the download; components that are given, as in
-                ``text_encoder=None``, are left out.
+                ``text_encoder=None``, are left out. Keywords without effect are accepted (``checkpoints.keywords``).
+
+        Raises:
+            InputError: an unknown option, or one that cannot be acted on.
         """
         from ...registry import pipeline_class
 
@@ -65,6 +70,10 @@ class DiffusionPipeline(Uploads):
         with source.opened() as opened:
             stored = opened.read_content()[1].get("_class_name")
             kind = cast(Any, pipeline_class(stored) if cls is DiffusionPipeline else cls)
+            others = {
+                key: value for key, value in options.items() if key not in (*_OF_DOWNLOAD, *kind.component_names())
+            }
+            settle("download", others, [*_OF_DOWNLOAD, *kind.component_names()])
             name = kind.saved_as or kind.__name__
             index = opened.read_index(name)
             wanted = [part for part in kind.component_names() if part not in options]
@@ -122,8 +131,13 @@ class DiffusionPipeline(Uploads):
         Args:
             return_unused_kwargs: return the other options, too.
             return_commit_hash: return None in addition, as no commit is recorded.
+
+        Raises:
+            InputError: an option that cannot be acted on, or, unless ``return_unused_kwargs``, an unknown one.
         """
-        unused = {name: value for name, value in options.items() if name not in (*_OF_SOURCE, "force_download")}
+        unused = {name: value for name, value in options.items() if name not in _OF_DOWNLOAD}
+        checked = DOWNLOAD if return_unused_kwargs else tuple(unused)
+        settle("load_config", {name: unused.pop(name) for name in checked if name in unused}, _OF_DOWNLOAD)
         path, content = _source(pretrained_model_name_or_path, options).read_content()
         if not content:
             raise CheckpointNotFoundError(f"{path} does not exist; {pretrained_model_name_or_path} is not a pipeline")
