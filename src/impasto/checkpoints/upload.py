@@ -49,13 +49,8 @@ class Uploads:
             given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **given)
-            message = commit_message or self._upload_message()
+            message = commit_message or upload_message(self)
             return upload(folder, repo_id, message, private, token, create_pr, subfolder)
-
-    def _upload_message(self) -> str:
-        """The message of a commit, as diffusers chooses it."""
-        name = type(self).__name__
-        return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
@@ -63,6 +58,12 @@ class Uploads:
         """``push_to_hub=True`` of ``save_pretrained``: upload what was saved, and nothing else from that folder."""
         if wanted:
             self.push_to_hub(**{"repo_id": Path(folder).name, **options, **save})
+
+
+def upload_message(uploaded: object) -> str:
+    """The message of a commit, as diffusers chooses it."""
+    name = type(uploaded).__name__
+    return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
 
 def check_upload_options(options: Mapping[str, Any]) -> None:
