@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers.callbacks
@@ -355,3 +358,37 @@ def test_what_callbacks_refuse() -> None:
         MultiPipelineCallbacks([print])
     with pytest.raises(NotImplementedError, match="callback_fn"):
         PipelineCallback()(None, 0, None, {})
+
+
+def test_a_scale_that_one_thread_sets_is_not_that_of_another() -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline, scheduler=DDIMScheduler())
+    noise, embeds = torch.randn(1, 4, 8, 8), pipe.encode_prompt("a cat")
+    mine = pipe.denoise(noise, embeds, num_inference_steps=3, guidance_scale=4.5)
+    next(mine)
+
+    def elsewhere() -> float | None:
+        theirs = pipe.denoise(noise, embeds, num_inference_steps=3, guidance_scale=4.5)
+        next(theirs)
+        pipe._guidance_scale = 1.0
+        return pipe.guidance_scale
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result(timeout=60) == 1.0
+    assert pipe.guidance_scale == 4.5
+    *_, last = mine
+    *_, expected = pipe.denoise(noise, embeds, num_inference_steps=3, guidance_scale=4.5)
+    assert torch.equal(last.latents, expected.latents)
+
+
+def test_a_loop_that_is_left_open_ends_with_the_process() -> None:
+    script = """
+import torch
+from impasto import DDIMScheduler, PixArtSigmaPipeline
+from tests.tiny import tiny_pipeline
+pipe = tiny_pipeline(PixArtSigmaPipeline, scheduler=DDIMScheduler())
+loop = pipe.denoise(torch.randn(1, 4, 8, 8), pipe.encode_prompt("a cat"), num_inference_steps=3)
+next(loop)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ class Call:
 calling: ContextVar[Call | None] = ContextVar("impasto_call", default=None)
 #: What the last calls were, by pipeline and thread, the latest at the end. A pipeline itself keeps nothing of a call.
 _ended: weakref.WeakKeyDictionary[Any, dict[int, Call]] = weakref.WeakKeyDictionary()
-_remembering = threading.Lock()
+_remembering = threading.RLock()  # garbage collection may end a loop, and so a call, in the thread that holds it
 
 
 def remember(call: Call) -> None:

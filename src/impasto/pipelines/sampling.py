@@ -227,9 +227,9 @@ def denoising_steps(pipe: Any, begin: Callable[[], Run]) -> Generator[DenoisingS
                 run.latents = step.latents
                 if step.embeds is not run.embeds:
                     run.use(step.embeds)
+            show_schedule(run.scheduler, scheduler)  # a loop that is left may be collected anywhere
         finally:
             call.timestep = None
-            show_schedule(run.scheduler, scheduler)
 
 
 def drive(pipe: Any, loop: Generator[DenoisingStep, None, None], latents: Tensor, request: Request) -> Tensor:

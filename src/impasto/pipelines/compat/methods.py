@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -48,9 +49,10 @@ class CallFacts(Components):
     @_guidance_scale.setter
     def _guidance_scale(self, value: float) -> None:
         scale = inputs.guidance(value)
-        for call in self._addressed():
+        own = [call for call in self._addressed() if call.thread == threading.get_ident()]
+        for call in own:
             call.guidance_scale = scale
-        if not self._addressed():
+        if not own:
             remember(Call(self, scale))
 
     @property
