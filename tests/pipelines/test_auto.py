@@ -196,6 +196,21 @@ def test_options_of_a_download_are_checked(sigma: Path) -> None:
     assert cls.download(sigma, text_encoder=None, torch_dtype=torch.float16) == sigma
 
 
+def test_values_that_json_does_not_have_are_written_as_text(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT)
+    pipe.register_to_config(place=torch.device("cpu"), self=[tmp_path])
+    assert pipe.config.place == torch.device("cpu")
+    assert '"place": "cpu"' in repr(pipe)
+    pipe.save_config(tmp_path)
+    pipe.to_json_file(tmp_path / "other.json")
+    for text in (
+        pipe.to_json_string(),
+        *((tmp_path / name).read_text() for name in ("model_index.json", "other.json")),
+    ):
+        assert json.loads(text)["place"] == "cpu"
+        assert json.loads(text)["self"] == [str(tmp_path)]
+
+
 def test_components_are_registered(sigma: Path) -> None:
     pipe = tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT)
     vae = tiny_vae(seed=1)
@@ -203,6 +218,10 @@ def test_components_are_registered(sigma: Path) -> None:
     assert pipe.vae is pipe.components["vae"] is vae
     with pytest.raises(InputError, match="no component 'unet'"):
         pipe.register_modules(unet=None)
+    with pytest.raises(
+        InputError, match=r"no component 'va'; did you mean 'vae'\? it has: tokenizer, text_encoder, vae"
+    ):
+        impasto.PixArtSigmaPipeline.from_config({}, va=vae)
     made = impasto.PixArtSigmaPipeline.from_config(pipe.config, vae=vae)
     assert made.vae is vae
     assert made.transformer is None

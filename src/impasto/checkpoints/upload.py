@@ -62,13 +62,8 @@ class Uploads:
         """``push_to_hub`` with these arguments of ``save_pretrained``."""
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
             self.save_pretrained(folder, **save)
-            message = commit_message or self._upload_message()
+            message = commit_message or upload_message(self)
             return upload(folder, repo_id, message, private, token, create_pr, subfolder)
-
-    def _upload_message(self) -> str:
-        """The message of a commit, as diffusers chooses it."""
-        name = type(self).__name__
-        return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
@@ -80,6 +75,12 @@ class Uploads:
         """
         if wanted:
             self._save_and_upload(save, **{"repo_id": Path(folder).name, **options})
+
+
+def upload_message(uploaded: object) -> str:
+    """The message of a commit, as diffusers chooses it."""
+    name = type(uploaded).__name__
+    return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
 
 def check_upload_options(options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.upload import check_upload_options, check_writable
+from ..checkpoints.upload import Uploads, check_upload_options, check_writable
 from ..checks import parse_size, shown, text
 from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
 
-class Model(Configurable, ModelSurface):
+class Model(Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.

@@ -159,8 +159,8 @@ class Components(DiffusionPipeline):
         pipe._source, pipe._name_or_path = folder, os.fspath(pretrained_model_name_or_path)
         if disable_mmap:
             read = [part for part, value in loaded.items() if part not in components and isinstance(value, nn.Module)]
-            for parameter in [parameter for part in read for parameter in loaded[part].parameters()]:
-                parameter.data = parameter.data.clone()
+            for tensor in [x for part in read for x in (*loaded[part].parameters(), *loaded[part].buffers())]:
+                tensor.data = tensor.data.clone()
         if plan is not None:
             from ..memory.plan import apply_plan
 

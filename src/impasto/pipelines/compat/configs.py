@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -100,23 +101,31 @@ class DiffusionPipeline(Uploads):
         """What ``from_pretrained`` was given; None for a pipeline that was not loaded."""
         return self._name_or_path
 
-    def register_to_config(self, **values: Any) -> None:
-        """Add values to ``config``. They have no effect on the pipeline."""
+    def register_to_config(self, /, **values: Any) -> None:
+        """Add values to ``config``. They have no effect on the pipeline. JSON has a device and the like as text."""
         self.__dict__["_registered"] = {**vars(self).get("_registered", {}), **values}
 
     def register_modules(self, **components: Any) -> None:
         """Assign components: ``register_modules(vae=vae)`` is ``pipe.vae = vae``."""
-        names = cast(Any, self).component_names()
+        self._check_names(components)
         for name, component in components.items():
-            if name not in names:
-                raise InputError(f"{type(self).__name__} has no component {name!r}; it has: {', '.join(names)}")
             setattr(self, name, component)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **components: Any) -> Any:
         """A pipeline of the given components; a config only names their classes, so others are None."""
-        kind = cast(Any, cls)
-        return kind(**{**dict.fromkeys(kind.component_names()), **components})
+        return cls(**{**dict.fromkeys(cls._check_names(components)), **components})
+
+    @classmethod
+    def _check_names(cls, given: Mapping[str, Any]) -> list[str]:
+        """The names of the components, if all that are given are among them."""
+        names: list[str] = cast(Any, cls).component_names()
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise InputError(f"{cls.__name__} has no component {name!r}; {hint}it has: {', '.join(names)}")
+        return names
 
     @classmethod
     def load_config(
@@ -178,7 +187,9 @@ class DiffusionPipeline(Uploads):
         write_json(Path(json_file_path), self._stored_config())
 
     def _stored_config(self) -> dict[str, Any]:
-        return {**self._format(), **{n: value for n, value in self.config.items() if n != "_name_or_path"}}
+        values = {**self._format(), **{n: value for n, value in self.config.items() if n != "_name_or_path"}}
+        stored: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return stored
 
     def _format(self) -> dict[str, Any]:
         name = cast(Any, self).saved_as or type(self).__name__
