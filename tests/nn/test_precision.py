@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from impasto import PixArtTransformer2DModel, compute_as_stored, compute_in_float32, quantize
 from impasto.errors import InputError
@@ -111,7 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
 }
 
 
-@cache
+@functools.cache
 def _random_model(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -415,15 +416,16 @@ def test_gradients_are_those_of_float32() -> None:
 def test_gradient_checkpointing_computes_again_in_float32(name: str) -> None:
     call = MODELS[name][1]
     found = []
-    for enable in (False, True):
+    own = functools.partial(checkpoint, use_reentrant=False)
+    for arguments in (None, (), (own,)):
         model = random_model(name, torch.bfloat16)
         compute_in_float32(model)
-        if enable:
-            model.enable_gradient_checkpointing()
+        if arguments is not None:
+            model.enable_gradient_checkpointing(*arguments)
         call(model).float().square().mean().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert found[0]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
     assert checkpointed(nn.Identity(), torch.ones(1)) == 1
 
 

@@ -233,6 +233,55 @@ def test_keyword_arguments_reach_the_processors_that_take_them() -> None:
         model(**inputs, cross_attention_kwargs={"strength": 0.5})
 
 
+class Gain:
+    def __call__(
+        self, attn: Any, x: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, gain: float = 1.0
+    ) -> Any:
+        return gain * attn.compute(x, encoder_hidden_states, attention_mask)
+
+
+@pytest.mark.parametrize("given", [None, {"scale": 1.0}, {"gain": 0.5}])
+@pytest.mark.parametrize("of", ["model", "blocks"])
+def test_processors_and_their_arguments_compile_as_one_graph(given: Any, of: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = pixart(), pixart_inputs()
+    if given != {"scale": 1.0}:
+        model.set_attn_processor(Gain())
+    with torch.no_grad():
+        expected = [model(**inputs, cross_attention_kwargs=each).sample for each in (given, None, given)]
+        if of == "model":
+            model.compile(backend="eager", fullgraph=True)
+        else:
+            model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        for each, sample in zip((given, None, given), expected, strict=True):
+            assert distance(model(**inputs, cross_attention_kwargs=each).sample, sample) <= 1e-5
+
+
+def test_a_subclass_of_the_default_is_a_processor_of_its_own() -> None:
+    class Silent(ours.AttnProcessor2_0):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 0 * super().__call__(*args, **kwargs)
+
+    model, inputs = pixart(), pixart_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        model.set_attn_processor(Silent())
+        assert all(type(processor) is Silent for processor in model.attn_processors.values())
+        assert distance(model(**inputs).sample, expected) > 1e-3
+        model.set_attn_processor(ours.AttnProcessor())
+        assert not any(attention.is_processed for _, attention in model._attentions)
+
+
+def test_a_processor_that_is_empty_counts() -> None:
+    model, inputs = pixart(), pixart_inputs()
+    attention = model.transformer_blocks[0].attn1
+    for empty in (nn.ModuleList(), type("Empty", (list,), {"__call__": lambda self, attn, x, *_, **__: 0 * x})()):
+        attention.set_processor(empty)
+        assert attention.processor is empty
+    with torch.no_grad():
+        assert distance(model(**inputs).sample, pixart()(**inputs).sample) > 1e-3
+
+
 class WithWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -167,6 +167,8 @@ def test_shifts_of_flow_matching() -> None:
         for sigma in (1.0, 0.5):
             close(ours.time_shift(0.8, sigma, t), theirs.time_shift(0.8, sigma, t))
             close(ours.time_shift(0.8, sigma, t.numpy()), theirs.time_shift(0.8, sigma, t.numpy()))
+            close(ours._time_shift_linear(0.8, sigma, t), theirs._time_shift_linear(0.8, sigma, t))
+            close(ours._time_shift_exponential(0.8, sigma, t), theirs._time_shift_exponential(0.8, sigma, t))
         close(ours.stretch_shift_to_terminal(t.flip(0)), theirs.stretch_shift_to_terminal(t.flip(0)))
         assert ours._sigma_to_t(0.5) == theirs._sigma_to_t(0.5) == 500
     with pytest.raises(InputError, match="needs a scheduler with shift_terminal"):
@@ -179,6 +181,15 @@ def test_spacings_of_noise_levels(name: str) -> None:
     levels = torch.linspace(0.9, 0.1, 6)
     close(ours._convert_to_karras(levels, 4), theirs._convert_to_karras(levels, 4))
     close(ours._convert_to_exponential(levels, 4), theirs._convert_to_exponential(levels, 4))
+    for shape in ((), (0.6, 0.6), (0.5, 2.0), (5.0, 1.5)):
+        close(ours._convert_to_beta(levels, 9, *shape), theirs._convert_to_beta(levels, 9, *shape))
+    close(ours._convert_to_beta(levels, 9, beta=3.0), theirs._convert_to_beta(levels, 9, beta=3.0))
+
+
+def test_lu_spacing() -> None:
+    ours, theirs = pair("DPMSolverMultistepScheduler")
+    for levels in (torch.linspace(0.9, 0.1, 6), torch.linspace(-4.0, 5.0, 6)):
+        close(ours._convert_to_lu(levels, 7), theirs._convert_to_lu(levels, 7))
 
 
 # --- DPM-Solver ---

@@ -59,14 +59,17 @@ def test_karras_levels_are_equally_spaced_in_their_seventh_root() -> None:
 
 
 def test_beta_quantiles_invert_the_distribution_function() -> None:
-    x = schedules.symmetric_beta_quantiles(np.array([0.0, 0.1, 0.5, 0.9, 1.0]), 0.6)
+    x = schedules.beta_quantiles(np.array([0.0, 0.1, 0.5, 0.9, 1.0]), 0.6, 0.6)
     assert (x[0], x[-1]) == (0.0, 1.0)
     assert x[2] == pytest.approx(0.5, abs=1e-12)
     assert x[1] + x[3] == pytest.approx(1.0, abs=1e-12)
     # Beta(1/2, 1/2) has a closed form: sin²(pi p / 2); Beta(1, 1) is uniform.
     p = np.linspace(0, 1, 11)
-    np.testing.assert_allclose(schedules.symmetric_beta_quantiles(p, 0.5), np.sin(np.pi * p / 2) ** 2, atol=1e-12)
-    np.testing.assert_allclose(schedules.symmetric_beta_quantiles(p, 1.0), p, atol=1e-12)
+    np.testing.assert_allclose(schedules.beta_quantiles(p, 0.5, 0.5), np.sin(np.pi * p / 2) ** 2, atol=1e-12)
+    np.testing.assert_allclose(schedules.beta_quantiles(p, 1.0, 1.0), p, atol=1e-12)
+    # Beta(a, 1) has the distribution function x^a.
+    np.testing.assert_allclose(schedules.beta_quantiles(p, 3.0, 1.0), p ** (1 / 3), atol=1e-12)
+    np.testing.assert_allclose(schedules.beta_quantiles(p, 1.0, 3.0), 1 - (1 - p) ** (1 / 3), atol=1e-12)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

@@ -7,9 +7,9 @@ its layers in advance. The default processors stand for the model's own code, wi
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,8 +41,13 @@ class AttnProcessor(AttnProcessor2_0):
     """The same as ``AttnProcessor2_0``."""
 
 
-#: What is given to processors in addition: the ``cross_attention_kwargs`` of the call of the model in progress.
-_given: ContextVar[Mapping[str, Any] | None] = ContextVar("impasto_attention_kwargs", default=None)
+class _Call(threading.local):  # torch.compile traces it, unlike a ContextVar
+    def __init__(self) -> None:
+        #: What is given to processors in addition: ``cross_attention_kwargs`` of the model's call in progress here.
+        self.given: Mapping[str, Any] = {}
+
+
+_call = _Call()
 
 
 class ProcessedAttention(nn.Module):
@@ -73,12 +78,13 @@ class ProcessedAttention(nn.Module):
     @property
     def processor(self) -> Any:
         """What computes this attention; assign another one to replace it."""
-        return self._modules.get("processor") or vars(self).get("_processor") or self.default_processor
+        own = self._modules if "processor" in self._modules else {"processor": vars(self).get("_processor")}
+        return self.default_processor if own["processor"] is None else own["processor"]
 
     @processor.setter
     def processor(self, processor: Any) -> None:
         vars(self).pop("_processor", None)
-        if not isinstance(processor, AttnProcessor2_0 | type(self.default_processor)):
+        if type(processor) not in (AttnProcessor, AttnProcessor2_0, type(self.default_processor)):
             if not callable(processor):
                 raise InputError(
                     f"an attention processor is called as processor(attn, hidden_states, ...): {processor!r}"
@@ -134,7 +140,7 @@ class ProcessedAttention(nn.Module):
             attention_mask = attention_mask.to(hidden_states.dtype).clamp(min=-10_000.0)
             attention_mask = attention_mask[:, None] if attention_mask.ndim == 2 else attention_mask
         taken = parameters_of(self.processor)
-        more = {name: value for name, value in {**more, **(_given.get() or {})}.items() if takes(taken, name)}
+        more = {name: value for name, value in {**more, **_call.given}.items() if takes(taken, name)}
         return self.processor(
             self, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **more
         )
@@ -233,11 +239,11 @@ def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str, che
         raise InputError(f"{name} {unknown}: this model's attention takes none of them")
     if processors and checkpointing and torch.is_grad_enabled():
         raise InputError(f"{name} cannot be used with gradient checkpointing, which calls the processors once more")
-    token = _given.set(arguments)
+    before, _call.given = _call.given, arguments
     try:
         yield
     finally:
-        _given.reset(token)
+        _call.given = before
 
 
 #: For ``isinstance``: the name of the class in diffusers.

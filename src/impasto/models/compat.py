@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import ConfigurationError, InputError
 from ..nn.attention import check_backend, kernels
 from ..nn.changes import of
 from ..nn.fused_linear import FusedLinear
-from ..nn.precision import checkpointed
+from ..nn.precision import checkpointed, checkpointed_by
 from .attention_processor import ProcessedAttention
 
 
@@ -198,7 +199,7 @@ class GradientCheckpointing:
                 module.gradient_checkpointing = on
                 vars(module).pop("checkpoint", None)
                 if function is not None:
-                    vars(module)["checkpoint"] = function
+                    vars(module)["checkpoint"] = partial(checkpointed_by, function)
 
 
 class Processors:

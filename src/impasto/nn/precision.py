@@ -70,6 +70,16 @@ def checkpointed(block: nn.Module, *arguments: Any) -> Any:
     return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), in_float32()))
 
 
+def checkpointed_by(function: Function, block: nn.Module, *arguments: Any) -> Any:
+    """As ``checkpointed``, by a caller's function, which is called as ``function(block, *arguments)``."""
+    return function(functools.partial(_in_float32, block) if _thread.is_wide else block, *arguments)
+
+
+def _in_float32(block: nn.Module, *arguments: Any) -> Any:
+    with in_float32():
+        return block(*arguments)
+
+
 # --- modules ---
 
 Choice = Literal["automatic", "float32", "as stored"]

@@ -106,8 +106,8 @@ class SpacingNames(CountingNames):
     def _convert_to_exponential(self, in_sigmas: Any, num_inference_steps: int) -> Any:
         return schedules.exponential_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
 
-    def _convert_to_beta(self, in_sigmas: Any, num_inference_steps: int) -> Any:
-        return schedules.beta_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps)
+    def _convert_to_beta(self, in_sigmas: Any, num_inference_steps: int, alpha: float = 0.6, beta: float = 0.6) -> Any:
+        return schedules.beta_sigmas(float(in_sigmas[0]), float(in_sigmas[-1]), num_inference_steps, alpha, beta)
 
 
 class DDIMNames:
@@ -156,8 +156,13 @@ class FlowMatchNames(SpacingNames):
 
     def time_shift(self: Any, mu: float, sigma: float, t: Any) -> Any:
         """Times in (0, 1] shifted by ``mu`` (s / (s + (1 / t - 1)^sigma), s = e^mu or mu, as time_shift_type says)."""
-        shift = mu if self.config.time_shift_type == "linear" else np.exp(mu)
-        return shift / (shift + (1 / t - 1) ** sigma)
+        return getattr(self, f"_time_shift_{self.config.time_shift_type}")(mu, sigma, t)
+
+    def _time_shift_exponential(self, mu: float, sigma: float, t: Any) -> Any:
+        return self._time_shift_linear(np.exp(mu), sigma, t)
+
+    def _time_shift_linear(self, mu: float, sigma: float, t: Any) -> Any:
+        return mu / (mu + (1 / t - 1) ** sigma)
 
     def stretch_shift_to_terminal(self: Any, t: Any) -> Any:
         """Times stretched so that the last is shift_terminal.
@@ -269,6 +274,9 @@ class DPMSolverNames(SpacingNames):
             raise InputError(f"algorithm_type={self.config.algorithm_type!r} needs noise, a tensor like the sample")
         index = self._step_index or 0
         return cast(Tensor, self._update(x, index, self._outputs_before(outputs, index, order), noise))
+
+    def _convert_to_lu(self, in_lambdas: Any, num_inference_steps: int) -> Any:
+        return np.linspace(float(in_lambdas[0]), float(in_lambdas[-1]), num_inference_steps)
 
     def _sigma_to_t(self, sigma: Any, log_sigmas: Any) -> Any:
         """Fractional timesteps of noise levels, interpolated in a table of logarithms."""

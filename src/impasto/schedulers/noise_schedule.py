@@ -127,28 +127,37 @@ def lu_sigmas(table: Array, steps: int) -> Array:
     return np.exp(karras_sigmas(float(log_table[-1]), float(log_table[0]), steps, rho=1.0))
 
 
-def beta_sigmas(largest: float, smallest: float, steps: int, shape: float = 0.6) -> Array:
-    """Spaced by the quantiles of a symmetric Beta distribution, denser at both ends (arXiv 2407.12173)."""
-    quantiles = symmetric_beta_quantiles(1 - np.linspace(0, 1, steps), shape)
+def beta_sigmas(largest: float, smallest: float, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Array:
+    """Spaced by the quantiles of a Beta distribution, by default denser at both ends (arXiv 2407.12173)."""
+    quantiles = beta_quantiles(1 - np.linspace(0, 1, steps), alpha, beta)
     return smallest + quantiles * (largest - smallest)
 
 
-def symmetric_beta_quantiles(probabilities: Array, shape: float) -> Array:
-    """The inverse of the distribution function of Beta(shape, shape), to float64 rounding, without SciPy."""
-    # By symmetry quantile(p) = 1 - quantile(1 - p), so only x <= 1/2 is needed, where the series
-    # I_x(a, a) = x^a (1 - x)^a / (a B(a, a)) · sum_n prod_{k<n} (2a + k) / (a + 1 + k) x^n converges like 2^-n.
-    lower = np.minimum(probabilities, 1 - probabilities)
-    order = np.arange(80)
-    factors = np.concatenate([[1.0], np.cumprod((2 * shape + order) / (shape + 1 + order))])
-    log_scale = math.lgamma(2 * shape) - 2 * math.lgamma(shape) - math.log(shape)
-    below, above = np.zeros_like(lower), np.full_like(lower, 0.5)
-    for _ in range(60):  # bisection
+def beta_quantiles(probabilities: Array, alpha: float, beta: float) -> Array:
+    """The inverse of the distribution function of Beta(alpha, beta), to float64 rounding, without SciPy."""
+    middle = _beta_probability(np.array([0.5]), alpha, beta)[0]
+    upper = 1 - _lower_beta_quantiles(np.minimum(1 - probabilities, 1 - middle), beta, alpha)
+    return np.where(probabilities <= middle, _lower_beta_quantiles(probabilities, alpha, beta), upper)
+
+
+def _lower_beta_quantiles(probabilities: Array, a: float, b: float) -> Array:
+    """Those up to 1/2, by bisection."""
+    below, above = np.zeros_like(probabilities), np.full_like(probabilities, 0.5)
+    for _ in range(60):
         x = (below + above) / 2
-        series = (factors * x[:, None] ** np.arange(81)).sum(axis=1)
-        too_low = math.exp(log_scale) * (x * (1 - x)) ** shape * series < lower
+        too_low = _beta_probability(x, a, b) < probabilities
         below, above = np.where(too_low, x, below), np.where(too_low, above, x)
-    x = np.where(lower == 0, 0.0, (below + above) / 2)
-    return np.where(probabilities <= 0.5, x, 1 - x)
+    return np.where(probabilities == 0, 0.0, (below + above) / 2)
+
+
+def _beta_probability(x: Array, a: float, b: float) -> Array:
+    """The distribution function of Beta(a, b) at x <= 1/2, where its series converges like 2^-n."""
+    # I_x(a, b) = x^a (1 - x)^b / (a B(a, b)) · sum_n prod_{k<n} (a + b + k) / (a + 1 + k) x^n
+    order = np.arange(200)
+    factors = np.concatenate([[1.0], np.cumprod((a + b + order) / (a + 1 + order))])
+    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) - math.log(a))
+    series = (factors * x[:, None] ** np.arange(201)).sum(axis=1)
+    return np.asarray(scale * x**a * (1 - x) ** b * series)
 
 
 #: A config's option -> the levels from the largest to the smallest; at most one may be set.
