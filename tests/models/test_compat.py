@@ -521,3 +521,66 @@ def test_blending(extent: int) -> None:
     for name in ("blend_v", "blend_h"):
         ours = getattr(vae(), name)(a, b.clone(), extent)
         torch.testing.assert_close(ours, getattr(REFERENCES["vae"](), name)(a, b.clone(), extent))
+
+
+# On a GPU
+
+
+def on_gpu(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    moved = {n: x.cuda().to(dtype) if x.is_floating_point() else x.cuda() for n, x in inputs().items()}
+    with torch.no_grad():
+        sample: Tensor = model(**moved).sample
+        return sample.float().cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks_per_group": 1},
+        {"num_blocks_per_group": 2, "use_stream": True},
+        {"offload_type": "leaf_level", "use_stream": True, "record_stream": True, "non_blocking": True},
+        {"num_blocks_per_group": 1, "use_stream": True, "low_cpu_mem_usage": True},
+    ],
+    ids=str,
+)
+def test_group_offload_to_a_gpu(options: dict[str, Any], disk: bool, tmp_path: Path) -> None:
+    model = pixart()
+    expected = predict(model)
+    if disk:
+        options = {**options, "offload_to_disk_path": str(tmp_path)}
+    model.enable_group_offload(torch.device("cuda"), **options)
+    for _ in range(2):
+        assert distance(on_gpu(model), expected) <= 1e-4
+    assert {p.device.type for p in model.transformer_blocks.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"])
+def test_attention_backends_on_a_gpu(name: str) -> None:
+    model = pixart(attention_head_dim=16, cross_attention_dim=32)
+    expected = predict(model)
+    model.to("cuda", torch.bfloat16)
+    model.set_attention_backend(name)
+    assert distance(on_gpu(model, torch.bfloat16), expected) <= 3e-2
+
+
+@pytest.mark.gpu
+def test_float8_weights_on_a_gpu() -> None:
+    model = pixart()
+    expected = predict(model)
+    model.to("cuda", torch.bfloat16).enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    assert distance(on_gpu(model, torch.bfloat16), expected) <= 0.1
+
+
+@pytest.mark.gpu
+def test_a_training_step_on_a_gpu() -> None:
+    """Padded text is masked there, and dropped on the CPU."""
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = pixart().to(device).train()
+        model(**{name: x.to(device) for name, x in inputs().items()}).sample.square().sum().backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-2, atol=1e-3)
