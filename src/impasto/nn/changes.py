@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
@@ -79,6 +80,14 @@ def of(module: nn.Module) -> list[Change]:
     """Our changes in force on a module itself."""
     places = [module, *vars(module).values()]
     return [found for place in places for found in _chain(place) if isinstance(found, Change)]
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a layer computes: of its weight, or that to which it is cast for each call."""
+    for call in _chain(vars(layer).get("forward")):
+        if getattr(call, "change", None) == "stored in a narrow dtype":
+            return cast(torch.dtype, call.dtype)
+    return cast(Tensor, layer.weight).dtype
 
 
 def refuse_conflicts(module: nn.Module, change: type[Change]) -> None:
