@@ -230,15 +230,16 @@ def _check_size(cls: Any, path: Path, config: Mapping[str, Any], stored: Stored)
         WeightsMismatchError: it asks for more modules than there are tensors, or for more numbers than are stored.
     """
     advice = "Weights and config.json do not belong together."
-    for key in config.keys() & inspect.signature(cls.__init__).parameters.keys():
-        values = list(_leaves(config[key]))
-        counts = [value for value in values if type(value) is int] if _COUNTS.search(key) else []
+    known = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}
+    for key, value in known.items():
+        values = list(_leaves(value))
+        counts = [leaf for leaf in values if type(leaf) is int] if _COUNTS.search(key) else []
         if max(len(values), sum(map(abs, counts))) > max(len(stored), 1):
             raise WeightsMismatchError(
                 f"{path}: {key} asks for more layers than there are tensors in the weights, {len(stored)}. {advice}"
             )
     with translated(cls.__name__, path.parent), torch.device("meta"):
-        model = cls.from_config(config)
+        model = cls.from_config(known)
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if asked > held + _MOST_IN_TABLES:
