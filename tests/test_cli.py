@@ -152,6 +152,25 @@ def test_a_number_that_is_taken_meanwhile_is_left(model: Path, tmp_path: Path, m
     assert [read_settings(folder / name).seed for name in ("0000.png", "0002.png", "0003.png")] == [5, 6, 7]
 
 
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        (["999999999.png", "1000000000.png"], ["0000.png", "0001.png"]),
+        (["0007.jpg", "20240131.png"], ["0008.png", "0009.png"]),
+        (["999999.png", "1000000.png"], ["1000001.png", "1000002.png"]),
+        (["0003.png", "999999.png", "1000001.png"], ["1000000.png", "1000002.png"]),
+    ],
+)
+def test_numbers_go_on_after_those_of_images(
+    model: Path, tmp_path: Path, present: list[str], expected: list[str]
+) -> None:
+    for name in present:
+        (tmp_path / name).write_bytes(b"another")
+    result = generate(model, "a red cube", "--num-images", 2, "--output", tmp_path)
+    assert [Path(line).name for line in result.stdout.split()] == expected
+    assert all((tmp_path / name).read_bytes() == b"another" for name in present)
+
+
 def test_two_runs_at_once_lose_nothing(model: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "impasto", "generate", "a red cube", "--model", str(model), "--steps", "1",

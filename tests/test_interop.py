@@ -21,6 +21,7 @@ from impasto.errors import (
 )
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.pipelines.pixart_edits import PixArtSigmaImg2ImgPipeline
+from impasto.transforms.layerwise_casting import apply_layerwise_casting
 
 from .tiny import tiny_pipeline, tiny_transformer, tiny_vae
 from .tiny_glm import pipelines
@@ -161,6 +162,49 @@ def test_changed_layers_are_refused() -> None:
         impasto.to_diffusers(quantized)
 
 
+def test_layers_that_need_our_code_to_run_are_refused() -> None:
+    model = tiny_transformer()
+    casting = apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(ConfigurationError, match=r"narrow dtype and cannot be given to diffusers; remove\(\)"):
+        impasto.to_diffusers(model)
+    with pytest.raises(ConfigurationError, match="cannot be given to diffusers"):
+        impasto.to_diffusers(tiny_pipeline(PixArtSigmaPipeline, transformer=model, **WITHOUT_TEXT))
+    casting.remove()
+    assert type(impasto.to_diffusers(model)) is diffusers.PixArtTransformer2DModel
+    pytest.importorskip("torchao")
+    impasto.quantize(model, "int8-weight-only", keep_originals=True)
+    with pytest.raises(ConfigurationError, match=r"cannot be given to diffusers; dequantize\(\) the model"):
+        impasto.to_diffusers(model)
+
+
+class OwnTransformer(impasto.PixArtTransformer2DModel):
+    pass
+
+
+class OwnScheduler(impasto.DDIMScheduler):
+    pass
+
+
+class OwnPipeline(PixArtSigmaPipeline):
+    pass
+
+
+class OwnEdits(PixArtSigmaImg2ImgPipeline):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OwnPipeline, OwnEdits])
+def test_a_subclass_becomes_what_its_base_would(kind: Any) -> None:
+    model = OwnTransformer.from_config(tiny_transformer().config)
+    ours = tiny_pipeline(kind, transformer=model, scheduler=OwnScheduler(), **WITHOUT_TEXT)
+    theirs = impasto.to_diffusers(ours)
+    assert type(theirs) is diffusers.PixArtSigmaPipeline
+    assert type(theirs.transformer) is diffusers.PixArtTransformer2DModel
+    assert type(theirs.scheduler) is diffusers.DDIMScheduler
+    shared = dict(theirs.transformer.named_parameters())
+    assert all(shared[name] is parameter for name, parameter in model.named_parameters())
+
+
 # --- theirs, loaded ---
 
 
@@ -246,4 +290,23 @@ def test_hostile_configs_of_foreign_parts(with_foreign_parts: Path) -> None:
 def test_weights_that_do_not_fit_a_foreign_part_are_an_error(with_foreign_parts: Path) -> None:
     edit(with_foreign_parts / "vae" / "config.json", num_decoder_blocks=[2, 1])
     with pytest.raises((WeightsMismatchError, CheckpointError), match="AutoencoderTiny"):
+        PixArtSigmaPipeline.from_pretrained(with_foreign_parts, scheduler=None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_decoder_blocks": [200_000, 1]},
+        {"num_encoder_blocks": [1, 10**30]},
+        {"decoder_block_out_channels": [8] * 100_000, "num_decoder_blocks": [1] * 100_000},
+        {"decoder_block_out_channels": [8, 1_000_000]},
+        {"latent_channels": 10**8},
+    ],
+)
+def test_a_config_cannot_ask_for_more_than_the_weights_hold(
+    with_foreign_parts: Path, values: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(with_foreign_parts / "vae" / "config.json", **values)
+    monkeypatch.setattr(diffusers.AutoencoderTiny, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(WeightsMismatchError, match=r"config.json.* the weights.*do not belong together"):
         PixArtSigmaPipeline.from_pretrained(with_foreign_parts, scheduler=None)

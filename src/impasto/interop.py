@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from .checkpoints.config import read_json
 from .checkpoints.foreign.errors import translated
-from .checkpoints.stored import describe, find_weight_files, listing
+from .checkpoints.stored import Stored, describe, find_weight_files, listing
 from .checks import printable, shown, whole_number
 from .errors import CheckpointError, ConfigurationError, InputError, MissingDependencyError, WeightsMismatchError
 from .models.base import Model
-from .nn.changes import refuse_adapters, unwrapped
+from .nn.changes import Change, refuse_adapters, refuse_conflicts, unwrapped
 from .nn.precision import restore_class
 from .schedulers.base import Scheduler
 
@@ -26,6 +27,10 @@ ROLES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "scheduler": ("SchedulerMixin", r"[A-Za-z0-9]{1,70}Scheduler", ("set_timesteps", "step", "from_config")),
     "vae": ("ModelMixin", r"(Asymmetric)?Autoencoder[A-Za-z0-9]{1,70}", ("encode", "decode", "from_pretrained")),
 }
+#: Values of a config that say how many modules there are.
+_COUNTS = re.compile(r"(blocks?|layers|depths?)(?!.*(channels|dim|size))")
+#: Numbers in tables that a model computes and no checkpoint holds.
+_MOST_IN_TABLES = 2**24
 _CONFIGS = {"scheduler": "scheduler_config.json", "vae": "config.json"}
 
 
@@ -40,17 +45,25 @@ def _diffusers(why: str) -> Any:
 # --- ours -> theirs ---
 
 
+class _Given(Change):
+    """What ``to_diffusers`` does, for the check of conflicts: with layers whose tensors need our code to run."""
+
+    change = "given to diffusers"
+    conflicts: ClassVar = ("quantized", "stored in a narrow dtype")
+
+
 def to_diffusers(component: Any) -> Any:
     """The diffusers object of the same class, with the same tensors: no weight is copied.
 
     A change of a weight through one is seen through the other, so diffusers' pipelines, trainers and savers work on
-    ours. ``from_pipe`` is the reverse for pipelines. What is not ours is returned unchanged.
+    ours. ``from_pipe`` is the reverse for pipelines. A subclass of one of our classes becomes what that class would.
+    What is not ours is returned unchanged.
 
     Args:
         component: a transformer, an autoencoder, a scheduler, or a whole pipeline.
 
     Raises:
-        ConfigurationError: the module is quantized, or adapters wrap its layers.
+        ConfigurationError: layers of a model are quantized or stored in a narrow dtype, or adapters wrap them.
         MissingDependencyError: diffusers is not installed.
     """
     component = unwrapped(component)
@@ -59,12 +72,11 @@ def to_diffusers(component: Any) -> Any:
     if isinstance(component, Scheduler):
         return _counterpart(component).from_config(_plain(component.config))
     components = getattr(component, "components", None)
-    if not isinstance(components, Mapping) or not type(component).__module__.startswith(f"{__package__}."):
+    if not isinstance(components, Mapping) or not _bases(component):
         if isinstance(component, nn.Module) or components is not None:
             return _component(component)
         raise InputError(f"to_diffusers takes a model, a scheduler or a pipeline, not {shown(component)}")
-    name = getattr(component, "saved_as", None) or type(component).__name__
-    cls = getattr(_diffusers("to_diffusers"), name)
+    cls = _counterpart(component)
     theirs = cls(**{key: None if value is None else _component(value) for key, value in components.items()})
     theirs.set_progress_bar_config(**getattr(component, "_progress_bar_config", {}))
     return theirs
@@ -79,8 +91,13 @@ def _component(value: Any) -> Any:
     return value
 
 
-def _counterpart(ours: Model | Scheduler) -> Any:
-    name = type(ours).__name__
+def _bases(component: Any) -> list[type]:
+    """The classes of ours that an object is of, the first one first; none if it is not ours."""
+    return [cls for cls in type(component).__mro__ if cls.__module__.startswith(f"{__package__}.")]
+
+
+def _counterpart(ours: Any) -> Any:
+    name = getattr(ours, "saved_as", None) or _bases(ours)[0].__name__
     found = getattr(_diffusers("to_diffusers"), name, None)
     if found is None:
         raise MissingDependencyError(f"the installed diffusers has no {name}; update it: pip install -U diffusers")
@@ -94,6 +111,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(ours: Model) -> nn.Module:
     refuse_adapters(type(ours).__name__, ours, "given to diffusers")
+    refuse_conflicts(ours, _Given)
     cls = _counterpart(ours)
     known = inspect.signature(cls.__init__).parameters
     config = {name: value for name, value in _plain(ours.config).items() if name in known}
@@ -171,6 +189,7 @@ def load_component(
     Raises:
         CheckpointError: the class does not fit, or files are missing or damaged.
         MissingDependencyError: diffusers is not installed.
+        WeightsMismatchError: the weights do not fit the config.
     """
     cls = class_of_diffusers(component, name)
     path = folder / _CONFIGS[component]
@@ -184,6 +203,7 @@ def load_component(
         raise CheckpointError(f"{path}: a quantized {name} is not loaded; load it with diffusers and pass it")
     files = find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
     stored = describe(files)
+    _check_size(cls, path, config, stored)
     with translated(name, folder):
         model, report = cls.from_pretrained(
             folder,
@@ -201,3 +221,37 @@ def load_component(
             f"over or misshapen. Weights and config.json do not belong together."
         )
     return model.eval()
+
+
+def _check_size(cls: Any, path: Path, config: Mapping[str, Any], stored: Stored) -> None:
+    """Compare what a config asks for with what the files hold, before any of it takes memory.
+
+    Raises:
+        WeightsMismatchError: it asks for more modules than there are tensors, or for more numbers than are stored.
+    """
+    advice = "Weights and config.json do not belong together."
+    known = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}
+    for key, value in known.items():
+        values = list(_leaves(value))
+        counts = [leaf for leaf in values if type(leaf) is int] if _COUNTS.search(key) else []
+        if max(len(values), sum(map(abs, counts))) > max(len(stored), 1):
+            raise WeightsMismatchError(
+                f"{path}: {key} asks for more layers than there are tensors in the weights, {len(stored)}. {advice}"
+            )
+    with translated(cls.__name__, path.parent), torch.device("meta"):
+        model = cls.from_config(known)
+    asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if asked > held + _MOST_IN_TABLES:
+        raise WeightsMismatchError(
+            f"{path} asks for a {cls.__name__} of {asked} numbers, and the weights hold {held}. {advice}"
+        )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested lists and objects; of numbers that are not whole, which make no layers, none."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    elif not isinstance(value, float):
+        yield value

@@ -119,6 +119,13 @@ def test_unknown_values_are_named_in_a_warning(caplog: pytest.LogCaptureFixture)
     ]
 
 
+@pytest.mark.parametrize("key", ["self", "cls", "config", "values", "config_dict", "return_unused_kwargs"])
+def test_keys_with_names_of_parameters_are_ordinary_ones(key: str) -> None:
+    thing, rest = Thing.from_config({"size": 6, key: 3}, return_unused_kwargs=True)
+    assert thing.config.size == 6
+    assert thing.config[key] == rest[key] == 3
+
+
 def test_overrides_replace_values_and_must_be_arguments() -> None:
     assert Thing.from_config({"size": 6}, size=7).doubled == 14
     assert Thing.from_config(Thing(3).config).doubled == 6

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from impasto.checkpoints import hub
 from impasto.errors import CheckpointNotFoundError, HubError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -84,3 +85,58 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, error: Exce
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(HubError, match="owner/name is neither a folder nor in the local cache"):
         hub.resolve("owner/name")
+
+
+# --- which files are downloaded ---
+
+MODEL = [
+    "config.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model-00001-of-00002.safetensors",
+    "diffusion_pytorch_model-00002-of-00002.safetensors",
+]
+OTHERS = [
+    "diffusion_pytorch_model-00001-of-00002.fp16.safetensors",
+    "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "deeper/config.json",
+    "deeper/diffusion_pytorch_model-00001-of-00002.safetensors",
+]
+
+
+class Repository:
+    """A repository of empty files that is downloaded into a folder, with the hub's own filter of names."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names = folder, names
+        self.forced: list[bool] = []
+
+    def download(self, repo_id: str, force_download: bool = False, **options: Any) -> str:
+        filters = {key: options[key] for key in ("allow_patterns", "ignore_patterns") if key in options}
+        self.forced.append(force_download)
+        for name in huggingface_hub.utils.filter_repo_objects(self.names, **filters):
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return str(self.folder)
+
+    def downloaded(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("folder", ["", "transformer"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_one_form_of_the_weights_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str, variant: str | None
+) -> None:
+    names = {name: f"{folder}/{name}".lstrip("/") for name in [*MODEL, *OTHERS]}
+    repository = Repository(tmp_path, [*names.values(), "vae/config.json", "vae/notes.txt"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", repository.download)
+    root, left = hub.fetch("owner/name", [folder], variant=variant, use_safetensors=None)
+    assert (root, left) == (tmp_path, [])
+    wanted = MODEL if variant is None else [*MODEL[:2], *OTHERS[:2]]
+    assert sorted(repository.downloaded()) == sorted(names[name] for name in wanted)
+
+
+def test_a_form_of_the_weights_that_there_is_not() -> None:
+    with pytest.raises(InputError, match="use_safetensors must be True, False or None, not 'no'"):
+        PixArtSigmaPipeline.from_pretrained("builtin:scenes", use_safetensors="no")  # type: ignore[arg-type]

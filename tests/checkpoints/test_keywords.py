@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,26 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 @pytest.mark.parametrize("kind", ["model", "pipeline"])
-def test_disable_mmap_leaves_no_weight_in_a_file(folder: Path, kind: str) -> None:
+def test_disable_mmap_leaves_no_weight_in_a_file(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PixArtTransformer2DModel.__init__
+
+    @functools.wraps(plain)
+    def with_a_buffer(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        weight = self.proj_out._parameters.pop("weight")
+        self.proj_out.register_buffer("weight", weight.detach())
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "__init__", with_a_buffer)
+
     def weights(**options: Any) -> list[torch.Tensor]:
         loaded = load(kind, folder, **options)
-        return list((loaded if kind == "model" else loaded.transformer).parameters())
+        model = loaded if kind == "model" else loaded.transformer
+        assert len(list(model.buffers())) == 1
+        return [*model.parameters(), *model.buffers()]
 
     mapped, copied = weights(), weights(disable_mmap=True)
-    assert any(map(is_mapped, mapped))
+    assert is_mapped(mapped[-1])
+    assert any(map(is_mapped, mapped[:-1]))
     assert not any(map(is_mapped, copied))
     assert all(torch.equal(a, b) for a, b in zip(mapped, copied, strict=True))
 

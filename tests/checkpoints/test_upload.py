@@ -9,7 +9,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from impasto.callbacks import PipelineCallback
 from impasto.errors import HubError, InputError
+from impasto.image_processor import VaeImageProcessor
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.schedulers.ddim import DDIMScheduler
 
@@ -85,6 +87,27 @@ def test_save_with_push_uploads_what_was_saved_and_nothing_else(hub: Hub, tmp_pa
     hub.calls.clear()
     DDIMScheduler().save_pretrained(folder / "scheduler", push_to_hub=True, repo_id="me/other")
     assert hub.calls[0][1]["repo_id"] == "me/other"
+
+
+def test_save_with_push_uploads_the_same_shards(hub: Hub, tmp_path: Path) -> None:
+    model = tiny_transformer()
+    model.save_pretrained(tmp_path / "model", max_shard_size=20_000, push_to_hub=True)
+    saved = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert len(saved) > 3
+    assert hub.calls[1][1]["files"] == saved
+    pipe = tiny_pipeline(PixArtSigmaPipeline, transformer=model, text_encoder=None, tokenizer=None, vae=None)
+    pipe.save_pretrained(tmp_path / "pipe", max_shard_size=20_000, push_to_hub=True, variant="fp16")
+    uploaded = [name for name in hub.calls[3][1]["files"] if name.startswith("transformer/")]
+    assert uploaded == sorted(f"transformer/{path.name}" for path in (tmp_path / "pipe" / "transformer").iterdir())
+    assert len(uploaded) == len(saved)
+
+
+@pytest.mark.parametrize("made", [VaeImageProcessor, PipelineCallback])
+def test_what_has_no_weights_uploads_its_config_alone(hub: Hub, tmp_path: Path, made: Any) -> None:
+    assert not hasattr(made, "push_to_hub")
+    made().save_config(tmp_path / "thing", push_to_hub=True, repo_id="me/thing")
+    assert hub.calls[1][1]["files"] == [made.config_name]
+    assert hub.calls[1][1]["commit_message"] == f"Upload {made.__name__}"
 
 
 def test_unknown_options_are_refused_before_anything_is_written(hub: Hub, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ EXPECTED_DIFFERENT: dict[str, str] = {
     "images_and_their_batch": "Padding of glyphs is masked",
     "a_config_assigned_to": "Any assignment to a `config` is an error",
     "embeddings_of_padding": "The embeddings of padding are zero in what `encode_prompt` returns",
-    "the_text_that_a_processor_sees": "Attention processors and hooks see the text without padding",
     "PixArtTransformer2DModel.get_memory_footprint()": "The positions of PixArt's transformer are not a buffer",
     "dequantized": "`dequantize()` of a model that is not quantized does nothing",
     "names_of_all_modules": "Modules without parameters",

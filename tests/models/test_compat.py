@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import impasto
-from impasto.errors import ConfigurationError, InputError
+from impasto.errors import ConfigurationError, InputError, OutputError
+from impasto.files import write_file
 from impasto.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from impasto.memory import streaming
 from impasto.memory.moving import device_of
@@ -29,7 +31,8 @@ from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.nn.attention import chosen_backend
 
-from ..tiny import tiny_pipeline
+from ..tiny import tiny_pipeline, tiny_text_encoder
+from ..tiny_glm import prior_parts
 
 PIXART: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "cross_attention_dim": 24, "sample_size": 8,
@@ -73,9 +76,23 @@ def inputs() -> dict[str, Any]:
     }
 
 
-def predict(model: nn.Module, **changes: Any) -> Tensor:
+def inputs_of(name: str) -> dict[str, Any]:
+    if name == "pixart":
+        return inputs()
+    torch.manual_seed(1)
+    if name == "vae":
+        return {"sample": torch.randn(1, 3, 16, 16)}
+    tokens = torch.arange(16)[None]
+    sizes = {"target_size": torch.tensor([[64.0, 64.0]]), "crop_coords": torch.zeros(1, 2)}
+    return {
+        "hidden_states": torch.randn(1, 16, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 10), **sizes,
+        "prior_token_id": tokens, "prior_token_drop": tokens < 0, "timestep": torch.tensor([7]),
+    }  # fmt: skip
+
+
+def predict(model: nn.Module, name: str = "pixart", **changes: Any) -> Tensor:
     with torch.no_grad():
-        sample: Tensor = model(**inputs(), **changes).sample
+        sample: Tensor = model(**inputs_of(name), **changes).sample
         return sample
 
 
@@ -416,6 +433,56 @@ def test_weights_are_stored_in_float8_and_cast_for_each_call() -> None:
         model.enable_layerwise_casting()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_may_be_stored_in_float8(name: str) -> None:
+    """Also one whose weight's dtype the model reads."""
+    model = MODELS[name]()
+    rounded = copy.deepcopy(model)
+    layers = tuple(m for m in rounded.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Embedding))
+    for parameter in nn.ModuleList(layers).parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    impasto.apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, None)
+    assert {module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear)} == {torch.float8_e4m3fn}
+    output = predict(model, name)
+    assert output.dtype == torch.float32
+    assert distance(output, predict(rounded, name)) <= 1e-5
+
+
+def test_a_text_encoder_is_stored_in_float8() -> None:
+    encoder, ids = tiny_text_encoder(), torch.arange(5)[None]
+    with torch.no_grad():
+        expected = encoder(ids)[0]
+        with impasto.apply_layerwise_casting(encoder, torch.float8_e4m3fn, torch.float32):
+            dtypes = {name: parameter.dtype for name, parameter in encoder.named_parameters()}
+            assert distance(encoder(ids)[0], expected) < 0.1
+        narrow = {name for name, dtype in dtypes.items() if dtype == torch.float8_e4m3fn}
+        assert any(name.endswith("wi_1.weight") for name in narrow)
+        assert not any(name.endswith("wo.weight") for name in narrow)  # what it is given exceeds float8
+        impasto.apply_layerwise_casting(encoder, torch.float8_e4m3fn, torch.float32, None)
+        output = encoder(ids)[0]
+    assert output.dtype == torch.float32
+    assert bool(output.isfinite().all())
+
+
+def test_layers_that_are_cast_train() -> None:
+    model = pixart().train()
+    model.pos_embed.requires_grad_(False)
+    model.enable_layerwise_casting(torch.float16, torch.float32)
+    wide = pixart().train()
+    for parameter, narrow in zip(wide.parameters(), model.parameters(), strict=True):
+        parameter.data = narrow.data.float()
+    for each in (model, wide):
+        each(**inputs()).sample.sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), wide.parameters(), strict=True):
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == parameter.dtype, name
+        assert other.grad is not None
+        torch.testing.assert_close(parameter.grad.float(), other.grad, rtol=2e-3, atol=2e-4)
+
+
 def test_which_layers_are_cast_and_how_to_undo_it() -> None:
     model = vae()
     image = torch.randn(1, 3, 16, 16)
@@ -465,6 +532,48 @@ def test_group_offload(options: dict[str, Any], tmp_path: Path) -> None:
     handle.remove()
     assert torch.equal(predict(model), expected)
     assert not {"forward", "_onload_device", "_group_offload"} & set(vars(model))
+
+
+def test_models_of_one_class_are_offloaded_to_one_folder(tmp_path: Path) -> None:
+    models = [pixart(), pixart()]
+    for parameter in models[1].parameters():
+        parameter.data.mul_(1.5)
+    expected = [predict(model) for model in models]
+    for _ in range(2):  # the second time into the files that are read from
+        options: Any = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+        handles = [impasto.apply_group_offloading(model, "cpu", **options) for model in models]
+        names = ["PixArtTransformer2DModel-2.safetensors", "PixArtTransformer2DModel.safetensors"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        assert all(distance(predict(m), output) <= 1e-6 for m, output in zip(models, expected, strict=True))
+        for handle in handles:
+            handle.remove()
+    for path in tmp_path.iterdir():  # as another process would
+        write_file(path, b"of another process")
+    assert all(distance(predict(m), output) <= 1e-6 for m, output in zip(models, expected, strict=True))
+
+
+def test_a_full_disk_leaves_a_model_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = pixart()
+    expected = predict(model)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        impasto.apply_group_offloading(model, "cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(predict(model), expected)
+
+
+def test_a_language_model_generates_as_without_offloading() -> None:
+    """It is asked what its ``forward`` takes."""
+    encoder = prior_parts()["vision_language_encoder"]
+    ids = torch.arange(5, 11)[None]
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    signature, expected = inspect.signature(encoder.forward), encoder.generate(input_ids=ids, **options)
+    with impasto.apply_group_offloading(encoder, "cpu", offload_type="leaf_level"):
+        assert inspect.signature(encoder.forward) == signature
+        assert torch.equal(encoder.generate(input_ids=ids, **options), expected)
 
 
 def test_group_offload_brings_blocks_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,3 +720,66 @@ def test_blending(extent: int) -> None:
     for name in ("blend_v", "blend_h"):
         ours = getattr(vae(), name)(a, b.clone(), extent)
         torch.testing.assert_close(ours, getattr(REFERENCES["vae"](), name)(a, b.clone(), extent))
+
+
+# On a GPU
+
+
+def on_gpu(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    moved = {n: x.cuda().to(dtype) if x.is_floating_point() else x.cuda() for n, x in inputs().items()}
+    with torch.no_grad():
+        sample: Tensor = model(**moved).sample
+        return sample.float().cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks_per_group": 1},
+        {"num_blocks_per_group": 2, "use_stream": True},
+        {"offload_type": "leaf_level", "use_stream": True, "record_stream": True, "non_blocking": True},
+        {"num_blocks_per_group": 1, "use_stream": True, "low_cpu_mem_usage": True},
+    ],
+    ids=str,
+)
+def test_group_offload_to_a_gpu(options: dict[str, Any], disk: bool, tmp_path: Path) -> None:
+    model = pixart()
+    expected = predict(model)
+    if disk:
+        options = {**options, "offload_to_disk_path": str(tmp_path)}
+    model.enable_group_offload(torch.device("cuda"), **options)
+    for _ in range(2):
+        assert distance(on_gpu(model), expected) <= 1e-4
+    assert {p.device.type for p in model.transformer_blocks.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"])
+def test_attention_backends_on_a_gpu(name: str) -> None:
+    model = pixart(attention_head_dim=16, cross_attention_dim=32)
+    expected = predict(model)
+    model.to("cuda", torch.bfloat16)
+    model.set_attention_backend(name)
+    assert distance(on_gpu(model, torch.bfloat16), expected) <= 3e-2
+
+
+@pytest.mark.gpu
+def test_float8_weights_on_a_gpu() -> None:
+    model = pixart()
+    expected = predict(model)
+    model.to("cuda", torch.bfloat16).enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    assert distance(on_gpu(model, torch.bfloat16), expected) <= 0.1
+
+
+@pytest.mark.gpu
+def test_a_training_step_on_a_gpu() -> None:
+    """Padded text is masked there, and dropped on the CPU."""
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = pixart().to(device).train()
+        model(**{name: x.to(device) for name, x in inputs().items()}).sample.square().sum().backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-2, atol=1e-3)

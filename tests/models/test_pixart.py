@@ -606,6 +606,38 @@ def test_one_graph_serves_every_layout(whole: bool) -> None:
         assert counts[1:] == [counts[1]] * 3
 
 
+def test_attentions_that_are_watched_see_the_text_as_it_was_given() -> None:
+    """Of which a processor may split off the last tokens, as image prompts are."""
+    model, inputs = tiny(), arguments()
+    mask = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 0, 1]])
+    expected = predict(model, **inputs, encoder_attention_mask=mask)
+    shapes: list[tuple[int, ...]] = []
+    to_k = model.transformer_blocks[0].attn2.to_k
+    to_k.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    assert distance(predict(model, **inputs, encoder_attention_mask=mask), expected) <= 1e-6
+    assert shapes == [(2, 5, 24)]
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: shapes.append((id(module),)))
+    with handle:  # hooks on all modules, too
+        predict(model, **inputs, encoder_attention_mask=mask)
+    assert (id(model.transformer_blocks[1].attn2.to_v),) in shapes
+
+
+def test_gradients_of_each_image_by_vmap() -> None:
+    model, inputs = tiny(), arguments()
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 1]])
+    weights = dict(model.named_parameters())
+
+    def loss(weights: Any, latents: Tensor, text: Tensor, timestep: Tensor, mask: Tensor) -> Tensor:
+        given = {"encoder_hidden_states": text[None], "timestep": timestep[None], "encoder_attention_mask": mask[None]}
+        return torch.func.functional_call(model, weights, (latents[None],), given).sample.square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0, 0))
+    found = each(weights, *(inputs[n] for n in ("hidden_states", "encoder_hidden_states", "timestep")), mask)
+    model(**inputs, encoder_attention_mask=mask).sample.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name].sum(dim=0), parameter.grad, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled blocks"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import T5EncoderModel
@@ -98,6 +100,27 @@ def test_models_by_their_config(sigma: Path) -> None:
         impasto.AutoModel.from_pretrained(sigma, subfolder="text_encoder", trust_remote_code=True)
 
 
+def test_a_text_encoder_is_downloaded_with_its_weights(
+    sigma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [path.relative_to(sigma).as_posix() for path in sigma.rglob("*") if path.is_file()]
+    forced = []
+
+    def download(repo_id: str, force_download: bool = False, **options: Any) -> str:
+        filters = {key: options[key] for key in ("allow_patterns", "ignore_patterns") if key in options}
+        forced.append(force_download)
+        for name in huggingface_hub.utils.filter_repo_objects(names, **filters):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(sigma / name, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    encoder = impasto.AutoModel.from_pretrained("owner/name", subfolder="text_encoder", force_download=True)
+    assert isinstance(encoder, T5EncoderModel)
+    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder"]
+    assert all(forced)
+
+
 def test_an_index_that_diffusers_writes_for_glm_image(tmp_path: Path) -> None:
     """It takes the name of a module in transformers for that of a pipeline."""
     pipe, _ = pipelines()
@@ -158,6 +181,36 @@ def test_the_config_is_written_and_read(sigma: Path, tmp_path: Path) -> None:
         cls.load_config(sigma / "vae")
 
 
+def test_options_of_a_download_are_checked(sigma: Path) -> None:
+    cls = impasto.PixArtSigmaPipeline
+    for method in (cls.download, impasto.DiffusionPipeline.download, cls.load_config, cls.get_config_dict):
+        with pytest.raises(InputError, match=r"has no argument 'revison'; did you mean 'revision'"):
+            method(sigma, revison="v2")
+        with pytest.raises(InputError, match="HTTPS_PROXY"):
+            method(sigma, proxies={"https": "x"})
+        method(sigma, resume_download=True, force_download=True, revision="v2")
+    with pytest.raises(InputError, match="HTTPS_PROXY"):
+        cls.load_config(sigma, return_unused_kwargs=True, proxies={"https": "x"})
+    with pytest.raises(InputError, match="no code of a checkpoint"):
+        cls.download(sigma, trust_remote_code=True)
+    assert cls.download(sigma, text_encoder=None, torch_dtype=torch.float16) == sigma
+
+
+def test_values_that_json_does_not_have_are_written_as_text(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT)
+    pipe.register_to_config(place=torch.device("cpu"), self=[tmp_path])
+    assert pipe.config.place == torch.device("cpu")
+    assert '"place": "cpu"' in repr(pipe)
+    pipe.save_config(tmp_path)
+    pipe.to_json_file(tmp_path / "other.json")
+    for text in (
+        pipe.to_json_string(),
+        *((tmp_path / name).read_text() for name in ("model_index.json", "other.json")),
+    ):
+        assert json.loads(text)["place"] == "cpu"
+        assert json.loads(text)["self"] == [str(tmp_path)]
+
+
 def test_components_are_registered(sigma: Path) -> None:
     pipe = tiny_pipeline(impasto.PixArtSigmaPipeline, **LIGHT)
     vae = tiny_vae(seed=1)
@@ -165,6 +218,10 @@ def test_components_are_registered(sigma: Path) -> None:
     assert pipe.vae is pipe.components["vae"] is vae
     with pytest.raises(InputError, match="no component 'unet'"):
         pipe.register_modules(unet=None)
+    with pytest.raises(
+        InputError, match=r"no component 'va'; did you mean 'vae'\? it has: tokenizer, text_encoder, vae"
+    ):
+        impasto.PixArtSigmaPipeline.from_config({}, va=vae)
     made = impasto.PixArtSigmaPipeline.from_config(pipe.config, vae=vae)
     assert made.vae is vae
     assert made.transformer is None

@@ -228,7 +228,9 @@ def test_halves_are_negative_then_positive() -> None:
     call(pipe, arguments, callback_on_step_end=check, callback_on_step_end_tensor_inputs=names)
 
 
-def test_embeddings_that_are_changed_in_place_are_used() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_embeddings_that_are_changed_in_place_are_used(mode: Any, scale: float) -> None:
     pipe = pixart()
 
     def change(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -239,8 +241,13 @@ def test_embeddings_that_are_changed_in_place_are_used() -> None:
         return {"prompt_embeds": tensors["prompt_embeds"] * 1.5} if step == 0 else {}
 
     names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    found = [call(pipe, {"prompt": "a cat"}, callback_on_step_end=one, **names) for one in (change, replace)]
+    with mode():
+        plain, *found = (
+            call(pipe, {"prompt": "a cat"}, guidance_scale=scale, callback_on_step_end=one, **names)
+            for one in (None, change, replace)
+        )
     assert torch.equal(*found)
+    assert not torch.equal(plain, found[0])
 
 
 def test_one_row_for_all_images() -> None:

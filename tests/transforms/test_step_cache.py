@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from impasto.errors import CheckpointError, ConfigurationError, InputError
+from impasto.hooks import FirstBlockCacheConfig
 from impasto.pipelines.pixart import DenoisingStep, PixArtSigmaPipeline
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.transforms.step_cache import METHODS, StepCache, cache_steps
@@ -426,6 +427,22 @@ def test_what_cannot_be_cached(pipe: PixArtSigmaPipeline) -> None:
     with pytest.raises(InputError, match="has no transformer"):
         cache_steps(pipe)
     assert "denoise" not in vars(pipe)
+
+
+def test_a_cache_of_the_transformer_and_one_of_the_pipeline_exclude_each_other(pipe: PixArtSigmaPipeline) -> None:
+    config = FirstBlockCacheConfig(threshold=10.0)
+    plain = generate(pipe)
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ConfigurationError, match=r"by enable_cache\(\); call pipe.transformer.disable_cache\(\) first"):
+        cache_steps(pipe)
+    assert pipe.step_cache is None
+    pipe.transformer.disable_cache()
+    with cache_steps(pipe):
+        with pytest.raises(ConfigurationError, match=r"by cache_steps\(\); remove\(\) its handle first"):
+            pipe.transformer.enable_cache(config)
+        assert not pipe.transformer.is_cache_enabled
+    pipe.transformer.enable_cache(config)
+    assert not torch.equal(generate(pipe), plain)
 
 
 def test_a_model_compiled_after_caching_is_refused_when_it_generates(pipe: PixArtSigmaPipeline) -> None:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationErro
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
 from .keywords import settle
-from .upload import Uploads, check_upload_options, upload
+from .upload import check_upload_options, upload, upload_message
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -63,7 +63,7 @@ def records_config(init: Callable[Concatenate[T, P], None]) -> Callable[Concaten
     return wrapper
 
 
-class Configurable(Uploads):
+class Configurable:
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
@@ -194,7 +194,7 @@ class Configurable(Uploads):
         """Whether a key that is no argument is one of a compatible class, or known to have no effect."""
         return name in cls.ignored_config_keys
 
-    def register_to_config(self, **values: Any) -> None:
+    def register_to_config(self, /, **values: Any) -> None:
         """Add values to the record, or replace them there. The object itself stays as it was built."""
         self.config = Config({**self.config, **values})
 
@@ -288,7 +288,7 @@ class Configurable(Uploads):
         with saving(save_directory) as staging:
             self._write_config(staging)
         if push_to_hub:
-            message = kwargs.pop("commit_message", None) or self._upload_message()
+            message = kwargs.pop("commit_message", None) or upload_message(self)
             with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
                 self._write_config(Path(folder))
                 upload(folder, **{"repo_id": Path(save_directory).name, "message": message, **kwargs})

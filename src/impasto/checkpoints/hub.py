@@ -21,6 +21,7 @@ def resolve(
     model: str | os.PathLike[str],
     *,
     allow_patterns: Sequence[str] | None = None,
+    ignore_patterns: Sequence[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -32,6 +33,7 @@ def resolve(
     Args:
         model: a folder, ``builtin:NAME``, or ``owner/name`` on the Hugging Face hub.
         allow_patterns: the files to download from a hub repository; all by default.
+        ignore_patterns: those of them that are not downloaded.
         revision, cache_dir, local_files_only, token, force_download: as in ``huggingface_hub.snapshot_download``.
 
     Raises:
@@ -59,7 +61,9 @@ def resolve(
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     cache = None if cache_dir is None else plain_path(cache_dir, InputError)
-    forced: dict[str, Any] = {"force_download": True} if force_download else {}
+    more: dict[str, Any] = {"force_download": True} if force_download else {}
+    if ignore_patterns is not None:
+        more["ignore_patterns"] = list(ignore_patterns)
     try:
         folder = snapshot_download(
             name,
@@ -68,7 +72,7 @@ def resolve(
             cache_dir=cache,
             local_files_only=local_files_only,
             token=token,
-            **forced,
+            **more,
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise CheckpointNotFoundError(
@@ -103,10 +107,13 @@ def fetch(
     Returns:
         the folder, and those of ``folders`` that should hold weights and hold none of this variant.
     """
+    if use_safetensors not in (None, True, False):
+        raise InputError(f"use_safetensors must be True, False or None, not {shown(use_safetensors)}")
     left = list(folders)
+    deeper = [f"{folder}/*/*".lstrip("/") for folder in folders]  # "*" in a pattern matches "/" too
     for kind in {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]:
         asked = [f"{folder}/{file}".lstrip("/") for folder in left for file in weight_patterns(variant, kind)]
-        root = resolve(model, allow_patterns=[*others, *asked], **options)
+        root = resolve(model, allow_patterns=[*others, *asked], ignore_patterns=deeper, **options)
         left = [folder for folder in left if not holds_weights(root / folder, variant, kind)]
         if not left:
             break

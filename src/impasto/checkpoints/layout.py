@@ -42,7 +42,8 @@ def weight_patterns(variant: str | None, kind: str) -> list[str]:
     Args:
         kind: "safetensors" or "bin".
     """
-    shards = "-*-of-*"
+    number = "[0-9]" * 5  # "*" would match the shards of a variant too
+    shards = f"-{number}-of-{number}"
     forms = ("", shards) if variant is None else (f".{variant}", f".{variant}{shards}", f"{shards}.{variant}")
     weights = [
         f"{stem}{form}.{kind}" for stem in ("diffusion_pytorch_model", "model", "pytorch_model") for form in forms

@@ -47,22 +47,40 @@ class Uploads:
         given = {} if variant is None else {"variant": variant}
         if not safe_serialization:
             given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
-        with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
-            self.save_pretrained(folder, **given)
-            message = commit_message or self._upload_message()
-            return upload(folder, repo_id, message, private, token, create_pr, subfolder)
+        return self._save_and_upload(given, repo_id, commit_message, private, token, create_pr, subfolder)
 
-    def _upload_message(self) -> str:
-        """The message of a commit, as diffusers chooses it."""
-        name = type(self).__name__
-        return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
+    def _save_and_upload(
+        self,
+        save: Mapping[str, Any],
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> str:
+        """``push_to_hub`` with these arguments of ``save_pretrained``."""
+        with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
+            self.save_pretrained(folder, **save)
+            message = commit_message or upload_message(self)
+            return upload(folder, repo_id, message, private, token, create_pr, subfolder)
 
     def _push_saved(
         self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
     ) -> None:
-        """``push_to_hub=True`` of ``save_pretrained``: upload what was saved, and nothing else from that folder."""
+        """``push_to_hub=True`` of ``save_pretrained``: upload the same files, and no others of that folder.
+
+        Args:
+            save: the arguments of ``save_pretrained`` that decide what the files are.
+        """
         if wanted:
-            self.push_to_hub(**{"repo_id": Path(folder).name, **options, **save})
+            self._save_and_upload(save, **{"repo_id": Path(folder).name, **options})
+
+
+def upload_message(uploaded: object) -> str:
+    """The message of a commit, as diffusers chooses it."""
+    name = type(uploaded).__name__
+    return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
 
 
 def check_upload_options(options: Mapping[str, Any]) -> None:

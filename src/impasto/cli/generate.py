@@ -208,13 +208,16 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 def _next_number(folder: Path) -> int:
-    """One more than the highest number of an image in the folder, which need not exist."""
+    """The first free number above those of the images in the folder, which need not exist. Dates do not count."""
     try:
         names = os.listdir(folder)
     except OSError:  # it does not exist, or is reported when it is written
         names = []
-    numbered = (re.fullmatch(r"([0-9]{4,9})(\.[a-z]+)", name.lower()) for name in names)
-    return max((int(found[1]) for found in numbered if found and found[2] in IMAGE_EXTENSIONS), default=-1) + 1
+    numbered = (re.fullmatch(r"([0-9]{4,6})(\.[a-z]+)", name.lower()) for name in names)
+    number = max((int(found[1]) for found in numbered if found and found[2] in IMAGE_EXTENSIONS), default=-1) + 1
+    while os.path.lexists(_numbered(folder, number)):
+        number += 1
+    return number
 
 
 def _check_edit(family: Family, steps: int, image: list[Path], strength: float | None, mask: Path | None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,16 @@ from torch.utils import _pytree as pytree
 
 from ..checks import whole_number
 from ..errors import ConfigurationError, InputError
-from ..files import make_folder
+from ..files import plain_path
 from ..nn.changes import Handle, is_managed_elsewhere, unwrapped
 from ..nn.machine import check_device
-from .streaming import WITHOUT_STREAMS, Stay, Visit, pin, slots_of
+from .streaming import WITHOUT_STREAMS, Stay, Visit, pin, to_disk
 
 #: The methods in which models compute.
 _METHODS = ("forward", "encode", "decode", "denoise", "encode_context", "encode_references", "modulate")
 _MARK = "_group_offload"
-_ALIGNMENT = 64  # bytes, at which tensors in a file begin
+#: The models whose weights are in files.
+_writers: weakref.WeakValueDictionary[Path, nn.Module] = weakref.WeakValueDictionary()
 
 
 def apply_group_offloading(
@@ -53,8 +57,8 @@ def apply_group_offloading(
             host memory.
         record_stream: accepted without effect: the memory of copies is always kept until they have been used.
         low_cpu_mem_usage: do not pin the weights; the copies are then slower.
-        offload_to_disk_path: a folder, in which a file of the weights is written; they are read from it when they are
-            needed, and take no memory of the host in between.
+        offload_to_disk_path: a folder, in which a file of the weights is written, one for each model; they are read
+            from it when they are needed, and take no memory of the host in between.
         block_modules: accepted without effect: lists of blocks are found.
         exclude_kwargs: names of arguments that are not moved.
 
@@ -65,6 +69,7 @@ def apply_group_offloading(
         InputError: an argument cannot be used.
         ConfigurationError: the model is offloaded already, by this or by another library.
         ResourceError: the device does not exist.
+        OutputError: the weights cannot be written to the disk.
     """
     if offload_type not in ("block_level", "leaf_level"):
         raise InputError(f"offload_type must be 'block_level' or 'leaf_level', not {offload_type!r}")
@@ -80,7 +85,8 @@ def apply_group_offloading(
         raise ConfigurationError("the model is offloaded already; undo that first")
     device = check_device(onload_device)
     if offload_to_disk_path is not None:
-        _map_from_disk(module, Path(offload_to_disk_path))
+        folder = plain_path(offload_to_disk_path)
+        to_disk(module, folder, _name_of_file(module, folder))
     elif use_stream and not low_cpu_mem_usage and device.type not in WITHOUT_STREAMS:
         pin(module)
     return GroupOffload(module, device, Visit(blocks, use_stream), tuple(exclude_kwargs or ()))
@@ -109,9 +115,13 @@ class GroupOffload(Handle):
             del own[name]
         own.update({name: before for name, before in self.before.items() if before is not None})
 
+    def method(self, name: str) -> Any:
+        """A method of the module as it is without offloading."""
+        return self.before[name] or functools.partial(getattr(type(self.module), name), self.module)
+
     def call(self, name: str, args: Any, kwargs: Any) -> Any:
         """A method of the module, while its weights are on the device."""
-        method = self.before[name] or functools.partial(getattr(type(self.module), name), self.module)
+        method = self.method(name)
         kept = {key: value for key, value in kwargs.items() if key in self.excluded}
         with self.lock:
             if self.depth == 0:
@@ -141,25 +151,17 @@ class _Guard:
     def __init__(self, offload: GroupOffload, name: str):
         self.offload, self.name = offload, name
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method: transformers reads it, to find out what a model takes."""
+        return inspect.signature(self.offload.method(self.name))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.offload.call(self.name, args, kwargs)
 
 
-def _map_from_disk(module: nn.Module, folder: Path) -> None:
-    """Write a model's weights into a file, and let it read them from there."""
-    make_folder(folder)
-    path = folder / f"{type(module).__name__}.weights"
-    slots, starts, end = slots_of(module), [], 0
-    for slot in slots:
-        starts.append(end)
-        end += -(-slot.read().nbytes // _ALIGNMENT) * _ALIGNMENT
-    with torch.inference_mode(False), torch.no_grad():
-        with path.open("wb") as file:
-            for slot, start in zip(slots, starts, strict=True):
-                file.seek(start)
-                file.write(slot.read().detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            file.truncate(end)
-        data = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
-        for slot, start in zip(slots, starts, strict=True):
-            tensor = slot.read()
-            slot.write(data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+def _name_of_file(module: nn.Module, folder: Path) -> str:
+    """A name for the file of a model's weights that no other model of this process has in a folder."""
+    name = type(module).__name__
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if _writers.setdefault((folder / name).resolve(), module) is module)

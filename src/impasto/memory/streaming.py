@@ -214,25 +214,38 @@ def pin(component: nn.Module) -> None:
 
 
 def to_disk(component: nn.Module, folder: str | os.PathLike[str], name: str) -> None:
-    """Write a component's weights on the host to ``name.safetensors`` in a folder, and memory-map them from there."""
+    """Write a component's weights to ``name.safetensors`` in a folder, and memory-map them from there.
+
+    Raises:
+        OutputError: the disk is full, or the file cannot be written. The weights are where they were.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     from ..checkpoints.weights import disk_errors
-    from ..files import make_folder, plain_path, write_file
+    from ..files import HAS_LOCKS, make_folder, plain_path, write_file
 
-    slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type == "cpu"]
+    slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type != "meta"]
     path = plain_path(folder) / f"{name}.safetensors"
     make_folder(path.parent)
+    mapped: list[Tensor] = []
+
+    def read(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            mapped.extend(file.get_tensor(slot.name) for slot in slots)
 
     def write(new: Path) -> None:
         with disk_errors():
-            save_file({slot.name: slot.read().contiguous() for slot in slots}, new)
+            save_file({slot.name: slot.read().cpu().contiguous() for slot in slots}, new)
+            if HAS_LOCKS:  # before another process can replace it
+                read(new)
 
-    write_file(path, write, durable=False)  # a file that is mapped already does not change
-    with safe_open(path, "pt") as file:
-        for slot in slots:
-            slot.write(file.get_tensor(slot.name))
+    with torch.inference_mode(False), torch.no_grad():
+        write_file(path, write, durable=False)  # a file that is mapped already does not change
+        if not HAS_LOCKS:  # Windows renames no file that is mapped
+            read(path)
+        for slot, tensor in zip(slots, mapped, strict=True):
+            slot.write(tensor)
 
 
 def size_of(component: nn.Module) -> int:

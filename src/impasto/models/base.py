@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.upload import check_upload_options, check_writable
+from ..checkpoints.upload import Uploads, check_upload_options, check_writable
 from ..checks import parse_size, shown, text
 from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
 
-class Model(Configurable, ModelSurface):
+class Model(Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
@@ -106,8 +106,6 @@ class Model(Configurable, ModelSurface):
 
         overrides = cls._settled(overrides)
         target = check_device(device)
-        if use_safetensors not in (None, True, False):
-            raise InputError(f"use_safetensors must be True, False or None, not {shown(use_safetensors)}")
         root, _ = hub.fetch(
             pretrained_model_name_or_path,
             [text("subfolder", subfolder or "", 255)],
@@ -215,7 +213,7 @@ class Model(Configurable, ModelSurface):
         with saving(save_directory, superseded) as staging:
             write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant)
+        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
 
     def check_saveable(self, name: str = "") -> None:
         """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config.

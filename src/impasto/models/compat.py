@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
 from ..nn.attention import check_backend, kernels
+from ..nn.changes import of
 from ..nn.fused_linear import FusedLinear
 from ..nn.precision import checkpointed, checkpointed_by
 from .attention_processor import ProcessedAttention
@@ -274,6 +275,8 @@ class Caching:
         """
         if self.is_cache_enabled:
             raise ConfigurationError("steps are cached already; call disable_cache() first")
+        if any(change.change == "cached" for block in cast(Any, self).transformer_blocks for change in of(block)):
+            raise ConfigurationError("steps are cached already, by cache_steps(); remove() its handle first")
         arguments = _cache_arguments(config)
         self.step_cache = None if arguments is None else _public("cache_steps")(self, **arguments)
         self._cache_config, self._memories = config, {}

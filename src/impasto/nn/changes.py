@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from ..errors import ConfigurationError
 
@@ -80,6 +82,14 @@ def of(module: nn.Module) -> list[Change]:
     return [found for place in places for found in _chain(place) if isinstance(found, Change)]
 
 
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a layer computes: of its weight, or that to which it is cast for each call."""
+    for call in _chain(vars(layer).get("forward")):
+        if getattr(call, "change", None) == "stored in a narrow dtype":
+            return cast(torch.dtype, call.dtype)
+    return cast(Tensor, layer.weight).dtype
+
+
 def refuse_conflicts(module: nn.Module, change: type[Change]) -> None:
     """Check that a module, with all that is inside, may be changed.
 
@@ -117,7 +127,8 @@ def is_observed(module: nn.Module) -> bool:
     """
     own = vars(module)
     added = "forward" in own or "_processor" in own or "_backend" in own or "processor" in module._modules
-    return added or bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return added or bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
 def is_watched(module: nn.Module | None) -> bool:

@@ -138,5 +138,7 @@ def indices(rows: slice | Tensor | list[int], count: int) -> list[int]:
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being made that is to serve other values: compiled, exported or traced."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    """Whether shapes may not depend on values: in what is compiled, exported, traced or vectorized by ``vmap``."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -159,8 +159,8 @@ class Components(DiffusionPipeline):
         pipe._source, pipe._name_or_path = folder, os.fspath(pretrained_model_name_or_path)
         if disable_mmap:
             read = [part for part, value in loaded.items() if part not in components and isinstance(value, nn.Module)]
-            for parameter in [parameter for part in read for parameter in loaded[part].parameters()]:
-                parameter.data = parameter.data.clone()
+            for tensor in [x for part in read for x in (*loaded[part].parameters(), *loaded[part].buffers())]:
+                tensor.data = tensor.data.clone()
         if plan is not None:
             from ..memory.plan import apply_plan
 
@@ -203,7 +203,7 @@ class Components(DiffusionPipeline):
         components = {name: unwrapped(component) for name, component in self.components.items()}
         name = self.saved_as or type(self).__name__
         save_components(components, plain_path(save_directory), name, variant, shard_bytes)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant)
+        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pipe(

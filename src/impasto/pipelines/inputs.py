@@ -176,7 +176,7 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
     own = {"latents": step.latents, **step.embeds._asdict()}
     guided = pipe.do_classifier_free_guidance and own["negative_prompt_embeds"] is not None
     handed = {name: _both_halves(own, name) if guided and name in _WITH_HALVES else own[name] for name in names}
-    versions = {name: _version(tensor) for name, tensor in handed.items()}
+    before = {name: _state(tensor) for name, tensor in handed.items()}
     returned = callback(pipe, step.index, step.timestep, dict(handed))
     if returned is not None and not isinstance(returned, Mapping):
         raise InputError(f"callback_on_step_end must return a dict of tensors or None, not {shown(returned)}")
@@ -187,7 +187,7 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
         if name not in own:
             raise InputError(f"{who} is not a tensor of this pipeline; there are: {', '.join(own)}")
         old = handed.get(name, own[name])
-        if value is old and _version(value) == versions.get(name, _version(value)):
+        if value is old and (name not in before or _is_in_state(value, before[name])):
             continue
         if own[name] is None:
             raise InputError(f"{who} this call does not have; leave it out")
@@ -222,6 +222,12 @@ def _both_halves(tensors: Mapping[str, Any], name: str) -> Tensor:
     return torch.cat([torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], dim=1) for x in halves])
 
 
-def _version(tensor: Any) -> int:
-    """The number of changes in place, where it is counted."""
-    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
+def _state(tensor: Any) -> Any:
+    """What a change in place changes: the count of such changes, or in inference mode, without one, a kept copy."""
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _is_in_state(tensor: Any, state: Any) -> bool:
+    return torch.equal(tensor, state) if isinstance(state, Tensor) else _state(tensor) == state

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.config import DOWNLOAD, PLACE, Configurable, naming, records_config
 from ..checkpoints.keywords import settle
+from ..checkpoints.upload import Uploads
 from ..checks import shown
 from ..errors import ConfigurationError
 
@@ -44,7 +45,7 @@ def _plain(name: str, value: Any) -> Any:
         raise ConfigurationError(f"{name} cannot be read as numbers: {shown(value)}") from error
 
 
-class SchedulerConfig(Configurable):
+class SchedulerConfig(Configurable, Uploads):
     """The part of a scheduler that reads and writes its config."""
 
     config_name: ClassVar[str] = "scheduler_config.json"

@@ -33,7 +33,7 @@ class CastLayer(Change):
     def __call__(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
         weight, bias = (
-            None if p is None else p.detach().to(self.dtype, non_blocking=self.non_blocking)
+            None if p is None else p.to(self.dtype, non_blocking=self.non_blocking)
             for p in (layer.weight, layer._parameters.get("bias"))
         )
         if isinstance(layer, nn.Embedding):
@@ -44,7 +44,7 @@ class CastLayer(Change):
             if isinstance(layer, nn.Linear)
             else layer._conv_forward(wide, weight, bias)
         )
-        return out.to(x.dtype)
+        return out if x.dtype.itemsize == 1 else out.to(x.dtype)  # float8 of a caller that reads our weight's dtype
 
 
 class LayerwiseCasting(Handle):
@@ -74,15 +74,16 @@ def apply_layerwise_casting(
 ) -> LayerwiseCasting:
     """Store the weights of linear layers, convolutions and embeddings in a narrow dtype.
 
-    Each layer's weights are cast for each call, so memory falls and time rises a little. They get no gradients; what
-    is next to them, such as an adapter, does.
+    Each layer's weights are cast for each call, so memory falls and time rises a little. They can be trained, and their
+    gradients have the narrow dtype, too.
 
     Args:
         module: a model, or any module.
         storage_dtype: ``torch.float8_e4m3fn``, for example.
-        compute_dtype: in which layers compute; what they return has the dtype of their input.
+        compute_dtype: in which layers compute; what they return has the dtype of their input, unless that is narrow.
         skip_modules_pattern: regular expressions; layers inside of modules whose names contain one stay as they are.
-            "auto": ``DEFAULT_SKIP_MODULES_PATTERN``; None: no layer is left out.
+            "auto": ``DEFAULT_SKIP_MODULES_PATTERN``, and what the model's class keeps in float32 because it would
+            overflow (in T5, ``wo``); None: no layer is left out.
         skip_modules_classes: classes of modules that stay as they are, too.
         non_blocking: for the casts.
 
@@ -95,7 +96,8 @@ def apply_layerwise_casting(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"{name} must be a floating-point dtype, not {dtype!r}")
     if skip_modules_pattern == "auto":
-        skip_modules_pattern = DEFAULT_SKIP_MODULES_PATTERN
+        kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+        skip_modules_pattern = (*DEFAULT_SKIP_MODULES_PATTERN, *(rf"\b{re.escape(name)}\b" for name in kept))
     patterns = [skip_modules_pattern] if isinstance(skip_modules_pattern, str) else list(skip_modules_pattern or ())
     refuse_conflicts(module, CastLayer)
     layers = {layer: _dtype_of(layer) for layer in _chosen(module, "", patterns, skip_modules_classes or ())}

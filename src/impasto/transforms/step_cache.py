@@ -256,6 +256,11 @@ class StepCache(Handle):
                 )
             if target.step_cache is not None:
                 raise ConfigurationError("the steps of this pipeline are cached already; remove() that cache first")
+            if getattr(unwrapped(getattr(target, "transformer", None)), "step_cache", None) is not None:
+                raise ConfigurationError(
+                    "the transformer of this pipeline caches steps already, by enable_cache(); call "
+                    "pipe.transformer.disable_cache() first"
+                )
         self._attach()
         if not isinstance(target, nn.Module):
             target.step_cache = self

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...checkpoints.config import records_config
 from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
-from ...nn.changes import is_compiled, is_watched
+from ...nn.changes import dtype_of, is_compiled, is_watched
 from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
@@ -189,7 +189,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         return modulation if later else self._embed(modulation)
 
     def _embed(self, modulation: GlmImageModulation) -> GlmImageModulation:
-        return modulation.made(self.time_condition_embed, self.proj_out.weight.dtype)
+        return modulation.made(self.time_condition_embed, dtype_of(self.proj_out))
 
     def denoise(
         self,

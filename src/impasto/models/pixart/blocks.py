@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...nn.attention import attention, attention_by_image
 from ...nn.backends.onednn import linear
+from ...nn.changes import dtype_of
 from ...nn.embeddings import timestep_features
 from ...nn.fused_linear import project
 from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
@@ -43,7 +44,7 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, timestep: Tensor, conditions: Mapping[str, Tensor | None]) -> Modulation:
-        embedded = self.emb(timestep, conditions, self.linear.weight.dtype)  # [B, D]
+        embedded = self.emb(timestep, conditions, dtype_of(self.linear))  # [B, D]
         shared = self.linear(F.silu(embedded))  # [B, 6 * D]
         return Modulation(shared=torch.unflatten(shared, -1, (6, -1)), timestep=embedded[:, None])
 

@@ -175,8 +175,8 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
     def encode_context(self, text_embeds: Tensor | None, mask: Tensor | None = None) -> PixArtContext:
         """Project the text and, in inference, make every layer's keys and values.
 
-        Discarded tokens are left out, so that padded text costs nothing; inside a compiled graph and in training with
-        compiled blocks, where shapes are to be static, they are masked.
+        Discarded tokens are left out, so that padded text costs nothing. They are masked where shapes are to be static,
+        which is inside a graph and in training with compiled blocks or on a GPU, and where someone watches ``attn2``.
 
         Args:
             text_embeds: [B, M, caption_channels], or [B, M, cross_attention_dim] without ``caption_channels``;
@@ -188,10 +188,8 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         """
         if text_embeds is None:
             if self.caption_projection is not None:
-                raise InputError(
-                    "encoder_hidden_states is None, and this model projects captions; give text embeddings "
-                    "(those of the empty prompt for an unconditional image)"
-                )
+                required = "text embeddings (those of the empty prompt for an unconditional image)"
+                raise InputError(f"encoder_hidden_states is None, and this model projects captions; give {required}")
             return PixArtContext(ProjectedText(None, None if mask is None else text_bias(mask)[:, 0]))
         check_text(text_embeds, mask, self.text_channels, "encoder_attention_mask")
         if not self.has_cross_attention:
@@ -200,7 +198,10 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         if is_watched(self.caption_projection) and not is_tracing():
             return PixArtContext(ProjectedText(text_embeds, bias), projects=True)
         project = self.caption_projection or nn.Identity()
-        if is_tracing() or (torch.is_grad_enabled() and is_compiled(self.transformer_blocks[0])):
+        masked = is_tracing() or self._makes_keys_each_step()
+        if torch.is_grad_enabled():
+            masked |= text_embeds.device.type != "cpu" or is_compiled(self.transformer_blocks[0])
+        if masked:
             return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows, biases = kept_rows(text_embeds, bias)  # B of [M, C] and of [M], no longer padded
         lengths = [len(row) for row in rows]
@@ -208,7 +209,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
             return PixArtContext(ProjectedText(project(text_embeds), bias))
         rows = project(torch.cat(rows)).split(lengths)  # B of [M, D]
         projected = ProjectedText(pad(rows), bias_of(lengths, biases, text_embeds))
-        if torch.is_grad_enabled() or self._makes_keys_each_step():
+        if torch.is_grad_enabled():
             return PixArtContext(projected)
         register_methods(self.transformer_blocks, "encode_text")
         separate = self._keeps_rows(text_embeds)
@@ -365,8 +366,6 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         with giving(cross_attention_kwargs, self, "cross_attention_kwargs", self.gradient_checkpointing):
             output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
-
-    # Checks and loading
 
     def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
         batch, rows, bias = sum(latents.shape[0] for latents in batches), context.rows, context.projected.bias

@@ -148,8 +148,10 @@ def kept_rows(text: Tensor, bias: Tensor | None) -> tuple[list[Tensor], list[Ten
     if bias is None:
         return [*text], [None] * len(text)
     keep = bias[:, 0] > -torch.inf  # [B, M]
-    rows, kept = [*text[keep].split(keep.sum(dim=1).tolist())], [row[some] for row, some in zip(bias[:, 0], keep)]
-    return rows, [row if bool(row.any()) else None for row in kept]
+    soft = (bias[:, 0].masked_fill(~keep, 0.0) != 0.0).any(dim=1)  # [B]
+    lengths, soft_ones = torch.stack([keep.sum(dim=1), soft.long()]).tolist()
+    kept = bias[:, 0][keep].split(lengths)
+    return [*text[keep].split(lengths)], [row if is_soft else None for row, is_soft in zip(kept, soft_ones)]
 
 
 class PixArtContext(NamedTuple):

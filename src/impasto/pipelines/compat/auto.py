@@ -76,14 +76,16 @@ class AutoModel:
         """
         names = ("revision", "cache_dir", "token")
         of_hub = {name: options[name] for name in names if name in options}
-        of_hub["local_files_only"] = bool(options.get("local_files_only"))
+        of_hub |= {name: bool(options.get(name)) for name in ("local_files_only", "force_download")}
         files = ("config.json", "scheduler_config.json")
         patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
         folder = hub.inside(hub.resolve(pretrained_model_or_path, allow_patterns=patterns, **of_hub), subfolder)
         content = read_json(folder / next((file for file in files if (folder / file).is_file()), files[0]))
         name = content.get("_class_name") or next(iter(content.get("architectures") or []), None)
         if name in LANGUAGE_MODELS:
-            return _language_model(name, folder, options)
+            form: Any = {key: options.get(key) for key in ("variant", "use_safetensors")}
+            root, _ = hub.fetch(pretrained_model_or_path, [subfolder or ""], **form, **of_hub)
+            return _language_model(name, hub.inside(root, subfolder), options)
         try:
             found: Any = class_of(str(name))
         except (KeyError, TypeError):
@@ -99,7 +101,7 @@ def _language_model(name: str, folder: Path, options: dict[str, Any]) -> Any:
 
     dtype = parse_dtype(options.pop("dtype", None) or options.pop("torch_dtype", None))
     given = [options.pop(key, None) for key in ("variant", "use_safetensors", "quantization_config")]
-    for key in ("revision", "cache_dir", "token", "local_files_only", "torch_dtype"):
+    for key in ("revision", "cache_dir", "token", "local_files_only", "force_download", "torch_dtype"):
         options.pop(key, None)
     settle(name, options)
     return load_model(name, folder, dtype, *given)

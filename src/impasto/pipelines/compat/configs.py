@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from ...checkpoints.config import Config, write_json
+from ...checkpoints.config import DOWNLOAD, Config, write_json
 from ...checkpoints.frozen import FORMAT_VERSION
+from ...checkpoints.keywords import settle
 from ...checkpoints.layout import INDEX_NAME
 from ...checkpoints.upload import Uploads, check_upload_options
 from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
 _OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
+_OF_DOWNLOAD = (*_OF_SOURCE, "force_download")
 
 
 class DiffusionPipeline(Uploads):
@@ -57,7 +60,10 @@ class DiffusionPipeline(Uploads):
 
         Args:
             options: ``variant``, ``revision`` and the other options of the download; components that are given, as in
-                ``text_encoder=None``, are left out.
+                ``text_encoder=None``, are left out. Keywords without effect are accepted (``checkpoints.keywords``).
+
+        Raises:
+            InputError: an unknown option, or one that cannot be acted on.
         """
         from ...registry import pipeline_class
 
@@ -65,6 +71,10 @@ class DiffusionPipeline(Uploads):
         with source.opened() as opened:
             stored = opened.read_content()[1].get("_class_name")
             kind = cast(Any, pipeline_class(stored) if cls is DiffusionPipeline else cls)
+            others = {
+                key: value for key, value in options.items() if key not in (*_OF_DOWNLOAD, *kind.component_names())
+            }
+            settle("download", others, [*_OF_DOWNLOAD, *kind.component_names()])
             name = kind.saved_as or kind.__name__
             index = opened.read_index(name)
             wanted = [part for part in kind.component_names() if part not in options]
@@ -91,23 +101,31 @@ class DiffusionPipeline(Uploads):
         """What ``from_pretrained`` was given; None for a pipeline that was not loaded."""
         return self._name_or_path
 
-    def register_to_config(self, **values: Any) -> None:
-        """Add values to ``config``. They have no effect on the pipeline."""
+    def register_to_config(self, /, **values: Any) -> None:
+        """Add values to ``config``. They have no effect on the pipeline. JSON has a device and the like as text."""
         self.__dict__["_registered"] = {**vars(self).get("_registered", {}), **values}
 
     def register_modules(self, **components: Any) -> None:
         """Assign components: ``register_modules(vae=vae)`` is ``pipe.vae = vae``."""
-        names = cast(Any, self).component_names()
+        self._check_names(components)
         for name, component in components.items():
-            if name not in names:
-                raise InputError(f"{type(self).__name__} has no component {name!r}; it has: {', '.join(names)}")
             setattr(self, name, component)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **components: Any) -> Any:
         """A pipeline of the given components; a config only names their classes, so others are None."""
-        kind = cast(Any, cls)
-        return kind(**{**dict.fromkeys(kind.component_names()), **components})
+        return cls(**{**dict.fromkeys(cls._check_names(components)), **components})
+
+    @classmethod
+    def _check_names(cls, given: Mapping[str, Any]) -> list[str]:
+        """The names of the components, if all that are given are among them."""
+        names: list[str] = cast(Any, cls).component_names()
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise InputError(f"{cls.__name__} has no component {name!r}; {hint}it has: {', '.join(names)}")
+        return names
 
     @classmethod
     def load_config(
@@ -122,8 +140,13 @@ class DiffusionPipeline(Uploads):
         Args:
             return_unused_kwargs: return the other options, too.
             return_commit_hash: return None in addition, as no commit is recorded.
+
+        Raises:
+            InputError: an option that cannot be acted on, or, unless ``return_unused_kwargs``, an unknown one.
         """
-        unused = {name: value for name, value in options.items() if name not in (*_OF_SOURCE, "force_download")}
+        unused = {name: value for name, value in options.items() if name not in _OF_DOWNLOAD}
+        checked = DOWNLOAD if return_unused_kwargs else tuple(unused)
+        settle("load_config", {name: unused.pop(name) for name in checked if name in unused}, _OF_DOWNLOAD)
         path, content = _source(pretrained_model_name_or_path, options).read_content()
         if not content:
             raise CheckpointNotFoundError(f"{path} does not exist; {pretrained_model_name_or_path} is not a pipeline")
@@ -164,7 +187,9 @@ class DiffusionPipeline(Uploads):
         write_json(Path(json_file_path), self._stored_config())
 
     def _stored_config(self) -> dict[str, Any]:
-        return {**self._format(), **{n: value for n, value in self.config.items() if n != "_name_or_path"}}
+        values = {**self._format(), **{n: value for n, value in self.config.items() if n != "_name_or_path"}}
+        stored: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return stored
 
     def _format(self) -> dict[str, Any]:
         name = cast(Any, self).saved_as or type(self).__name__
