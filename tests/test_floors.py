@@ -145,9 +145,9 @@ def violations(source: Path) -> list[str]:
 
 
 def other_family(module: str, target: str) -> bool:
-    """``models.pixart.model`` and ``models.autoencoder.model``, but not ``models.base``."""
+    """``models.pixart.model`` and ``models.autoencoder.model``, but not ``models.base`` and ``models.compat``."""
     steps, others = module.split("."), target.split(".")
-    return len(steps) > 2 and len(others) > 2 and steps[1] != others[1]
+    return len(steps) > 2 and len(others) > 2 and steps[1] != others[1] != "compat"
 
 
 def find_file(imported: str, package: str, files: dict[str, Path]) -> str | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .interop import to_diffusers
     from .memory.group_offload import apply_group_offloading
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
-    from .models.compat import attention_backend
+    from .models.compat.surface import attention_backend
     from .models.glm_image.context import GlmImageKVCache
     from .models.glm_image.model import GlmImageTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel
@@ -157,7 +157,7 @@ _HOMES = {
     "Transformer2DModelOutput": ".nn.outputs:Transformer2DModelOutput",
     "apply_group_offloading": ".memory.group_offload:apply_group_offloading",
     "apply_layerwise_casting": ".transforms.layerwise_casting:apply_layerwise_casting",
-    "attention_backend": ".models.compat:attention_backend",
+    "attention_backend": ".models.compat.surface:attention_backend",
     "cache_steps": ".transforms.step_cache:cache_steps",
     "compute_as_stored": ".nn.precision:compute_as_stored",
     "compute_in_float32": ".nn.precision:compute_in_float32",

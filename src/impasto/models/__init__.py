@@ -19,6 +19,8 @@ _HOMES = {
     "Transformer2DModel": "models.pixart.model:PixArtTransformer2DModel",
     "Transformer2DModelOutput": "nn.outputs:Transformer2DModelOutput",
 }
+_PROCESSORS = {name: f"models.compat.attention_processor:{name}" for name in ("AttnProcessor", "AttnProcessor2_0")}
+publish(__name__, _PROCESSORS, "attention_processor")
 publish(
     __name__,
     _HOMES,

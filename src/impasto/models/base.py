@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMis
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
-from .compat import ModelSurface
+from .compat.surface import ModelSurface
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...nn.attention import attention
 from ...nn.fused_linear import project
-from ..attention_processor import ProcessedAttention
-from ..compat import GradientCheckpointing
+from ..compat.attention_processor import ProcessedAttention
+from ..compat.surface import GradientCheckpointing
 
 
 class Coder(GradientCheckpointing, nn.Module):

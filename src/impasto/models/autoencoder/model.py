@@ -24,8 +24,8 @@ from ...errors import ConfigurationError, InputError
 from ...nn.gaussian import DiagonalGaussianDistribution
 from ...nn.outputs import BaseOutput
 from ..base import Model
-from ..compat import FusedProjections, GradientCheckpointing
-from .blending import BlendedTiles
+from ..compat.blending import BlendedTiles
+from ..compat.surface import FusedProjections, GradientCheckpointing
 from .layers import Decoder, Encoder
 from .tiling import Tiling
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...nn.embeddings import apply_rotary, timestep_features
 from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
 from ...nn.tokens import Layout
-from ..attention_processor import ProcessedAttention
+from ..compat.attention_processor import ProcessedAttention
 from .context import Past
 from .places import Places
 from .processor import GlmImageAttnProcessor, process

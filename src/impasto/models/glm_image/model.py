@@ -28,9 +28,9 @@ from ...nn.layers import FeedForward, unpatchify_channels_first
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.tokens import Layout, is_tracing
-from ..attention_processor import giving
 from ..base import Model
-from ..compat import Caching, GradientCheckpointing, Processors, Rope
+from ..compat.attention_processor import giving
+from ..compat.surface import Caching, GradientCheckpointing, Processors, Rope
 from ..inputs import as_batches, as_timesteps, check_prior, check_text, require_none
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
 from .context import (

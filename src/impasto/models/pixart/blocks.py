@@ -19,7 +19,7 @@ from ...nn.embeddings import timestep_features
 from ...nn.fused_linear import project
 from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
 from ...nn.tokens import Layout
-from ..attention_processor import ProcessedAttention
+from ..compat.attention_processor import ProcessedAttention
 from .text import LayerText, Modulation, attend_text, encode_layer
 
 

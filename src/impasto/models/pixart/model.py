@@ -28,9 +28,9 @@ from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.tokens import Layout, is_tracing
-from ..attention_processor import giving
 from ..base import Model
-from ..compat import Caching, FusedProjections, GradientCheckpointing
+from ..compat.attention_processor import giving
+from ..compat.surface import Caching, FusedProjections, GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_text
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad

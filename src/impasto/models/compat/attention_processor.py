@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..nn.attention import kernels
-from ..nn.fused_linear import FusedLinear
+from ...errors import InputError
+from ...nn.attention import kernels
+from ...nn.fused_linear import FusedLinear
 
 
 class AttnProcessor2_0:

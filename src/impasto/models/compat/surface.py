@@ -11,11 +11,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, InputError
-from ..nn.attention import check_backend, kernels
-from ..nn.changes import of
-from ..nn.fused_linear import FusedLinear
-from ..nn.precision import checkpointed, checkpointed_by
+from ...errors import ConfigurationError, InputError
+from ...nn.attention import check_backend, kernels
+from ...nn.changes import of
+from ...nn.fused_linear import FusedLinear
+from ...nn.precision import checkpointed, checkpointed_by
 from .attention_processor import ProcessedAttention
 
 
@@ -325,7 +325,7 @@ class Rope:
 
     def rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, d] of the image tokens of latents [B, C, H, W]."""
-        from ..nn.embeddings import rotary_2d
+        from ...nn.embeddings import rotary_2d
 
         model = cast(Any, self)
         rows, columns = (side // model.patch_size for side in hidden_states.shape[-2:])
