@@ -5,6 +5,7 @@ Run with `-s` to see the counts. `docs/differences.md` gives the reason for each
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -50,7 +51,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
-    level = diffusers.utils.logging.get_verbosity()
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "impasto")}  # which idioms change
     diffusers.utils.logging.set_verbosity_error()
     found = {}
     for one in all_idioms():
@@ -62,7 +63,8 @@ def outcomes() -> dict[str, Outcome]:
             deliberate = not isinstance(ours, Failed) or ours.deliberate
         assert one.name not in found
         found[one.name] = Outcome(one.name, not isinstance(theirs, Failed), different, deliberate)
-    diffusers.utils.logging.set_verbosity(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     return found
 
 
