@@ -84,7 +84,7 @@ def process(attn: Any, x: Tensor, places: Places, past: Past) -> tuple[Tensor, t
 
 
 def differ(latents: Tensor | Sequence[Tensor], context: GlmImageContext, references: GlmImageReferences | None) -> bool:
-    """Whether the images of a batch differ in what they see, which processors cannot be told."""
+    """Whether the images of a batch differ in what they see, which no argument of a processor says."""
     masked = context.bias is not None or (references is not None and references.bias is not None)
     return masked or not isinstance(latents, Tensor) or context.cos.shape[0] > 1
 
