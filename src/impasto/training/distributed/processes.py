@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ...checks import shown
 from ...errors import ConfigurationError, ImpastoError, ResourceError
-from .watch import Watch
+from .watch import GONE, Watch
 
 Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 PARALLEL: tuple[Parallel, ...] = ("auto", "none", "ddp", "fsdp", "hsdp")
@@ -115,12 +115,15 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined(parallel: Parallel = "auto", device: torch.device | str | None = None) -> Iterator[Processes]:
+def joined(
+    parallel: Parallel = "auto", device: torch.device | str | None = None, gone: float = GONE
+) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` has started; alone, a process needs nothing.
 
     Args:
         parallel: how they divide the work.
         device: "cpu", or "cuda", of which each process gets one; by default a GPU if there is one.
+        gone: seconds without a sign of life after which a process is gone, and the others end.
 
     Raises:
         ConfigurationError: an unknown ``parallel``, or ``none`` for several processes.
@@ -144,7 +147,7 @@ def joined(parallel: Parallel = "auto", device: torch.device | str | None = None
             )
         kind = torch.device("cuda", local_rank)
         torch.cuda.set_device(kind)
-    watch = _connect(rank, count, kind)
+    watch = _connect(rank, count, kind, gone)
     try:
         yield Processes(rank, count, kind, parallel, local_count, watch)
     except Exception as error:
@@ -166,7 +169,7 @@ def _environment(name: str, default: int) -> int:
     return int(value)
 
 
-def _connect(rank: int, count: int, device: torch.device) -> Watch:
+def _connect(rank: int, count: int, device: torch.device, gone: float) -> Watch:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -184,7 +187,7 @@ def _connect(rank: int, count: int, device: torch.device) -> Watch:
             f"({shown(str(error), 200)}); check that {os.environ.get('MASTER_ADDR')}, "
             f"port {os.environ.get('MASTER_PORT')}, can be reached"
         ) from error
-    return Watch(PrefixStore("watch", store.clone()), rank, count)
+    return Watch(PrefixStore("watch", store.clone()), rank, count, gone)
 
 
 def _explained(error: Exception, rank: int, watch: Watch) -> Exception:

@@ -12,16 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from ...checks import shown
 from ...errors import CheckpointError, OutputError
 from ...files import make_folder, sync, sync_folder, write_file
+from ...nn.changes import is_plain_tensor
 from .processes import Processes
+from .shards import local
 
 #: What a checkpoint says about itself; written last.
 STATE = "state.json"
@@ -47,8 +51,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Any, pr
             make_folder(staging)
     try:
         writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-        stored = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
-        save(stored, storage_writer=writer, no_dist=processes.count == 1)
+        save(_stored(tensors), storage_writer=writer, no_dist=processes.count == 1)
     except CheckpointException as error:
         raise _as_error(error, f"{folder} cannot be written", OutputError) from error
     with processes.together():
@@ -112,12 +115,34 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes)
         raise CheckpointError(
             f"{folder} is the checkpoint of another run: it {faults[0]}. Continue that run, or start another"
         )
-    stored = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in into.items()}
+    stored = _stored(into)
     try:
-        reader = HuggingFaceStorageReader(str(folder))
-        load(dict(stored), storage_reader=reader, no_dist=processes.count == 1)
+        load(dict(stored), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=processes.count == 1)
     except CheckpointException as error:
         raise _as_error(error, f"{folder} does not fit this run", CheckpointError) from error
+    with torch.no_grad():
+        for name, tensor in into.items():
+            if not is_plain_tensor(local(tensor)):
+                local(tensor).copy_(local(stored[name]))
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as files hold them: numbers as vectors of one, and the moments of 8-bit optimizers in float32.
+
+    Quantizing these again gives the same ones.
+    """
+    return {name: t.reshape(1) if t.ndim == 0 else _dense(t) for name, t in tensors.items()}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    shard: Any = local(tensor)
+    if is_plain_tensor(shard):
+        return tensor
+    dense: Tensor = shard.dequantize()
+    if not isinstance(tensor, DTensor):
+        return dense
+    mesh, places = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(dense, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def _as_error(error: CheckpointException, what: str, kind: type[Exception]) -> Exception:

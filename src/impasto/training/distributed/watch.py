@@ -10,12 +10,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 #: After this many seconds without a heartbeat, a process is gone.
 GONE = 30.0
-#: Between two heartbeats.
+#: Between two heartbeats, at most.
 BEAT = 2.0
 #: For this many seconds after a failure elsewhere, a process may stop by itself, with its files closed.
 GRACE = 5.0
@@ -30,26 +29,12 @@ class Watch:
 
     Args:
         store: of the process group; a connection of its own.
-        gone: seconds without a heartbeat.
-        beat: seconds between heartbeats.
-        grace: seconds after which the process ends.
-        end: called with the message if the process has not stopped by itself.
+        gone: seconds without a heartbeat after which a process is gone.
     """
 
-    def __init__(
-        self,
-        store: Any,
-        rank: int,
-        count: int,
-        *,
-        gone: float = GONE,
-        beat: float = BEAT,
-        grace: float = GRACE,
-        end: Callable[[str], None] | None = None,
-    ):
+    def __init__(self, store: Any, rank: int, count: int, gone: float = GONE):
         self.store, self.rank, self.next = store, rank, (rank + 1) % count
-        self.gone, self.beat, self.grace = gone, beat, grace
-        self.end = _end if end is None else end
+        self.gone, self.beat, self.grace = gone, min(BEAT, gone / 4), min(GRACE, gone)
         self.failure: str | None = None  # of another process
         self.noticed = threading.Event()
         self._stopped = threading.Event()
@@ -88,11 +73,11 @@ class Watch:
             except Exception as error:
                 if not self._stopped.is_set():
                     self.failure = f"the process that coordinates the run is gone ({type(error).__name__})"
-            if self._stopped.wait(min(self.beat, self.gone / 4)):
+            if self._stopped.wait(self.beat):
                 return
         self.noticed.set()
         if not self._stopped.wait(self.grace):
-            self.end(self.failure)
+            _end(self.failure)
 
     def _read(self) -> None:
         if self.store.check([_FAILURE]):

@@ -58,7 +58,7 @@ class CAME(torch.optim.Optimizer):
         beta1, beta2, beta3 = betas
         updates = [local(p.grad).clone() for p in parameters if p.grad is not None]
         self._precondition(parameters, updates, [g.square() + eps[0] for g in updates], "exp_avg_sq", beta2)
-        squares = _summed([u.square().sum()[None] for u in updates], parameters)
+        squares = _summed([u.square().sum() for u in updates], parameters)
         averages = []
         for parameter, update, square in zip(parameters, updates, squares, strict=True):
             rms = (square / parameter.numel()).sqrt()
