@@ -52,7 +52,7 @@ class Buckets:
         return cls(tuple(dict.fromkeys(bins.values())), max_upscale, max_crop)
 
     def assign(self, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The bucket of each image: that of the nearest aspect ratio, by its logarithm; of equals, the largest that fits.
+        """The bucket of each image: that of the nearest aspect ratio, by logarithm; of equals, the largest that fits.
 
         Args:
             sizes: [N, 2] heights and widths in pixels.
