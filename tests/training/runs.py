@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from impasto.training import checkpoints
 from impasto.training.config import Settings
 from impasto.training.objectives.base import ByStep, Loss, Objective, Tensors
 from impasto.training.randomness import Randomness
@@ -33,6 +35,14 @@ def settings(steps: int, **changes: Any) -> Settings:
             {**given[name], **value} if isinstance(value, dict) and isinstance(given.get(name), dict) else value
         )
     return Settings(steps=steps, **given)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the last checkpoint of a run of one process."""
+    last = checkpoints.latest(folder)
+    assert last is not None
+    (file,) = last.glob("*.safetensors")
+    return load_file(file)
 
 
 class Of(Objective):

@@ -30,7 +30,7 @@ from impasto.training.objectives.labels import LabelHead
 from ..tiny import tiny_text_encoder
 from ..tiny_glm import TRANSFORMER, prior_parts
 from .objectives import test_autoencoder, test_glm_image, test_text_encoder, test_text_to_image
-from .runs import settings
+from .runs import settings, stored
 
 Hook = Callable[[int], None]
 
@@ -130,9 +130,9 @@ def assert_equal(folder: Path, other: Path, found: dict[str, Tensor], expected: 
         assert torch.equal(found[name], value), name
     kept = [checkpoints.found(each) for each in (folder, other)]
     assert list(kept[0]) == list(kept[1])
-    states = [load_state(max(each.items())[1] / "state.pt") for each in kept]
-    for name, value in states[1]["models"].items():
-        assert torch.equal(states[0]["models"][name], value), name
+    states = [stored(each) for each in (folder, other)]
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
 
 
 @pytest.mark.parametrize("name", list(TRAININGS))

@@ -7,61 +7,76 @@ killed continues bit for bit, on the same machine with the same number of thread
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import whole_number
 from ..errors import CheckpointError
 from ..nn.machine import fast_dtype
 from . import checkpoints
-from .checkpoints import append_log, load_state, restore, restore_optimizers, save_state, section, trim_log
+from .checkpoints import append_log, trim_log
 from .config import Settings
+from .distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
+from .distributed.processes import ALONE, Processes
+from .distributed.shards import clip_norm
+from .distributed.storage import read_state, read_tensors, write_tensors
 from .ema import EMA
 from .masters import Masters
 from .objectives.base import AnyBatch, Data, Objective
-from .optimizers import make_optimizers
+from .optimizers import check_shardable, make_optimizers
+from .optimizers.state import set_rate, start_state, state_tensors
 from .randomness import Randomness, seed_torch
 
 
 class Run:
-    """The mutable state of a training run. From here on, what is trained computes in the precision of ``settings``."""
+    """The mutable state of a training run. From here on, what is trained computes in the precision of ``settings``.
 
-    def __init__(self, objective: Objective, settings: Settings):
-        self.objective, self.settings = objective, settings
+    Of several processes, each has this state, or with FSDP its shards of the tensors.
+    """
+
+    def __init__(self, objective: Objective, settings: Settings, processes: Processes = ALONE):
+        self.objective, self.settings, self.processes = objective, settings, processes
         self.device = next(objective.parameters()).device
-        self.masters = Masters(objective, working_dtype(settings, self.device))
+        dtype = working_dtype(settings, self.device)
+        processes.parallel = chosen(objective, processes)
+        synchronize(objective, processes)
+        if processes.shards_parameters:
+            check_shardable(settings.optimizer)
+            shard(objective, objective.blocks, processes, dtype)
+        self.masters = Masters(objective, torch.float32 if processes.shards_parameters else dtype)
+        self.loss: nn.Module = replicated(objective, processes) if processes.parallel == "ddp" else objective
         self.optimizers = make_optimizers(self.masters.named, settings.optimizer)
         self.ema = EMA(self.masters.named, settings.ema)
 
     def gradients(self, batch: AnyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the mean loss over the global batch to those of the masters; return the loss and parts.
 
-        Of several processes, each has its share of the sum.
+        Of several processes, each has the parts of its samples.
         """
         total = torch.zeros((), device=self.device)
         parts: dict[str, list[Tensor]] = {}
-        for part in batch.split(self.settings.micro_batch or max(1, len(batch))):
+        for part in batch.split(self.settings.micro_batch):
             seed_torch(self.settings.seed, batch.step, self.device, part.first)
-            loss = self.objective(part, Randomness(self.settings.seed, batch.step, part.first, batch.count))
+            loss = self.loss(part, Randomness(self.settings.seed, batch.step, part.first, batch.count))
             mean = (weights(part, loss.each) * loss.each).sum() / batch.count
             mean.backward()
             self.masters.take_gradients()
             total += mean.detach()
             for name, value in loss.parts.items():
                 parts.setdefault(name, []).append(value.detach().float().flatten())
-        return total, {name: torch.cat(several) for name, several in parts.items()}
+        return self.processes.sum(total), {name: torch.cat(several) for name, several in parts.items()}
 
     def update(self, step: int) -> Tensor:
         """One step of the optimizers; returns the norm of the gradient before clipping."""
-        clip = self.settings.clip or torch.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.named.values(), clip)
+        norm = clip_norm(self.masters.named.values(), self.settings.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * self.settings.share(step)
+                set_rate(group, group["peak"] * self.settings.share(step))
             optimizer.step()
             optimizer.zero_grad()
         self.masters.publish()
@@ -73,32 +88,41 @@ class Run:
         """The result of a check, for which what is trained holds its averages."""
         self.objective.eval()
         eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), self.masters.replaced_by(self.ema.shadow), eager:
+        averages = self.masters.replaced_by(self.ema.shadow)
+        with torch.no_grad(), averages, whole(self.objective), eager:
             values = check(step)
         self.objective.train()
         return values
 
+    def finish(self) -> None:
+        """Leave the averages in what was trained; with FSDP, whole ones in the main process alone."""
+        if self.processes.shards_parameters:
+            gather(self.objective, self.ema.shadow, self.processes)
+            return
+        for name, parameter in self.masters.working.items():
+            parameter.data = self.ema.shadow[name]
+
     def _tensors(self) -> dict[str, Tensor]:
-        return {**self.masters.named, **self.objective.state_buffers()}
+        averages = self.ema.shadow if self.settings.ema else {}
+        found = {f"models.{name}": tensor for name, tensor in self.masters.named.items()}
+        found |= {f"models.{name}": tensor for name, tensor in self.objective.state_buffers().items()}
+        found |= {f"ema.{name}": tensor for name, tensor in averages.items()}
+        return found | state_tensors(self.optimizers, self.masters.named)
 
     def save(self, folder: Path, step: int) -> None:
         """Write the state after ``step`` steps into a folder."""
-        optimizers = [{"state": optimizer.state_dict()["state"]} for optimizer in self.optimizers]
-        state = {"models": self._tensors(), "ema": self.ema.shadow, "optimizers": optimizers, "step": step}
-        save_state(folder / "state.pt", state)
+        write_tensors(folder, self._tensors(), {"step": step}, self.processes)
 
     def load(self, folder: Path) -> int:
         """Load a state and return its number of steps.
 
         Raises:
-            CheckpointError: the file is damaged or belongs to another training run.
+            CheckpointError: a file is damaged or belongs to another training run.
         """
-        path = folder / "state.pt"
-        state = load_state(path)
-        step = whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
-        restore(path, section(path, state, "models"), self._tensors())
-        restore(path, section(path, state, "ema"), self.ema.shadow)
-        restore_optimizers(path, self.optimizers, state.get("optimizers"))
+        state = read_state(folder)
+        step = whole_number(f"'step' of {folder}", state.get("step"), least=0, error=CheckpointError)
+        start_state(self.optimizers)
+        read_tensors(folder, self._tensors(), self.processes)
         self.masters.publish()
         return step
 
@@ -133,11 +157,11 @@ class Means:
             before = self.sums.get(name)
             self.sums[name] = (total, number) if before is None else (before[0] + total, before[1] + number)
 
-    def take(self) -> dict[str, float]:
-        """The means; from here on, new ones."""
-        means = {name: float(total / number) for name, (total, number) in self.sums.items() if number}
+    def take(self, processes: Processes) -> dict[str, float]:
+        """The means over all processes; from here on, new ones."""
+        sums = processes.merged({name: (float(total), float(number)) for name, (total, number) in self.sums.items()})
         self.sums.clear()
-        return means
+        return {name: total / number for name, (total, number) in sums.items() if number}
 
 
 def train(
@@ -146,6 +170,7 @@ def train(
     settings: Settings,
     folder: Path,
     check: Callable[[int], Mapping[str, float]] | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """Train in place, resuming from the last checkpoint in ``folder`` if there is one.
 
@@ -154,17 +179,19 @@ def train(
     Args:
         objective: what it trains computes in ``settings.precision`` meanwhile.
         check: called before each checkpoint with the number of steps done, while what is trained holds its averages;
-            its result is logged.
+            its result is logged. All processes call it, with the same result.
+        processes: all of which call this, with the same objective.
 
     Raises:
         CheckpointError: the state is damaged or belongs to another training run.
         OutputError: a checkpoint or the log cannot be written.
     """
-    run = Run(objective, settings)
-    last = checkpoints.latest(folder)
+    run = Run(objective, settings, processes)
+    last = processes.shared(checkpoints.latest(folder))
     start = 0 if last is None else run.load(last)
     log = folder / "log.jsonl"
-    trim_log(log, start)
+    if processes.is_main:
+        trim_log(log, start)
     keep = settings.checkpoints
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
@@ -175,20 +202,21 @@ def train(
         clock = time.monotonic()
         means = Means()
         for step in range(start, settings.steps):
-            total, parts = run.gradients(data.batch(step, 0, 1))
+            total, parts = run.gradients(data.batch(step, processes.rank, processes.count))
             norm = run.update(step)
             means.add({"loss": total, "norm": norm, **parts})
 
             saves = (step + 1) % keep.every == 0 or step + 1 == settings.steps
             if saves or (step + 1) % settings.log_every == 0:  # the window is not part of the state
-                values = means.take()
+                values = means.take(processes)
                 if saves and check is not None:
                     values |= run.checked(check, step + 1)
                 seconds = round(time.monotonic() - clock, 3)
                 rate = settings.optimizer.rate * settings.share(step)
-                append_log(log, step=step + 1, seconds=seconds, rate=rate, **values)
+                if processes.is_main:
+                    append_log(log, step=step + 1, seconds=seconds, rate=rate, **values)
             if saves:
-                checkpoints.save(folder, step + 1, lambda path, done=step + 1: run.save(path, done), keep.keep)  # type: ignore[misc]
-    for name, parameter in run.masters.working.items():
-        parameter.data = run.ema.shadow[name]
+                write = functools.partial(run.save, step=step + 1)
+                checkpoints.save(folder, step + 1, write, keep.keep, processes=processes)
+    run.finish()
     objective.eval()

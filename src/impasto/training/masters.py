@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .distributed.shards import local
 
 
 class Masters:
@@ -49,12 +52,26 @@ class Masters:
 
     @contextlib.contextmanager
     def replaced_by(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, the model holds these float32 tensors themselves as its parameters."""
-        kept = {name: parameter.data for name, parameter in self.working.items()}
+        """Within the block, the model holds these float32 values as its parameters: the tensors themselves, or copies
+        in the memory of shards, which FSDP does not let go of.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.working.values()):
+            kept = {name: master.clone() for name, master in self.named.items()}
+            put = self._write
+        else:
+            kept = {name: parameter.data for name, parameter in self.working.items()}
+            put = self._assign
         try:
-            for name, parameter in self.working.items():
-                parameter.data = values[name]
+            put(values)
             yield
         finally:
-            for name, parameter in self.working.items():
-                parameter.data = kept[name]
+            put(kept)
+
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.working.items():
+            parameter.data = values[name]
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, master in self.named.items():
+            local(master).copy_(local(values[name]))

@@ -7,7 +7,7 @@ Whatever they do, gradients are the sums over processes, in float32, so that the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ConfigurationError
 from ...nn.changes import is_plain_tensor
 from .processes import Parallel, Processes
+from .shards import full
 
 #: Bytes for each trained parameter: a float32 master, its gradient, two moments and an average, a copy in 16 bits.
 STATE_BYTES = 22
@@ -68,41 +70,40 @@ def _sum_in_float32(gradients: Tensor) -> torch.futures.Future[Any]:
 
 
 @torch.no_grad()
-def synchronize(tensors: Iterable[Tensor], processes: Processes) -> None:
-    """Give all processes the main process's values of plain tensors, such as new layers."""
+def synchronize(objective: nn.Module, processes: Processes) -> None:
+    """Give all processes the main process's values of what is trained, such as new layers, before it is divided."""
     if processes.count > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter, src=0)
 
 
 # --- FSDP2 ----------------------------------------------------------------------------------------------------------
 
 
-def mesh_of(processes: Processes, parallel: Parallel, shards: int | None = None) -> DeviceMesh:
+def mesh_of(processes: Processes) -> DeviceMesh:
     """All processes, or for HSDP copies x shards.
 
-    Args:
-        shards: of HSDP, processes that share one copy; by default those of a machine.
-
     Raises:
-        ConfigurationError: ``shards`` does not divide the number of processes.
+        ConfigurationError: the number of shards does not divide that of processes.
     """
-    if parallel == "fsdp":
+    if processes.parallel == "fsdp":
         return init_device_mesh(processes.device.type, (processes.count,), mesh_dim_names=("shard",))
-    shards = shards or processes.local_count
+    shards = processes.shards or processes.local_count
     if processes.count % shards:
         raise ConfigurationError(f"{processes.count} processes cannot be divided into groups of {shards}")
     shape = (processes.count // shards, shards)
     return init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def sharded(objective: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> FSDPModule:
+def shard(objective: nn.Module, blocks: Sequence[nn.Module], processes: Processes, dtype: torch.dtype) -> None:
     """Shard an objective in place: each block by itself, and what is trained outside of blocks together.
 
     Sharded parameters are float32 and compute in ``dtype``. Parameters outside of blocks are whole while the objective
     runs, and those of a block while it runs. Frozen parameters outside of blocks, and quantized ones, stay as they are
     in every process.
     """
+    mesh = mesh_of(processes)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     inside = {id(p) for block in blocks for p in block.parameters()}
     kept = {p for p in objective.parameters() if not is_plain_tensor(p) or not p.is_floating_point()}
@@ -113,13 +114,11 @@ def sharded(objective: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh,
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=kept)
     fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=kept | outside)
-    root = cast(FSDPModule, objective)
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no others
             module.set_gradient_divide_factor(1.0)  # the sum instead of the mean
     cast(Any, fully_shard).state(objective)._lazy_init()  # otherwise a block that is called alone becomes a root
-    return root
 
 
 @contextlib.contextmanager
@@ -133,3 +132,17 @@ def whole(objective: nn.Module) -> Iterator[None]:
         yield
     finally:
         objective.reshard()
+
+
+def gather(objective: nn.Module, values: Mapping[str, Tensor], processes: Processes) -> None:
+    """End the sharding of an objective: in the main process, its parameters are whole again, on the host.
+
+    Args:
+        values: of the parameters by name; all processes call this with theirs.
+    """
+    for module_name, module in objective.named_modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if isinstance(parameter, DTensor):
+                value = full(values.get(f"{module_name}.{name}" if module_name else name, parameter.detach()))
+                if processes.is_main:
+                    module._parameters[name] = nn.Parameter(value.cpu(), parameter.requires_grad)

@@ -33,6 +33,7 @@ class Processes:
         rank: of this process, from 0.
         count: of processes.
         local_count: of processes on this machine.
+        shards: of HSDP, processes that share one copy of the models; None: those of a machine.
         device: on which this process computes.
         parallel: how they divide the work; ``auto`` becomes ``ddp`` or ``fsdp`` when the models are known.
     """
@@ -45,16 +46,22 @@ class Processes:
         parallel: Parallel = "none",
         local_count: int = 1,
         watch: Watch | None = None,
+        shards: int | None = None,
     ):
         self.rank, self.count, self.local_count = rank, count, local_count
         self.device = device or torch.device("cpu")
         self.parallel: Parallel = parallel if count > 1 else "none"
-        self.watch = watch
+        self.watch, self.shards = watch, shards
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes what is written once: logs, images, results."""
         return self.rank == 0
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether each process has only a shard of what is trained."""
+        return self.parallel in ("fsdp", "hsdp")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, the same in all of them."""
@@ -63,6 +70,19 @@ class Processes:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def merged(self, numbers: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """The sums over processes of pairs of numbers, of which each process may have others."""
+        if self.count == 1:
+            return dict(numbers)
+        several: list[dict[str, tuple[float, float]]] = [{}] * self.count
+        dist.all_gather_object(several, dict(numbers))
+        totals: dict[str, tuple[float, float]] = {}
+        for each in several:
+            for name, (first, second) in each.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + first, before[1] + second)
+        return totals
 
     def sums(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums over processes of single numbers of the same names everywhere, in one operation."""
@@ -114,15 +134,23 @@ class Processes:
             raise failure
 
 
+#: A process that trains by itself.
+ALONE = Processes()
+
+
 @contextlib.contextmanager
 def joined(
-    parallel: Parallel = "auto", device: torch.device | str | None = None, gone: float = GONE
+    parallel: Parallel = "auto",
+    device: torch.device | str | None = None,
+    shards: int | None = None,
+    gone: float = GONE,
 ) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` has started; alone, a process needs nothing.
 
     Args:
         parallel: how they divide the work.
         device: "cpu", or "cuda", of which each process gets one; by default a GPU if there is one.
+        shards: of HSDP, processes that share one copy of the models; by default those of a machine.
         gone: seconds without a sign of life after which a process is gone, and the others end.
 
     Raises:
@@ -149,7 +177,7 @@ def joined(
         torch.cuda.set_device(kind)
     watch = _connect(rank, count, kind, gone)
     try:
-        yield Processes(rank, count, kind, parallel, local_count, watch)
+        yield Processes(rank, count, kind, parallel, local_count, watch, shards)
     except Exception as error:
         raise _explained(error, rank, watch) from error
     except BaseException as error:  # SystemExit: the processes have agreed to stop

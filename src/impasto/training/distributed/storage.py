@@ -1,13 +1,9 @@
-"""The tensors of a checkpoint as safetensors files, which as many processes read as there are, whoever wrote them.
-
-Every process writes its shards. The folder appears under its name when all files are complete.
-"""
+"""The tensors of a checkpoint: safetensors files, to which each process writes its shards and which all may read."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from ...checkpoints.config import read_json
+from ...checkpoints.stored import tensor_headers
 from ...checks import shown
 from ...errors import CheckpointError, OutputError
-from ...files import make_folder, sync, sync_folder, write_file
+from ...files import write_file
 from ...nn.changes import is_plain_tensor
 from .processes import Processes
 from .shards import local
@@ -31,99 +29,101 @@ from .shards import local
 STATE = "state.json"
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Any, processes: Processes) -> None:
-    """Write a folder completely or not at all. All processes call it, on one file system that they share.
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], processes: Processes) -> None:
+    """Write tensors into a folder that exists, the same in all processes, which all call this.
 
     Args:
-        folder: must not exist.
         tensors: plain, and then the same everywhere, or sharded.
-        state: for JSON; that of the main process counts.
+        state: for JSON, a dict; that of the main process counts.
 
     Raises:
-        OutputError: the disk is full, or the folder exists or cannot be written, in any process.
+        OutputError: the disk is full or the folder cannot be written, in any process.
     """
-    staging = folder.with_name(f".{folder.name}.incomplete")
-    with processes.together():
-        if processes.is_main:
-            if folder.exists():
-                raise OutputError(f"{folder} exists already; choose another folder")
-            shutil.rmtree(staging, ignore_errors=True)
-            make_folder(staging)
     try:
-        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(_stored(tensors), storage_writer=writer, no_dist=processes.count == 1)
     except CheckpointException as error:
         raise _as_error(error, f"{folder} cannot be written", OutputError) from error
     with processes.together():
         if processes.is_main:
-            files = {path.name: path.stat().st_size for path in sorted(staging.glob("*.safetensors"))}
-            for name in files:
-                sync(staging / name)
-            content = {"files": files, "tensors": _shapes(tensors), "state": state}
-            write_file(staging / STATE, json.dumps(content, indent=1))
-            try:
-                os.replace(staging, folder)
-                sync_folder(folder.parent)
-            except OSError as error:
-                raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
+            files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+            content = {"files": files, "tensors": _described(tensors), "state": state}
+            write_file(folder / STATE, json.dumps(content, indent=1))
 
 
-def read_state(folder: Path) -> Any:
-    """What ``write_checkpoint`` stored as ``state``.
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``write_tensors`` stored as ``state``.
 
     Raises:
         CheckpointError: the folder is not a complete checkpoint.
     """
-    try:
-        content = json.loads((folder / STATE).read_bytes())
-        files, state, _ = content["files"], content["state"], dict(content["tensors"])
-        missing = [name for name, size in files.items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint of a run ({type(error).__name__}: {shown(str(error), 200)}); "
-            "remove it and resume from another"
-        ) from error
-    if missing:
-        raise CheckpointError(f"{folder / missing[0]} is damaged: its size is wrong; resume from another checkpoint")
+    state: dict[str, Any] = _contents(folder)["state"]
     return state
-
-
-def shapes_of(folder: Path) -> dict[str, list[int]]:
-    """The shape of each tensor of a checkpoint, by name."""
-    read_state(folder)
-    shapes: dict[str, list[int]] = json.loads((folder / STATE).read_bytes())["tensors"]
-    return shapes
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes) -> None:
     """Read tensors, or this process's shards of them, in place. All processes call it.
 
     Raises:
-        CheckpointError: tensors are missing or misshapen, or a file is damaged.
+        CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged. None has changed.
     """
-    found, wanted = shapes_of(folder), _shapes(into)
+    found, wanted = _contents(folder)["tensors"], _described(into)
     faults = [f"lacks {name}" for name in wanted if name not in found]
     faults += [f"has {shown(name)}, which this run does not have" for name in found if name not in wanted]
-    faults += [
-        f"has {n} as {found[n]}, and this run as {wanted[n]}" for n in wanted if found.get(n, wanted[n]) != wanted[n]
-    ]
+    for name, kind in wanted.items():
+        if found.get(name, kind) != kind:
+            faults.append(f"has {name} as {shown(found[name])}, and this run as {kind}")
     if faults:
         raise CheckpointError(
-            f"{folder} is the checkpoint of another run: it {faults[0]}. Continue that run, or start another"
+            f"{folder} is the checkpoint of another model or run: it {faults[0]}. Continue that one, or start another"
         )
     stored = _stored(into)
     try:
         load(dict(stored), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=processes.count == 1)
     except CheckpointException as error:
-        raise _as_error(error, f"{folder} does not fit this run", CheckpointError) from error
+        raise _as_error(error, f"{folder} cannot be read", CheckpointError) from error
     with torch.no_grad():
         for name, tensor in into.items():
             if not is_plain_tensor(local(tensor)):
                 local(tensor).copy_(local(stored[name]))
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself, after a look at its files."""
+    path = folder / STATE
+    content = read_json(path)
+    if not all(isinstance(content.get(name), dict) for name in ("files", "tensors", "state")):
+        raise CheckpointError(f"{path} is not that of a training run; resume from another checkpoint")
+    if not all(_is_kind(kind) for kind in content["tensors"].values()):
+        raise CheckpointError(f"{path} does not describe its tensors; {_OTHER}")
+    numbers = dict.fromkeys(content["tensors"], 0)
+    for name, size in content["files"].items():
+        file = folder / Path(name).name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} is missing or damaged: {path} describes it; resume from another checkpoint")
+        for tensor, (_, dtype, shape) in tensor_headers(file).items():
+            if content["tensors"].get(tensor, [None])[0] != dtype:
+                raise CheckpointError(f"{file} has {shown(tensor)} as {dtype}, and {path} does not; {_OTHER}")
+            numbers[tensor] += math.prod(shape)
+    for tensor, (_, shape) in content["tensors"].items():
+        if numbers[tensor] != math.prod(shape):
+            raise CheckpointError(f"{folder} has only a part of {shown(tensor)}; {_OTHER}")
+    return content
+
+
+def _is_kind(value: Any) -> bool:
+    """Whether a value is a dtype and a shape."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
+        return False
+    return isinstance(value[0], str) and all(type(size) is int and size >= 0 for size in value[1])
+
+
+_OTHER = "resume from another checkpoint"
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """The dtype and the shape of each tensor, as a file has it."""
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in _stored(tensors).items()}
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

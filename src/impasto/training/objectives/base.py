@@ -29,7 +29,7 @@ class AnyBatch(Protocol):
     @property
     def step(self) -> int: ...
     def __len__(self) -> int: ...
-    def split(self, size: int) -> Sequence[Self]: ...
+    def split(self, size: int | None) -> Sequence[Self]: ...
 
 
 class Data(Protocol):
@@ -105,8 +105,8 @@ class Tensors:
     def __len__(self) -> int:
         return self.count
 
-    def split(self, size: int) -> list[Tensors]:
-        if size < self.count:
+    def split(self, size: int | None) -> list[Tensors]:
+        if size is not None and size < self.count:
             raise InputError(f"these batches of {self.count} cannot be divided; leave micro_batch unset")
         return [self]
 

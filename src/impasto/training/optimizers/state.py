@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,29 +29,21 @@ def state_tensors(optimizers: Sequence[torch.optim.Optimizer], named: Mapping[st
 def start_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Make the state that a first step would make, to read a stored one into. The parameters do not change."""
     for optimizer in optimizers:
-        rates = [_set_rate(group, 0.0) for group in optimizer.param_groups]
+        rates = [set_rate(group, 0.0) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            _set_rate(group, rate)
+            set_rate(group, rate)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups."""
-    for group in optimizer.param_groups:
-        _set_rate(group, rate)
-
-
-def _set_rate(group: dict[str, object], rate: float) -> float:
-    """Set a learning rate, in place where an optimizer has it as a tensor, and return the former one."""
-    present = group["lr"]
-    if isinstance(present, Tensor):
-        former = float(present)
-        present.fill_(rate)
-        return former
-    group["lr"] = rate
-    assert isinstance(present, int | float)
-    return float(present)
+def set_rate(group: dict[str, Any], rate: float) -> float:
+    """Set the learning rate of a group, in place where an optimizer has it as a tensor, and return the former one."""
+    former = float(group["lr"])
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+    return former
