@@ -132,26 +132,14 @@ class Components(DiffusionPipeline):
             raise InputError("device_map and memory_budget both specify where components go; give one of them")
         if quantization_config is not None and memory_budget is not None:
             raise InputError("a memory_budget chooses what is quantized; give it or quantization_config")
-        names = cls.component_names()
+        from .loading import Source, load_components
+
+        source, names = Source.of(pretrained_model_name_or_path, locals()), cls.component_names()
         others = {name: value for name, value in components.items() if name not in names}
         known = inspect.signature(Components.from_pretrained).parameters
         settle(cls.__name__, others, [*names, *known], f"; components: {', '.join(names)}")
         components = {name: value for name, value in components.items() if name in names}
-        from .loading import Source, load_components
-
-        source = Source(
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            variant=variant,
-            use_safetensors=use_safetensors,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            force_download=force_download,
-        )
-        requested = dtype if dtype is not None else torch_dtype
-        name = cls.saved_as or cls.__name__
+        requested, name = dtype if dtype is not None else torch_dtype, cls.saved_as or cls.__name__
         loaded, plan, folder = load_components(
             source, name, names, components, requested, memory_budget, quantization_config
         )

@@ -14,9 +14,9 @@ from ...nn.embeddings import apply_rotary, timestep_features
 from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
 from ...nn.tokens import Layout
 from ..compat.attention_processor import ProcessedAttention
+from .compat import GlmImageAttnProcessor, process
 from .context import Past
 from .places import Places
-from .processor import GlmImageAttnProcessor, process
 
 _EPS = 1e-5
 

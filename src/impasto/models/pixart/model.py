@@ -31,7 +31,7 @@ from ...nn.tokens import Layout, is_tracing
 from ..base import Model
 from ..compat.attention_processor import giving
 from ..compat.surface import Caching, FusedProjections, GradientCheckpointing
-from ..inputs import as_batches, as_timesteps, check_text
+from ..inputs import as_batches, as_timesteps, check_batch, check_text
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
@@ -369,9 +369,12 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
 
     def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
         batch, rows, bias = sum(latents.shape[0] for latents in batches), context.rows, context.projected.bias
-        if rows is not None and rows != batch:
-            raise InputError(f"encoder_hidden_states holds {rows} texts for {batch} images")
-        if torch.is_grad_enabled() and context.layers is not None and self._learns():
+        check_batch(batch, rows, modulation.shared.shape[0])
+        if (
+            torch.is_grad_enabled()
+            and context.layers is not None
+            and any(p.requires_grad for p in self.transformer_blocks.parameters())
+        ):
             raise InputError(
                 "encoder_hidden_states is a context that was made without gradients, and gradients are recorded: make "
                 "it where they are, or call the model under torch.no_grad()"
@@ -383,12 +386,6 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
                     f"without text, encoder_attention_mask masks the image tokens: expected {[batch, tokens]} "
                     f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
                 )
-        steps = modulation.shared.shape[0]
-        if steps != 1 and steps != batch:
-            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
-
-    def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.transformer_blocks.parameters())
 
     @classmethod
     def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:
