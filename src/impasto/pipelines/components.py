@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.keywords import KEYWORDS, settle
-from ..checkpoints.upload import check_upload_options, check_writable
+from ..checkpoints.upload import check_upload_options, check_writable, push_saved
 from ..checks import parse_size, shown, whole_number
 from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
@@ -190,8 +190,9 @@ class Components(DiffusionPipeline):
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         components = {name: unwrapped(component) for name, component in self.components.items()}
         name = self.saved_as or type(self).__name__
-        save_components(components, plain_path(save_directory), name, variant, shard_bytes)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
+        written = save_components(components, plain_path(save_directory), name, variant, shard_bytes)
+        if push_to_hub:
+            push_saved(self, save_directory, written, upload)
 
     @classmethod
     def from_pipe(

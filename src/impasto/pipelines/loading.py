@@ -18,6 +18,7 @@ from ..checkpoints import hub
 from ..checkpoints.config import read_json
 from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME, holds_weights
+from ..checkpoints.upload import files_in
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
@@ -303,8 +304,12 @@ def check_saveable(name: str, component: Any) -> None:
 
 def save_components(
     components: Mapping[str, Any], root: Path, pipeline: str, variant: str | None, max_shard_bytes: int
-) -> None:
-    """Write each component into its own folder, and the index; together they replace what an earlier save wrote."""
+) -> list[str]:
+    """Write each component into its own folder, and the index; together they replace what an earlier save wrote.
+
+    Returns:
+        the files, relative to ``root``.
+    """
     from ..checkpoints.layout import superseded
     from ..checkpoints.stored import with_variant
     from ..checkpoints.weights import disk_errors
@@ -323,3 +328,4 @@ def save_components(
                 options = {"variant": variant, "max_shard_size": max_shard_bytes} if has_weights else {}
                 component.save_pretrained(staging / name, **options)
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return files_in(staging)

@@ -14,7 +14,6 @@ head, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -257,8 +256,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
 
         inside = places.as_tensors() if dynamic else places
         for block, past in zip(self.transformer_blocks, pasts, strict=True):
-            run = partial(self.checkpoint, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
-            x, *key_value = run(x, modulation.embedded, inside, past)
+            x, *key_value = self.in_training(block)(x, modulation.embedded, inside, past)
             if layers is not None:
                 layers.append((key_value[0], key_value[1]))
             del key_value
@@ -342,7 +340,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
             references = kv_caches.read() if kv_caches.mode == "read" else None
-        with giving(attention_kwargs, self, "attention_kwargs", self.gradient_checkpointing):
+        with giving(attention_kwargs, self, "attention_kwargs"):
             if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
                 if not isinstance(hidden_states, Tensor):
                     raise InputError("a cache is written with latents of one size: give them as one tensor")

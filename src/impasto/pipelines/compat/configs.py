@@ -174,7 +174,8 @@ class DiffusionPipeline(Uploads):
         check_upload_options(upload)
         with saving(save_directory) as staging:
             write_json(staging / INDEX_NAME, self._stored_config())
-        self._push_saved(push_to_hub, save_directory, upload)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **upload})
 
     def to_json_string(self) -> str:
         """The config as JSON."""
