@@ -17,7 +17,7 @@ from .solids import FAR, Body, intersect
 from .world import BEHIND, FRONT, LEFT, ON_TOP, RIGHT, Scene
 
 RADIUS = {"small": 0.64, "large": 1.0}
-PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.78, 0.78), "cylinder": (0.75, 0.84), "cone": (0.94, 0.98)}
+PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.78, 0.78), "cylinder": (0.75, 0.84), "cone": (0.94, 0.98), "dome": (1.04, 0.52)}
 # World units across the shorter side of the frame, by number of solids, so that sizes can be distinguished.
 EXTENT = {1: 3.3, 2: 4.5, 3: 5.6}
 CAMERA_DISTANCE = 14.0
@@ -130,7 +130,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Body]:
         for i in stack:
             bodies[i] = _moved(bodies[i], x, ground + bodies[i].half, z)
             # What stands on a point or a dome sinks in slightly; otherwise it would seem to hover.
-            sink = {"cone": 0.44, "sphere": 0.05}.get(bodies[i].shape, 0.0) * bodies[i].half
+            sink = {"cone": 0.44, "sphere": 0.05, "dome": 0.10}.get(bodies[i].shape, 0.0) * bodies[i].half
             ground += 2 * bodies[i].half - sink
     middle = (x / 2, z / 2)
     return [_moved(b, b.x - middle[0], b.y, b.z - middle[1]) for b in bodies]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .layout import Camera, Layout, arrange
 from .solids import FAR, Body, Vector, distance, intersect
-from .world import BACKGROUNDS, COLOURS, Scene
+from .world import ALL_COLOURS, BACKGROUNDS, Scene
 
 SUPERSAMPLING = 2  # samples per pixel and side
 GAMMA = 2.2
@@ -65,7 +65,7 @@ def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int =
 
 def shade(buffer: GeometryBuffer, colors: Sequence[str], background: str) -> Tensor:
     """Colour a traced geometry, with one colour name per solid. Returns the image [3, H, W] in [0, 1]."""
-    palette = torch.tensor([BACKGROUNDS[background], *(COLOURS[color] for color in colors)])
+    palette = torch.tensor([BACKGROUNDS[background], *(ALL_COLOURS[color] for color in colors)])
     assert len(palette) == len(buffer.diffuse), "one colour per solid"
     image = (palette.T @ buffer.diffuse.flatten(1)).view(3, *buffer.gloss.shape)
     return torch.lerp(image, torch.ones(()), buffer.gloss).clamp_(0, 1)  # towards white, which keeps the hue
