@@ -61,6 +61,20 @@ class Camera:
         rows = v[:, None] * ones
         return u[None] * ones, fy + uy * rows, fz + uz * rows
 
+    def cropped(self, rows: slice, columns: slice, height: int, width: int) -> Camera:
+        """The camera that sees only these rows and columns of a height x width frame."""
+        return Camera(
+            self.pitch,
+            (
+                self.center[0] + self.half[0] * ((columns.start + columns.stop) / width - 1),
+                self.center[1] - self.half[1] * ((rows.start + rows.stop) / height - 1),
+            ),
+            (
+                self.half[0] * (columns.stop - columns.start) / width,
+                self.half[1] * (rows.stop - rows.start) / height,
+            ),
+        )
+
     def window(self, body: Body, height: int, width: int) -> tuple[slice, slice]:
         """The rows and columns of a height x width frame that contain `body`."""
         low, high = self.bounds([body])
@@ -68,8 +82,8 @@ class Camera:
         bottom, top = ((1 - (v - self.center[1]) / self.half[1]) / 2 * height for v in (low[1], high[1]))
         pad = 1 + 0.01 * max(height, width)
         return (
-            slice(max(0, int(top - pad)), min(height, math.ceil(bottom + pad))),
-            slice(max(0, int(left - pad)), min(width, math.ceil(right + pad))),
+            slice(max(0, int(top - pad)), max(0, min(height, math.ceil(bottom + pad)))),
+            slice(max(0, int(left - pad)), max(0, min(width, math.ceil(right + pad)))),
         )
 
     def bounds(self, bodies: list[Body]) -> tuple[list[float], list[float]]:
