@@ -226,7 +226,7 @@ def answer(judge: Judge, images: Tensor) -> JudgeOutput:
     """The output of a judge in training, in float32. The judge itself averages in float32."""
     dtype = fast_dtype(torch.device("cpu"))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        return JudgeOutput(*(value.float() for value in judge(images)))
+        return JudgeOutput(*(value.float() for value in judge(images).to_tuple()))
 
 
 @torch.no_grad()
