@@ -3,8 +3,8 @@
     python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
 
 Every stage resumes where it was interrupted. Without --stage all of them run in order. Unlike the generator, the judge
-learns from all combinations, including those held out from the generator, and the shape and the colour that only adapters
-learn, because it has to read them. Arrangements are traced once, and coloured again each time they are used.
+learns from all combinations, including those held out from the generator, and from the shape and the colour that only
+adapters learn, because it has to read them. Arrangements are traced once, and coloured again each time they are used.
 """
 
 from __future__ import annotations

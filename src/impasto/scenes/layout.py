@@ -17,7 +17,13 @@ from .solids import FAR, Body, intersect
 from .world import BEHIND, FRONT, LEFT, ON_TOP, RIGHT, Scene
 
 RADIUS = {"small": 0.64, "large": 1.0}
-PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.78, 0.78), "cylinder": (0.75, 0.84), "cone": (0.94, 0.98), "dome": (1.04, 0.52)}
+PROPORTIONS = {
+    "sphere": (1.0, 1.0),
+    "cube": (0.78, 0.78),
+    "cylinder": (0.75, 0.84),
+    "cone": (0.94, 0.98),
+    "dome": (1.04, 0.52),
+}
 # World units across the shorter side of the frame, by number of solids, so that sizes can be distinguished.
 EXTENT = {1: 3.3, 2: 4.5, 3: 5.6}
 CAMERA_DISTANCE = 14.0

@@ -134,9 +134,7 @@ def _traced(scene: Scene, height: int, width: int) -> GeometryBuffer:
     return trace(scene, height, width, scene.seed)
 
 
-def _cropped(
-    scene: Scene, target: tuple[int, int], rng: np.random.Generator
-) -> tuple[tuple[int, int], GeometryBuffer]:
+def _cropped(scene: Scene, target: tuple[int, int], rng: np.random.Generator) -> tuple[tuple[int, int], GeometryBuffer]:
     """A crop whose centre is in the box of one of the solids if the frame's borders allow it; its top and left."""
     height, width = scene.height, scene.width
     layout = arrange(scene, height, width, scene.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -119,9 +119,7 @@ def is_held_out(scene: Scene) -> bool:
     return any(crc32(text.encode()) % HELD_OUT_PART == 0 for text in combinations(scene))
 
 
-def sample_arrangement(
-    rng: np.random.Generator, height: int, width: int, shapes: Sequence[str] = SHAPES
-) -> Scene:
+def sample_arrangement(rng: np.random.Generator, height: int, width: int, shapes: tuple[str, ...] = SHAPES) -> Scene:
     """Shapes, sizes, relations and a seed, with placeholder colours for `recolour` to replace."""
     count = int(rng.choice(list(OBJECT_COUNTS), p=list(OBJECT_COUNTS.values())))
     if count == 1:
