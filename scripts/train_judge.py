@@ -1,6 +1,6 @@
 """Train the judge that reads images of the small world back into scenes, and report how often it is right.
 
-    python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
+    python scripts/train_judge.py [--out runs/judge] [--stage render|train|report] [--start-from FOLDER]
 
 Every stage resumes where it was interrupted. Without --stage all of them run in order. Unlike the generator, the judge
 learns from all combinations, including those held out from the generator, and from the shape and the colour that only
@@ -240,9 +240,10 @@ def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         answer(judge, sample(geometry, Randomness(SEED + 1, number))[0])
 
 
-def train(out: Path, steps: int) -> None:
+def train(out: Path, steps: int, start_from: Path | None = None) -> None:
     torch.manual_seed(SEED)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge() if start_from is None else Judge.from_pretrained(start_from)
+    judge = judge.to(memory_format=torch.channels_last).train()
     geometry = [load(chunks.path_of(out / "geometry", chunk)) for chunk in chunks.known(out / "geometry")]
     images, scenes = unseen("validation", VALIDATION_SCENES, out)
     new_images, new_scenes = unseen("new words", VALIDATION_SCENES // 2, out, adapter_words=True)
@@ -317,12 +318,13 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/scenes"))
     parser.add_argument("--stage", choices=["render", "train", "report"])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--start-from", type=Path, help="the weights of a trained judge, instead of random ones")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stage in (None, "render"):
         render(options.out, CHUNKS)
     if options.stage in (None, "train"):
-        train(options.out, options.steps)
+        train(options.out, options.steps, options.start_from)
     if options.stage in (None, "report"):
         report(options.out, options.docs)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from impasto.errors import InputError
+from impasto.scenes.labels import CAPTION_CLASSES
 from impasto.scenes.renderer import render
 from impasto.scenes.source import SceneSample, ScenesSource
 from impasto.scenes.world import ADAPTER_COLOUR, ADAPTER_SHAPE, is_held_out
@@ -78,6 +79,24 @@ def test_held_out_combinations_never_appear_and_adapters_have_their_words() -> N
         assert all(bool(shown & new) == (kind == "adapter") for shown in words)
 
 
+def test_captions_alone_say_what_is_labelled() -> None:
+    source = ScenesSource(40, images=False)
+    sized = 0
+    for index in range(40):
+        sample, scene = source.read(index, (8, 8), rng(index)), source.scene(index)
+        answers = sample.extra["answers"]
+        assert sample.image is None
+        assert sample.caption is not None
+        assert answers.shape == (3, len(CAPTION_CLASSES))
+        assert (answers < torch.tensor(CAPTION_CLASSES)).all()
+        assert (answers[:, 0] > 0).sum() == (answers[:, 1] > 0).sum() == len(scene.solids)
+        assert (answers[:, 3] > 0).sum() == len(scene.relations)
+        assert bool(answers[0, 2]) == (f"{scene.solids[0].size} {scene.solids[0].color}" in sample.caption)
+        assert bool(answers[0, 4]) == ("background" in sample.caption)
+        sized += bool(answers[0, 2])
+    assert 5 < sized < 30
+
+
 def test_colourings_share_an_arrangement() -> None:
     source = ScenesSource(9, frames=[(32, 32)], colourings=3)
     scenes = [source.scene(index) for index in range(9)]
@@ -100,6 +119,7 @@ def test_samples_have_the_fields_of_the_trainer() -> None:
         {"frames": [(60, 64)]},
         {"crop": (512, 512)},
         {"kind": "other"},
+        {"kind": "adapter", "images": False},
     ],
 )
 def test_other_values_are_refused(wrong: dict[str, object]) -> None:

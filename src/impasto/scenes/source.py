@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .captions import caption
-from .labels import label_cells
+from .labels import label_caption, label_cells
 from .layout import arrange
 from .renderer import SUPERSAMPLING, GeometryBuffer, shade, trace, trace_layout
 from .world import FRAMES, Scene, is_held_out, recolour, sample_arrangement, with_adapter_words
@@ -44,6 +44,7 @@ class ScenesSource:
         seed: another one gives other scenes.
         frames: heights and widths in pixels, multiples of 8, which the arrangements take in turn.
         crop: the height and width of a part of the frame, which shows part of a solid; None: whole frames.
+        images: False for captions alone, with what they say in ``extra["answers"]`` (`label_caption`).
         kind: "ordinary" scenes, or those of an "adapter", each with the shape or the colour that no other scene has.
         colourings: of each arrangement; adjacent samples share it, which makes reading them in order cheaper.
 
@@ -59,6 +60,7 @@ class ScenesSource:
         crop: Sequence[int] | None = None,
         kind: str = "ordinary",
         colourings: int = 1,
+        images: bool = True,
     ):
         self.frames = [_size("frames", frame) for frame in frames]
         self.crop = None if crop is None else _size("crop", crop)
@@ -68,7 +70,9 @@ class ScenesSource:
             raise InputError(f"Unknown kind of scenes {kind!r}; use one of {', '.join(KINDS)}.")
         if self.crop and any(self.crop[side] > frame[side] for frame in self.frames for side in (0, 1)):
             raise InputError(f"A crop of {self.crop} does not fit into every frame of {self.frames}.")
-        self.count, self.seed, self.kind, self.colourings = count, seed, kind, colourings
+        if kind != "ordinary" and not images:
+            raise InputError("Captions alone are those of ordinary scenes; leave 'kind' out.")
+        self.count, self.seed, self.kind, self.colourings, self.images = count, seed, kind, colourings, images
 
     def __len__(self) -> int:
         return self.count
@@ -101,6 +105,9 @@ class ScenesSource:
         if not 0 <= index < self.count:
             raise InputError(f"There is no sample {index}; there are {self.count}, from 0.")
         scene = self.scene(index)
+        if not self.images:
+            text = caption(scene, rng)
+            return SceneSample(caption=text, extra={"answers": label_caption(scene, text)})
         if self.crop is None:
             size, place = target, (0, 0)
             buffer = _traced(_plain(scene), *target)
