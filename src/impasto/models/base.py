@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.upload import Uploads, check_upload_options, check_writable
+from ..checkpoints.upload import Uploads, check_upload_options, check_writable, files_in, push_saved
 from ..checks import parse_size, shown, text
 from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
@@ -213,7 +213,9 @@ class Model(Configurable, Uploads, ModelSurface):
         with saving(save_directory, superseded) as staging:
             write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
+            written = files_in(staging)
+        if push_to_hub:
+            push_saved(self, save_directory, written, upload)
 
     def check_saveable(self, name: str = "") -> None:
         """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config.
