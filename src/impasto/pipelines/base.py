@@ -20,7 +20,7 @@ from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
-from .calls import Call, calling
+from .compat.calls import Call, calling
 from .compat.methods import PipelineMethods
 from .components import Components
 from .images import ImageProcessor

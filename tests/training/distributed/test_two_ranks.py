@@ -75,7 +75,13 @@ STEPS = 20
 
 def run(folder: Path, processes: Processes = ALONE, steps: int = STEPS, **changes: Any) -> dict[str, Tensor]:
     objective = Denoise()
-    given: dict[str, Any] = {"optimizer": {"name": "adamw"}, "ema": 0.9, "log_every": 1, "checkpoints": {"every": 7}, "clip": 0.5}
+    given: dict[str, Any] = {
+        "optimizer": {"name": "adamw"},
+        "ema": 0.9,
+        "log_every": 1,
+        "checkpoints": {"every": 7},
+        "clip": 0.5,
+    }
     given["precision"] = "float32"
     checked: dict[str, float] = {}
 
