@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from ..checks import shown
 from ..errors import MissingDependencyError
 from .optimizers.schedule import Kind, share
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 except ImportError as error:
     raise MissingDependencyError("training needs pydantic: pip install 'impasto[train]'") from error
 
@@ -23,9 +26,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def changed(self, **values: Any) -> Any:
-        """The same section with other values, checked."""
-        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        unknown = [key for key in given if key not in cls.model_fields] if isinstance(given, dict) else []
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, 1, 0.5)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
+            raise ValueError(f"there is no {shown(unknown[0])} here; {known}")
+        return given
 
 
 class OptimizerSettings(Section):
@@ -99,3 +108,30 @@ class Settings(Section):
         """The learning rate of a step as a share of the highest."""
         s = self.schedule
         return share(step, self.steps, s.kind, s.warmup, s.decay_share, s.floor)
+
+
+def problems(error: ValidationError) -> str:
+    """What pydantic found, in one line: the first problem, with its key, and how many more there are."""
+    found = error.errors(include_url=False)
+    first = found[0]
+    tags = {"text-to-image", "autoencoder"}
+    place = ".".join(str(part) for part in first["loc"] if part not in tags)
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] not in ("value_error", "missing"):
+        message = f"must be {message}, not {shown(first['input'])}" if "should be" in first["msg"] else first["msg"]
+    if first["type"] == "missing":
+        message = "must be given"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{place or 'the configuration'}: {message}{more}"
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys, such as "optimizer.rate", whose values differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**one, **other}:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found
