@@ -114,21 +114,29 @@ def locate(source: str | os.PathLike[str], request: Request | None = None) -> Pa
 
 
 def load_into(
-    components: Mapping[str, nn.Module], source: Source, request: Request, *, others: Sequence[str] = ()
-) -> str:
+    components: Mapping[str, nn.Module],
+    source: Source,
+    request: Request,
+    *,
+    others: Sequence[str] = (),
+    required: bool = True,
+) -> str | None:
     """Load an adapter into those components that it has layers for, and make it the active one in them.
 
     Args:
         others: components that are not there: what the adapter has for them is left out, with a warning.
+        required: raise if it has nothing for the components.
 
     Returns:
-        the adapter's name.
+        the adapter's name; None if it has nothing for the components.
 
     Raises:
         as ``bind`` and ``load``; no component is changed then.
     """
     file = open_adapter(source, request)
     bound = bind(file, components, others=others, alpha=request.alpha)
+    if not bound and not required:
+        return None
     if not bound:
         raise WeightsMismatchError(f"{file.where} has no layers for {', '.join(components)}; nothing was loaded")
     if request.hotswap:
