@@ -17,13 +17,14 @@ from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMis
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
+from .compat.adapters import AdapterMethods
 from .compat.surface import ModelSurface
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
 
-class Model(Configurable, Uploads, ModelSurface):
+class Model(AdapterMethods, Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
