@@ -39,8 +39,8 @@ def route_tokens(transformer: nn.Module, start: int, end: int, rate: float) -> T
         ConfigurationError: tokens are routed already, or the blocks compress keys and values on the token grid.
     """
     blocks = getattr(transformer, "transformer_blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise InputError(f"route_tokens takes a transformer with transformer_blocks, not {type(transformer).__name__}")
+    if not isinstance(blocks, nn.ModuleList) or not hasattr(blocks[0], "scale_shift_table"):
+        raise InputError(f"route_tokens takes a PixArt transformer, not {type(transformer).__name__}")
     start = whole_number("start", start, least=0, most=len(blocks) - 1)
     end = whole_number("end", end, least=start + 1, most=len(blocks))
     rate = finite("rate", rate, least=0.0)
@@ -125,7 +125,7 @@ class TokenRouting(Change, Handle):
         if self._choice is None or not block.training:
             return None
         missing: list[Any] = [None] * (5 - len(arguments))
-        x, shared, text, bias, layout = [*arguments, *missing]
+        x, shared, text, bias, layout, *rest = [*arguments, *missing]
         choice = self._choice
         if first:
             self._check(x, layout)
@@ -137,7 +137,7 @@ class TokenRouting(Change, Handle):
                 text = text._replace(bias=text.bias.index_select(1, choice.sequence(x.device)))
             kept = Layout.of(choice.kept, x.device)
             layout = kept if layout.lengths else kept.as_tensors()
-        return x, shared, text, bias, layout
+        return x, shared, text, bias, layout, *rest
 
     def _leave(self, block: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._choice is None or not block.training:
