@@ -90,7 +90,9 @@ class Guard:
                 own.clear()
                 own.extend(float(value) for value in state[name])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"the state of skipped steps is damaged ({error}); use an earlier checkpoint") from error
+            raise CheckpointError(
+                f"the state of skipped steps is damaged ({error}); use an earlier checkpoint"
+            ) from error
 
 
 class Signals:
