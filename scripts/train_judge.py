@@ -10,6 +10,7 @@ adapters learn, because it has to read them. Arrangements are traced once, and c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math

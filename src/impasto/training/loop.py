@@ -8,29 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import whole_number
+from ..checkpoints.config import read_json
+from ..checks import shown, whole_number
 from ..errors import CheckpointError
-from ..nn.machine import fast_dtype
+from ..files import write_file
 from . import checkpoints
 from .checkpoints import append_log, trim_log
-from .config import Settings
+from .config import Settings, differences
 from .distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
 from .distributed.processes import ALONE, Processes
 from .distributed.shards import clip_norm
 from .distributed.storage import read_state, read_tensors, write_tensors
 from .ema import EMA
-from .masters import Masters
+from .masters import Masters, working_dtype
 from .objectives.base import AnyBatch, Data, Objective
 from .optimizers import check_shardable, make_optimizers
 from .optimizers.state import set_rate, start_state, state_tensors
 from .randomness import Randomness, seed_torch
+
+#: Settings that may change when a run goes on.
+MAY_CHANGE = frozenset(
+    {
+        "steps", "log_every", "checkpoints", "micro_batch", "compile", "output", "validation", "samples", "checks",
+        "export", "parallel", "data.workers", "data.max_broken",
+    }
+)  # fmt: skip
 
 
 class Run:
@@ -42,7 +53,7 @@ class Run:
     def __init__(self, objective: Objective, settings: Settings, processes: Processes = ALONE):
         self.objective, self.settings, self.processes = objective, settings, processes
         self.device = next(objective.parameters()).device
-        dtype = working_dtype(settings, self.device)
+        dtype = working_dtype(settings.precision, self.device)
         processes.parallel = chosen(objective, processes)
         synchronize(objective, processes)
         if processes.shards_parameters:
@@ -112,6 +123,8 @@ class Run:
     def save(self, folder: Path, step: int) -> None:
         """Write the state after ``step`` steps into a folder."""
         write_tensors(folder, self._tensors(), {"step": step}, self.processes)
+        if self.processes.is_main:
+            write_file(folder / "settings.json", json.dumps(self.settings.model_dump(mode="json"), indent=1) + "\n")
 
     def load(self, folder: Path) -> int:
         """Load a state and return its number of steps.
@@ -119,6 +132,7 @@ class Run:
         Raises:
             CheckpointError: a file is damaged or belongs to another training run.
         """
+        self._compare(read_json(folder / "settings.json"), folder)
         state = read_state(folder)
         step = whole_number(f"'step' of {folder}", state.get("step"), least=0, error=CheckpointError)
         start_state(self.optimizers)
@@ -126,14 +140,15 @@ class Run:
         self.masters.publish()
         return step
 
-
-def working_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """In which trained models compute."""
-    if settings.precision != "auto":
-        dtype: torch.dtype = getattr(torch, settings.precision)
-        return dtype
-    fast = fast_dtype(device)
-    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
+    def _compare(self, stored: Mapping[str, Any], folder: Path) -> None:
+        """Refuse to continue a run with other settings than those that may change."""
+        other = differences(stored, self.settings.model_dump(mode="json"))
+        for key, (before, now) in other.items():
+            if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+                raise CheckpointError(
+                    f"{folder} is of a run with {key}={shown(before)}, and here it is {shown(now)}; keep the setting, "
+                    f"or start another run in another folder"
+                )
 
 
 def weights(batch: AnyBatch, like: Tensor) -> Tensor:

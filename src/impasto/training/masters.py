@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..nn.machine import fast_dtype
 from .distributed.shards import local
 
 
@@ -75,3 +76,12 @@ class Masters:
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, master in self.named.items():
             local(master).copy_(local(values[name]))
+
+
+def working_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """In which trained models compute: ``auto`` or the name of a dtype."""
+    if precision != "auto":
+        dtype: torch.dtype = getattr(torch, precision)
+        return dtype
+    fast = fast_dtype(device)
+    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
