@@ -74,12 +74,13 @@ class Run:
         for part in batch.split(self.settings.micro_batch):
             seed_torch(self.settings.seed, batch.step, self.device, part.first)
             loss = self.loss(part, Randomness(self.settings.seed, batch.step, part.first, batch.count))
-            mean = (weights(part, loss.each) * loss.each).sum() / batch.count
+            weight = weights(part, loss.each)  # [B]
+            mean = (weight * loss.each).sum() / batch.count
             mean.backward()
             self.masters.take_gradients()
             total += mean.detach()
             for name, value in loss.parts.items():
-                parts.setdefault(name, []).append(value.detach().float().flatten())
+                parts.setdefault(name, []).append(counted(value.detach().float(), weight))
         return self.processes.sum(total), {name: torch.cat(several) for name, several in parts.items()}
 
     def update(self, step: int) -> Tensor:
@@ -136,7 +137,7 @@ class Run:
         state = read_state(folder)
         step = whole_number(f"'step' of {folder}", state.get("step"), least=0, error=CheckpointError)
         start_state(self.optimizers)
-        read_tensors(folder, self._tensors(), self.processes)
+        read_tensors(folder, self._tensors())
         self.masters.publish()
         return step
 
@@ -155,6 +156,13 @@ def weights(batch: AnyBatch, like: Tensor) -> Tensor:
     """The weights [B] of the samples of a batch."""
     samples = getattr(batch, "samples", None)
     return torch.ones_like(like) if samples is None else like.new_tensor([sample.weight for sample in samples])
+
+
+def counted(values: Tensor, weight: Tensor) -> Tensor:
+    """Values [B], or a single number, for the log: NaN, which does not count, for samples with a weight [B] of 0."""
+    if values.numel() == 1:
+        return values.flatten() if weight.any() else values.new_full((1,), torch.nan)
+    return values.masked_fill(weight == 0, torch.nan)
 
 
 class Means:

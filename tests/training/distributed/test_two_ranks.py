@@ -81,8 +81,9 @@ def run(folder: Path, processes: Processes = ALONE, steps: int = STEPS, **change
         "log_every": 1,
         "checkpoints": {"every": 7},
         "clip": 0.5,
+        "precision": "float32",
+        "schedule": {"kind": "constant"},
     }
-    given["precision"] = "float32"
     checked: dict[str, float] = {}
 
     def check(step: int) -> dict[str, float]:
