@@ -157,7 +157,7 @@ class FeedForward(nn.Module):
             out: Tensor = self.net(x)  # [B, N, D]
             return out
         hidden = activated.proj(x)  # [B, N, 4 * D]: all that is stored of the wide states
-        return recomputed(lambda wide: self.net[1:](activated.activation(wide)), hidden, random=self.training)
+        return recomputed(lambda wide: self.net[1:](activated.activation(wide)), hidden)
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""

@@ -64,7 +64,7 @@ def computing(module: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if _widened_dtype(module) is None else in_float32()
 
 
-def checkpointed(block: nn.Module, *arguments: Any) -> Any:
+def checkpointed(block: Function, *arguments: Any) -> Any:
     """Gradient checkpointing: the block is recomputed in the backward pass, in this precision and by these kernels."""
     wide, backend = _thread.is_wide, chosen_backend()
     if not wide and backend == "native":
