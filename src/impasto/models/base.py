@@ -18,6 +18,7 @@ from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMis
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
+from .compat.adapters import AdapterMethods
 from .compat.surface import ModelSurface
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("impasto")
 
 
-class Model(Configurable, Uploads, ModelSurface):
+class Model(AdapterMethods, Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Arguments that diffusers' class lacks, and that change what the model computes.
