@@ -7,24 +7,36 @@ killed continues bit for bit, on the same machine with the same number of thread
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import whole_number
+from ..checkpoints.config import read_json
+from ..checks import shown, whole_number
 from ..errors import CheckpointError
-from ..nn.machine import fast_dtype
+from ..files import write_file
 from . import checkpoints
 from .checkpoints import append_log, load_state, restore, restore_optimizers, save_state, section, trim_log
-from .config import Settings
+from .config import Settings, differences
 from .ema import EMA
-from .masters import Masters
+from .masters import Masters, working_dtype
 from .objectives.base import AnyBatch, Data, Objective
 from .optimizers import make_optimizers
 from .randomness import Randomness, seed_torch
+
+#: Settings that may change when a run goes on.
+MAY_CHANGE = frozenset(
+    {
+        "steps", "log_every", "checkpoints", "micro_batch", "compile", "output", "validation", "samples", "checks",
+        "export", "data.workers", "data.max_broken",
+    }
+)  # fmt: skip
 
 
 class Run:
@@ -33,7 +45,7 @@ class Run:
     def __init__(self, objective: Objective, settings: Settings):
         self.objective, self.settings = objective, settings
         self.device = next(objective.parameters()).device
-        self.masters = Masters(objective, working_dtype(settings, self.device))
+        self.masters = Masters(objective, working_dtype(settings.precision, self.device))
         self.optimizers = make_optimizers(self.masters.named, settings.optimizer)
         self.ema = EMA(self.masters.named, settings.ema)
 
@@ -86,13 +98,15 @@ class Run:
         optimizers = [{"state": optimizer.state_dict()["state"]} for optimizer in self.optimizers]
         state = {"models": self._tensors(), "ema": self.ema.shadow, "optimizers": optimizers, "step": step}
         save_state(folder / "state.pt", state)
+        write_file(folder / "settings.json", json.dumps(self.settings.model_dump(mode="json"), indent=1) + "\n")
 
     def load(self, folder: Path) -> int:
         """Load a state and return its number of steps.
 
         Raises:
-            CheckpointError: the file is damaged or belongs to another training run.
+            CheckpointError: a file is damaged or belongs to another training run.
         """
+        self._compare(read_json(folder / "settings.json"), folder)
         path = folder / "state.pt"
         state = load_state(path)
         step = whole_number(f"'step' of {path}", state.get("step"), least=0, error=CheckpointError)
@@ -102,14 +116,15 @@ class Run:
         self.masters.publish()
         return step
 
-
-def working_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """In which trained models compute."""
-    if settings.precision != "auto":
-        dtype: torch.dtype = getattr(torch, settings.precision)
-        return dtype
-    fast = fast_dtype(device)
-    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
+    def _compare(self, stored: Mapping[str, Any], folder: Path) -> None:
+        """Refuse to continue a run with other settings than those that may change."""
+        other = differences(stored, self.settings.model_dump(mode="json"))
+        for key, (before, now) in other.items():
+            if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
+                raise CheckpointError(
+                    f"{folder} is of a run with {key}={shown(before)}, and here it is {shown(now)}; keep the setting, "
+                    f"or start another run in another folder"
+                )
 
 
 def weights(batch: AnyBatch, like: Tensor) -> Tensor:
@@ -188,7 +203,7 @@ def train(
                 rate = settings.optimizer.rate * settings.share(step)
                 append_log(log, step=step + 1, seconds=seconds, rate=rate, **values)
             if saves:
-                checkpoints.save(folder, step + 1, lambda path, done=step + 1: run.save(path, done), keep.keep)  # type: ignore[misc]
+                checkpoints.save(folder, step + 1, functools.partial(run.save, step=step + 1), keep.keep)
     for name, parameter in run.masters.working.items():
         parameter.data = run.ema.shadow[name]
     objective.eval()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..nn.machine import fast_dtype
+
 
 class Masters:
     """The master weights of what has ``requires_grad``; other parameters are left as they are.
@@ -58,3 +60,12 @@ class Masters:
         finally:
             for name, parameter in self.working.items():
                 parameter.data = kept[name]
+
+
+def working_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """In which trained models compute: ``auto`` or the name of a dtype."""
+    if precision != "auto":
+        dtype: torch.dtype = getattr(torch, precision)
+        return dtype
+    fast = fast_dtype(device)
+    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
