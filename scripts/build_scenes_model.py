@@ -37,7 +37,7 @@ from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training import checkpoints
 from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import Run, train
+from impasto.training.loop import train
 from impasto.training.objectives.autoencoder import Autoencoder
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
@@ -45,6 +45,7 @@ from impasto.training.objectives.labels import LabelHead
 from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
+from impasto.training.run import Run
 
 SEED = 2026
 STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")

@@ -60,11 +60,11 @@ VALIDATION_SCENES = 384
 REPORT_SCENES = 2000
 
 
-def judge_settings(steps: int) -> Settings:
+def judge_settings(steps: int, rate: float = 2e-3) -> Settings:
     return Settings(
         steps=steps,
         seed=SEED,
-        optimizer={"rate": 2e-3, "weight_decay": 0.02},
+        optimizer={"rate": rate, "weight_decay": 0.02},
         schedule={"kind": "cosine", "warmup": 100, "floor": 0.01},
         clip=5.0,
         log_every=200,
@@ -273,7 +273,8 @@ def train(out: Path, steps: int, start_from: Path | None = None) -> None:
             save_state(out / "best.pt", judge.state_dict())
         return percent
 
-    train_loop(Judging(judge, geometry, steps), ByStep(lambda step: None, BATCH), judge_settings(steps), out, check)
+    settings = judge_settings(steps) if start_from is None else judge_settings(steps, 1e-3)
+    train_loop(Judging(judge, geometry, steps), ByStep(lambda step: None, BATCH), settings, out, check)
 
 
 def report(out: Path, docs: Path) -> None:

@@ -21,6 +21,12 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def values(folder: Path) -> list[dict[str, float]]:
+    """The log of a run without its times."""
+    times = ("seconds", "images_per_second", "utilization")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows(folder)]
+
+
 def settings(steps: int, **changes: Any) -> Settings:
     """Muon and a plateau, unless changed."""
     given: dict[str, Any] = {

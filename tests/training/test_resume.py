@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -30,7 +29,7 @@ from impasto.training.objectives.labels import LabelHead
 from ..tiny import tiny_text_encoder
 from ..tiny_glm import TRANSFORMER, prior_parts
 from .objectives import test_autoencoder, test_glm_image, test_text_encoder, test_text_to_image
-from .runs import settings, stored
+from .runs import settings, stored, values
 
 Hook = Callable[[int], None]
 
@@ -122,8 +121,7 @@ def weights(models: list[nn.Module]) -> dict[str, Tensor]:
 def assert_equal(folder: Path, other: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     logs = []
     for each in (folder, other):
-        rows = [json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()]
-        logs.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        logs.append(values(each))
     assert logs[0] == logs[1]
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..errors import ConfigurationError
 from ..nn.machine import fast_dtype
 from .distributed.shards import local
 
@@ -79,9 +80,15 @@ class Masters:
 
 
 def working_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """In which trained models compute: ``auto`` or the name of a dtype."""
-    if precision != "auto":
-        dtype: torch.dtype = getattr(torch, precision)
-        return dtype
+    """In which trained models compute: ``auto`` or the name of a dtype.
+
+    Raises:
+        ConfigurationError: float16 on a CPU, where its gradients underflow and its products are slow.
+    """
     fast = fast_dtype(device)
-    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
+    if precision == "auto":
+        return torch.float32 if fast == torch.float16 else fast
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigurationError("precision float16 needs a GPU; use bfloat16, float32 or auto on a CPU")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype

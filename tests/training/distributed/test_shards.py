@@ -83,8 +83,9 @@ def work(folder: Path) -> dict[str, Any]:
                         found[f"{kind} whole"] = net.block(net.conv(inputs(0)).mean(2))
                 found[f"{kind} {name}"] = trained(net, call, name, rows)
         named = {n: p.detach() for n, p in net.named_parameters()}
-        found["sum"] = processes.sums({"a": torch.tensor(float(processes.rank + 1)), "b": torch.tensor(0.5)})
-        found["any"] = processes.any(processes.rank == 1), processes.any(False)
+        found["sum"] = processes.sum(torch.tensor(float(processes.rank + 1)))
+        found["merged"] = processes.merged({"a": (1.0, 2.0), f"b{processes.rank}": (3.0, 1.0)})
+        found["highest"] = processes.highest(processes.rank)
         found["shared"] = processes.shared(f"rank {processes.rank}")
         processes.parallel = "fsdp"
         net = Net()
@@ -148,8 +149,9 @@ def test_models_may_be_called_from_outside_while_they_are_whole(found: list[dict
 
 def test_processes_agree_and_add_up(found: list[dict[str, Any]]) -> None:
     for result in found:
-        assert {name: float(value) for name, value in result["sum"].items()} == {"a": 3.0, "b": 1.0}
-        assert result["any"] == (True, False)
+        assert float(result["sum"]) == 3
+        assert result["merged"] == {"a": (2.0, 4.0), "b0": (3.0, 1.0), "b1": (3.0, 1.0)}
+        assert result["highest"] == 1
         assert result["shared"] == "rank 0"
 
 

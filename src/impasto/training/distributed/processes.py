@@ -84,20 +84,13 @@ class Processes:
                 totals[name] = (before[0] + first, before[1] + second)
         return totals
 
-    def sums(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over processes of single numbers of the same names everywhere, in one operation."""
-        if self.count == 1 or not values:
-            return dict(values)
-        packed = torch.stack([value.detach().double().to(self.device) for value in values.values()])
-        return dict(zip(values, self.sum(packed).to(torch.float32), strict=True))
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any process. So they agree, for example to stop, at the same step."""
+    def highest(self, number: int) -> int:
+        """The highest number of any process. So they agree, for example to stop, at the same step."""
         if self.count == 1:
-            return flag
-        wanted = torch.tensor(int(flag))  # on the host: a GPU does not have to finish its work first
-        dist.all_reduce(wanted, dist.ReduceOp.MAX)
-        return bool(wanted)
+            return number
+        found = torch.tensor(number)  # on the host: a GPU does not have to finish its work first
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def shared(self, value: Any) -> Any:
         """The value that the main process has; it may be anything that can be pickled."""
@@ -109,7 +102,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.any(False)
+        self.highest(0)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -81,6 +81,10 @@ class Objective(nn.Module):
         """The repeated blocks: units of compilation, checkpointing and sharding."""
         return ()
 
+    def flops(self, batch: Any) -> float:
+        """Operations of a step on a batch, forward and backward, for the log; 0 if they are not counted."""
+        return 0.0
+
     def after_step(self, step: int) -> None:
         """Called after the optimizers' step, with the number of steps done."""
 
