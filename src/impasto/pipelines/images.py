@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from ..checkpoints.values import Count
 from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
 from ..errors import ConfigurationError, ImpastoError, InputError
 from .compat.images import ImageMethods
-from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
 
@@ -209,16 +208,6 @@ class ImageProcessor(ImageMethods, Configurable):
         """A tensor [B, C, H, W] to a float32 array [B, H, W, C]."""
         array: np.ndarray[Any, Any] = images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
         return array
-
-    @staticmethod
-    def classify_height_width_bin(height: int, width: int, ratios: Mapping[Any, Any]) -> tuple[int, int]:
-        """:func:`~impasto.pipelines.resolution.nearest_bin`, under its documented name."""
-        return nearest_bin(height, width, ratios)
-
-    @staticmethod
-    def resize_and_crop_tensor(samples: Tensor, new_width: int, new_height: int) -> Tensor:
-        """:func:`~impasto.pipelines.resolution.resize_and_crop`, under its documented name; width comes first."""
-        return resize_and_crop(samples, new_height, new_width)
 
 
 class PixArtImageProcessor(ImageProcessor):
