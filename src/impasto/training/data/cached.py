@@ -31,7 +31,6 @@ from .views import Views
 
 SETTINGS, EMPTY = "cache.json", "empty.safetensors"
 _VERSION = 1
-_OPEN_FILES = 32
 _VALUES = 64  # of each tensor, in a fingerprint
 
 
@@ -84,7 +83,9 @@ def read_settings(folder: Path) -> CacheSettings:
         if settings.version != _VERSION or Views(settings.crop, settings.flip).count is None:  # type: ignore[arg-type]
             raise ValueError(f"version {settings.version}")
     except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"{folder} is no cache: it has no {SETTINGS}; make one with impasto cache") from error
+        raise CheckpointNotFoundError(
+            f"{folder} is no cache: no {SETTINGS}; make it with impasto cache"
+        ) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not that of a cache of this version: {shown(str(error))}") from error
     return settings
@@ -124,7 +125,6 @@ class CachedSource:
                 f"the cache {folder} lacks {missing} of its {self.settings.samples} samples; complete it by running "
                 f"impasto cache again"
             )
-        self._files: dict[str, Any] = {}
         self._checked: set[str] = set()
         with self._open(EMPTY) as file:
             self.empty: Tensor = file.get_tensor("text").float()
@@ -159,7 +159,7 @@ class CachedSource:
         if record.get("broken"):
             raise InputError(record["broken"])
         if record["bucket"] != list(target):
-            raise InputError(f"{record['name']} was cached for {record['bucket']}, not for {list(target)}; cache it again")
+            raise InputError(f"{record['name']} was cached for {record['bucket']}, not {list(target)}; cache it again")
         prefix = f"{index}.{view.number}."
         with self._open(self._chunks[index]) as file:
             own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
