@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...nn.machine import fast_dtype
+from ..distributed.shards import each_by_one, local
 
 #: Of the odd quintic a x + b x³ + c x⁵, whose iteration brings singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -33,17 +34,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalized(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+            parameters = [p for p in group["params"] if p.grad is not None]
+            averages = [self._average(p, group["momentum"]) for p in parameters]
+            # Each process orthogonalizes a share of sharded matrices.
+            updates = each_by_one(averages, orthogonalized)
+            for parameter, update in zip(parameters, updates, strict=True):
                 size = 0.2 * max(parameter.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * size)
+                local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+                local(parameter).add_(update, alpha=-group["lr"] * size)
+
+    def _average(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's momentum."""
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        local(state["momentum_buffer"]).lerp_(local(gradient), 1 - momentum)
+        return gradient.lerp(state["momentum_buffer"], momentum)
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
