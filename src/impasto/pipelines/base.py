@@ -20,8 +20,8 @@ from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
-from .calls import Call, calling
 from .compat.adapters import LoraMethods
+from .compat.calls import Call, calling
 from .compat.methods import PipelineMethods
 from .components import Components
 from .images import ImageProcessor
