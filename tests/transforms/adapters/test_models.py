@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.tiny_glm import TRANSFORMER
 from torch import Tensor, nn
 
 import impasto
-from impasto.errors import CheckpointError, ConfigurationError, InputError
+from impasto.errors import CheckpointError, ConfigurationError, InputError, MissingDependencyError
 from impasto.transforms.adapters import collect, save
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "adaln_single.linear"]
@@ -198,6 +199,10 @@ def test_what_needs_ordinary_weights_says_so() -> None:
     impasto.quantize(model, "nf4", keep_originals=False)
     with pytest.raises(ConfigurationError, match=r"LoKr adapter needs ordinary weights, and .* is quantized"):
         model.load_lora_adapter(written.tensors)
+    adapted = tiny_transformer()
+    adapted.load_lora_adapter(DIALECTS["lycoris_lokr"]({"transformer": adapted}).tensors)
+    with pytest.raises(ConfigurationError, match=r"has a LoKr or LoHa adapter, which needs its weight; fuse it first"):
+        impasto.quantize(adapted, "int8-weight-only")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ConfigurationError, match=r"quantized and its original weight was not kept"):
         model.fuse_lora()
@@ -219,6 +224,28 @@ def test_one_file_for_several_components_and_names_that_are_wrong(tmp_path: Path
     with pytest.raises(InputError, match="no adapter"):
         tiny_transformer().set_adapters("x")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_copy_has_adapters_of_its_own() -> None:
+    model = with_adapter("lora")
+    model.fuse_lora()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = predict(tiny_transformer())
+        copied.unfuse_lora()
+        copied.set_adapters("default", 0.0)
+        assert close(predict(copied), expected)
+        copied.unload_lora()
+        assert torch.equal(predict(copied), expected)
+        assert not close(predict(model), expected, 1e-2)
+    model.unfuse_lora()
+    assert model.active_adapters() == ["default"]
+
+
+def test_without_peft_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'impasto\[adapters\]'"):
+        tiny_transformer().load_lora_adapter(PAIR)
 
 
 def test_given_alphas_count_first() -> None:
