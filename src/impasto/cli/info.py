@@ -16,10 +16,18 @@ BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
 
 
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub id, or builtin:scenes.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, builtin:scenes, or an adapter file.")
+    ],
     deep: Annotated[bool, typer.Option("--deep", help="Read all weights; report NaN and infinite values.")] = False,
 ) -> None:
-    """Print the components of MODEL with their sizes, dtypes and memory."""
+    """Print the components of MODEL with their sizes, dtypes and memory; or what an adapter file holds."""
+    from .adapter_info import describe_adapter, find_adapter
+
+    if (adapter := find_adapter(model)) is not None:
+        for line in describe_adapter(adapter, model):
+            say(line)
+        return
     for line in describe(inspect_model(model, deep=deep)):
         say(line)
 

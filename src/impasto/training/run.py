@@ -27,8 +27,8 @@ from .randomness import Randomness, seed_torch
 #: Settings that may change when a run goes on.
 MAY_CHANGE = frozenset(
     {
-        "steps", "log_every", "checkpoints", "guard", "report", "micro_batch", "compile", "parallel", "output",
-        "validation", "samples", "checks", "export", "data.workers", "data.max_broken",
+        "steps", "log_every", "checkpoints", "guard", "report", "micro_batch", "compile", "parallel", "hsdp_shards",
+        "output", "validation", "samples", "checks", "export", "data.workers", "data.max_broken",
     }
 )  # fmt: skip
 
@@ -70,13 +70,16 @@ class Run:
         for part in batch.split(self.settings.micro_batch):
             seed_torch(self.settings.seed, batch.step, self.device, part.first)
             loss = self.loss(part, Randomness(self.settings.seed, batch.step, part.first, batch.count))
-            weight = weights(part, loss.each)  # [B]
+            weight = weights(part, loss.each)
             mean = (weight * loss.each).sum() / batch.count
             self.scaler.scale(mean).backward()
             self.masters.take_gradients()
             total += mean.detach()
             for name, value in loss.parts.items():
-                parts.setdefault(name, []).append(counted(value.detach().float(), weight))
+                logged = value.detach().float().flatten()
+                if len(logged) == len(weight):  # a sample without weight only fills its place
+                    logged = logged.masked_fill(weight == 0, torch.nan)
+                parts.setdefault(name, []).append(logged)
         return self.processes.sum(total), {name: torch.cat(several) for name, several in parts.items()}
 
     def update(self, step: int, loss: Tensor) -> Tensor:
@@ -191,10 +194,3 @@ def weights(batch: AnyBatch, like: Tensor) -> Tensor:
     """The weights [B] of the samples of a batch."""
     samples = getattr(batch, "samples", None)
     return torch.ones_like(like) if samples is None else like.new_tensor([sample.weight for sample in samples])
-
-
-def counted(values: Tensor, weight: Tensor) -> Tensor:
-    """Values [B], or a single number, for the log: NaN, which does not count, for samples with a weight [B] of 0."""
-    if values.numel() == 1:
-        return values.flatten() if weight.any() else values.new_full((1,), torch.nan)
-    return values.masked_fill(weight == 0, torch.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from .watch import GONE, Watch
 Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 PARALLEL: tuple[Parallel, ...] = ("auto", "none", "ddp", "fsdp", "hsdp")
 
+#: Numbers the groups that this process joins, one after the other.
+_GROUPS = itertools.count()
 #: How long a collective operation may wait for a process that is alive: the others may still compile or validate.
 PATIENCE = timedelta(minutes=30)
 
@@ -194,9 +197,10 @@ def _connect(rank: int, count: int, device: torch.device, gone: float) -> Watch:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        name = f"impasto {next(_GROUPS)}"
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", store),
+            store=PrefixStore(name, store),
             rank=rank,
             world_size=count,
             timeout=PATIENCE,
@@ -208,7 +212,7 @@ def _connect(rank: int, count: int, device: torch.device, gone: float) -> Watch:
             f"({shown(str(error), 200)}); check that {os.environ.get('MASTER_ADDR')}, "
             f"port {os.environ.get('MASTER_PORT')}, can be reached"
         ) from error
-    return Watch(PrefixStore("watch", store.clone()), rank, count, gone)
+    return Watch(PrefixStore(f"{name} watch", store.clone()), rank, count, gone)
 
 
 def _explained(error: Exception, rank: int, watch: Watch) -> Exception:

@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
+from ...transforms.token_routing import TokenRouting
 from ..data.sample import Batch, Sample
 from ..randomness import Randomness
 from .autoencoder import images_of
@@ -47,14 +48,19 @@ class Latents(nn.Module):
         posteriors = [sample.posterior for sample in samples if sample.posterior is not None]
         if len(posteriors) == len(samples):
             mean, std = (torch.stack(tensors).to(device).float() for tensors in zip(*posteriors))
-        elif self.vae is None:
-            raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
         else:
-            images = images_of(samples, self.vae.device).to(self.vae.dtype)
-            posterior = self.vae.encode(images).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
+            mean, std = self.posterior(samples)
         noise = random.normal(mean.shape).to(device)
         return scaled(mean + std * noise, self.config)
+
+    @torch.no_grad()
+    def posterior(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the posteriors of images of one size, each [B, C, H, W] float32, unscaled."""
+        if self.vae is None:
+            raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
+        images = images_of(samples, self.vae.device).to(self.vae.dtype)
+        distribution = self.vae.encode(images).latent_dist
+        return distribution.mean.float(), distribution.std.float()
 
 
 class TextToImage(Objective):
@@ -65,6 +71,7 @@ class TextToImage(Objective):
         timesteps: ``uniform``, or ``stratified``: the same spread in every batch.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         label_weight: of the loss of ``label_head``, at a step.
+        routing: lets tokens of the transformer skip blocks in training.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class TextToImage(Objective):
         bound_weight: float = 1.0,
         label_head: LabelHead | None = None,
         label_weight: Callable[[int], float] = lambda step: 0.3,
+        routing: TokenRouting | None = None,
     ):
         super().__init__()
         self.transformer, self.texts, self.latents, self.loss = transformer, texts, latents, loss
@@ -87,6 +95,7 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.label_head, self.label_weight = label_head, label_weight
+        self.routing = routing
         if latents.vae is not None:
             self.freeze(latents.vae)
 
@@ -99,6 +108,9 @@ class TextToImage(Objective):
         t = self.sample_timesteps(count, random).to(device)  # [B]
         noise = random.normal(x0.shape).to(device)
         xt = self.loss.add_noise(x0, noise, t)
+        if self.routing is not None and self.training:
+            tokens = x0[0, 0].numel() // self.transformer.patch_size**2
+            self.routing.choose(random.uniform([count, tokens]))
 
         output = self.transformer(
             xt.to(self.transformer.dtype),
