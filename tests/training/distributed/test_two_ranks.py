@@ -184,7 +184,8 @@ def test_a_configured_run_of_two_ranks_ends_in_the_same_pipeline(folder: Path, f
     launch(configuration(folder), folder / "launched alone")
     compare(folder, "launched by two", "launched alone", 6)
     models = [PixArtTransformer2DModel.from_pretrained(folder / name / "result" / "transformer") for name in LAUNCHED]
-    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+    for name, one in models[0].state_dict().items():
+        if not name.endswith("to_k.bias"):  # it has no effect: its gradients are rounding errors, which CAME scales up
+            torch.testing.assert_close(models[1].state_dict()[name], one, rtol=1e-3, atol=1e-4, msg=name)
     images = [sorted(path.name for path in (folder / name / "samples").iterdir()) for name in LAUNCHED]
     assert images[0] == images[1] != []
