@@ -110,6 +110,8 @@ class Run:
         with torch.no_grad(), averages, whole(self.objective), eager:
             values = check(step)
         self.objective.train()
+        if self.processes.parallel == "ddp":  # a parameter that was of another dtype has lost the hooks of DDP
+            self.loss = replicated(self.objective, self.processes)
         return values
 
     def note_best(self, step: int, values: Mapping[str, float]) -> None:
