@@ -29,6 +29,7 @@ FLOORS = {
     "transforms": 1,
     "registry": 2,
     "interop": 2,
+    "convert": 2,
     "memory": 2,
     "pipelines": 3,
     "training": 4,
@@ -46,7 +47,7 @@ FLOORS = {
 OPEN = {"errors", "checks", "files", "folders", "lazy"}
 OPEN_ON_FLOOR = {1: {"family"}, 2: {"registry", "interop"}}
 #: Files that import what their floor forbids: a model loads quantized, and quantization knows no model.
-EXCEPTIONS = {("models.base", "transforms.quantization_configs")}
+EXCEPTIONS = {(f"models.{file}", "transforms.quantization_configs") for file in ("base", "single_file")}
 #: A folder whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.
 KINDS = {"schedulers": "Scheduler"}
 #: A folder of folders that do not know each other. base.py holds what they share.
