@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROMPT ?= a red cube on top of a blue sphere
 PYTEST_ARGS ?=
+# Test processes. Two fit the memory of any machine that the tests fit.
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -28,7 +30,7 @@ demo: $(STAMP)
 	@echo "The image is $(CURDIR)/out/demo.png"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -28,11 +28,11 @@ import chunks
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.scenes.captions import caption, statement
+from impasto.scenes.captions import caption
 from impasto.scenes.dataset import scene_batch
 from impasto.scenes.evaluate import held_out_prompts, judge_images
-from impasto.scenes.labels import LABEL_CLASSES, label_cells
-from impasto.scenes.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, is_held_out, sample_scene
+from impasto.scenes.labels import CAPTION_CLASSES, LABEL_CLASSES, label_caption, label_cells
+from impasto.scenes.world import is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
 from impasto.training.loop import Recipe, Run
@@ -251,23 +251,15 @@ def tokenize(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 def labelled_text(tokenizer: T5Tokenizer, size: int, step: int) -> LabelledText:
     """Captions of scenes that are never rendered, with labels of each solid."""
     rng = np.random.default_rng([SEED, 1, step])
-    texts, labels = [], torch.zeros(size, 3, 5, dtype=torch.long)  # 0: not said
+    texts: list[str] = []
+    labels: list[Tensor] = []
     while len(texts) < size:
         scene = sample_scene(rng, 128, 128)
         if is_held_out(scene):
             continue
-        text = caption(scene, rng)
-        row = labels[len(texts)]
-        with_size = statement(scene, with_size=True) in text
-        for slot, solid in enumerate(scene.solids):
-            row[slot, 0] = 1 + list(COLOURS).index(solid.color)
-            row[slot, 1] = 1 + SHAPES.index(solid.shape)
-            row[slot, 2] = 1 + SIZES.index(solid.size) if with_size else 0
-            row[slot, 3] = 1 + RELATIONS.index(scene.relations[slot]) if slot < len(scene.relations) else 0
-        if f"on a {scene.background} background" in text:
-            row[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
-        texts.append(text)
-    return LabelledText(*tokenize(tokenizer, texts), labels)
+        texts.append(caption(scene, rng))
+        labels.append(label_caption(scene, texts[-1]))
+    return LabelledText(*tokenize(tokenizer, texts), torch.stack(labels))
 
 
 def text_to_image_recipe(steps: int) -> TextToImageRecipe:
@@ -283,8 +275,7 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     transformer = PixArtTransformer2DModel(**TRANSFORMER)
     initialize(transformer)
     if not (folder / "state.pt").exists():
-        classes = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(SIZES), 1 + len(RELATIONS), 1 + len(BACKGROUNDS))
-        reader = SlotReader(TEXT_ENCODER["d_model"], 3, classes)
+        reader = SlotReader(TEXT_ENCODER["d_model"], 3, CAPTION_CLASSES)
         warm_start(
             text_encoder, functools.partial(labelled_text, tokenizer, 64), reader, WARM_START, out / "warm_start"
         )

@@ -1,10 +1,10 @@
 """Train the judge that reads images of the small world back into scenes, and report how often it is right.
 
-    python scripts/train_judge.py [--out runs/judge] [--stage render|train|report]
+    python scripts/train_judge.py [--out runs/judge] [--stage render|train|report] [--start-from FOLDER]
 
 Every stage resumes where it was interrupted. Without --stage all of them run in order. Unlike the generator, the judge
-learns from all combinations, including those held out from the generator, because it has to read them. Arrangements are
-traced once, and colored anew each time they are used.
+learns from all combinations, including those held out from the generator, and from the shape and the colour that only
+adapters learn, because it has to read them. Arrangements are traced once, and coloured again each time they are used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from impasto.scenes.reading import ARRANGEMENTS, Reading, canonical, canonical_o
 from impasto.scenes.renderer import render as render_scene
 from impasto.scenes.renderer import trace
 from impasto.scenes.world import (
+    ALL_COLOURS,
+    ALL_SHAPES,
     BACKGROUNDS,
-    COLOURS,
-    SHAPES,
     SIZES,
     Scene,
     is_held_out,
     sample_arrangement,
     sample_scene,
+    with_adapter_words,
 )
 from impasto.training.loop import Loss, Recipe
 from impasto.training.loop import train as train_loop
@@ -88,9 +89,9 @@ def render_chunk(folder: Path, chunk: int) -> None:
     buffers = torch.zeros(ARRANGEMENTS_A_CHUNK, 5, height, width, dtype=torch.uint8)
     labels = np.zeros((ARRANGEMENTS_A_CHUNK, 7), dtype=np.int64)  # arrangement, shape and size of each solid
     for i in range(ARRANGEMENTS_A_CHUNK):
-        scene = sample_arrangement(rng, height, width)
+        scene = sample_arrangement(rng, height, width, ALL_SHAPES)
         while rng.random() > KEEP[len(scene.solids)]:
-            scene = sample_arrangement(rng, height, width)
+            scene = sample_arrangement(rng, height, width, ALL_SHAPES)
         buffer = trace(scene, height, width, scene.seed)
         order = [0] + [number + 1 for number in canonical_order(scene.relations)]
         buffers[i, : len(order)] = (buffer.diffuse[order] * DIFFUSE_UNIT).round().to(torch.uint8)
@@ -98,7 +99,7 @@ def render_chunk(folder: Path, chunk: int) -> None:
         reading = canonical(scene)
         labels[i, 0] = ARRANGEMENTS.index(reading.relations)
         for slot, solid in enumerate(reading.solids):
-            labels[i, 1 + 2 * slot] = SHAPES.index(solid.shape)
+            labels[i, 1 + 2 * slot] = ALL_SHAPES.index(solid.shape)
             labels[i, 2 + 2 * slot] = SIZES.index(solid.size)
     chunks.save(chunks.path_of(folder, chunk), buffers=buffers.numpy(), labels=labels)
 
@@ -115,7 +116,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, Tensor]:
 def colour(buffers: Tensor, colours: Tensor, backgrounds: Tensor, random: Randomness) -> Tensor:
     """Images [B, 3, H, W] of traced arrangements: as `shade`, in slightly varied colors."""
     grounds = torch.tensor(list(BACKGROUNDS.values()))[backgrounds][:, None]  # [B, 1, 3]
-    palette = torch.cat([grounds, torch.tensor(list(COLOURS.values()))[colours]], 1)  # [B, 1 + SLOTS, 3]
+    palette = torch.cat([grounds, torch.tensor(list(ALL_COLOURS.values()))[colours]], 1)  # [B, 1 + SLOTS, 3]
     palette = (palette + 0.025 * random.normal(palette.shape)).clamp(0, 1)
     layers = buffers.float()
     images = (palette.mT / DIFFUSE_UNIT) @ layers[:, :4].flatten(2)  # [B, 3, H * W]
@@ -175,14 +176,24 @@ def losses(
     }
 
 
-def unseen(name: str, count: int, folder: Path) -> tuple[list[Tensor], list[Scene]]:
-    """Renders that are in no chunk: scenes as the world samples them, in all frame sizes and combinations."""
+def unseen(
+    name: str, count: int, folder: Path, adapter_words: bool = False, scale: int = 1
+) -> tuple[list[Tensor], list[Scene]]:
+    """Renders that are in no chunk: scenes as the world samples them, in all frame sizes and combinations.
+
+    Args:
+        adapter_words: each scene has the shape or the colour that only adapters learn.
+        scale: of the frames, in pixels of the renders.
+    """
     rng = np.random.default_rng([UNSEEN_SEED, *name.encode()])
     scenes = [sample_scene(rng) for _ in range(count)]
-    path = folder / f"{name}.pt"
+    if adapter_words:
+        scenes = [with_adapter_words(scene, rng) for scene in scenes]
+    path = folder / f"{name}_{count}_{scale}{'_adapter' if adapter_words else ''}.pt"
     if path.exists():
         return load_state(path)["images"], scenes
-    images = [render_scene(scene).mul(255).round().to(torch.uint8) for scene in scenes]
+    scaled = [dataclasses.replace(scene, height=scale * scene.height, width=scale * scene.width) for scene in scenes]
+    images = [render_scene(scene).mul(255).round().to(torch.uint8) for scene in scaled]
     save_state(path, {"images": images})
     return images, scenes
 
@@ -205,7 +216,7 @@ def sample(geometry: list[tuple[Tensor, Tensor, Tensor]], random: Randomness) ->
     """A batch from one chunk in new colours, degraded: images, labels, colours, backgrounds and cells."""
     buffers, labels, cells = geometry[random.shared.integers(len(geometry))]
     chosen = random.integers(len(buffers), [BATCH])
-    colours = random.integers(len(COLOURS), [BATCH, SLOTS])
+    colours = random.integers(len(ALL_COLOURS), [BATCH, SLOTS])
     backgrounds = random.integers(len(BACKGROUNDS), [BATCH])
     images = degrade(colour(buffers[chosen], colours, backgrounds, random), random)
     return images, labels[chosen], colours, backgrounds, cells[chosen]
@@ -215,7 +226,7 @@ def answer(judge: Judge, images: Tensor) -> JudgeOutput:
     """The output of a judge in training, in float32. The judge itself averages in float32."""
     dtype = fast_dtype(torch.device("cpu"))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        return JudgeOutput(*(value.float() for value in judge(images)))
+        return JudgeOutput(*(value.float() for value in judge(images).to_tuple()))
 
 
 @torch.no_grad()
@@ -229,11 +240,14 @@ def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         answer(judge, sample(geometry, Randomness(SEED + 1, number))[0])
 
 
-def train(out: Path, steps: int) -> None:
+def train(out: Path, steps: int, start_from: Path | None = None) -> None:
     torch.manual_seed(SEED)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge() if start_from is None else Judge.from_pretrained(start_from)
+    judge = judge.to(memory_format=torch.channels_last).train()
     geometry = [load(chunks.path_of(out / "geometry", chunk)) for chunk in chunks.known(out / "geometry")]
     images, scenes = unseen("validation", VALIDATION_SCENES, out)
+    new_images, new_scenes = unseen("new words", VALIDATION_SCENES // 2, out, adapter_words=True)
+    images, scenes = images + new_images, scenes + new_scenes
 
     def loss(step: int, random: Randomness) -> Loss:
         # A batch has one frame size, whose statistics differ from those of the mixture that the judge is used on.
@@ -267,11 +281,15 @@ def report(out: Path, docs: Path) -> None:
     worse = [degrade(image[None] / 255, Randomness(SEED, 0, i), everything=True)[0] for i, image in enumerate(images)]
     readings = judge.read(images)
     held = [i for i, scene in enumerate(scenes) if is_held_out(scene)]
+    twice, same_scenes = unseen("report", REPORT_SCENES // 2, out, scale=2)
+    new_images, new_scenes = unseen("report of new words", REPORT_SCENES // 2, out, adapter_words=True)
     tables = {
         "unseen renders": accuracy(readings, scenes),
         "of these, combinations that the generator never sees": accuracy(
             [readings[i] for i in held], [scenes[i] for i in held]
         ),
+        "at twice the size": accuracy(judge.read(twice), same_scenes),
+        "with the shape or the colour that only adapters learn": accuracy(judge.read(new_images), new_scenes),
         "each degraded by light and colour shifts, blur, stains, grain and JPEG": accuracy(judge.read(worse), scenes),
     }
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -300,12 +318,13 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/scenes"))
     parser.add_argument("--stage", choices=["render", "train", "report"])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--start-from", type=Path, help="the weights of a trained judge, instead of random ones")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stage in (None, "render"):
         render(options.out, CHUNKS)
     if options.stage in (None, "train"):
-        train(options.out, options.steps)
+        train(options.out, options.steps, options.start_from)
     if options.stage in (None, "report"):
         report(options.out, options.docs)
 

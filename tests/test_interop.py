@@ -165,12 +165,18 @@ def test_changed_layers_are_refused() -> None:
 def test_layers_that_need_our_code_to_run_are_refused() -> None:
     model = tiny_transformer()
     casting = apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32)
-    with pytest.raises(ConfigurationError, match=r"narrow dtype and cannot be given to diffusers; remove\(\)"):
+    with pytest.raises(ConfigurationError, match=r"narrow dtype and cannot be given to diffusers; .*remove\(\)"):
         impasto.to_diffusers(model)
     with pytest.raises(ConfigurationError, match="cannot be given to diffusers"):
         impasto.to_diffusers(tiny_pipeline(PixArtSigmaPipeline, transformer=model, **WITHOUT_TEXT))
     casting.remove()
     assert type(impasto.to_diffusers(model)) is diffusers.PixArtTransformer2DModel
+    assert model.enable_layerwise_casting() is None
+    with pytest.raises(ConfigurationError, match=r"call its disable_layerwise_casting\(\)"):
+        impasto.to_diffusers(model)
+    model.disable_layerwise_casting()
+    assert type(impasto.to_diffusers(model)) is diffusers.PixArtTransformer2DModel
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     pytest.importorskip("torchao")
     impasto.quantize(model, "int8-weight-only", keep_originals=True)
     with pytest.raises(ConfigurationError, match=r"cannot be given to diffusers; dequantize\(\) the model"):

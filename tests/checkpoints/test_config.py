@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import operator
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -225,17 +224,17 @@ def test_the_text_of_the_file(tmp_path: Path) -> None:
 def test_uploading_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def upload(folder: str, **options: Any) -> None:
-        calls.append((sorted(os.listdir(folder)), options))
+    def push_saved(saved: Any, folder: Path, files: list[str], options: dict[str, Any]) -> None:
+        assert (folder / files[0]).is_file()
+        calls.append((files, options))
 
-    monkeypatch.setattr(config_file, "upload", upload)
+    monkeypatch.setattr(config_file, "push_saved", push_saved)
     Thing().save_config(tmp_path / "mine", push_to_hub=True, private=True)
     Thing().save_config(tmp_path / "mine", True, repo_id="me/thing", commit_message="New")
     Thing().save_config(tmp_path / "mine")
-    message = "Upload Thing"
     assert calls == [
-        (["config.json"], {"repo_id": "mine", "message": message, "private": True}),
-        (["config.json"], {"repo_id": "me/thing", "message": "New"}),
+        (["config.json"], {"private": True}),
+        (["config.json"], {"repo_id": "me/thing", "commit_message": "New"}),
     ]
     with pytest.raises(InputError, match="no argument 'privat'"):
         Thing().save_config(tmp_path / "mine", True, privat=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from impasto.callbacks import PipelineCallback
 from impasto.errors import HubError, InputError
@@ -23,6 +24,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.folders: list[Path] = []
         self.error: Exception | None = None
 
     def client(self, token: Any = None) -> Any:
@@ -32,9 +34,11 @@ class Hub:
                 raise self.error
             return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-        def upload_folder(folder_path: str, **options: Any) -> str:
+        def upload_folder(folder_path: str, allow_patterns: Any = None, **options: Any) -> str:
             root = Path(folder_path)
+            self.folders.append(root)
             files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+            files = list(filter_repo_objects(files, allow_patterns=allow_patterns))
             self.calls.append(("upload", {"files": files, **options}))
             return "https://hub/commit/1"
 
@@ -84,6 +88,7 @@ def test_save_with_push_uploads_what_was_saved_and_nothing_else(hub: Hub, tmp_pa
     assert "secret.txt" not in uploaded["files"]
     assert {"model_index.json", "transformer/config.json"} <= set(uploaded["files"])
     assert (folder / "model_index.json").is_file()
+    assert hub.folders == [folder.resolve()]  # nothing is written a second time
     hub.calls.clear()
     DDIMScheduler().save_pretrained(folder / "scheduler", push_to_hub=True, repo_id="me/other")
     assert hub.calls[0][1]["repo_id"] == "me/other"

@@ -228,9 +228,17 @@ def test_keyword_arguments_reach_the_processors_that_take_them() -> None:
         assert distance(model(**inputs, cross_attention_kwargs={"scale": 1.0}).sample, expected) <= 1e-6
         assert distance(model(**inputs, cross_attention_kwargs={"strength": 0.5}).sample, expected) > 1e-3
     assert given == [1.0, 0.5]
-    model.enable_gradient_checkpointing()
-    with pytest.raises(InputError, match="gradient checkpointing"):
-        model(**inputs, cross_attention_kwargs={"strength": 0.5})
+
+
+def test_keyword_arguments_reach_the_processors_in_a_recomputation_too() -> None:
+    model, inputs, gradients = pixart(), pixart_inputs(), []
+    model.set_attn_processor(Gain())
+    for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
+        switch()
+        model.zero_grad()
+        model(**inputs, cross_attention_kwargs={"gain": 0.5}).sample.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 class Gain:
@@ -374,6 +382,20 @@ def test_reference_images_with_a_processor(make: Callable[[], Any]) -> None:
         model.set_attn_processor(Recording(make()))
         assert distance(generate(), expected) <= 1e-5
         assert distance(expected, without) > 1e-3
+
+
+def test_a_processor_that_reads_references_projects_keys_once() -> None:
+    model, inputs, calls = glm(), glm_inputs(), []
+    cache = GlmImageKVCache(2)
+    model.set_attn_processor(TheirGlmProcessor())
+    for block in model.transformer_blocks:
+        block.attn1.to_k.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for mode in ("write", "read"):
+            cache.set_mode(mode)
+            calls.clear()
+            model(**inputs, kv_caches=cache)
+            assert len(calls) == len(model.transformer_blocks), mode
 
 
 def test_our_glm_processor_by_itself_takes_masks() -> None:

@@ -286,6 +286,31 @@ def test_outputs_of_dpm_solver_can_be_replaced() -> None:
     assert ours.model_outputs == [None, None]
 
 
+@pytest.mark.parametrize("begin", [False, True], ids=["by timestep", "by index"])
+def test_outputs_of_dpm_solver_can_be_given_before_the_first_step(begin: bool) -> None:
+    """As ports do that continue a saved run: their noise levels are those of the steps before the first one."""
+    x, outputs = torch.randn(1, 3, 4, 4), [torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)]
+    schedulers = pair("DPMSolverMultistepScheduler", solver_order=3)
+    for each in schedulers:
+        each.set_timesteps(20)
+        if begin:
+            each.set_begin_index(5)
+        each.model_outputs, each.lower_order_nums = [None, *outputs], 2
+    ours, theirs = schedulers
+    assert ours.lower_order_nums == 2
+    for t in ours.timesteps[5:8]:
+        close(ours.step(torch.sin(x), t, x).prev_sample, theirs.step(torch.sin(x), t, x).prev_sample)
+
+
+def test_outputs_from_before_the_schedule_are_left_out() -> None:
+    x, ours = torch.randn(1, 3, 4, 4), impasto.DPMSolverMultistepScheduler()
+    ours.set_timesteps(8)
+    expected = ours.step(torch.sin(x), ours.timesteps[0], x).prev_sample
+    ours.set_timesteps(8)
+    ours.model_outputs = [x, x]
+    assert torch.equal(ours.step(torch.sin(x), ours.timesteps[0], x).prev_sample, expected)
+
+
 def test_what_updates_need() -> None:
     scheduler = impasto.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     scheduler.set_timesteps(4)

@@ -10,9 +10,9 @@ from torch import Tensor
 from impasto.scenes.layout import RADIUS
 from impasto.scenes.renderer import SUPERSAMPLING, render, shade, trace
 from impasto.scenes.solids import FAR, Body, distance, intersect
-from impasto.scenes.world import BACKGROUNDS, FRAMES, RELATION_PAIRS, SHAPES, Scene, Solid
+from impasto.scenes.world import ALL_SHAPES, BACKGROUNDS, FRAMES, RELATION_PAIRS, SHAPES, Scene, Solid
 
-HUES = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "blue": 230, "purple": 285}
+HUES = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 181, "blue": 230, "purple": 285}
 
 
 def scene_of(*shapes: str, relations: tuple[str, ...] = (), color: str = "red", seed: int = 0) -> Scene:
@@ -39,9 +39,10 @@ def middle(ids: Tensor, number: int) -> tuple[float, float]:
     return float(rows.float().mean() / ids.shape[0]), float(columns.float().mean() / ids.shape[1])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_rays_meet_the_surface_that_distances_are_measured_from(shape: str) -> None:
-    body = Body(shape, 0.2, 0.9, -0.3, 0.8, 0.9 if shape != "sphere" else 0.8, 0.5 if shape == "cube" else 0.0)
+    half = {"sphere": 0.8, "dome": 0.4}.get(shape, 0.9)
+    body = Body(shape, 0.2, 0.9, -0.3, 0.8, half, 0.5 if shape == "cube" else 0.0)
     eye = (0.4, 3.0, 6.0)
     grid = torch.linspace(-0.3, 0.3, 61)
     ray = (grid[None] * torch.ones(61, 1), grid[:, None] * torch.ones(1, 61) - 0.35, -torch.ones(61, 61))
@@ -125,8 +126,8 @@ def test_backgrounds_are_muted_and_told_apart_from_shadow_and_black(background: 
     assert value.min() < 0.8 * value.median()  # there is a shadow
 
 
-@pytest.mark.parametrize("first", SHAPES)
-@pytest.mark.parametrize("second", SHAPES)
+@pytest.mark.parametrize("first", ALL_SHAPES)
+@pytest.mark.parametrize("second", ALL_SHAPES)
 def test_relations_are_as_the_viewer_sees_them(first: str, second: str) -> None:
     for seed in range(3):
         for relation in ("to the left of", "to the right of", "on top of", "in front of", "behind"):
@@ -157,11 +158,23 @@ def test_sizes_are_told_apart() -> None:
         scene = Scene((Solid(shape, "red", size),), (), "gray", 64, 64, seed)
         return int((trace(scene, 64, 64, seed).ids == 1).sum())
 
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         small = max(area(shape, "small", seed) for seed in range(5))
         large = min(area(shape, "large", seed) for seed in range(5))
         assert math.sqrt(large / small) > 1.3
     assert RADIUS["large"] / RADIUS["small"] >= 1.5
+
+
+def test_a_crop_is_part_of_the_whole_image() -> None:
+    scene = scene_of("cube", "sphere", "cylinder", relations=("on top of", "to the left of"))
+    whole = trace(scene, 64, 96, 5)
+    for top, left in ((0, 0), (24, 40), (32, 64)):
+        rows, columns = slice(top, top + 32), slice(left, left + 32)
+        part = trace(scene, 64, 96, 5, crop=(rows, columns))
+        assert part.diffuse.shape[1:] == part.gloss.shape == (32, 32)
+        assert (part.diffuse - whole.diffuse[:, rows, columns]).abs().mean() < 1e-4
+        s = SUPERSAMPLING
+        assert (part.ids == whole.ids[s * top : s * (top + 32), s * left : s * (left + 32)]).float().mean() > 0.999
 
 
 def test_larger_images_show_the_same_scene() -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from impasto.errors import InputError
 from impasto.scenes.captions import caption, statement
 from impasto.scenes.dataset import scene_batch
+from impasto.scenes.evaluate import held_out_edits, held_out_prompts
 from impasto.scenes.world import (
+    ADAPTER_COLOUR,
+    ADAPTER_SHAPE,
     COLOURS,
     FRAMES,
     LEFT,
@@ -19,6 +24,7 @@ from impasto.scenes.world import (
     is_held_out,
     recolour,
     sample_scene,
+    with_adapter_words,
 )
 
 
@@ -49,6 +55,31 @@ def test_sampling_covers_the_vocabulary() -> None:
     counts = np.bincount([len(scene.solids) for scene in scenes], minlength=4)[1:] / len(scenes)
     np.testing.assert_allclose(counts, [0.25, 0.60, 0.15], atol=0.06)
     assert all(len({(s.color, s.shape) for s in scene.solids}) == len(scene.solids) for scene in scenes)
+
+
+def test_scenes_captions_and_held_out_prompts_stay_as_the_models_were_trained_and_measured_on_them() -> None:
+    batch = scene_batch(5, geometries=6, colourings=5, height=32, width=48)
+    found = [repr((batch.scenes, batch.captions)), repr(held_out_prompts(100)), repr(held_out_edits(40))]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:16] for text in found] == [
+        "c17e76ee50f0137c",
+        "c3cd516556401bb6",
+        "8dde1376d57186b8",
+    ]
+
+
+def test_the_shape_and_the_colour_of_adapters_are_in_no_ordinary_scene() -> None:
+    rng = np.random.default_rng(4)
+    assert ADAPTER_COLOUR not in COLOURS
+    assert ADAPTER_SHAPE not in SHAPES
+    kinds = {(True, False): 0, (False, True): 0, (True, True): 0}
+    for _ in range(90):
+        ordinary = sample_scene(rng)
+        scene = with_adapter_words(ordinary, rng)
+        changed = [(new, old) for new, old in zip(scene.solids, ordinary.solids, strict=True) if new != old]
+        ((new, old),) = changed
+        kinds[new.shape == ADAPTER_SHAPE, new.color == ADAPTER_COLOUR] += 1
+        assert new.size == old.size
+    assert min(kinds.values()) > 15
 
 
 def test_recolouring_keeps_the_arrangement() -> None:

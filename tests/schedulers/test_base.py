@@ -182,7 +182,7 @@ def test_keywords_of_loading(tmp_path: Path) -> None:
 
 def test_uploading_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("impasto.checkpoints.upload.upload", lambda folder, *options: calls.append(options))
+    monkeypatch.setattr("impasto.checkpoints.upload._upload", lambda folder, files, *options: calls.append(options))
     DDIMScheduler().push_to_hub("me/ddim", variant="fp16", private=True)
     assert calls == [("me/ddim", "Upload scheduler", True, None, False, None)]
 

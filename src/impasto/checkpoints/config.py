@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationErro
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
 from .keywords import settle
-from .upload import check_upload_options, upload, upload_message
+from .upload import check_upload_options, push_saved
 from .values import check_arguments
 
 logger = logging.getLogger("impasto")
@@ -288,10 +287,7 @@ class Configurable:
         with saving(save_directory) as staging:
             self._write_config(staging)
         if push_to_hub:
-            message = kwargs.pop("commit_message", None) or upload_message(self)
-            with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
-                self._write_config(Path(folder))
-                upload(folder, **{"repo_id": Path(save_directory).name, "message": message, **kwargs})
+            push_saved(self, save_directory, [self.config_name], kwargs)
 
     def _write_config(self, folder: Path) -> None:
         write_json(folder / self.config_name, self._file_content())

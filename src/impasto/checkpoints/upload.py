@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checks import printable
 from ..errors import HubError, ImpastoError, InputError
+from ..folders import reading
 
 _OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 
@@ -44,40 +46,34 @@ class Uploads:
         Raises:
             HubError: the upload failed; the message says why.
         """
-        given = {} if variant is None else {"variant": variant}
+        given: dict[str, Any] = {} if variant is None else {"variant": variant}
         if not safe_serialization:
-            given["safe_serialization"] = safe_serialization  # type: ignore[assignment]  # refused, with the reason
-        return self._save_and_upload(given, repo_id, commit_message, private, token, create_pr, subfolder)
-
-    def _save_and_upload(
-        self,
-        save: Mapping[str, Any],
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ) -> str:
-        """``push_to_hub`` with these arguments of ``save_pretrained``."""
+            given["safe_serialization"] = safe_serialization  # refused, with the reason
         with tempfile.TemporaryDirectory(prefix="impasto-") as folder:
-            self.save_pretrained(folder, **save)
-            message = commit_message or upload_message(self)
-            return upload(folder, repo_id, message, private, token, create_pr, subfolder)
-
-    def _push_saved(
-        self, wanted: bool, folder: str | os.PathLike[str], options: Mapping[str, Any], **save: Any
-    ) -> None:
-        """``push_to_hub=True`` of ``save_pretrained``: upload the same files, and no others of that folder.
-
-        Args:
-            save: the arguments of ``save_pretrained`` that decide what the files are.
-        """
-        if wanted:
-            self._save_and_upload(save, **{"repo_id": Path(folder).name, **options})
+            self.save_pretrained(folder, **given)
+            message = commit_message or _message(self)
+            return _upload(folder, None, repo_id, message, private, token, create_pr, subfolder)
 
 
-def upload_message(uploaded: object) -> str:
+def push_saved(saved: object, folder: str | os.PathLike[str], files: Iterable[str], options: Mapping[str, Any]) -> None:
+    """``push_to_hub=True`` of saving: upload the files that were written, and no others of their folder.
+
+    Args:
+        files: relative to the folder.
+        options: of ``push_to_hub``; the repository has the folder's name unless they have another.
+    """
+    named = {"repo_id": Path(folder).name, **options}
+    message = named.pop("commit_message", None) or _message(saved)
+    with reading(folder) as unchanging:
+        _upload(os.fspath(unchanging), files, commit_message=message, **named)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files in a folder and its subfolders, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _message(uploaded: object) -> str:
     """The message of a commit, as diffusers chooses it."""
     name = type(uploaded).__name__
     return f"Upload {next((kind.lower() for kind in ('Model', 'Scheduler') if kind in name), name)}"
@@ -107,23 +103,33 @@ def check_writable(safe_serialization: bool, use_flashpack: bool = False) -> Non
         )
 
 
-def upload(
+def _upload(
     folder: str,
+    files: Iterable[str] | None,
     repo_id: str,
-    message: str,
+    commit_message: str,
     private: bool | None = None,
     token: str | bool | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> str:
-    """Upload a folder to a repository, which is created if needed; returns the address of the commit."""
+    """Upload these files of a folder (None: all) to a repository, which is created if needed.
+
+    Returns:
+        the address of the commit.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, commit_message=message, create_pr=create_pr
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=subfolder,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            allow_patterns=None if files is None else [glob.escape(file) for file in files],
         )
     except ImpastoError:
         raise

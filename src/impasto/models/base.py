@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 
 from ..checkpoints.config import Configurable, naming
-from ..checkpoints.upload import Uploads, check_upload_options, check_writable
+from ..checkpoints.upload import Uploads, check_upload_options, check_writable, files_in, push_saved
 from ..checks import parse_size, text
 from ..errors import CheckpointError, ConfigurationError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
+from .compat.adapters import AdapterMethods
 from .compat.surface import ModelSurface
 from .dtypes import parse_dtype
 from .single_file import SingleFiles
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("impasto")
 
 
-class Model(SingleFiles, Configurable, Uploads, ModelSurface):
+class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Arguments that diffusers' class lacks, and that change what the model computes.
@@ -226,7 +227,9 @@ class Model(SingleFiles, Configurable, Uploads, ModelSurface):
         with saving(save_directory, superseded) as staging:
             write_weights(self.state_dict(), staging, variant=variant, max_shard_bytes=size)
             self._write_config(staging)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
+            written = files_in(staging)
+        if push_to_hub:
+            push_saved(self, save_directory, written, upload)
 
     def changed_arguments(self) -> list[str]:
         """Those arguments that diffusers lacks and that have other values than the default."""

@@ -61,6 +61,14 @@ def as_timesteps(timestep: Tensor | float | None, batch: int, device: torch.devi
     return timesteps
 
 
+def check_batch(images: int, texts: int | None, steps: int) -> None:
+    """Raise InputError unless there are as many texts (None: no text) and timesteps as images, or one timestep."""
+    if texts is not None and texts != images:
+        raise InputError(f"encoder_hidden_states holds {texts} texts for {images} images")
+    if steps != 1 and steps != images:
+        raise InputError(f"timestep holds {steps} rows for {images} images; give 1 or {images}")
+
+
 def check_prior(
     prior_token_id: Tensor,
     prior_token_drop: Tensor | None,

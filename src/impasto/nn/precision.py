@@ -64,7 +64,7 @@ def computing(module: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if _widened_dtype(module) is None else in_float32()
 
 
-def checkpointed(block: nn.Module, *arguments: Any) -> Any:
+def checkpointed(block: Function, *arguments: Any) -> Any:
     """Gradient checkpointing: the block is recomputed in the backward pass, in this precision and by these kernels."""
     wide, backend = _thread.is_wide, chosen_backend()
     if not wide and backend == "native":
@@ -72,7 +72,7 @@ def checkpointed(block: nn.Module, *arguments: Any) -> Any:
     return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _as(wide, backend)))
 
 
-def checkpointed_by(function: Function, block: nn.Module, *arguments: Any) -> Any:
+def checkpointed_by(function: Function, block: Function, *arguments: Any) -> Any:
     """As ``checkpointed``, by a caller's function, which is called as ``function(block, *arguments)``."""
     wide, backend = _thread.is_wide, chosen_backend()
     if not wide and backend == "native":
@@ -80,7 +80,7 @@ def checkpointed_by(function: Function, block: nn.Module, *arguments: Any) -> An
     return function(functools.partial(_computed_as, block, wide, backend), *arguments)
 
 
-def _computed_as(block: nn.Module, wide: bool, backend: str, *arguments: Any) -> Any:
+def _computed_as(block: Function, wide: bool, backend: str, *arguments: Any) -> Any:
     with _as(wide, backend):
         return block(*arguments)
 

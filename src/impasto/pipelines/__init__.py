@@ -20,9 +20,13 @@ _HOMES = {
     "PixArtSigmaInpaintPipeline": "pipelines.pixart_edits:PixArtSigmaInpaintPipeline",
     "PixArtSigmaPipeline": "pipelines.pixart:PixArtSigmaPipeline",
     "glm_image": "pipelines.glm_image:",
-    "pixart_alpha": "pipelines.pixart_alpha:",
+}
+_PIXART = {
+    **{name: _HOMES[name] for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline")},
+    **{f"ASPECT_RATIO_{side}_BIN": f"pipelines.compat.bins:ASPECT_RATIO_{side}_BIN" for side in (256, 512, 1024, 2048)},
 }
 publish(__name__, _HOMES, "auto_pipeline", "pipeline_utils")
+publish(__name__, _PIXART, *("pixart_alpha" + x for x in ("", ".pipeline_pixart_alpha", ".pipeline_pixart_sigma")))
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,8 @@ from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
-from .calls import Call, calling
+from .compat.adapters import LoraMethods
+from .compat.calls import Call, calling
 from .compat.methods import PipelineMethods
 from .components import Components
 from .images import ImageProcessor
@@ -42,7 +43,7 @@ class ImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
 
 
-class Pipeline(SingleFilePipelines, PipelineMethods):
+class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
     """Components, and what is in force on the calls that use them. A subclass adds the calls."""
 
     image_processor: ImageProcessor

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.keywords import KEYWORDS, settle
-from ..checkpoints.upload import check_upload_options, check_writable
+from ..checkpoints.upload import check_upload_options, check_writable, push_saved
 from ..checks import parse_size, shown, whole_number
 from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
@@ -132,26 +132,14 @@ class Components(DiffusionPipeline):
             raise InputError("device_map and memory_budget both specify where components go; give one of them")
         if quantization_config is not None and memory_budget is not None:
             raise InputError("a memory_budget chooses what is quantized; give it or quantization_config")
-        names = cls.component_names()
+        from .loading import Source, load_components
+
+        source, names = Source.of(pretrained_model_name_or_path, locals()), cls.component_names()
         others = {name: value for name, value in components.items() if name not in names}
         known = inspect.signature(Components.from_pretrained).parameters
         settle(cls.__name__, others, [*names, *known], f"; components: {', '.join(names)}")
         components = {name: value for name, value in components.items() if name in names}
-        from .loading import Source, load_components
-
-        source = Source(
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            variant=variant,
-            use_safetensors=use_safetensors,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            force_download=force_download,
-        )
-        requested = dtype if dtype is not None else torch_dtype
-        name = cls.saved_as or cls.__name__
+        requested, name = dtype if dtype is not None else torch_dtype, cls.saved_as or cls.__name__
         loaded, plan, folder = load_components(
             source, name, names, components, requested, memory_budget, quantization_config
         )
@@ -202,8 +190,9 @@ class Components(DiffusionPipeline):
         shard_bytes = parse_size("10GB" if max_shard_size is None else max_shard_size)
         components = {name: unwrapped(component) for name, component in self.components.items()}
         name = self.saved_as or type(self).__name__
-        save_components(components, plain_path(save_directory), name, variant, shard_bytes)
-        self._push_saved(push_to_hub, save_directory, upload, variant=variant, max_shard_size=max_shard_size)
+        written = save_components(components, plain_path(save_directory), name, variant, shard_bytes)
+        if push_to_hub:
+            push_saved(self, save_directory, written, upload)
 
     @classmethod
     def from_pipe(

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
 from ..models.glm_image.prior import PriorTokens, generate_prior
-from .calls import Call
+from .compat.calls import Call
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
 from .prompts import EncodedTexts

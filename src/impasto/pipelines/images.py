@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from ..checkpoints.values import Count
 from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
 from ..errors import ConfigurationError, ImpastoError, InputError
 from .compat.images import ImageMethods
-from .resolution import nearest_bin, resize_and_crop
 
 logger = logging.getLogger("impasto")
 
@@ -210,16 +209,6 @@ class ImageProcessor(ImageMethods, Configurable):
         array: np.ndarray[Any, Any] = images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
         return array
 
-    @staticmethod
-    def classify_height_width_bin(height: int, width: int, ratios: Mapping[Any, Any]) -> tuple[int, int]:
-        """:func:`~impasto.pipelines.resolution.nearest_bin`, under its documented name."""
-        return nearest_bin(height, width, ratios)
-
-    @staticmethod
-    def resize_and_crop_tensor(samples: Tensor, new_width: int, new_height: int) -> Tensor:
-        """:func:`~impasto.pipelines.resolution.resize_and_crop`, under its documented name; width comes first."""
-        return resize_and_crop(samples, new_height, new_width)
-
 
 class PixArtImageProcessor(ImageProcessor):
     """The same, with arguments in the documented order of PixArt's."""
@@ -270,8 +259,8 @@ def _warn_of_non_finite(images: Tensor) -> None:
 # --- images of any kind -> RGB, or a batch ---
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB, transparency on white.
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB, transparency on ``background``, a color of Pillow's.
 
     16-bit grey is scaled by 1 / 257. 32-bit integers (mode I) are 8-bit levels, or 16-bit levels if any exceeds 255;
     floats (mode F) are 8-bit levels, or fractions of white if none exceeds 1.
@@ -284,7 +273,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError) as error:
         raise InputError(f"the image of mode {image.mode} cannot be made RGB: {reason(error)}") from error

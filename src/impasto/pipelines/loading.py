@@ -18,6 +18,7 @@ from ..checkpoints import hub
 from ..checkpoints.config import read_json
 from ..checkpoints.frozen import FORMAT_VERSION
 from ..checkpoints.layout import INDEX_NAME, holds_weights
+from ..checkpoints.upload import files_in
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("impasto")
 
+_DOWNLOAD = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
 
@@ -43,11 +46,13 @@ class Source:
     subfolder: str | None
     variant: str | None
     use_safetensors: bool | None
-    revision: str | None
-    cache_dir: str | os.PathLike[str] | None
-    local_files_only: bool
-    token: str | bool | None
-    force_download: bool = False
+    download: Mapping[str, Any]  # options of ``hub.resolve``
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str], options: Mapping[str, Any]) -> Source:
+        """Of arguments of ``from_pretrained`` by name, among others."""
+        download = {name: options[name] for name in _DOWNLOAD if options.get(name) is not None}
+        return cls(model, options.get("subfolder"), options.get("variant"), options.get("use_safetensors"), download)
 
     @contextmanager
     def opened(self) -> Iterator[Source]:
@@ -58,17 +63,12 @@ class Source:
         with reading(hub.inside(Path(self.model), self.subfolder)) as folder:
             yield replace(self, model=folder, subfolder=None)
 
-    def _options(self) -> dict[str, Any]:
-        """The options of the download."""
-        names = ("revision", "cache_dir", "local_files_only", "token", "force_download")
-        return {name: getattr(self, name) for name in names}
-
     def _inside(self, path: str) -> str:
         return f"{self.subfolder}/{path}" if self.subfolder else path
 
     def read_content(self) -> tuple[Path, dict[str, Any]]:
         """The path and contents of the index; the latter are empty without one."""
-        root = hub.resolve(self.model, allow_patterns=[self._inside(INDEX_NAME)], **self._options())
+        root = hub.resolve(self.model, allow_patterns=[self._inside(INDEX_NAME)], **self.download)
         path = hub.inside(root, self.subfolder) / INDEX_NAME
         return path, read_json(path) if path.is_file() else {}
 
@@ -123,7 +123,7 @@ class Source:
             variant=variant,
             use_safetensors=self.use_safetensors,
             others=[self._inside(INDEX_NAME)],
-            **self._options(),
+            **self.download,
         )
         return hub.inside(root, self.subfolder), [path.rpartition("/")[2] for path in left]
 
@@ -304,8 +304,12 @@ def check_saveable(name: str, component: Any) -> None:
 
 def save_components(
     components: Mapping[str, Any], root: Path, pipeline: str, variant: str | None, max_shard_bytes: int
-) -> None:
-    """Write each component into its own folder, and the index; together they replace what an earlier save wrote."""
+) -> list[str]:
+    """Write each component into its own folder, and the index; together they replace what an earlier save wrote.
+
+    Returns:
+        the files, relative to ``root``.
+    """
     from ..checkpoints.layout import superseded
     from ..checkpoints.stored import with_variant
     from ..checkpoints.weights import disk_errors
@@ -324,3 +328,4 @@ def save_components(
                 options = {"variant": variant, "max_shard_size": max_shard_bytes} if has_weights else {}
                 component.save_pretrained(staging / name, **options)
         (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return files_in(staging)

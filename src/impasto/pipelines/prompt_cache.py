@@ -27,7 +27,7 @@ from ..checkpoints.config import read_json
 from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
-from ..nn.changes import unwrapped
+from ..nn.changes import adapters_in_force, unwrapped
 from .prompts import EncodedTexts
 
 logger = logging.getLogger("impasto")
@@ -216,6 +216,8 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
     # Origin and version do not change the embeddings.
     kept = {name: value for name, value in settings.items() if name not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps([type(inner).__name__, kept], sort_keys=True, default=str).encode())
+    if adapters := adapters_in_force(inner):
+        digest.update(json.dumps(adapters).encode())
     for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
         for plain in _plain(tensor):
             digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import MAX_TOKENS, shown, whole_number
 from ..errors import InputError
+from ..nn.changes import adapters_in_force
 from ..nn.precision import precision_of
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.devi
         last.device,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         precision_of(text_encoder),
+        adapters_in_force(text_encoder),
         *((id(p), p.dtype, p.requires_grad, None if p.is_inference() else p._version) for p in parameters),
     )
     kept = _empty_embeds.get(text_encoder)

@@ -22,8 +22,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn.changes import unwrapped
 from ..nn.precision import adapt
-from .calls import Call, calling
-from .inputs import call_back, check_tensor
+from .compat.calls import Call, call_back, calling
+from .inputs import check_tensor
 from .request import Request
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..models.base import Model
 from ..nn.outputs import BaseOutput
 from .reading import ARRANGEMENTS, Reading
-from .world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZES, Solid
+from .world import ALL_COLOURS, ALL_SHAPES, BACKGROUNDS, FRAMES, SIZES, Solid
 
 SLOTS = 3
 CELL = 8  # pixels per side
@@ -39,8 +39,8 @@ class JudgeOutput(BaseOutput):
     """Logits. Those of slots that are not in the arrangement are meaningless."""
 
     arrangement: Tensor  # [B, len(ARRANGEMENTS)]
-    shape: Tensor  # [B, SLOTS, len(SHAPES)]
-    colour: Tensor  # [B, SLOTS, len(COLOURS)]
+    shape: Tensor  # [B, SLOTS, len(ALL_SHAPES)]
+    colour: Tensor  # [B, SLOTS, len(ALL_COLOURS)]
     size: Tensor  # [B, SLOTS, len(SIZES)]
     background: Tensor  # [B, len(BACKGROUNDS)]
     cells: Tensor  # [B, 1 + SLOTS, H / CELL, W / CELL]: background, slots
@@ -90,8 +90,8 @@ class Judge(Model):
         pooled = coarse_channels + 1
         self.solid = nn.Sequential(nn.Linear(pooled + 2 * coarse_channels, hidden_channels), nn.ReLU())
         self.scene = nn.Sequential(nn.Linear(SLOTS * pooled + 2 * coarse_channels, hidden_channels), nn.ReLU())
-        self.to_shape = nn.Linear(hidden_channels, len(SHAPES))
-        self.to_colour = nn.Linear(hidden_channels, len(COLOURS))
+        self.to_shape = nn.Linear(hidden_channels, len(ALL_SHAPES))
+        self.to_colour = nn.Linear(hidden_channels, len(ALL_COLOURS))
         self.to_size = nn.Linear(hidden_channels, len(SIZES))
         self.to_arrangement = nn.Linear(hidden_channels, len(ARRANGEMENTS))
         self.to_background = nn.Linear(pooled, len(BACKGROUNDS))
@@ -153,11 +153,11 @@ def to_readings(output: JudgeOutput) -> list[Reading]:
     """The most likely answers."""
     arrangements, backgrounds = output.arrangement.argmax(1).tolist(), output.background.argmax(1).tolist()
     answers = torch.stack([output.shape.argmax(2), output.colour.argmax(2), output.size.argmax(2)], 2).tolist()
-    colours, grounds = tuple(COLOURS), tuple(BACKGROUNDS)
+    colours, grounds = tuple(ALL_COLOURS), tuple(BACKGROUNDS)
     readings = []
     for arrangement, background, slots in zip(arrangements, backgrounds, answers):
         relations = ARRANGEMENTS[arrangement]
-        solids = (Solid(SHAPES[shape], colours[colour], SIZES[size]) for shape, colour, size in slots)
+        solids = (Solid(ALL_SHAPES[shape], colours[colour], SIZES[size]) for shape, colour, size in slots)
         readings.append(Reading(tuple(solids)[: len(relations) + 1], relations, grounds[background]))
     return readings
 
@@ -178,10 +178,15 @@ def as_tensor(image: ImageLike) -> Tensor:
 
 
 def fit(image: Tensor) -> Tensor:
-    """Scale [3, H, W] into the frame of the nearest aspect ratio, padded by repeating the border."""
+    """Scale [3, H, W] into the frame of the nearest aspect ratio, padded by repeating the border.
+
+    Images of twice a frame's size are averaged over 2 x 2 pixels.
+    """
     _, height, width = image.shape
     if (height, width) in FRAMES:
         return image
+    if (height / 2, width / 2) in FRAMES:
+        return F.avg_pool2d(image, 2)
     rows, columns = min(FRAMES, key=lambda frame: abs(np.log(frame[0] / frame[1] * width / height)))
     scale = min(rows / height, columns / width)
     inner = max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,4 +1,4 @@
-"""Labels of the cells of an image, known from its rendering, for auxiliary losses."""
+"""Labels for auxiliary losses: of the cells of an image, known from its rendering, and of its caption."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .world import BACKGROUNDS, COLOURS, SHAPES, Scene
+from .captions import statement
+from .world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene
 
 CELL = 8  # pixels per side
 #: Numbers of classes: the solid (0: none), the colour (COLOURS, then BACKGROUNDS), the shape (0: none).
 LABEL_CLASSES = (4, len(COLOURS) + len(BACKGROUNDS), 1 + len(SHAPES))
+#: Numbers of classes: colour, shape, size, relation to the next solid, background; 0: not said.
+CAPTION_CLASSES = (1 + len(COLOURS), 1 + len(SHAPES), 1 + len(SIZES), 1 + len(RELATIONS), 1 + len(BACKGROUNDS))
 
 
 def label_cells(ids: Tensor, scenes: list[Scene]) -> Tensor:
@@ -28,3 +31,18 @@ def label_cells(ids: Tensor, scenes: list[Scene]) -> Tensor:
             row[number] = torch.tensor([list(COLOURS).index(item.color), 1 + SHAPES.index(item.shape)])
     shown = table[torch.arange(len(scenes))[:, None, None], solid]  # [N, H / CELL, W / CELL, 2]
     return torch.stack([solid, *shown.unbind(-1)], 1).to(torch.uint8)
+
+
+def label_caption(scene: Scene, text: str) -> Tensor:
+    """What a caption of a scene says of each of up to three solids, classes (CAPTION_CLASSES) [3, 5] int64."""
+    labels = torch.zeros(LABEL_CLASSES[0] - 1, len(CAPTION_CLASSES), dtype=torch.long)
+    with_size = statement(scene, with_size=True) in text
+    for row, solid in zip(labels, scene.solids):
+        row[0] = 1 + list(COLOURS).index(solid.color)
+        row[1] = 1 + SHAPES.index(solid.shape)
+        row[2] = 1 + SIZES.index(solid.size) if with_size else 0
+    for row, relation in zip(labels, scene.relations):
+        row[3] = 1 + RELATIONS.index(relation)
+    if f"on a {scene.background} background" in text:
+        labels[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
+    return labels

@@ -17,7 +17,13 @@ from .solids import FAR, Body, intersect
 from .world import BEHIND, FRONT, LEFT, ON_TOP, RIGHT, Scene
 
 RADIUS = {"small": 0.64, "large": 1.0}
-PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.78, 0.78), "cylinder": (0.75, 0.84), "cone": (0.94, 0.98)}
+PROPORTIONS = {
+    "sphere": (1.0, 1.0),
+    "cube": (0.78, 0.78),
+    "cylinder": (0.75, 0.84),
+    "cone": (0.94, 0.98),
+    "dome": (1.04, 0.52),
+}
 # World units across the shorter side of the frame, by number of solids, so that sizes can be distinguished.
 EXTENT = {1: 3.3, 2: 4.5, 3: 5.6}
 CAMERA_DISTANCE = 14.0
@@ -61,6 +67,20 @@ class Camera:
         rows = v[:, None] * ones
         return u[None] * ones, fy + uy * rows, fz + uz * rows
 
+    def cropped(self, rows: slice, columns: slice, height: int, width: int) -> Camera:
+        """The camera that sees only these rows and columns of a height x width frame."""
+        return Camera(
+            self.pitch,
+            (
+                self.center[0] + self.half[0] * ((columns.start + columns.stop) / width - 1),
+                self.center[1] - self.half[1] * ((rows.start + rows.stop) / height - 1),
+            ),
+            (
+                self.half[0] * (columns.stop - columns.start) / width,
+                self.half[1] * (rows.stop - rows.start) / height,
+            ),
+        )
+
     def window(self, body: Body, height: int, width: int) -> tuple[slice, slice]:
         """The rows and columns of a height x width frame that contain `body`."""
         low, high = self.bounds([body])
@@ -68,8 +88,8 @@ class Camera:
         bottom, top = ((1 - (v - self.center[1]) / self.half[1]) / 2 * height for v in (low[1], high[1]))
         pad = 1 + 0.01 * max(height, width)
         return (
-            slice(max(0, int(top - pad)), min(height, math.ceil(bottom + pad))),
-            slice(max(0, int(left - pad)), min(width, math.ceil(right + pad))),
+            slice(max(0, int(top - pad)), max(0, min(height, math.ceil(bottom + pad)))),
+            slice(max(0, int(left - pad)), max(0, min(width, math.ceil(right + pad)))),
         )
 
     def bounds(self, bodies: list[Body]) -> tuple[list[float], list[float]]:
@@ -130,7 +150,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[Body]:
         for i in stack:
             bodies[i] = _moved(bodies[i], x, ground + bodies[i].half, z)
             # What stands on a point or a dome sinks in slightly; otherwise it would seem to hover.
-            sink = {"cone": 0.44, "sphere": 0.05}.get(bodies[i].shape, 0.0) * bodies[i].half
+            sink = {"cone": 0.44, "sphere": 0.05, "dome": 0.10}.get(bodies[i].shape, 0.0) * bodies[i].half
             ground += 2 * bodies[i].half - sink
     middle = (x / 2, z / 2)
     return [_moved(b, b.x - middle[0], b.y, b.z - middle[1]) for b in bodies]

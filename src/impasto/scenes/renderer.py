@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .layout import Camera, Layout, arrange
 from .solids import FAR, Body, Vector, distance, intersect
-from .world import BACKGROUNDS, COLOURS, Scene
+from .world import ALL_COLOURS, BACKGROUNDS, Scene
 
 SUPERSAMPLING = 2  # samples per pixel and side
 GAMMA = 2.2
@@ -43,10 +43,32 @@ class GeometryBuffer:
     ids: Tensor
 
 
-def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int = SUPERSAMPLING) -> GeometryBuffer:
-    """Find what each sample of a height x width image shows, and its lighting. Colours have no effect."""
-    layout = arrange(scene, height, width, seed)
+def trace(
+    scene: Scene,
+    height: int,
+    width: int,
+    seed: int,
+    supersampling: int = SUPERSAMPLING,
+    crop: tuple[slice, slice] | None = None,
+) -> GeometryBuffer:
+    """Find what each sample of a height x width image shows, and its lighting. Colours have no effect.
+
+    Args:
+        crop: rows and columns in pixels, each a slice with start and stop: only these are traced.
+    """
+    return trace_layout(arrange(scene, height, width, seed), height, width, supersampling, crop)
+
+
+def trace_layout(
+    layout: Layout, height: int, width: int, supersampling: int = SUPERSAMPLING, crop: tuple[slice, slice] | None = None
+) -> GeometryBuffer:
+    """The same for a scene that is laid out already."""
     rows, columns = height * supersampling, width * supersampling
+    studio = _studio(rows, columns)
+    if crop is not None:
+        layout = replace(layout, camera=layout.camera.cropped(*crop, height, width))
+        cut = tuple(slice(side.start * supersampling, side.stop * supersampling) for side in crop)
+        studio, rows, columns = studio[cut], cut[0].stop - cut[0].start, cut[1].stop - cut[1].start
     rays = layout.camera.rays(rows, columns)
     depth, normal, ids = _ground(layout.camera, rays)
     for number, body in enumerate(layout.bodies, 1):
@@ -57,7 +79,7 @@ def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int =
         ids[window] = torch.where(nearer, number, ids[window])
         for into, value in zip(normal, facing, strict=True):
             into[window] = torch.where(nearer, value, into[window])
-    diffuse, gloss = _light(layout, rays, depth, normal, ids)
+    diffuse, gloss = _light(layout, studio, rays, depth, normal, ids)
     parts = torch.stack([diffuse * (ids == number) for number in range(len(layout.bodies) + 1)])
     pooled = torch.nn.functional.avg_pool2d(torch.cat([parts, gloss[None]]), supersampling)
     return GeometryBuffer(pooled[:-1], pooled[-1], ids)
@@ -65,7 +87,7 @@ def trace(scene: Scene, height: int, width: int, seed: int, supersampling: int =
 
 def shade(buffer: GeometryBuffer, colors: Sequence[str], background: str) -> Tensor:
     """Colour a traced geometry, with one colour name per solid. Returns the image [3, H, W] in [0, 1]."""
-    palette = torch.tensor([BACKGROUNDS[background], *(COLOURS[color] for color in colors)])
+    palette = torch.tensor([BACKGROUNDS[background], *(ALL_COLOURS[color] for color in colors)])
     assert len(palette) == len(buffer.diffuse), "one colour per solid"
     image = (palette.T @ buffer.diffuse.flatten(1)).view(3, *buffer.gloss.shape)
     return torch.lerp(image, torch.ones(()), buffer.gloss).clamp_(0, 1)  # towards white, which keeps the hue
@@ -93,7 +115,9 @@ def _ground(camera: Camera, rays: Vector) -> tuple[Tensor, Vector, Tensor]:
     return depth, normal, torch.zeros(depth.shape, dtype=torch.uint8)
 
 
-def _light(layout: Layout, rays: Vector, depth: Tensor, normal: Vector, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _light(
+    layout: Layout, studio: Tensor, rays: Vector, depth: Tensor, normal: Vector, ids: Tensor
+) -> tuple[Tensor, Tensor]:
     point = _along(layout.camera.eye, rays, depth)
     lx, ly, lz = layout.light
     nx, ny, nz = normal
@@ -112,7 +136,7 @@ def _light(layout: Layout, rays: Vector, depth: Tensor, normal: Vector, ids: Ten
     # Fully lit ground has its nominal colour at any height of the light.
     floor = 0.40 * open_sky + 0.60 * shadow * (0.4 + 0.6 * open_sky)
     brightness = torch.where(solid, linear.clamp(0, 1), floor) ** (1 / GAMMA)
-    brightness = torch.where(solid, brightness, brightness * _studio(*depth.shape))
+    brightness = torch.where(solid, brightness, brightness * studio)
 
     rx, ry, rz = rays
     size = (rx * rx + ry * ry + rz * rz).rsqrt()

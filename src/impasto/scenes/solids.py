@@ -1,4 +1,4 @@
-"""The geometry of the four solids: intersection with rays, and distance from points.
+"""The geometry of the solids: intersection with rays, and distance from points.
 
 Every solid has a local frame with its centre at the origin and y up, to which rays and points are transformed. Vectors
 are three tensors x, y, z of shape [N], which is several times faster than [N, 3].
@@ -55,12 +55,17 @@ class Body:
         """World points [P, 3] of the surface whose convex hull is (nearly) the solid."""
         angle = torch.arange(24.0) * (2 * math.pi / 24)
         c, s = torch.cos(angle), torch.sin(angle)
-        if self.shape == "sphere":
-            rings = [
-                torch.stack([c * math.cos(b), torch.full_like(c, math.sin(b)), s * math.cos(b)], 1)
-                for b in torch.linspace(-math.pi / 2, math.pi / 2, 13).tolist()
-            ]
-            local = torch.cat(rings) * self.radius
+        if self.shape in ("sphere", "dome"):
+            lowest, rings = (0.0, 7) if self.shape == "dome" else (-math.pi / 2, 13)
+            local = torch.cat(
+                [
+                    torch.stack([c * math.cos(b), torch.full_like(c, math.sin(b)), s * math.cos(b)], 1)
+                    for b in torch.linspace(lowest, math.pi / 2, rings).tolist()
+                ]
+            )
+            local = local * self.radius
+            if self.shape == "dome":
+                local[:, 1] -= self.half
         elif self.shape == "cube":
             signs = torch.tensor([-1.0, 1.0])
             local = torch.cartesian_prod(signs, signs, signs)
@@ -156,7 +161,24 @@ def _cone(body: Body, eye: Vector, ray: Vector) -> tuple[Tensor, Vector]:
     return t, (x, torch.where(on_base, -1.0, k / math.sqrt(1 + k * k)), z)
 
 
-_INTERSECT = {"sphere": _sphere, "cube": _cube, "cylinder": _cylinder, "cone": _cone}
+def _dome(body: Body, eye: Vector, ray: Vector) -> tuple[Tensor, Vector]:
+    """The upper half of a ball whose centre is on the base."""
+    (ox, oy, oz), (dx, dy, dz) = eye, ray
+    oy = oy + body.half  # height above the base
+    ball_in, ball_out = _roots(
+        dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - body.radius**2
+    )
+    base = -oy / dy
+    base_in, base_out = torch.where(dy > 0, base, -FAR), torch.where(dy < 0, base, FAR)
+    enter = torch.maximum(ball_in, base_in)
+    t = torch.where((enter < torch.minimum(ball_out, base_out)) & (ball_in < FAR), enter, FAR)
+    below = base_in > ball_in
+    scale = 1 / body.radius
+    x, y, z = ((o + t * d) * scale for o, d in ((ox, dx), (oy, dy), (oz, dz)))
+    return t, (torch.where(below, 0.0, x), torch.where(below, -1.0, y), torch.where(below, 0.0, z))
+
+
+_INTERSECT = {"sphere": _sphere, "cube": _cube, "cylinder": _cylinder, "cone": _cone, "dome": _dome}
 
 
 def distance(body: Body, point: Vector) -> Tensor:
@@ -173,11 +195,16 @@ def distance(body: Body, point: Vector) -> Tensor:
         qr, qy = ring - body.radius, y.abs() - body.half
         outside = (qr.clamp_min(0) ** 2 + qy.clamp_min(0) ** 2).sqrt()
         return outside + torch.maximum(qr, qy).clamp_max(0)
+    if body.shape == "dome":
+        height = y + body.half  # above the base
+        to_ball = (x * x + height * height + z * z).sqrt() - body.radius
+        to_rim = ((ring - body.radius).clamp_min(0) ** 2 + height * height).sqrt()
+        return torch.where(height < 0, to_rim, torch.maximum(to_ball, -height))
     # Cone: a triangle in the half-plane (ring, y); the nearer of slant and base, negative if inside both.
-    height = 2 * body.half
-    slant = math.hypot(body.radius, height)
-    along = ((ring - body.radius) * -body.radius + (y + body.half) * height) / slant  # from the rim upwards
-    across = ((ring - body.radius) * height + (y + body.half) * body.radius) / slant  # outwards
+    rise = 2 * body.half
+    slant = math.hypot(body.radius, rise)
+    along = ((ring - body.radius) * -body.radius + (y + body.half) * rise) / slant  # from the rim upwards
+    across = ((ring - body.radius) * rise + (y + body.half) * body.radius) / slant  # outwards
     to_slant = (across**2 + (along - along.clamp(0, slant)) ** 2).sqrt()
     below = y + body.half
     to_base = ((ring - body.radius).clamp_min(0) ** 2 + below**2).sqrt()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
@@ -11,6 +11,9 @@ import numpy as np
 from ..errors import InputError
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
+# A shape and a colour that the generator never sees: the judge knows them, and an adapter learns them.
+ADAPTER_SHAPE, ADAPTER_COLOUR = "dome", "cyan"
+ALL_SHAPES = (*SHAPES, ADAPTER_SHAPE)
 SIZES = ("small", "large")
 ON_TOP, LEFT, RIGHT, FRONT, BEHIND = RELATIONS = (
     "on top of",
@@ -40,6 +43,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "white": (0.99, 0.99, 0.99),
     "black": (0.14, 0.14, 0.145),
 }
+ALL_COLOURS = {**COLOURS, ADAPTER_COLOUR: (0.06, 0.82, 0.84)}
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "gray": (0.71, 0.71, 0.72),
     "beige": (0.88, 0.80, 0.67),
@@ -60,7 +64,7 @@ class Solid:
     size: str
 
     def __post_init__(self) -> None:
-        for word, known in ((self.shape, SHAPES), (self.color, tuple(COLOURS)), (self.size, SIZES)):
+        for word, known in ((self.shape, ALL_SHAPES), (self.color, tuple(ALL_COLOURS)), (self.size, SIZES)):
             if word not in known:
                 raise InputError(f"The small world does not know {word!r}; use one of {', '.join(known)}.")
 
@@ -115,7 +119,7 @@ def is_held_out(scene: Scene) -> bool:
     return any(crc32(text.encode()) % HELD_OUT_PART == 0 for text in combinations(scene))
 
 
-def sample_arrangement(rng: np.random.Generator, height: int, width: int) -> Scene:
+def sample_arrangement(rng: np.random.Generator, height: int, width: int, shapes: tuple[str, ...] = SHAPES) -> Scene:
     """Shapes, sizes, relations and a seed, with placeholder colours for `recolour` to replace."""
     count = int(rng.choice(list(OBJECT_COUNTS), p=list(OBJECT_COUNTS.values())))
     if count == 1:
@@ -125,7 +129,7 @@ def sample_arrangement(rng: np.random.Generator, height: int, width: int) -> Sce
     else:
         relations = RELATION_PAIRS[rng.integers(len(RELATION_PAIRS))]
     solids = tuple(
-        Solid(SHAPES[rng.integers(len(SHAPES))], "white", SIZES[rng.integers(len(SIZES))]) for _ in range(count)
+        Solid(shapes[rng.integers(len(shapes))], "white", SIZES[rng.integers(len(SIZES))]) for _ in range(count)
     )
     return Scene(solids, relations, "gray", height, width, int(rng.integers(2**31)))
 
@@ -146,3 +150,14 @@ def sample_scene(rng: np.random.Generator, height: int | None = None, width: int
     if height is None or width is None:
         height, width = FRAMES[rng.integers(len(FRAMES))]
     return recolour(sample_arrangement(rng, height, width), rng)
+
+
+def with_adapter_words(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with `ADAPTER_SHAPE`, `ADAPTER_COLOUR` or both (a third of the time each) for one of its solids."""
+    index, kind = int(rng.integers(len(scene.solids))), int(rng.integers(3))
+    solids = list(scene.solids)
+    if kind != 0:
+        solids[index] = replace(solids[index], color=ADAPTER_COLOUR)
+    if kind != 1:
+        solids[index] = replace(solids[index], shape=ADAPTER_SHAPE)
+    return replace(scene, solids=tuple(solids))

@@ -5,6 +5,7 @@ The steps of solvers call none of these public names: overriding one does not ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -190,7 +191,14 @@ class DPMSolverNames(SpacingNames):
     @model_outputs.setter
     def model_outputs(self: Any, outputs: Sequence[Tensor | None]) -> None:
         present = [output for output in outputs if output is not None]
-        self._history = self._outputs_before(present, (self._step_index or 0) - 1, len(present))
+        if self._step_index is None:  # their levels are known with the first step
+            self._history = [(math.nan, output) for output in present]
+        else:
+            self._history = self._outputs_before(present, self._step_index - 1, len(present))
+
+    def _init_step_index(self: Any, timestep: int | float | Tensor) -> None:
+        super()._init_step_index(timestep)  # type: ignore[misc]
+        self.model_outputs = self.model_outputs  # of the steps before this one
 
     @property
     def lower_order_nums(self: Any) -> int:
@@ -202,8 +210,8 @@ class DPMSolverNames(SpacingNames):
         self._history = self._history[max(len(self._history) - count, 0) :]
 
     def _outputs_before(self: Any, outputs: Sequence[Tensor], index: int, count: int) -> list[tuple[float, Tensor]]:
-        """The last outputs, each with its lambda, if the newest belongs to this step."""
-        return [(self._level(index - back)[2], outputs[-1 - back]) for back in reversed(range(count))]
+        """The last outputs, each with its lambda, if the newest belongs to this step; none is from before step 0."""
+        return [(self._level(index - back)[2], outputs[-1 - back]) for back in reversed(range(min(count, index + 1)))]
 
     def index_for_timestep(self: Any, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The index of a timestep in the schedule or in another one; of several equal ones, the second. The index of

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
-from ..nn.changes import Change, Handle, refuse_conflicts, unwrapped
+from ..nn.changes import Change, Handle, of, refuse_conflicts, unwrapped
 
 #: Parts of names of layers that stay as they are: what depends most on the digits of its weights.
 DEFAULT_SKIP_MODULES_PATTERN = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
@@ -24,11 +24,18 @@ class CastLayer(Change):
     """What is called in place of a layer's ``forward``: the same with its weights cast for this call alone."""
 
     change = "stored in a narrow dtype"
-    undo = "remove() the handle of apply_layerwise_casting()"
+    undo = "call its disable_layerwise_casting(), or remove() the handle of apply_layerwise_casting(),"
     conflicts: ClassVar = ("quantized", "stored in a narrow dtype")
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype, non_blocking: bool):
         self.layer, self.dtype, self.non_blocking = layer, dtype, non_blocking
+        self.stored = _dtype_of(layer)  # before this change
+
+    def remove(self) -> None:
+        """Call the layer's own ``forward`` again, with weights in their former dtype; no effect if it is removed."""
+        if any(change is self for change in of(self.layer)):
+            self.take(self.layer, "forward")
+            self.layer.to(self.stored)
 
     def __call__(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
@@ -50,17 +57,15 @@ class CastLayer(Change):
 class LayerwiseCasting(Handle):
     """The handle of ``apply_layerwise_casting``: ``remove()`` casts the weights back; their lost digits stay lost."""
 
-    def __init__(self, layers: dict[nn.Module, torch.dtype], storage: torch.dtype, compute: torch.dtype, waits: bool):
-        self._layers = layers
-        self._calls = [CastLayer(layer, compute, waits) for layer in layers]
-        for layer, call in zip(layers, self._calls, strict=True):
-            layer.to(storage)
-            call.put(layer, "forward")
+    def __init__(self, layers: Sequence[nn.Module], storage: torch.dtype, compute: torch.dtype, non_blocking: bool):
+        self._calls = [CastLayer(layer, compute, non_blocking) for layer in layers]
+        for call in self._calls:
+            call.layer.to(storage)
+            call.put(call.layer, "forward")
 
     def remove(self) -> None:
         for call in self._calls:
-            call.take(call.layer, "forward")
-            call.layer.to(self._layers[call.layer])
+            call.remove()
         self._calls = []
 
 
@@ -100,7 +105,7 @@ def apply_layerwise_casting(
         skip_modules_pattern = (*DEFAULT_SKIP_MODULES_PATTERN, *(rf"\b{re.escape(name)}\b" for name in kept))
     patterns = [skip_modules_pattern] if isinstance(skip_modules_pattern, str) else list(skip_modules_pattern or ())
     refuse_conflicts(module, CastLayer)
-    layers = {layer: _dtype_of(layer) for layer in _chosen(module, "", patterns, skip_modules_classes or ())}
+    layers = list(dict.fromkeys(_chosen(module, "", patterns, skip_modules_classes or ())))
     if any("forward" in vars(layer) for layer in layers):
         raise ConfigurationError("a layer has another forward (of an offloading hook, for example): undo that first")
     if not layers:

@@ -224,7 +224,7 @@ def takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
 
 
 @contextmanager
-def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str, checkpointing: bool) -> Iterator[None]:
+def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str) -> Iterator[None]:
     """Give a call's ``cross_attention_kwargs`` to the processors that take them.
 
     Raises:
@@ -237,13 +237,30 @@ def giving(arguments: Mapping[str, Any] | None, model: nn.Module, name: str, che
     unknown = [n for n in arguments if n != "scale" and not any(takes(parameters_of(p), n) for p in processors)]
     if unknown:
         raise InputError(f"{name} {unknown}: this model's attention takes none of them")
-    if processors and checkpointing and torch.is_grad_enabled():
-        raise InputError(f"{name} cannot be used with gradient checkpointing, which calls the processors once more")
+    with _given(arguments):
+        yield
+
+
+@contextmanager
+def _given(arguments: Mapping[str, Any]) -> Iterator[None]:
     before, _call.given = _call.given, arguments
     try:
         yield
     finally:
         _call.given = before
+
+
+def giving_again(block: nn.Module) -> Callable[..., Any]:
+    """A block whose processors are given the same when it is recomputed as in the call in progress."""
+    given = _call.given
+    if not given:
+        return block
+
+    def computed(*arguments: Any) -> Any:
+        with _given(given):
+            return block(*arguments)
+
+    return computed
 
 
 #: For ``isinstance``: the name of the class in diffusers.

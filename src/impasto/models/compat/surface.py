@@ -16,7 +16,7 @@ from ...nn.attention import check_backend, kernels
 from ...nn.changes import of
 from ...nn.fused_linear import FusedLinear
 from ...nn.precision import checkpointed, checkpointed_by
-from .attention_processor import ProcessedAttention
+from .attention_processor import ProcessedAttention, giving_again
 
 
 def _public(name: str) -> Callable[..., Any]:
@@ -143,6 +143,8 @@ class ModelSurface(nn.Module):
     ) -> None:
         """Store weights in a narrow dtype, and cast those of each layer when it is called.
 
+        ``disable_layerwise_casting`` undoes it.
+
         Args:
             compute_dtype: that of the model unless given.
             skip_modules_pattern: regular expressions of names of layers that stay as they are; by default embeddings
@@ -153,6 +155,13 @@ class ModelSurface(nn.Module):
         skipped = (*(default if skip_modules_pattern is None else skip_modules_pattern), *own)
         dtype: torch.dtype = cast(Any, self).dtype if compute_dtype is None else compute_dtype
         _public("apply_layerwise_casting")(self, storage_dtype, dtype, skipped, skip_modules_classes, non_blocking)
+
+    def disable_layerwise_casting(self) -> None:
+        """Cast weights that are stored in a narrow dtype back to theirs; their lost digits stay lost."""
+        for module in self.modules():
+            for change in of(module):
+                if change.change == "stored in a narrow dtype":
+                    cast(Any, change).remove()
 
     def enable_group_offload(
         self,
@@ -179,6 +188,11 @@ class GradientCheckpointing:
     _supports_gradient_checkpointing: ClassVar[bool] = True
     gradient_checkpointing = False
     checkpoint: Callable[..., Any] = staticmethod(checkpointed)  # calls a block with its arguments
+
+    def in_training(self, block: nn.Module) -> Callable[..., Any]:
+        """What computes a block: itself, or in training with checkpoints what also recomputes it."""
+        recomputed = self.gradient_checkpointing and torch.is_grad_enabled()
+        return partial(self.checkpoint, giving_again(block)) if recomputed else block
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """Recompute each block in the backward pass, to save memory.

@@ -14,9 +14,9 @@ from ...nn.embeddings import apply_rotary, timestep_features
 from ...nn.layers import FeedForward, TwoLayerMLP, modulate, patchify
 from ...nn.tokens import Layout
 from ..compat.attention_processor import ProcessedAttention
+from .compat import GlmImageAttnProcessor, process
 from .context import Past
 from .places import Places
-from .processor import GlmImageAttnProcessor, process
 
 _EPS = 1e-5
 
@@ -95,8 +95,8 @@ class GlmImageBlock(nn.Module):
         embedded: Tensor,  # [B or 1, T]
         places: Places,
         past: Past = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens, and their keys and values [B, heads, S, d]."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tokens, and their keys and values [B, heads, S, d]; None from a processor that reads references."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.norm1(embedded)  # [B, 2, D] each
 
         normed = places.modulate(_normalized(x), shift_attn, scale_attn)
@@ -134,8 +134,11 @@ class Attention(ProcessedAttention):
         projected: Tensor = self.to_out(out)
         return projected, key.transpose(-3, -2), value.transpose(-3, -2)
 
-    def process(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor, Tensor]:
+    def process(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same by the processor; a call that reads references returns no keys and values: nobody refers to it."""
         projected, written = process(self, x, places, past)
+        if past is not None:
+            return projected, None, None
         key, value = written or self._keys_values(x, places)
         return projected, key.transpose(-3, -2), value.transpose(-3, -2)
 

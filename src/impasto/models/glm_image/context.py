@@ -7,6 +7,7 @@ Shapes: B images, N image tokens, M text tokens, R reference tokens, d channels 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...errors import ConfigurationError, InputError
 from ...nn.embeddings import rotary_2d
 from ...nn.tokens import indices
+from ..inputs import check_batch
 
 Mode = Literal["write", "read", "skip"]
 
@@ -85,26 +87,24 @@ class GlmImageContext(NamedTuple):
         return [row._without_discarded() for row in rows] if drops else rows
 
     def _without_discarded(self) -> GlmImageContext:
-        one = self
-        if one.bias is None:
-            return one
-        keep = one.bias[0, 0, 0] > -torch.inf
-        bias = one.bias[..., keep]
-        return one._replace(text=one.text[:, keep], bias=bias if bool(bias.any()) else None)
+        if self.bias is None:
+            return self
+        keep = self.bias[0, 0, 0] > -torch.inf
+        bias = self.bias[..., keep]
+        return self._replace(text=self.text[:, keep], bias=bias if bool(bias.any()) else None)
 
     def select(self, rows: slice | Tensor | list[int]) -> GlmImageContext:
         """The contexts of some images of the batch."""
         if self.others:
             each = self.each()
             return self.concat([each[i] for i in indices(rows, len(each))])
-        shared = self.cos.shape[0] == 1
-        return GlmImageContext(
+        places = slice(None) if self.cos.shape[0] == 1 else rows
+        return self._replace(
             text=self.text[rows],
             bias=None if self.bias is None else self.bias[rows],
             prior=self.prior[rows],
-            cos=self.cos if shared else self.cos[rows],
-            sin=self.sin if shared else self.sin[rows],
-            projects=self.projects,
+            cos=self.cos[places],
+            sin=self.sin[places],
         )
 
     @staticmethod
@@ -127,14 +127,9 @@ class GlmImageContext(NamedTuple):
         if any(c.cos.shape[0] > 1 or not torch.equal(c.cos, cos) or not torch.equal(c.sin, sin) for c in contexts):
             cos = torch.cat([c.cos.expand(c.rows, -1, -1, -1) for c in contexts])
             sin = torch.cat([c.sin.expand(c.rows, -1, -1, -1) for c in contexts])
-        return GlmImageContext(
-            text=torch.cat([F.pad(c.text, (0, 0, 0, longest - m)) for c, m in zip(contexts, lengths)]),
-            bias=bias,
-            prior=torch.cat([context.prior for context in contexts]),
-            cos=cos,
-            sin=sin,
-            projects=first.projects,
-        )
+        text = torch.cat([F.pad(c.text, (0, 0, 0, longest - m)) for c, m in zip(contexts, lengths)])
+        prior = torch.cat([context.prior for context in contexts])
+        return first._replace(text=text, bias=bias, prior=prior, cos=cos, sin=sin)
 
     def bias_or_zeros(self) -> Tensor:
         """[B, 1, 1, M]."""
@@ -198,11 +193,7 @@ class GlmImageReferences(NamedTuple):
         def repeat(x: Tensor) -> Tensor:
             return x.expand(batch, -1, -1, -1) if rows == 1 else x.repeat_interleave(batch // rows, dim=0)
 
-        return GlmImageReferences(
-            tuple(repeat(key) for key in self.keys),
-            tuple(repeat(value) for value in self.values),
-            None if self.bias is None else repeat(self.bias),
-        )
+        return self._each_layer([self], lambda x: repeat(*x), None if self.bias is None else repeat(self.bias))
 
     def of_layers(self, mixed: bool, dynamic: bool) -> list[Past]:
         """Each layer's keys and values: [B, heads, R, d]; of a mixed batch, those that each image sees.
@@ -227,8 +218,7 @@ class GlmImageReferences(NamedTuple):
     def seen_by(self, row: int) -> GlmImageReferences | None:
         """Those that one image sees; None if it sees none."""
         places = self.bias_or_zeros()[row, 0, 0].isfinite().nonzero()[:, 0]
-        keys, values = (tuple(_kept(x[row], places) for x in side) for side in (self.keys, self.values))
-        return GlmImageReferences(keys, values) if places.shape[0] else None
+        return self._each_layer([self], lambda x: _kept(x[0][row], places)) if places.shape[0] else None
 
     def unseen(self) -> GlmImageReferences:
         """The same, and no image sees it: for the unconditional half of a batch."""
@@ -239,8 +229,7 @@ class GlmImageReferences(NamedTuple):
     def of_images(parts: Sequence[tuple[GlmImageReferences | None, int]]) -> GlmImageReferences:
         """One batch: those that so many images refer to, or None."""
         some = next(part for part, _ in parts if part is not None)
-        keys, values = (tuple(x[:1, :, :0] for x in layers) for layers in (some.keys, some.values))
-        none = GlmImageReferences(keys, values)
+        none = GlmImageReferences._each_layer([some], lambda x: x[0][:1, :, :0])
         return GlmImageReferences.concat([(none if part is None else part).for_batch(count) for part, count in parts])
 
     @staticmethod
@@ -248,11 +237,7 @@ class GlmImageReferences(NamedTuple):
         """Several reference images of the same images as one sequence."""
         biased = any(part.bias is not None for part in parts)
         bias = torch.cat([part.bias_or_zeros() for part in parts], dim=3) if biased else None
-        return GlmImageReferences(
-            tuple(torch.cat(layer, dim=2) for layer in zip(*(part.keys for part in parts), strict=True)),
-            tuple(torch.cat(layer, dim=2) for layer in zip(*(part.values for part in parts), strict=True)),
-            bias,
-        )
+        return GlmImageReferences._each_layer(parts, partial(torch.cat, dim=2), bias)
 
     @staticmethod
     def concat(parts: Sequence[GlmImageReferences]) -> GlmImageReferences:
@@ -262,14 +247,18 @@ class GlmImageReferences(NamedTuple):
         if len({part.length for part in parts}) > 1 or any(part.bias is not None for part in parts):
             bias = torch.cat([F.pad(p.bias_or_zeros(), (0, longest - p.length), value=-torch.inf) for p in parts])
 
-        def join(layer: Sequence[Tensor]) -> Tensor:
+        def join(layer: tuple[Tensor, ...]) -> Tensor:
             return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in layer])
 
-        return GlmImageReferences(
-            tuple(join(layer) for layer in zip(*(part.keys for part in parts), strict=True)),
-            tuple(join(layer) for layer in zip(*(part.values for part in parts), strict=True)),
-            bias,
-        )
+        return GlmImageReferences._each_layer(parts, join, bias)
+
+    @staticmethod
+    def _each_layer(
+        parts: Sequence[GlmImageReferences], join: Callable[[tuple[Tensor, ...]], Tensor], bias: Tensor | None = None
+    ) -> GlmImageReferences:
+        """``join`` of all parts, of each layer's keys and of its values."""
+        keys = tuple(map(join, zip(*(part.keys for part in parts), strict=True)))
+        return GlmImageReferences(keys, tuple(map(join, zip(*(part.values for part in parts), strict=True))), bias)
 
     def bias_or_zeros(self) -> Tensor:
         """[B, 1, 1, R]."""
@@ -353,9 +342,7 @@ def check_rows(
     batches: Sequence[Tensor], context: GlmImageContext, modulation: GlmImageModulation, patch_size: int
 ) -> None:
     """Raise InputError unless context and modulation are those of these latents [B, C, H, W]."""
-    batch = sum(latents.shape[0] for latents in batches)
-    if context.rows != batch:
-        raise InputError(f"encoder_hidden_states holds {context.rows} texts for {batch} images")
+    check_batch(sum(latents.shape[0] for latents in batches), context.rows, modulation.embedded.shape[0])
     owners = [one for one in context.batches for _ in range(one.text.shape[0] if len(batches) > 1 else 1)]
     for latents, one in zip(batches, owners):
         height, width = latents.shape[2:]
@@ -364,6 +351,3 @@ def check_rows(
             raise InputError(
                 f"the context is of {one.prior.shape[1]} image tokens, and latents of {height} x {width} are {tokens}"
             )
-    steps = modulation.embedded.shape[0]
-    if steps != 1 and steps != batch:
-        raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")

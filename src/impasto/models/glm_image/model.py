@@ -14,7 +14,6 @@ head, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -33,6 +32,7 @@ from ..compat.attention_processor import giving
 from ..compat.surface import Caching, GradientCheckpointing, Processors, Rope
 from ..inputs import as_batches, as_timesteps, check_prior, check_text, require_none
 from .blocks import AdaLayerNormContinuous, GlmImageBlock, ImageProjector, TimestepAndSizeEmbedder
+from .compat import differ, one_by_one
 from .context import (
     GlmImageContext,
     GlmImageKVCache,
@@ -43,7 +43,6 @@ from .context import (
     rotary_tables,
 )
 from .places import Places, mixed_places, places_of
-from .processor import differ, one_by_one
 
 
 class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointing, Model):
@@ -140,11 +139,8 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
 
         Args:
             text_embeds: [B, M, text_embed_dim]; M may be 0.
-            mask: [B, M], true (or 1) keeps; or [B, 1, M], a bias added to the scores, where -10000 discards.
-            prior_token_id: [B, N], one for each image token, row by row; or [N], the same for all images.
-            prior_token_drop: [B, N] or [B] (or [N] with such ids): where true, the prior says nothing.
+            mask, prior_token_id, prior_token_drop, image_rotary_emb: as in ``forward``.
             height, width: of the latents.
-            image_rotary_emb: cosines and sines [N, d], in place of those of rows and columns; or one pair an image.
 
         Raises:
             InputError: a shape that does not fit, with the shape that would.
@@ -154,14 +150,8 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         batch = text_embeds.shape[0]
         prior = check_prior(prior_token_id, prior_token_drop, batch, (rows, columns), (height, width))  # [B, N, 2]
         cos, sin = rotary_tables(image_rotary_emb, (rows, columns), self.head_dim, batch, text_embeds.device)
-        context = GlmImageContext(
-            text=text_embeds,
-            bias=None if mask is None else text_bias(mask),
-            prior=prior,
-            cos=cos,
-            sin=sin,
-            projects=True,
-        )
+        bias = None if mask is None else text_bias(mask)
+        context = GlmImageContext(text_embeds, bias, prior, cos, sin, projects=True)
         made_by = (self.glyph_projector, self.prior_token_embedding, self.prior_projector)
         return context if not is_tracing() and any(map(is_watched, made_by)) else context.made(self._project)
 
@@ -253,9 +243,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         p, mixed = self.patch_size, len(batches) > 1
         grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
-        contexts = [context]
-        if mixed:
-            contexts = context.each(drops=not dynamic)
+        contexts = context.each(drops=not dynamic) if mixed else [context]
         if references is not None:
             references = references.for_batch(sum(latents.shape[0] for latents in batches))
         parts = [
@@ -268,8 +256,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
 
         inside = places.as_tensors() if dynamic else places
         for block, past in zip(self.transformer_blocks, pasts, strict=True):
-            run = partial(self.checkpoint, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
-            x, *key_value = run(x, modulation.embedded, inside, past)
+            x, *key_value = self.in_training(block)(x, modulation.embedded, inside, past)
             if layers is not None:
                 layers.append((key_value[0], key_value[1]))
             del key_value
@@ -353,7 +340,7 @@ class GlmImageTransformer2DModel(Processors, Caching, Rope, GradientCheckpointin
         references: Any = kv_caches
         if isinstance(kv_caches, GlmImageKVCache):
             references = kv_caches.read() if kv_caches.mode == "read" else None
-        with giving(attention_kwargs, self, "attention_kwargs", self.gradient_checkpointing):
+        with giving(attention_kwargs, self, "attention_kwargs"):
             if isinstance(kv_caches, GlmImageKVCache) and kv_caches.mode == "write":
                 if not isinstance(hidden_states, Tensor):
                     raise InputError("a cache is written with latents of one size: give them as one tensor")

@@ -12,7 +12,6 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -30,7 +29,7 @@ from ...nn.tokens import Layout, is_tracing
 from ..base import Model
 from ..compat.attention_processor import giving
 from ..compat.surface import Caching, FusedProjections, GradientCheckpointing
-from ..inputs import as_batches, as_timesteps, check_text
+from ..inputs import as_batches, as_timesteps, check_batch, check_text
 from .arguments import check_arguments
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
 from .kv_compression import KVCompression, Sampling, compressed_layers
@@ -306,8 +305,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         places = layout.as_tensors() if layout is not None and dynamic else layout
         more = (grids,) if self.compresses else ()
         for block, text in zip(self.transformer_blocks, texts, strict=True):
-            run = partial(self.checkpoint, block) if self.gradient_checkpointing and torch.is_grad_enabled() else block
-            x = run(x, modulation.shared, text, bias, places, *more)
+            x = self.in_training(block)(x, modulation.shared, text, bias, places, *more)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
         x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout))
@@ -364,15 +362,15 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         self._check_rows(batches, context, modulation)
         if attention_mask is not None and not isinstance(hidden_states, Tensor):
             raise InputError("attention_mask masks the tokens of images of one size: give their latents as one tensor")
-        with giving(cross_attention_kwargs, self, "cross_attention_kwargs", self.gradient_checkpointing):
+        with giving(cross_attention_kwargs, self, "cross_attention_kwargs"):
             output: Any = self.denoise(cast(Tensor, hidden_states), context, modulation, attention_mask)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _check_rows(self, batches: Sequence[Tensor], context: PixArtContext, modulation: Modulation) -> None:
         batch, rows, bias = sum(latents.shape[0] for latents in batches), context.rows, context.projected.bias
-        if rows is not None and rows != batch:
-            raise InputError(f"encoder_hidden_states holds {rows} texts for {batch} images")
-        if torch.is_grad_enabled() and context.layers is not None and self._learns():
+        check_batch(batch, rows, modulation.shared.shape[0])
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.transformer_blocks.parameters())
+        if learns and context.layers is not None:
             raise InputError(
                 "encoder_hidden_states is a context that was made without gradients, and gradients are recorded: make "
                 "it where they are, or call the model under torch.no_grad()"
@@ -384,12 +382,6 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
                     f"without text, encoder_attention_mask masks the image tokens: expected {[batch, tokens]} "
                     f"(1 keeps) or {[batch, 1, tokens]} (a bias)"
                 )
-        steps = modulation.shared.shape[0]
-        if steps != 1 and steps != batch:
-            raise InputError(f"timestep holds {steps} rows for {batch} images; give 1 or {batch}")
-
-    def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.transformer_blocks.parameters())
 
     @classmethod
     def _fit_config(cls, config: dict[str, Any], stored_names: set[str]) -> dict[str, Any]:

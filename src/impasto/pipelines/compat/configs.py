@@ -17,8 +17,9 @@ from ...checkpoints.upload import Uploads, check_upload_options
 from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
-_OF_SOURCE = ("subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token")
-_OF_DOWNLOAD = (*_OF_SOURCE, "force_download")
+_OF_DOWNLOAD = (
+    "subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token", "force_download",
+)  # fmt: skip
 
 
 class DiffusionPipeline(Uploads):
@@ -173,7 +174,8 @@ class DiffusionPipeline(Uploads):
         check_upload_options(upload)
         with saving(save_directory) as staging:
             write_json(staging / INDEX_NAME, self._stored_config())
-        self._push_saved(push_to_hub, save_directory, upload)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **upload})
 
     def to_json_string(self) -> str:
         """The config as JSON."""
@@ -215,6 +217,4 @@ def stored_class(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
 def _source(model: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
     from ..loading import Source
 
-    chosen: dict[str, Any] = {name: options.get(name) for name in _OF_SOURCE}
-    chosen |= {name: bool(options.get(name)) for name in ("local_files_only", "force_download")}
-    return Source(model, **chosen)
+    return Source.of(model, options)

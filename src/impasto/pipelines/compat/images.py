@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...checks import MAX_SIDE, shown, whole_number
 from ...errors import InputError
+from ..resolution import nearest_bin, resize_and_crop
 
 if TYPE_CHECKING:
     from ...checkpoints.config import Config
@@ -47,6 +49,16 @@ class ImageMethods:
     def blur(image: Image.Image, blur_factor: float = 4) -> Image.Image:
         """A PIL image with a Gaussian blur of this radius in pixels."""
         return image.filter(ImageFilter.GaussianBlur(blur_factor))
+
+    @staticmethod
+    def classify_height_width_bin(height: int, width: int, ratios: Mapping[Any, Any]) -> tuple[int, int]:
+        """:func:`~impasto.pipelines.resolution.nearest_bin`, under its documented name."""
+        return nearest_bin(height, width, ratios)
+
+    @staticmethod
+    def resize_and_crop_tensor(samples: Tensor, new_width: int, new_height: int) -> Tensor:
+        """:func:`~impasto.pipelines.resolution.resize_and_crop`, under its documented name; width comes first."""
+        return resize_and_crop(samples, new_height, new_width)
 
     def binarize(self, image: T) -> T:
         """0 where a value is below 0.5, 1 elsewhere; the given tensor or array is not changed."""

@@ -16,12 +16,12 @@ from ...memory.placement import OneAtATime, Resident
 from ...nn.machine import as_device
 from ...nn.noise import draw_noise
 from .. import inputs
-from ..calls import Call, call_of, calling, remember
 from ..components import Components
 from ..images import ImageProcessor
 from ..prompts import prepare
 from ..request import read_pixart
 from ..sampling import step_options
+from .calls import Call, call_of, calling, remember
 
 
 class CallFacts(Components):
