@@ -83,7 +83,7 @@ def _positions(
     if given.get("interpolation_scale"):
         return {"sample_size": size, "interpolation_scale": given["interpolation_scale"]}
     if not scale or size != side * patch:
-        scale = size / 64 if _is_sigma(extras, micro, name) else max(size // 64, 1)
+        scale = size / 64 if size > 128 or _is_sigma(extras, micro, name) else max(size // 64, 1)
         assumed.append(f"interpolation_scale {scale:g} is that of the published models of this size")
     return {"sample_size": size, "interpolation_scale": int(scale) if scale == int(scale) else scale}
 
