@@ -90,6 +90,7 @@ class SingleFiles:
         }
         if config is not None:
             values = {**model_class._arguments(cls._config_of(config, subfolder, place), {}), **values}
+        model_class.checked_arguments({}, **values)
         file = read_single_file(pretrained_model_link_or_path_or_dict, weights, **place)
         component = component_of(file, cls._single_file_class(), values)
         for sentence in component.assumed if config is None else ():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import impasto
 from impasto.convert import EXTRAS_NAME, convert
-from impasto.errors import CheckpointError, InputError, WeightsMismatchError
+from impasto.errors import CheckpointError, InputError, OutputError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
 from . import originals
@@ -222,3 +224,45 @@ def test_truncated_files_and_wrong_targets(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder is converted to a file"):
         convert(tmp_path, tmp_path / "folder")
     assert not (tmp_path / "out").exists()
+
+
+MARKS = [
+    *("x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight", "blocks.0.cross_attn.kv_linear.weight", "pos_embed"),
+    *("final_layer.linear.weight", "blocks.1.attn.sr.weight", "y_embedder.y_embedding", "blocks.0.attn.qkv.weight"),
+]
+MARKS_OF_DIT = [
+    *("x_embedder.proj.weight", "t_embedder.mlp.2.bias", "t_embedder.mlp.0.weight", "pos_embed"),
+    *("y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"),
+]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 0), (1, 0, 0, 0), (5, 5, 5, 5)], ids=str)
+def test_tensors_of_any_shape_are_an_error_of_ours(shape: tuple[int, ...], tmp_path: Path) -> None:
+    for names, whole in ((MARKS, originals.pixart(conv=(1,))), (MARKS_OF_DIT, originals.dit())):
+        for name in names:
+            write({**whole, name: torch.ones(shape)}, tmp_path / "a.pth")
+            try:
+                convert(tmp_path / "a.pth", tmp_path / "out", num_attention_heads=2, caption_channels=10)
+            except impasto.errors.ImpastoError:
+                assert not (tmp_path / "out").exists(), name
+            else:  # only what nothing computes with
+                assert name in ("pos_embed", "y_embedder.y_embedding")
+                shutil.rmtree(tmp_path / "out")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(originals.pixart(), tmp_path / "a.pth")
+    convert(source, tmp_path / "out", num_attention_heads=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("impasto.checkpoints.weights.save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        convert(write(originals.pixart(seed=1), tmp_path / "b.pth"), tmp_path / "out", num_attention_heads=2)
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(OutputError, match="No space left"):
+        convert(tmp_path / "out", tmp_path / "back.pth")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "back.pth").exists()

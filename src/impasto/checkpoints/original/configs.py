@@ -42,9 +42,9 @@ def pixart_config(tensors: Tensors, extras: Tensors, name: str, given: Mapping[s
     """
     patch_weight = _tensor(tensors, "pos_embed.proj.weight", 4)  # [D, C, p, p]
     width, channels, patch, _ = patch_weight.shape
-    text = tensors.get("caption_projection.linear_1.weight")  # [D, text channels]
-    cross = tensors.get("transformer_blocks.0.attn2.to_k.weight")  # [D, text width]
-    conv = {n: x for n, x in tensors.items() if n.endswith(".attn1.kv_compression.conv.weight")}  # [D, 1, R, R] each
+    text = _channels(tensors, "caption_projection.linear_1.weight")
+    cross = _channels(tensors, "transformer_blocks.0.attn2.to_k.weight")
+    conv = [n for n in tensors if re.fullmatch(r"transformer_blocks\.\d+\.attn1\.kv_compression\.conv\.weight", n)]
     micro = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
     assumed: list[str] = []
     config: dict[str, Any] = {
@@ -52,18 +52,18 @@ def pixart_config(tensors: Tensors, extras: Tensors, name: str, given: Mapping[s
         "in_channels": channels,
         "out_channels": _tensor(tensors, "proj_out.weight", 2).shape[0] // patch**2,
         "num_layers": _count(tensors, "transformer_blocks"),
-        "cross_attention_dim": None if cross is None else cross.shape[1],
+        "cross_attention_dim": cross,
         "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in tensors,
         "patch_size": patch,
         "use_additional_conditions": micro,
-        "caption_channels": None if text is None else text.shape[1],
+        "caption_channels": text,
         **_positions(extras, patch, micro, name, given, assumed),
     }
     if "transformer_blocks.0.attn1.q_norm.weight" in tensors:
         config["qk_norm"] = True
     if conv:
         config["kv_compression"] = "conv"
-        config["kv_compression_factor"] = next(iter(conv.values())).shape[-1]
+        config["kv_compression_factor"] = _tensor(tensors, conv[0], 4).shape[-1]  # [D, 1, R, R]
         config["kv_compression_layers"] = sorted(int(each.split(".")[1]) for each in conv)
     return Guess({**config, **given}, assumed)
 
@@ -94,7 +94,7 @@ def _of_table(table: Tensor) -> tuple[int, float]:
     The second token is in column 1, at the position 1 / scale, whose sine and cosine come first in each half.
     """
     side = math.isqrt(table.shape[-2]) if table.ndim >= 2 else 0
-    if side < 2 or side**2 != table.shape[-2] or table.shape[-1] % 4:
+    if side < 2 or side**2 != table.shape[-2] or table.shape[-1] % 4 or not table.numel():
         return 0, 0.0
     second = table.reshape(-1, table.shape[-1])[1].double()
     position = math.atan2(float(second[0]), float(second[table.shape[-1] // 4])) % (2 * math.pi)
@@ -110,7 +110,7 @@ def _size_of_name(name: str) -> tuple[int, str]:
 def _is_sigma(extras: Tensors, micro: bool, name: str) -> bool:
     """Whether a model is of Σ: its captions have 300 tokens, it has no micro-conditions."""
     caption = extras.get(_NULL_CAPTION)
-    if micro or caption is None:
+    if micro or caption is None or caption.ndim < 2:
         return not micro and "sigma" in name.lower()
     return caption.shape[-2] > 120
 
@@ -177,6 +177,11 @@ def _heads(width: int, given: Mapping[str, Any]) -> dict[str, int]:
             f"by it; give num_attention_heads=..."
         )
     return {"num_attention_heads": heads, "attention_head_dim": width // heads}
+
+
+def _channels(tensors: Tensors, name: str) -> int | None:
+    """The inputs of a linear layer; None if there is none of this name."""
+    return _tensor(tensors, name, 2).shape[1] if name in tensors else None
 
 
 def _tensor(tensors: Tensors, name: str, ndim: int) -> Tensor:

@@ -74,6 +74,9 @@ def to_original(class_name: str, tensors: Mapping[str, Tensor], extras: Mapping[
         renamed = join_autoencoder(tensors)
     else:
         raise CheckpointError(f"a {class_name} has no other format than folders")
+    strange = [name for name in extras if name not in PIXART_EXTRAS]
+    if strange:
+        raise CheckpointError(f"the tensors kept for the original format have other names: {listing(strange)}")
     if renamed.unknown:
         raise CheckpointError(f"the original format has no place for {listing(renamed.unknown)}")
     return {**renamed.tensors, **extras}

@@ -174,8 +174,9 @@ def _local(source: Any, hub_options: Mapping[str, Any]) -> Path:
         from .. import hub
 
         options = {"revision": match[2], **{k: v for k, v in hub_options.items() if v is not None}}
-        return hub.resolve(match[1], allow_patterns=[match[3]], **options) / match[3]
-    path = Path(source)
+        path = hub.resolve(match[1], allow_patterns=[match[3]], **options) / match[3]
+    else:
+        path = Path(source)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder; from_pretrained loads it")
     if os.path.isfile(path):

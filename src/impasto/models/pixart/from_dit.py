@@ -60,19 +60,22 @@ def start_from_dit(
     finite("timestep", timestep, 0, 999)
     whole_number("caption_channels", caption_channels)
     tensors = {key: tensor.double() for key, tensor in dit.items()}
-    width = _take(tensors, "x_embedder.proj.weight").shape[0]
+    whole_number("seed", seed, 0, 2**63 - 1)
+    width = _take(tensors, "t_embedder.mlp.2.bias", 1).shape[0]
     depth = 1 + max((int(key.split(".")[1]) for key in tensors if _is_block(key)), default=-1)
 
     t = timestep_features(torch.tensor([timestep])).double()  # [1, 256]
-    first, second = (_linear(tensors, f"t_embedder.mlp.{i}") for i in (0, 2))
+    first, second = _linear(tensors, "t_embedder.mlp.0", width, 256), _linear(tensors, "t_embedder.mlp.2", width, width)
     t = F.linear(F.silu(F.linear(t, *first)), *second)[0]  # [D]
     c = t + _no_class(tensors, width, null_class)  # [D]
 
-    made = [_linear(tensors, f"blocks.{i}.adaLN_modulation.1") for i in range(depth)]  # L of [6 D, D] and [6 D]
+    made = [
+        _linear(tensors, f"blocks.{i}.adaLN_modulation.1", 6 * width, width) for i in range(depth)
+    ]  # L of [6 D, D] and [6 D]
     modulations = torch.stack([F.linear(F.silu(c), *each) for each in made])  # [L, 6 D]
     weight, bias = torch.stack([w for w, _ in made]).mean(dim=0), torch.stack([b for _, b in made]).mean(dim=0)
     shared = F.linear(F.silu(t), weight, bias)  # [6 D]
-    last = F.linear(F.silu(c), *_linear(tensors, "final_layer.adaLN_modulation.1"))  # [2 D]
+    last = F.linear(F.silu(c), *_linear(tensors, "final_layer.adaLN_modulation.1", 2 * width, width))  # [2 D]
 
     extras = {key: tensors[key] for key in ("pos_embed",) if key in tensors}
     dropped = (*extras, "y_embedder.embedding_table.weight")
@@ -107,20 +110,25 @@ def _text_layers(width: int, depth: int, caption_channels: int, seed: int) -> di
 
 def _no_class(tensors: Mapping[str, Tensor], width: int, null_class: bool | None) -> Tensor:
     """The embedding [D] of no class."""
-    table = _take(tensors, "y_embedder.embedding_table.weight")
-    if table.ndim != 2 or table.shape[1] != width:
+    table = _take(tensors, "y_embedder.embedding_table.weight", 2)
+    if table.shape[1] != width:
         raise WeightsMismatchError(f"the class embeddings have shape {list(table.shape)}; expected [classes, {width}]")
     trained = table.shape[0] == _IMAGENET + 1 if null_class is None else null_class
     return table[-1] if trained else torch.zeros_like(table[0])
 
 
-def _linear(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    return _take(tensors, f"{name}.weight"), _take(tensors, f"{name}.bias")
+def _linear(tensors: Mapping[str, Tensor], name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
+    weight, bias = _take(tensors, f"{name}.weight", 2), _take(tensors, f"{name}.bias", 1)
+    if weight.shape != (out, inner) or bias.shape != (out,):
+        raise WeightsMismatchError(f"{name} has a weight of shape {list(weight.shape)}; expected {[out, inner]}")
+    return weight, bias
 
 
-def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _take(tensors: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
     if name not in tensors:
         raise WeightsMismatchError(f"the file lacks {name}, which every DiT has; it is incomplete or of another model")
+    if tensors[name].ndim != ndim or 0 in tensors[name].shape:
+        raise WeightsMismatchError(f"{name} has shape {list(tensors[name].shape)}; expected {ndim} dimensions")
     return tensors[name]
 
 
