@@ -73,7 +73,7 @@ def build_targets(root: Path) -> dict[str, Target]:
     from impasto.memory.inspection import inspect_model
     from impasto.pipelines.image_files import GenerationSettings, save_image
     from impasto.pipelines.prompt_cache import PromptCache
-    from impasto.training.state import save_state
+    from impasto.training.checkpoints import save_state
 
     pixart = tiny.write_pipeline(root / "pixart")
     published = root / "published"  # with a SentencePiece tokenizer
@@ -132,12 +132,11 @@ def build_targets(root: Path) -> dict[str, Target]:
             raise refusal
 
     def load_state(folder: Path) -> None:
-        from impasto.training import state as states
+        from impasto.training import checkpoints as states
 
         path = folder / "state.pt"
         loaded = states.load_state(path)
         model = tiny.tiny_transformer()
-        states.steps_done(path, loaded)
         states.restore(path, states.section(path, loaded, "models"), model.state_dict())
 
     def encode(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -16,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training.loop import Loss, Recipe, train
+from impasto.training import checkpoints
+from impasto.training.checkpoints import append_log, load_state, save_state, trim_log
+from impasto.training.loop import train
 from impasto.training.randomness import Randomness
-from impasto.training.state import append_log, load_state, save_state, trim_log
 
 from ..tiny import tiny_pipeline
+from ..training.runs import Of, rows, settings, steps_alone
 from .sandbox import refused, run
 
 
@@ -37,21 +38,25 @@ class Small(nn.Module):
         return out
 
 
-RECIPE = Recipe(steps=4, warmup_steps=1, log_every=1, save_every=2)
-
-
 def train_small(folder: str, width: int = 4, layers: int = 2, steps: int = 4) -> list[float]:
     """The steps that the log has afterwards."""
     torch.manual_seed(0)
     model = Small(width, layers)
 
-    def loss(step: int, random: Randomness) -> Loss:
+    def loss(step: int, random: Randomness) -> torch.Tensor:
         x = random.normal([2, width]).to(model.norm.weight.dtype)
-        return Loss(model(x).float().square().mean() + (model.norm.weight - 2).square().mean(), {})
+        return model(x).float().square().mean() + (model.norm.weight - 2).square().mean()
 
-    train(model, loss, Recipe(**{**vars(RECIPE), "steps": steps}), Path(folder))
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    plan = settings(steps, log_every=1, checkpoints={"every": 2}, schedule={"warmup": 1})
+    train(Of(model, loss), steps_alone(), plan, Path(folder))
+    return [row["step"] for row in rows(Path(folder))]
+
+
+def state_of(folder: Path) -> Path:
+    """The state of the last checkpoint."""
+    last = checkpoints.latest(folder)
+    assert last is not None
+    return last / "state.pt"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,10 @@ class Runs:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, (str(self.marker),)
+
+
+def mark_of(path: Path) -> Path:
+    return path.parents[2] / "ran"
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
@@ -90,11 +99,15 @@ def moments(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+BIAS = "module.norm.bias"
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_bytes(b""), "state.pt"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:900]), "state.pt"),
-    "a pickle with code": (lambda path: path.write_bytes(pickle.dumps(Runs(path.parent / "ran"))), "state.pt"),
-    "code inside": (lambda path: torch.save({"models": Runs(path.parent / "ran")}, path), "state.pt"),
+    "a pickle with code": (
+        lambda path: path.write_bytes(pickle.dumps(Runs(mark_of(path)))),
+        "state.pt",
+    ),
+    "code inside": (lambda path: torch.save({"models": Runs(mark_of(path))}, path), "state.pt"),
     "a list": (lambda path: torch.save([1, 2], path), "list"),
     "a directory": (lambda path: (path.unlink(), path.mkdir()), "state.pt"),
     "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "state.pt is not a file"),
@@ -105,16 +118,22 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a step of text": (edited(lambda s: s.update(step="two")), "'step'"),
     "a negative step": (edited(lambda s: s.update(step=-1)), "'step'"),
     "averages are a text": (edited(lambda s: s.update(ema="many")), "'ema'"),
-    "an average too few": (edited(lambda s: s["ema"].pop("norm.bias")), "norm.bias"),
+    "an average too few": (edited(lambda s: s["ema"].pop(BIAS)), "norm.bias"),
     "a state of an earlier version": (edited(lambda s: s.update(model=s.pop("models"))), "'models'"),
-    "a tensor too few": (edited(lambda s: models(s).pop("norm.bias")), "norm.bias"),
+    "a tensor too few": (edited(lambda s: models(s).pop(BIAS)), "norm.bias"),
     "a tensor too many": (edited(lambda s: models(s).update(extra=torch.ones(1))), "extra"),
-    "another shape": (edited(lambda s: models(s).update({"norm.bias": torch.ones(9)})), "norm.bias"),
-    "a sparse tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4).to_sparse()})), "norm.bias"),
-    "a complex tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) + 1j})), "norm.bias"),
-    "a tensor of bools": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) > 0})), "norm.bias"),
-    "a number as a tensor": (edited(lambda s: models(s).update({"norm.bias": 1.0})), "norm.bias"),
-    "an average of another shape": (edited(lambda s: s["ema"].update({"norm.bias": torch.ones(9)})), "norm.bias"),
+    "another shape": (edited(lambda s: models(s).update({BIAS: torch.ones(9)})), "norm.bias"),
+    "a sparse tensor": (
+        edited(lambda s: models(s).update({BIAS: torch.ones(4).to_sparse()})),
+        "norm.bias",
+    ),
+    "a complex tensor": (edited(lambda s: models(s).update({BIAS: torch.ones(4) + 1j})), "norm.bias"),
+    "a tensor of bools": (edited(lambda s: models(s).update({BIAS: torch.ones(4) > 0})), "norm.bias"),
+    "a number as a tensor": (edited(lambda s: models(s).update({BIAS: 1.0})), "norm.bias"),
+    "an average of another shape": (
+        edited(lambda s: s["ema"].update({BIAS: torch.ones(9)})),
+        "norm.bias",
+    ),
     "no optimizers": (edited(lambda s: s.pop("optimizers")), "optimizers"),
     "an optimizer too few": (edited(lambda s: s["optimizers"].pop()), "optimizers"),
     "an optimizer of another kind": (edited(lambda s: s["optimizers"].reverse()), "optimizers"),
@@ -134,7 +153,7 @@ def test_states_that_do_not_fit(trained: Path, tmp_path: Path, name: str) -> Non
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     damage, named = STATES[name]
-    damage(folder / "state.pt")
+    damage(state_of(folder))
     log = (folder / "log.jsonl").read_bytes()
     outcome = run(train_small, str(folder), 4, 2, 6)
     refused(outcome, "CheckpointError", named, "state.pt")

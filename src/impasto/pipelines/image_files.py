@@ -5,15 +5,16 @@ A file is checked before it is opened and measured before it is decoded, and onl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
@@ -40,29 +41,63 @@ _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 # --- reading ---
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The first image of a file as RGB: upright as its EXIF orientation says, transparency on white.
+def open_image(path: str | os.PathLike[str], background: str = "white") -> Image.Image:
+    """The first image of a file as RGB: upright as its EXIF orientation says, transparency on ``background``.
 
     Raises:
         InputError: not a regular file, none of ``READ_FORMATS``, too large, or damaged.
     """
-    return to_rgb(load_image(path, upright=True))
+    return to_rgb(load_image(path, upright=True), background)
 
 
 def load_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     """The first image of a file, decoded, in the mode of the file; ``info`` holds its texts."""
     path = plain_path(path, InputError)
+    with _naming(str(path)), _regular_file(path) as file:
+        return decode_image(file, str(path), upright)
+
+
+def decode_image(file: IO[bytes], name: str, upright: bool = False) -> Image.Image:
+    """The same from an open file; errors call it ``name``."""
+    with _naming(name), Image.open(file, formats=READ_FORMATS) as image:
+        check_pixels(image.size)
+        image.load()  # texts of a PNG may follow the pixels
+        return ImageOps.exif_transpose(image) if upright else image
+
+
+def measure_image(file: str | os.PathLike[str] | IO[bytes], name: str = "") -> tuple[int, int]:
+    """Height and width of an image, upright, from its header; ``name`` is that of an open file.
+
+    Raises:
+        InputError: as ``open_image``, but for damage after the header.
+    """
+    if isinstance(file, str | os.PathLike):
+        path = plain_path(file, InputError)
+        with _naming(str(path)), _regular_file(path) as opened:
+            return measure_image(opened, str(path))
+    with _naming(name), Image.open(file, formats=READ_FORMATS) as image:
+        check_pixels(image.size)
+        # A PNG may have its EXIF after the pixels, which are not decoded here.
+        known = image.format != "PNG" or "exif" in image.info
+        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Turn all errors but a lack of memory into InputErrors that name the image."""
     try:
-        with _regular_file(path) as file, Image.open(file, formats=READ_FORMATS) as image:
-            check_pixels(image.size)
-            image.load()  # texts of a PNG may follow the pixels
-            return ImageOps.exif_transpose(image) if upright else image
-    except MemoryError:
+        yield
+    except (MemoryError, _UnreadableImageError):
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         problem = f"it is none of {', '.join(READ_FORMATS)}" if unknown else reason(error)
-        raise InputError(f"{shown(str(path), 200)} cannot be read as an image: {problem}") from error
+        raise _UnreadableImageError(f"{shown(name, 200)} cannot be read as an image: {problem}") from error
+
+
+class _UnreadableImageError(InputError):
+    """An InputError that names the image already."""
 
 
 def _regular_file(path: Path) -> BinaryIO:

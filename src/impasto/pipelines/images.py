@@ -259,8 +259,8 @@ def _warn_of_non_finite(images: Tensor) -> None:
 # --- images of any kind -> RGB, or a batch ---
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as 8-bit RGB, transparency on white.
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """A PIL image of any mode as 8-bit RGB, transparency on ``background``, a color of Pillow's.
 
     16-bit grey is scaled by 1 / 257. 32-bit integers (mode I) are 8-bit levels, or 16-bit levels if any exceeds 255;
     floats (mode F) are 8-bit levels, or fractions of white if none exceeds 1.
@@ -273,7 +273,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, ValueError) as error:
         raise InputError(f"the image of mode {image.mode} cannot be made RGB: {reason(error)}") from error

@@ -49,9 +49,9 @@ class Randomness:
         return [self._sample(self.first + i) for i in range(shape[0])]
 
 
-def seed_torch(seed: int, step: int, device: torch.device) -> None:
-    """Seed torch's global generators for a step, which dropout and the like use."""
-    number = int(_generator(seed, step, None).integers(2**63))
+def seed_torch(seed: int, step: int, device: torch.device, first: int = 0) -> None:
+    """Seed torch's global generators, which dropout uses, for the part of a step's batch that starts at ``first``."""
+    number = int(_generator(seed, step, None).integers(2**63)) + first
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)

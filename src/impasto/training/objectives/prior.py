@@ -5,16 +5,16 @@ Shapes: B sequences, the longest of S tokens, T target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loop import Loss, Recipe, train
-from .randomness import Randomness
+from ..randomness import Randomness
+from .base import Loss, Objective, Tensors
 
 
 class Sequences(NamedTuple):
@@ -70,46 +70,58 @@ def scores(model: Any, sequences: Sequences) -> Tensor:
 
 
 def errors(model: Any, batch: Sequences) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy of the targets, in nats, and the share of targets that are the most likely token."""
+    """The mean cross-entropy [B] of the targets, in nats, and the share [B] that are the most likely token."""
     logits = scores(model, batch).float()  # [B, T, V]
     wrong = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
     right = (logits.detach().argmax(-1) == batch.targets).float()
     weights = torch.ones(wrong.shape[1]) if batch.weights is None else batch.weights
-    share = weights / weights.sum() / len(wrong)
-    return (wrong * share).sum(), (right * share).sum()
+    share = weights / weights.sum()
+    return (wrong * share).sum(1), (right * share).sum(1)
 
 
-def train_prior(
-    model: Any, batch: Callable[[int], Sequences], recipe: Recipe, folder: Path, unseen: Sequence[Sequences] = ()
-) -> None:
-    """Train the language model in place, resuming from ``folder/state.pt`` if it exists.
+class Prior(Objective):
+    """The cross-entropy of an image's tokens, given its prompt. Its batches are Sequences.
 
     Args:
-        model: transformers' ``GlmImageForConditionalGeneration``.
-        batch: step -> its batch.
-        unseen: validation batches; the share of correct tokens is logged with every save, by kind. If it is lower than
-            in training, there is too little data.
+        model: transformers' ``GlmImageForConditionalGeneration``, of which the language model is trained.
     """
-    language = model.model.language_model
-    # Without its rotary table: bfloat16 is too coarse for its frequencies.
-    models = nn.ModuleDict(
-        {"embed": language.embed_tokens, "layers": language.layers, "norm": language.norm, "head": model.lm_head}
-    )
 
-    def loss(step: int, random: Randomness) -> Loss:
-        sequences = batch(step)
-        total, right = errors(model, sequences)
-        return Loss(total, {sequences.kind: right})
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = (model,)  # not a module of this one: the vision tower is not trained
+        language = model.model.language_model
+        # Without its rotary table: bfloat16 is too coarse for its frequencies.
+        self.embed, self.layers, self.norm, self.head = (
+            language.embed_tokens,
+            language.layers,
+            language.norm,
+            model.lm_head,
+        )
 
-    def check(step: int) -> dict[str, float]:
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        sequences: Sequences = batch.values
+        wrong, right = errors(self.model[0], sequences)
+        return Loss(wrong, {sequences.kind: right})
+
+    def check(self, unseen: Sequence[Sequences]) -> Mapping[str, float]:
+        """The share of correct tokens, by kind of batch. Less than in training means that there is too little data."""
         right: dict[str, list[Tensor]] = {}
         for sequences in unseen:
-            right.setdefault(f"unseen_{sequences.kind}", []).append(errors(model, sequences)[1])
+            right.setdefault(f"unseen_{sequences.kind}", []).append(errors(self.model[0], sequences)[1].mean())
         return {kind: float(torch.stack(several).mean()) for kind, several in right.items()}
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """In this block, the language model's attention is eager: its backward pass takes half the time on a CPU."""
+    language = model.model.language_model
     way = language.config._attn_implementation
-    language.set_attn_implementation("eager")  # its backward pass takes half the time of torch's own on a CPU
+    language.set_attn_implementation("eager")
     try:
-        train(models, loss, recipe, folder, check if unseen else None, list(language.layers))
+        yield
     finally:
         language.set_attn_implementation(way)

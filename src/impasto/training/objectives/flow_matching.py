@@ -5,18 +5,17 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..models.glm_image.model import GlmImageTransformer2DModel
-from ..schedulers import process
-from .loop import Loss, Recipe, train
-from .randomness import Randomness
+from ...models.glm_image.model import GlmImageTransformer2DModel
+from ...schedulers import process
+from ..randomness import Randomness
+from .base import Loss, Objective, Tensors
 
 
 class Reference(NamedTuple):
@@ -33,16 +32,6 @@ class Batch(NamedTuple):
     reference: Reference | None = None
 
 
-@dataclass(frozen=True)
-class FlowMatchingRecipe(Recipe):
-    """The training recipe. Noise levels are logit-normal (2403.03206, section 3.1)."""
-
-    pixels: int = 8  # image pixels along a side of a latent pixel
-    timesteps: int = 1000
-    drop: float = 0.1  # share of images trained without prior tokens, for guidance
-    spread: float = 1.2  # scale of the logits of the levels
-
-
 def initialize(transformer: GlmImageTransformer2DModel) -> None:
     """Initialize as DiT (2212.09748, section 3.2): every block is the identity, and the output zero."""
     for name, parameter in transformer.named_parameters():
@@ -56,30 +45,42 @@ def initialize(transformer: GlmImageTransformer2DModel) -> None:
             nn.init.zeros_(parameter)
 
 
-def train_flow_matching(
-    transformer: GlmImageTransformer2DModel, batch: Callable[[int], Batch], recipe: FlowMatchingRecipe, folder: Path
-) -> None:
-    """Train in place, resuming from ``folder/state.pt`` if it exists.
+class FlowMatching(Objective):
+    """The error of the predicted velocity, at logit-normal noise levels (2403.03206, section 3.1).
 
     Args:
-        batch: step -> its batch.
+        pixels: image pixels along a side of a latent pixel.
+        drop: the share of images trained without prior tokens, for guidance.
+        spread: the scale of the logits of the levels.
     """
 
-    def loss(step: int, random: Randomness) -> Loss:
-        x0, prior_token_ids, text, reference = batch(step)
-        count = len(x0)
+    def __init__(
+        self,
+        transformer: GlmImageTransformer2DModel,
+        pixels: int = 8,
+        timesteps: int = 1000,
+        drop: float = 0.1,
+        spread: float = 1.2,
+    ):
+        super().__init__()
+        self.transformer, self.pixels, self.timesteps = transformer, pixels, timesteps
+        self.drop, self.spread = drop, spread
+
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        x0, prior_token_ids, text, reference = batch.values
+        transformer, count = self.transformer, len(x0)
         # Stratified levels: the same spread in every batch.
         share = random.stratified(count)
-        sigma = process.per_sample((recipe.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
+        sigma = process.per_sample((self.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
         noise = random.normal(x0.shape)
         xt = process.add_noise(x0, noise, 1 - sigma, sigma)
         target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
-        drop = random.uniform([count]) < recipe.drop
+        drop = random.uniform([count]) < self.drop
         height, width = x0.shape[-2:]
-        size = torch.tensor([[height * recipe.pixels, width * recipe.pixels]], dtype=torch.float32)
+        size = torch.tensor([[height * self.pixels, width * self.pixels]], dtype=torch.float32)
         text = text.to(transformer.dtype)
         context = transformer.encode_context(text, None, prior_token_ids, drop, height, width)
-        timestep = sigma.flatten() * recipe.timesteps - 1
+        timestep = sigma.flatten() * self.timesteps - 1
         modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
         references = None
         if reference is not None:
@@ -92,7 +93,15 @@ def train_flow_matching(
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
         errors = (velocity - target).square().flatten(1).mean(1)  # [B]
         kind = "generated" if reference is None else "edited"
-        bands = {f"{kind}_{i}": band.mean() for i, band in enumerate(errors.detach().chunk(4))}  # least noise first
-        return Loss(errors.mean(), bands)
+        bands = {
+            f"{kind}_{i}": torch.where((share * 4).long().clamp(max=3) == i, errors.detach(), torch.nan)
+            for i in range(4)  # least noise first
+        }
+        return Loss(errors, bands)
 
-    train(transformer, loss, recipe, folder, blocks=list(transformer.transformer_blocks))
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.transformer.transformer_blocks)
+
+    def export(self, folder: Path) -> None:
+        self.transformer.save_pretrained(folder)

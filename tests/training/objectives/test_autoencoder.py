@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,14 @@ import torch
 from torch import Tensor
 
 from impasto.models.autoencoder.model import AutoencoderKL
-from impasto.training.autoencoder import AutoencoderRecipe, psnr, train_autoencoder
+from impasto.training.config import Settings
+from impasto.training.data.sample import Batch, Sample
+from impasto.training.loop import train
+from impasto.training.objectives.autoencoder import Autoencoder, psnr
+from impasto.training.objectives.base import ByStep
 
-from ..tiny import tiny_vae
+from ...tiny import tiny_vae
+from ..runs import rows
 
 
 def patchwork(seed: int) -> Tensor:
@@ -29,14 +33,22 @@ def small_vae(seed: int = 0) -> AutoencoderKL:
     return tiny_vae(seed, layers_per_block=1, mid_block_add_attention=False)
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def samples(step: int) -> Batch:
+    images = patchwork(step)
+    return Batch([Sample(image=image) for image in images], 0, len(images), step)
 
 
 def test_a_few_steps_reduce_the_error(tmp_path: Path) -> None:
     model = small_vae(seed=2)
-    recipe = AutoencoderRecipe(steps=100, learning_rate=2e-2, warmup_steps=5, save_every=20)
-    train_autoencoder(model, patchwork, recipe, tmp_path, validation())
+    settings = Settings(
+        steps=100,
+        optimizer={"rate": 2e-2, "betas": (0.9, 0.99), "weight_decay": 0.0},
+        schedule={"kind": "cosine", "warmup": 5, "floor": 0.02},
+        checkpoints={"every": 20},
+        log_every=100,
+    )
+    objective = Autoencoder(model)
+    train(objective, ByStep(samples), settings, tmp_path, lambda step: {"psnr": objective.psnr(validation())})
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [20, 40, 60, 80, 100]
     assert log[-1]["mse"] < 0.75 * log[0]["mse"]

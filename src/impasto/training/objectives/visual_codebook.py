@@ -9,8 +9,6 @@ Shapes: B images, N tokens per image, P pixels per side of a token, d channels o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,26 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.layers import unpatchify
-from .loop import Loss, Recipe, train
-from .randomness import Randomness
+from ...nn.layers import unpatchify
+from ..randomness import Randomness
+from .base import Loss, Objective, Tensors
 
 
 class Images(NamedTuple):
     pixels: Tensor  # [B, 3, H, W], in [-1, 1]
     labels: Tensor  # [B, questions, h, w], the class of each answer for each cell of the image
-
-
-@dataclass(frozen=True)
-class CodebookRecipe(Recipe):
-    """The training recipe. After ``continuous_steps`` without codes, these start from ``first_batches`` of tokens."""
-
-    continuous_steps: int = 300
-    first_batches: int = 64
-    pixel_weight: float = 4.0
-    label_weight: float = 0.3
-    commitment: float = 0.25
-    decay: float = 0.98  # of the averages that define the codes (1711.00937, appendix A.1)
 
 
 class OnlineCodebook(nn.Module):
@@ -149,48 +135,74 @@ def directions(model: Any, pixels: Tensor) -> Tensor:
     return F.normalize((seen @ convolution.weight.flatten(1).T + convolution.bias).float(), dim=-1)
 
 
-def train_visual_codebook(
-    model: Any, reader: CodeReader, batch: Callable[[int], Images], recipe: CodebookRecipe, folder: Path
-) -> None:
-    """Train the tower and the codes of a model in place, resuming from ``folder/state.pt`` if it exists.
+class VisualCodebook(Objective):
+    """The errors of what a reader reconstructs from the codes. Its batches are Images.
 
     Args:
         model: transformers' ``GlmImageModel``, whose ``visual`` and ``vqmodel`` are trained.
         reader: discarded afterwards.
-        batch: step -> its batch.
+        earlier: the images of an earlier step, of which the codes start.
+        steps: of the run; in the last tenth the codes stay where they are.
+        continuous_steps: without codes; these then start from the tokens of the last ``first_batches`` steps.
+        decay: of the averages that define the codes (1711.00937, appendix A.1).
     """
-    embedding = model.vqmodel.quantize.embedding
-    book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, recipe.decay)
 
-    def loss(step: int, random: Randomness) -> Loss:
-        images = batch(step)
-        tokens = directions(model, images.pixels)  # [B, N, d]
-        if step == recipe.continuous_steps:
-            steps = range(max(0, step - recipe.first_batches), step + 1)
+    def __init__(
+        self,
+        model: Any,
+        reader: CodeReader,
+        earlier: Callable[[int], Images],
+        steps: int,
+        continuous_steps: int = 300,
+        first_batches: int = 64,
+        pixel_weight: float = 4.0,
+        label_weight: float = 0.3,
+        commitment: float = 0.25,
+        decay: float = 0.98,
+    ):
+        super().__init__()
+        self.model = (model,)  # not a module of this one: the language model is not trained
+        self.visual, self.quant_conv, self.reader = model.visual, model.vqmodel.quant_conv, reader
+        embedding = model.vqmodel.quantize.embedding
+        self.book = OnlineCodebook(embedding.num_embeddings, embedding.embedding_dim, decay)
+        self.earlier, self.steps = earlier, steps
+        self.continuous_steps, self.first_batches = continuous_steps, first_batches
+        self.pixel_weight, self.label_weight, self.commitment = pixel_weight, label_weight, commitment
+
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        images, step, book = batch.values, batch.step, self.book
+        tokens = directions(self.model[0], images.pixels)  # [B, N, d]
+        if step == self.continuous_steps:
+            steps = range(max(0, step - self.first_batches), step + 1)
             with torch.no_grad():
-                recent = torch.cat([directions(model, batch(earlier).pixels) for earlier in steps])
+                recent = torch.cat([directions(self.model[0], self.earlier(number).pixels) for number in steps])
             book.start(recent.flatten(0, 1), len(steps))
-        read, far, used = tokens, torch.zeros(()), torch.zeros(())
-        if step >= recipe.continuous_steps:
+        read, far, used = tokens, torch.zeros(len(tokens)), torch.zeros(())
+        if step >= self.continuous_steps:
             numbers = book.nearest(tokens.detach())  # [B, N]
             codes = book.codes[numbers]
             read = tokens + (codes - tokens).detach()
-            far = (tokens - codes).square().sum(-1).mean()
+            far = (tokens - codes).square().sum(-1).mean(1)
             share = torch.bincount(numbers.flatten(), minlength=len(book.codes)) / numbers.numel()
             used = (-(share * share.clamp_min(1e-12).log()).sum()).exp()
-            if step < 0.9 * recipe.steps:
+            if step < 0.9 * self.steps:
                 book.update(tokens.detach().flatten(0, 1), random.shared)
-        smaller, answers = reader(read.to(reader.embed.weight.dtype))
-        error = F.mse_loss(smaller.float(), F.adaptive_avg_pool2d(images.pixels, smaller.shape[-2:]))
-        errors = [F.cross_entropy(answer.float(), images.labels[:, i].long()) for i, answer in enumerate(answers)]
-        wrong = torch.stack(errors).sum()
-        total = recipe.pixel_weight * error + recipe.label_weight * wrong + recipe.commitment * far
-        return Loss(total, {"pixels": error, "labels": wrong, "far": far, "codes_in_use": used})
+        smaller, answers = self.reader(read.to(self.reader.embed.weight.dtype))
+        target = F.adaptive_avg_pool2d(images.pixels, smaller.shape[-2:])
+        error = (smaller.float() - target).square().flatten(1).mean(1)  # [B]
+        wrong = torch.stack(
+            [
+                F.cross_entropy(answer.float(), images.labels[:, i].long(), reduction="none").flatten(1).mean(1)
+                for i, answer in enumerate(answers)
+            ]
+        ).sum(0)
+        each = self.pixel_weight * error + self.label_weight * wrong + self.commitment * far
+        return Loss(each, {"pixels": error, "labels": wrong, "far": far, "codes_in_use": used})
 
-    modules = {"visual": model.visual, "quant_conv": model.vqmodel.quant_conv, "reader": reader, "book": book}
-    train(nn.ModuleDict(modules), loss, recipe, folder)
-    with torch.no_grad():
-        embedding.weight.copy_(book.codes)
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Give the codes to the model."""
+        self.model[0].vqmodel.quantize.embedding.weight.copy_(self.book.codes)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,21 @@ from PIL import Image
 
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.glm_image.prior import target_offsets
-from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
-from impasto.training.loop import Recipe
-from impasto.training.prior import Sequences, join, scores, train_prior
-from impasto.training.visual_codebook import (
-    CodebookRecipe,
+from impasto.training.loop import train
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
+from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join, scores
+from impasto.training.objectives.visual_codebook import (
     CodeReader,
     Images,
     OnlineCodebook,
+    VisualCodebook,
     see,
     tokenize,
-    train_visual_codebook,
 )
 
-from ..tiny_glm import TRANSFORMER, prior_parts
-
-FAST: dict[str, Any] = {"warmup_steps": 2, "log_every": 5}
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
+from ...tiny_glm import TRANSFORMER, prior_parts
+from ..runs import rows, settings
 
 # --- the codebook ---
 
@@ -82,9 +75,14 @@ def coloured(step: int) -> Images:
 def test_a_codebook_learns_to_tell_images_apart_and_resumes(tmp_path: Path) -> None:
     model = prior_parts()["vision_language_encoder"].model
     torch.manual_seed(0)
-    reader = CodeReader(8, (4,), side=4)
-    recipe = CodebookRecipe(steps=150, continuous_steps=50, save_every=75, learning_rate=5e-3, **FAST)
-    train_visual_codebook(model, reader, coloured, recipe, tmp_path)
+
+    def run(model: Any) -> None:
+        objective = VisualCodebook(model, CodeReader(8, (4,), side=4), coloured, steps=150, continuous_steps=50)
+        plan = settings(150, optimizer={"rate": 5e-3}, checkpoints={"every": 75}, log_every=5)
+        train(objective, ByStep(coloured), plan, tmp_path)
+        objective.finish()
+
+    run(model)
     log = rows(tmp_path)
     assert log[-1]["labels"] < 0.2 * log[0]["labels"]
     assert log[0]["codes_in_use"] == 0 < log[-1]["codes_in_use"]
@@ -97,7 +95,7 @@ def test_a_codebook_learns_to_tell_images_apart_and_resumes(tmp_path: Path) -> N
     codes = model.vqmodel.quantize.embedding.weight.clone()
 
     again = prior_parts()["vision_language_encoder"].model
-    train_visual_codebook(again, CodeReader(8, (4,), side=4), coloured, recipe, tmp_path)  # nothing is left to do
+    run(again)  # nothing is left to do
     assert torch.equal(again.vqmodel.quantize.embedding.weight, codes)
     assert torch.equal(tokenize(again, batch.pixels), tokens)
 
@@ -135,11 +133,19 @@ def test_a_prior_learns_what_to_say_and_keeps_its_positions(tmp_path: Path) -> N
     model = prior_parts()["vision_language_encoder"]
     frequencies = model.model.language_model.rotary_emb.inv_freq.clone()
 
-    recipe = Recipe(steps=60, learning_rate=1e-2, save_every=30, compile_blocks=False, **FAST)
+    plan = settings(60, optimizer={"rate": 1e-2}, checkpoints={"every": 30}, log_every=5)
+
+    def run(model: Any, *unseen: Sequences) -> None:
+        objective = Prior(model)
+        with eager_attention(model):
+            train(
+                objective, ByStep(words, 8), plan, tmp_path, (lambda step: objective.check(unseen)) if unseen else None
+            )
+
     known, other = words(1000), words(2000)
     mistaken = other._replace(targets=(other.targets + 1) % 16)
     vision, way = (part._attn_implementation for part in (model.config.vision_config, model.config.text_config))
-    train_prior(model, words, recipe, tmp_path, [known, mistaken, other._replace(kind="edited")])
+    run(model, known, mistaken, other._replace(kind="edited"))
     assert model.config.vision_config._attn_implementation == vision
     assert model.config.text_config._attn_implementation == way
     seen = [row for row in rows(tmp_path) if "generated" in row]
@@ -152,7 +158,7 @@ def test_a_prior_learns_what_to_say_and_keeps_its_positions(tmp_path: Path) -> N
     batch = words(1000)
     assert torch.equal(scores(model, batch).argmax(-1), batch.targets)
     again = prior_parts()["vision_language_encoder"]
-    train_prior(again, words, recipe, tmp_path)
+    run(again)
     assert torch.equal(scores(again, batch), scores(model, batch))
 
 
@@ -169,8 +175,10 @@ def test_compiled_layers_learn_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     for compile_blocks in (False, True):
         folder = tmp_path / str(compile_blocks)
         model = prior_parts()["vision_language_encoder"]
-        recipe = Recipe(steps=6, save_every=3, log_every=1, warmup_steps=1, compile_blocks=compile_blocks)
-        train_prior(model, batch, recipe, folder, [batch(0)])
+        plan = settings(6, checkpoints={"every": 3}, log_every=1, schedule={"warmup": 1}, compile=compile_blocks)
+        objective = Prior(model)
+        with eager_attention(model):
+            train(objective, ByStep(batch, 1), plan, folder, lambda step, own=objective: own.check([batch(0)]))  # type: ignore[misc]
         losses.append([row["loss"] for row in rows(folder) if "loss" in row])
         assert len(model(input_ids=torch.tensor([[40, 41]])).logits[0]) == 2  # called as before
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -215,15 +223,15 @@ def test_it_starts_with_an_output_of_zero(transformer: GlmImageTransformer2DMode
 def test_a_transformer_learns_from_tokens_and_references(
     transformer: GlmImageTransformer2DModel, edits: bool, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {**FAST, "log_every": 10, "compile_blocks": False, "learning_rate": 1e-2}
-    recipe = FlowMatchingRecipe(steps=80, save_every=40, **options)
-    train_flow_matching(transformer, partial(flat, edits), recipe, tmp_path)
+    plan = settings(80, optimizer={"rate": 1e-2}, checkpoints={"every": 40}, log_every=10)
+    data = ByStep(partial(flat, edits))
+    train(FlowMatching(transformer), data, plan, tmp_path)
     log = rows(tmp_path)
     kinds = ["generated", "edited"] if edits else ["generated"]
     for kind in kinds:  # where there is the most noise, only tokens and references tell the sign
         assert log[-1][f"{kind}_3"] < 0.6 * log[0][f"{kind}_3"], kind
     assert edits or "edited_3" not in log[-1]
     again = GlmImageTransformer2DModel(**TRANSFORMER)
-    train_flow_matching(again, partial(flat, edits), recipe, tmp_path)
+    train(FlowMatching(again), data, plan, tmp_path)
     for name, value in transformer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name

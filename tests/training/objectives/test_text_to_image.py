@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,63 +12,72 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.training import checkpoints
+from impasto.training.checkpoints import load_state
+from impasto.training.config import Settings
+from impasto.training.data.sample import Batch, Sample
+from impasto.training.loop import train as run
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.diffusion_loss import DiffusionLoss
+from impasto.training.objectives.labels import LabelHead
+from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
+from impasto.training.objectives.texts import Texts
 from impasto.training.randomness import Randomness
-from impasto.training.state import load_state
-from impasto.training.text_to_image import (
-    Batch,
-    LabelHead,
-    TextToImageRecipe,
-    drop_captions,
-    initialize,
-    train_text_to_image,
-)
 
-from ..tiny import tiny_text_encoder, tiny_transformer
+from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from ..runs import rows, settings
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
-EMPTY = (torch.tensor([1]), torch.tensor([1]))  # </s> alone
+Models = tuple[PixArtTransformer2DModel, nn.Module]
 
 
-def recipe(steps: int, **overrides: Any) -> TextToImageRecipe:
-    small: dict[str, Any] = {"batch_size": 8, "warmup_steps": 2, "compile_blocks": False, "log_every": 1}
-    return TextToImageRecipe(steps=steps, **{**small, **overrides})
+def plan(steps: int, **changes: Any) -> Settings:
+    return settings(steps, **{"log_every": 1, **changes})
 
 
 def flat(step: int, size: int = 8) -> Batch:
     """Flat latents whose sign the caption gives."""
-    kind = torch.randint(2, (size,), generator=torch.Generator().manual_seed(step))
-    latents = (2.0 * kind - 1).view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
-    ids = torch.stack([kind + 5, torch.full_like(kind, 1), torch.zeros_like(kind)], 1)
-    return Batch(latents, ids, torch.tensor([1, 1, 0]).expand(size, 3))
+    kind = torch.randint(2, (size,), generator=torch.Generator().manual_seed(step)).tolist()
+    samples = [
+        Sample(posterior=(torch.full((4, 8, 8), 2.0 * k - 1), torch.zeros(4, 8, 8)), caption=("red", "blue cube")[k])
+        for k in kind
+    ]
+    return Batch(samples, 0, size, step)
 
 
 def labelled(step: int) -> Batch:
     batch = flat(step)
-    kind = (batch.latents[:, :1] > 0).long()  # [B, 1, H, W]
-    return batch._replace(labels=torch.cat([kind, 2 * kind], 1))
+    for sample in batch.samples:
+        assert sample.posterior is not None
+        kind = (sample.posterior[0][:1] > 0).long()  # [1, H, W]
+        sample.labels = torch.cat([kind, 2 * kind])
+    return batch
 
 
-def models(seed: int = 0) -> tuple[PixArtTransformer2DModel, nn.Module]:
+def models(seed: int = 0) -> Models:
     transformer = tiny_transformer(seed)
     initialize(transformer)
     return transformer, tiny_text_encoder(num_layers=1, seed=seed)
 
 
+def objective(parts: Models, kind: str = "v_prediction", **options: Any) -> TextToImage:
+    given: dict[str, Any] = {"bound_weight": 0.02, "timesteps": "stratified", "weighting": "velocity", **options}
+    texts = Texts(tiny_tokenizer(), parts[1], tokens=8)
+    return TextToImage(parts[0], texts, Latents({}), DiffusionLoss(BETAS, kind), **given)
+
+
 def train(
-    parts: tuple[PixArtTransformer2DModel, nn.Module],
-    recipe: TextToImageRecipe,
+    parts: Models,
+    settings: Settings,
     folder: Path,
     check: Callable[[int], Mapping[str, float]] | None = None,
     batch: Callable[[int], Batch] = flat,
+    **options: Any,
 ) -> None:
-    train_text_to_image(*parts, batch, EMPTY, BETAS, recipe, folder, check)
+    run(objective(parts, **options), ByStep(batch), settings, folder, check)
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def named(parts: tuple[PixArtTransformer2DModel, nn.Module]) -> dict[str, Tensor]:
+def named(parts: Models) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": parameter
         for part, model in zip(("transformer", "text_encoder"), parts, strict=True)
@@ -80,7 +88,7 @@ def named(parts: tuple[PixArtTransformer2DModel, nn.Module]) -> dict[str, Tensor
 def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
     parts = models()
     before = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
-    train(parts, recipe(100, learning_rate=3e-3, log_every=5), tmp_path)
+    train(parts, plan(100, optimizer={"rate": 3e-3}, log_every=5), tmp_path)
     log = rows(tmp_path)
     assert [row["step"] for row in log] == [float(step) for step in range(5, 101, 5)]
     assert log[-1]["loss"] < 0.35 * log[0]["loss"]
@@ -93,8 +101,8 @@ def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
 
 def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
     parts = models()
-    train(parts, recipe(5), tmp_path)
-    state = load_state(tmp_path / "state.pt")
+    train(parts, plan(5), tmp_path)
+    state = load_state(checkpoints.found(tmp_path)[5] / "state.pt")
     assert state["step"] == 5
     for name, parameter in named(parts).items():
         assert parameter.dtype == torch.float32
@@ -108,8 +116,8 @@ def test_a_finished_run_only_gives_its_averages_back(tmp_path: Path) -> None:
         raise AssertionError("there is no step left")
 
     first, second = models(), models(seed=1)
-    train(first, recipe(2), tmp_path)
-    train(second, recipe(2), tmp_path, batch=refuse)
+    train(first, plan(2), tmp_path)
+    train(second, plan(2), tmp_path, batch=refuse)
     for (name, a), b in zip(named(first).items(), named(second).values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -124,35 +132,59 @@ def test_models_hold_their_averages_while_they_are_checked(tmp_path: Path) -> No
         assert not torch.is_grad_enabled()
         return {"checked": step / 2}
 
-    train(parts, recipe(5, save_every=2), tmp_path, check)
+    train(parts, plan(5, checkpoints={"every": 2}), tmp_path, check)
     assert list(kept) == [2, 4, 5]
     assert [row.get("checked") for row in rows(tmp_path)] == [None, 1, None, 2, 2.5]
-    for name, average in load_state(tmp_path / "state.pt")["ema"].items():
+    for name, average in load_state(checkpoints.found(tmp_path)[5] / "state.pt")["ema"].items():
         assert average.dtype == kept[5][name].dtype == torch.float32
         assert torch.equal(average, kept[5][name]), name
 
 
-def test_drop_captions_gives_the_empty_caption_its_own_mask() -> None:
-    batch = Batch(torch.randn(2, 4, 8, 8), torch.tensor([[7, 8, 9, 1], [5, 6, 1, 0]]), torch.ones(2, 4).long())
-    ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
-    dropped = drop_captions(batch, EMPTY, 1.0, Randomness(0, 0))
-    assert dropped.input_ids.tolist() == [[1, 0, 0, 0]] * 2
-    assert dropped.attention_mask.tolist() == [[1, 0, 0, 0]] * 2
-    assert torch.equal(dropped.latents, batch.latents)
-    assert torch.equal(batch.input_ids, ids)  # the source may be shared, and is left alone
-    assert torch.equal(batch.attention_mask, mask)
+def test_a_dropped_caption_is_the_empty_one_with_its_own_mask() -> None:
+    encoder = tiny_text_encoder(num_layers=1)
+    samples = [Sample(caption="A red cube "), Sample(caption="a")]
+    kept, dropped = (torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+    for trained in (False, True):
+        encoder.requires_grad_(trained)
+        texts = Texts(tiny_tokenizer(), encoder, tokens=8)
+        ids = [tiny_tokenizer()(text).input_ids for text in ("a red cube", "a", "")]
+        assert texts(samples, kept).mask.sum(1).tolist() == [len(ids[0]), len(ids[1])]
+        gone = texts(samples, dropped)
+        assert gone.mask.tolist() == [[1], [1]]
+        with torch.no_grad():
+            empty = encoder(torch.tensor([ids[2]])).last_hidden_state[0]  # </s> alone
+        torch.testing.assert_close(gone.embeds[0], empty)
+        mixed = texts(samples, torch.tensor([False, True]))
+        assert mixed.mask.sum(1).tolist() == [len(ids[0]), 1]
+        torch.testing.assert_close(mixed.embeds[1, :1], empty)
 
 
-def test_drop_captions_drops_about_its_share_and_nothing_of_the_others() -> None:
-    n = 4000
-    batch = Batch(torch.zeros(n, 1, 1, 1), torch.full((n, 3), 7), torch.ones(n, 3).long())
-    result = drop_captions(batch, EMPTY, 0.1, Randomness(0, 0))
-    gone = result.input_ids[:, 0] == 1
-    assert 0.08 < float(gone.float().mean()) < 0.12
-    assert bool((result.input_ids[~gone] == 7).all())
-    assert torch.equal(result.attention_mask[:, 1], (~gone).long())
-    untouched = drop_captions(batch, EMPTY, 0.0, Randomness(0, 0))
-    assert torch.equal(untouched.input_ids, batch.input_ids)
+def test_stored_features_are_those_of_the_encoder() -> None:
+    encoder = tiny_text_encoder(num_layers=1).requires_grad_(False)
+    live = Texts(tiny_tokenizer(), encoder, tokens=8)
+    samples = [Sample(caption="a red cube"), Sample(caption="blue")]
+    dropped = torch.tensor([True, False])
+    expected = live(samples, torch.zeros(2, dtype=torch.bool))
+    stored = [Sample(text=row[: int(mask.sum())]) for row, mask in zip(*expected)]
+    for drop in (dropped, ~dropped):
+        for texts in (live, Texts(None, None, tokens=8, empty=live._empty())):
+            given = live(samples, drop)
+            found = texts(stored, drop)
+            assert torch.equal(found.mask, given.mask)
+            torch.testing.assert_close(found.embeds * found.mask[..., None], given.embeds * given.mask[..., None])
+    with pytest.raises(InputError, match="empty caption"):
+        Texts(None, None, tokens=8)(stored, dropped)
+
+
+def test_about_the_share_of_captions_is_dropped() -> None:
+    parts = models()
+    seen: list[Tensor] = []
+    trained = objective(parts, caption_dropout=0.1)
+    texts = trained.texts
+    trained.texts = lambda samples, dropped: (seen.append(dropped), texts(samples, dropped))[1]  # type: ignore
+    for step in range(5):
+        trained(flat(step, 200), Randomness(0, step))
+    assert 0.07 < float(torch.cat(seen).float().mean()) < 0.13
 
 
 def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> None:
@@ -176,13 +208,15 @@ def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> No
 def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trace(tmp_path: Path) -> None:
     parts = models()
     names = set(parts[0].state_dict())
-    plan = recipe(60, learning_rate=3e-3, label_block=0, label_classes=(2, 3))
-    train(parts, plan, tmp_path, batch=labelled)
+    head = LabelHead(parts[0], 0, (2, 3))
+    train(parts, plan(60, optimizer={"rate": 3e-3}), tmp_path, batch=labelled, label_head=head)
+    head.hook.remove()
     log = rows(tmp_path)
     assert log[0]["labels"] == pytest.approx(torch.tensor([2.0, 3.0]).log().sum().item(), rel=0.3)
     assert log[-1]["labels"] < 0.3 * log[0]["labels"]
     assert set(parts[0].state_dict()) == names
-    assert any(name.startswith("label_head.") for name in load_state(tmp_path / "state.pt")["models"])
+    state = load_state(checkpoints.found(tmp_path)[60] / "state.pt")
+    assert any(name.startswith("label_head.") for name in state["models"])
 
 
 def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
@@ -200,11 +234,11 @@ def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
 
 def test_an_unknown_prediction_type_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prediction_type"):
-        train(models(), recipe(1, prediction_type="flow"), tmp_path)
+        train(models(), plan(1), tmp_path, kind="flow")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_both_predictions_learn(kind: str, tmp_path: Path) -> None:
-    train(models(), recipe(30, learning_rate=3e-3, prediction_type=kind), tmp_path)
+    train(models(), plan(30, optimizer={"rate": 3e-3}), tmp_path, kind=kind)
     log = rows(tmp_path)
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]

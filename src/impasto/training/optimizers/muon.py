@@ -6,13 +6,12 @@ same in the fastest dtype of the machine. Their states are interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..nn.machine import fast_dtype
+from ...nn.machine import fast_dtype
 
 #: Of the odd quintic a x + b x³ + c x⁵, whose iteration brings singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -25,10 +24,10 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the size of AdamW's (2502.16982, eq. 4), so that both use the same learning rate.
 
     Args:
-        params: tensors [out, in].
+        params: tensors [out, in], or groups of them.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from impasto.training.loop import Recipe
-from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
+from impasto.training.loop import train
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
 
-from ..tiny import tiny_text_encoder
+from ...tiny import tiny_text_encoder
+from ..runs import rows, settings
 
 FIRST, SECOND = (10, 11, 12), (20, 21)  # the ids that answer for the first and for the second slot
 
@@ -32,12 +33,15 @@ def captions(step: int, batch: int = 32) -> LabelledText:
 def test_learns_which_token_answers_for_which_slot(tmp_path: Path) -> None:
     encoder = tiny_text_encoder(num_layers=1)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
-    recipe = Recipe(
-        steps=80, learning_rate=1e-2, optimizer="adamw", warmup_steps=10, decay_share=0.5, ema_decay=0.0, log_every=8
+    plan = settings(
+        80,
+        optimizer={"name": "adamw", "rate": 1e-2},
+        schedule={"warmup": 10, "decay_share": 0.5},
+        ema=0.0,
+        log_every=8,
     )
-    warm_start(encoder, captions, SlotReader(32, 2, (3, 2)), recipe, tmp_path)
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert last["right"] > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
+    train(WarmStart(encoder, SlotReader(32, 2, (3, 2))), ByStep(captions), plan, tmp_path)
+    assert rows(tmp_path)[-1]["right"] > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
     assert not encoder.training
     assert any(not torch.equal(p, before[name]) for name, p in encoder.named_parameters())
 

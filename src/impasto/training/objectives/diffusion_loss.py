@@ -6,13 +6,15 @@ Notation of Nichol and Dhariwal (2102.09672) and Ho et al. (2006.11239): x_t = �
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..schedulers import process
+from ...errors import InputError
+from ...schedulers import process
+
+Weighting = Literal["none", "velocity", "min-snr"]
 
 
 class Losses(NamedTuple):
@@ -36,6 +38,7 @@ class DiffusionLoss:
             raise InputError(f"prediction_type is {prediction_type!r}; it is 'epsilon' or 'v_prediction'")
         self.prediction_type = prediction_type
         self.pixel_scale = pixel_scale
+        self.steps = len(betas)
         self.alphas_cumprod = (1.0 - betas.double()).cumprod(0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         self.posterior = process.posterior(self.alphas_cumprod, previous)
@@ -47,21 +50,44 @@ class DiffusionLoss:
         """x_t [B, C, H, W] of x_0, ε and t [B]."""
         return process.add_noise(x0, noise, *process.alpha_sigma(_at(self.alphas_cumprod, t)))
 
-    def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, t: Tensor) -> Losses:
-        """Losses of a prediction [B, C or 2C, H, W] made from x_t."""
+    def weights(self, kind: Weighting, gamma: float = 5.0, limit: float = 1000.0) -> Tensor:
+        """The weight [T] of the squared error at each timestep.
+
+        Args:
+            kind: ``none``; ``min-snr`` (2303.09556, section 3.4) with ``gamma``; ``velocity``, with which the noise's
+                error counts as the velocity's does: 1 / ᾱ_t, at most ``limit``, of mean 1.
+        """
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        if kind == "min-snr":
+            clipped = snr.clamp(max=gamma)
+            return (clipped / (snr if self.prediction_type == "epsilon" else snr + 1)).float()
+        if kind == "velocity" and self.prediction_type == "epsilon":
+            weights = (1.0 / self.alphas_cumprod).clamp(max=limit)
+            return (weights / weights.mean()).float()
+        return torch.ones(self.steps)
+
+    def __call__(
+        self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, t: Tensor, mask: Tensor | None = None
+    ) -> Losses:
+        """Losses of a prediction [B, C or 2C, H, W] made from x_t.
+
+        Args:
+            mask: [B, 1, H, W], the weight of each latent pixel; an image's loss is its weighted mean.
+        """
         channels = x0.shape[1]
         output = output.float()
         prediction = output[:, :channels]
         levels = process.alpha_sigma(_at(self.alphas_cumprod, t))
         target = process.prediction_target(self.prediction_type, x0, noise, *levels)
-        mse = (prediction - target).square().flatten(1).mean(1)
+        mse = masked_mean((prediction - target).square(), mask)
         if output.shape[1] == channels:
             return Losses(mse, torch.zeros_like(mse))
         # The mean is detached: the bound trains the variance alone (2102.09672, section 3.1).
         predicted_x0 = process.predicted_original(self.prediction_type, prediction.detach(), xt, *levels)
-        return Losses(mse, self._bound(predicted_x0, output[:, channels:], x0, xt, t))
+        return Losses(mse, masked_mean(self._bound(predicted_x0, output[:, channels:], x0, xt, t), mask))
 
     def _bound(self, predicted_x0: Tensor, interpolation: Tensor, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """Bits of each value, [B, C, H, W]."""
         on_x0, on_xt = _at(self.posterior.on_original, t), _at(self.posterior.on_sample, t)
         true_mean = on_x0 * x0 + on_xt * xt
         mean = on_x0 * predicted_x0 + on_xt * xt
@@ -73,8 +99,15 @@ class DiffusionLoss:
         )
         likelihood = _discretized_log_likelihood(x0, mean, 0.5 * log_variance, self.pixel_scale)
         first = (t == 0).view(-1, 1, 1, 1)
-        bits = torch.where(first, -likelihood, kl) / math.log(2.0)
-        return bits.flatten(1).mean(1)
+        bits: Tensor = torch.where(first, -likelihood, kl) / math.log(2.0)
+        return bits
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean [B] of values [B, C, H, W], weighted by a mask [B, 1, H, W] if there is one; 0 where it is empty."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    return (values * mask).flatten(1).sum(1) / (values.shape[1] * mask.flatten(1).sum(1)).clamp_min(1e-6)
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:

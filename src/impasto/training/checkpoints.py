@@ -1,10 +1,17 @@
-"""The state of a training run on disk: written atomically, read without running code, checked before use."""
+"""The state of a training run on disk: written atomically, read without running code, checked before use.
+
+A run keeps its checkpoints in ``FOLDER/checkpoints/step-00001000``, one folder each.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +21,64 @@ from torch import Tensor
 from ..checkpoints.stored import is_dense, load_pickle
 from ..checks import shown
 from ..errors import CheckpointError, OutputError
-from ..files import append_line, make_folder, write_file
+from ..files import append_line, make_folder, sync_folder, write_file
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def found(folder: Path) -> dict[int, Path]:
+    """The checkpoints of the run in ``folder``, by step, in ascending order."""
+    inside = (folder / "checkpoints").iterdir() if (folder / "checkpoints").is_dir() else ()
+    named = {int(match[1]): path for path in inside if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(named.items()))
+
+
+def latest(folder: Path) -> Path | None:
+    """The last checkpoint of the run in ``folder``, if it has any."""
+    return next(reversed(found(folder).values()), None)
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None], keep: int, best: int | None = None) -> Path:
+    """Write a checkpoint completely or not at all, and then remove old ones.
+
+    Args:
+        folder: of the run.
+        write: writes files into the folder that it is given.
+        keep: so many are kept, and that of step ``best``.
+
+    Raises:
+        OutputError: it cannot be written, as when the disk is full. Earlier checkpoints remain.
+    """
+    parent = folder / "checkpoints"
+    make_folder(parent)
+    target, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
+    try:
+        for left in parent.glob(".step-*.tmp"):  # of killed runs
+            shutil.rmtree(left)
+        temporary.mkdir()
+        try:
+            write(temporary)
+            sync_folder(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(temporary, target)
+            sync_folder(parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = str(error) if isinstance(error, OutputError) else error.strerror or error
+        last = latest(folder)
+        rest = f"the last one is {last}" if last is not None else "there is no earlier one"
+        raise OutputError(f"the checkpoint of step {step} was not saved, and {rest}: {reason}") from error
+    for other, path in list(found(folder).items())[:-keep]:
+        if other != best:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)
+    return target
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and dicts of them; an interrupted save leaves the previous state intact.
+    """Write tensors, numbers and dicts of them; an interrupted save leaves a previous file intact.
 
     Raises:
         OutputError: the file cannot be written.

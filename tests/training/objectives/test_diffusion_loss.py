@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from impasto.errors import InputError
-from impasto.training.diffusion_loss import DiffusionLoss
+from impasto.training.objectives.diffusion_loss import DiffusionLoss
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 ALPHA_BAR = (1 - BETAS).cumprod(0)

@@ -6,17 +6,16 @@ as cross-attention will, and answer a few questions each. Reader and answers are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.attention import attention
-from .loop import Loss, Recipe, train
-from .randomness import Randomness
+from ...nn.attention import attention
+from ..randomness import Randomness
+from .base import Loss, Objective, Tensors
 
 
 class LabelledText(NamedTuple):
@@ -41,20 +40,19 @@ class SlotReader(nn.Module):
         return [answer(read) for answer in self.answers]  # [B, slots, classes] each
 
 
-def warm_start(
-    encoder: nn.Module, batch: Callable[[int], LabelledText], reader: SlotReader, recipe: Recipe, folder: Path
-) -> None:
-    """Train in place, resuming from ``folder/state.pt`` if it exists. The log has the share of ``right`` answers.
+class WarmStart(Objective):
+    """The cross-entropy of the answers that ``reader`` gives, summed over questions. Its batches are LabelledText."""
 
-    Args:
-        batch: step -> its batch.
-    """
+    def __init__(self, encoder: nn.Module, reader: SlotReader):
+        super().__init__()
+        self.encoder, self.reader = encoder, reader
 
-    def loss(step: int, random: Randomness) -> Loss:
-        ids, mask, labels = batch(step)
-        answers = reader(encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        errors = [F.cross_entropy(a.float().flatten(0, 1), labels[..., i].flatten()) for i, a in enumerate(answers)]
-        hits = [(a.argmax(-1) == labels[..., i]).float().mean() for i, a in enumerate(answers)]
-        return Loss(torch.stack(errors).sum(), {"right": torch.stack(hits).mean()})
-
-    train(nn.ModuleDict({"encoder": encoder, "reader": reader}), loss, recipe, folder)
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        ids, mask, labels = batch.values
+        answers = self.reader(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        errors = [
+            F.cross_entropy(answer.float().transpose(1, 2), labels[..., i], reduction="none").mean(1)
+            for i, answer in enumerate(answers)
+        ]
+        hits = [(answer.argmax(-1) == labels[..., i]).float().mean(1) for i, answer in enumerate(answers)]
+        return Loss(torch.stack(errors).sum(0), {"right": torch.stack(hits).mean(0)})

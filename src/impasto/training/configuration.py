@@ -1,0 +1,202 @@
+"""The configuration of a run: what is trained, from what, on which data, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .config import Count, NotNegative, Positive, Section, Settings, Share
+from .objectives.diffusion_loss import Weighting
+from .objectives.text_to_image import Timesteps
+
+
+class TextToImageSettings(Section):
+    """A PixArt transformer on images and captions.
+
+    Attributes:
+        prediction: what the transformer predicts; as the scheduler's config says, unless given.
+        caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+        weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
+        bound_weight: of the variational bound, if the transformer predicts a variance.
+        tokens: of a caption, at most; the family's, unless given.
+        clean_captions: as the originals did, beyond lower case.
+    """
+
+    kind: Literal["text-to-image"] = "text-to-image"
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    caption_dropout: Share = 0.1
+    timesteps: Timesteps = "uniform"
+    weighting: Weighting = "none"
+    bound_weight: NotNegative = 1.0
+    tokens: Count | None = None
+    clean_captions: bool = False
+
+
+class AutoencoderSettings(Section):
+    """An autoencoder on images."""
+
+    kind: Literal["autoencoder"]
+    kl_weight: NotNegative = 1e-6
+    l1_weight: NotNegative = 0.5
+
+
+ObjectiveSettings = Annotated[TextToImageSettings | AutoencoderSettings, Field(discriminator="kind")]
+
+
+class ComponentSettings(Section):
+    """A model.
+
+    Attributes:
+        start_from: a folder or hub id of the model, or of a pipeline that has it; a new one, unless given.
+        config: of a new model; of a stored one, what replaces its own.
+        train: whether it is trained.
+        gradient_checkpointing: recompute its blocks in the backward pass, to save memory.
+    """
+
+    start_from: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    train: bool = False
+    gradient_checkpointing: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        return self.start_from is not None or bool(self.config)
+
+
+class ModelSettings(Section):
+    """The models of a run.
+
+    Attributes:
+        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300.
+        pipeline: a folder or hub id, for the components that have no ``start_from`` of their own.
+        scheduler: its config, in place of the pipeline's: the noise schedule, and the solver of sample images.
+    """
+
+    family: Literal["alpha", "sigma"] = "sigma"
+    pipeline: str | None = None
+    transformer: ComponentSettings = ComponentSettings(train=True)
+    vae: ComponentSettings = ComponentSettings()
+    text_encoder: ComponentSettings = ComponentSettings()
+    tokenizer: str | None = None
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+
+
+class SourceSettings(Section):
+    """Where samples come from.
+
+    Attributes:
+        kind: ``folder`` of images with captions, or one that this program adds, such as ``scenes``.
+        path: of the folder.
+        repeats: how often an epoch has each sample; fractions are allowed.
+        share: of this source in an epoch, in any unit, in place of ``repeats``: of all sources, or of none.
+        weight: of each sample's loss.
+        crop: which part of an image that is larger than its bucket: ``random``, ``centre``, or a number of fixed crops.
+        flip: whether half of the samples are mirrored.
+        caption: of every image, in place of captions from files.
+        metadata: a .jsonl or .json file of captions, if it is not one of those found by themselves.
+        mask_suffix: of loss masks next to the images.
+        options: of a kind that this program adds.
+    """
+
+    kind: str = "folder"
+    path: str | None = None
+    repeats: Positive | None = None
+    share: Positive | None = None
+    weight: NotNegative = 1.0
+    crop: Literal["random", "centre"] | Count = "random"
+    flip: bool = False
+    caption: str | None = None
+    needs_caption: bool = True
+    real_prompt_ratio: Share = 0.5
+    background: str = "white"
+    metadata: str | None = None
+    mask_suffix: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceSettings:
+        if self.kind == "folder" and self.path is None:
+            raise ValueError("a folder needs its path")
+        if self.kind == "folder" and self.options:
+            raise ValueError("options are for kinds other than folder")
+        return self
+
+
+class DataSettings(Section):
+    """What is trained on, and in which sizes.
+
+    Attributes:
+        batch_size: of the global batch, over all processes.
+        base: train at the aspect-ratio buckets of 256, 512, 1024, 2048 or 2880 px.
+        sizes: buckets [height, width] in pixels, in place of ``base``.
+        max_upscale: an image that would have to be enlarged by more than this factor is dropped.
+        max_crop: an image that would lose more than this share of its area is dropped.
+        pack_pixels: batches of mixed sizes, up to this many pixels.
+        workers: processes that read ahead.
+        max_broken: how many samples may turn out to be broken: below 1 a share, else a number.
+    """
+
+    sources: Annotated[list[SourceSettings], Field(min_length=1)]
+    batch_size: Count
+    base: Literal[256, 512, 1024, 2048, 2880] | None = None
+    sizes: list[tuple[Count, Count]] | None = None
+    max_upscale: Positive = 2.0
+    max_crop: Share = 0.5
+    pack_pixels: Count | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    max_broken: NotNegative = 0.01
+
+    @model_validator(mode="after")
+    def _sizes(self) -> DataSettings:
+        if (self.base is None) == (self.sizes is None):
+            raise ValueError("give either base (256, 512, 1024, 2048 or 2880) or sizes (a list of [height, width])")
+        given = [source.share is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError("give a share for each source, or for none")
+        if any(given) and any(source.repeats is not None for source in self.sources):
+            raise ValueError("share and repeats contradict each other; give one of them")
+        return self
+
+
+class ValidationSettings(Section):
+    """Measured with each checkpoint on the averages: the loss of a fixed set of (image, noise, timestep).
+
+    Attributes:
+        count: of images. They are held out from the training data, unless there is a source of their own.
+        batch_size: of them at once.
+    """
+
+    count: Count = 64
+    batch_size: Count = 16
+    source: SourceSettings | None = None
+
+
+class SampleSettings(Section):
+    """Images of fixed prompts, generated with each checkpoint."""
+
+    prompts: Annotated[list[str], Field(min_length=1)]
+    steps: Count = 20
+    guidance_scale: NotNegative = 4.5
+    height: Count | None = None
+    width: Count | None = None
+
+
+class Configuration(Settings):
+    """The whole of a run.
+
+    Attributes:
+        output: the folder of the run.
+        validation, samples: None for none.
+        checks: further measures that this program adds, by name, with their options.
+        export: what the result has: the ``trained`` models, or the whole ``pipeline``.
+    """
+
+    output: str | None = None
+    objective: ObjectiveSettings = TextToImageSettings()
+    models: ModelSettings = ModelSettings()
+    data: DataSettings
+    validation: ValidationSettings | None = None
+    samples: SampleSettings | None = None
+    checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    export: Literal["trained", "pipeline"] = "trained"

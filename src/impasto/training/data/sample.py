@@ -1,0 +1,82 @@
+"""Samples, the sources they are read from, and the batches they form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One sample. A source leaves what it does not have as None."""
+
+    image: Tensor | None = None  # [3, H, W] float32 in [-1, 1]
+    posterior: tuple[Tensor, Tensor] | None = None  # mean and deviation [C, h, w] float32, unscaled: not the image
+    caption: str | None = None
+    text: Tensor | None = None  # [M, D] features of the caption's real tokens: instead of running the text encoder
+    size: tuple[int, int] | None = None  # original height and width in pixels, before resizing (micro-conditions)
+    crop: tuple[int, int] = (0, 0)  # top and left of the crop, in pixels of the resized image
+    loss_mask: Tensor | None = None  # [1, H, W] in [0, 1]
+    weight: float = 1.0  # of its loss (prior preservation, mixtures); 0 for a sample that could not be read
+    labels: Tensor | None = None  # [questions, h, w] per latent pixel
+    extra: dict[str, Tensor] = field(default_factory=dict)  # prior_token_ids, reference, ... by name
+
+
+class Source(Protocol):
+    """A finite, ordered collection of samples."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """The stored height and width in pixels, upright, without decoding."""
+        ...
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        """A sample, resized and cropped to ``target`` (height, width). Every random choice comes from ``rng``.
+
+        Raises:
+            InputError: this sample cannot be used; the message names it. It is counted and left out.
+        """
+        ...
+
+
+@dataclass
+class Batch:
+    """What one rank computes of the global batch of a step.
+
+    A sample that could not be read is replaced by another one with a weight of 0, so that places do not shift.
+    """
+
+    samples: Sequence[Sample]
+    first: int  # the place of the first sample in the global batch
+    count: int  # the size of the global batch
+    step: int
+    largest: int = 0  # the size of the largest slice of any rank
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of at most ``size`` samples: equally many on all ranks, so the last may be empty."""
+        starts = range(0, max(self.largest, len(self.samples), 1), size)
+        return [replace(self, samples=self.samples[i : i + size], first=self.first + i) for i in starts]
+
+
+def cut(costs: Sequence[int], rank: int, world: int) -> tuple[int, int]:
+    """Start and end of a rank's slice of a global batch whose samples have these costs: of nearly equal total cost."""
+    return _boundary(costs, rank, world), _boundary(costs, rank + 1, world)
+
+
+def _boundary(costs: Sequence[int], rank: int, world: int) -> int:
+    """The first sample whose middle is at or after the rank's share of the total cost."""
+    if len(set(costs)) <= 1:
+        return len(costs) * rank // world
+    ends = np.cumsum(costs)
+    middles = 2 * ends - np.asarray(costs)
+    return int(np.searchsorted(middles * world, 2 * int(ends[-1]) * rank))
