@@ -50,7 +50,7 @@ class Latents(nn.Module):
         elif self.vae is None:
             raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
         else:
-            images = images_of(samples, self.vae.device).to(self.vae.dtype)
+            images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
             posterior = self.vae.encode(images).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
         noise = random.normal(mean.shape).to(device)

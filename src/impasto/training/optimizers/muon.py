@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the size of AdamW's (2502.16982, eq. 4), so that both use the same learning rate.
 
     Args:
-        params: tensors [out, in], or groups of them.
+        params: tensors [out, in] or the kernels of convolutions [out, in, ...], or groups of them.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -40,10 +40,10 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalized(parameter.grad.lerp(momentum, group["momentum"]))  # Nesterov's
-                size = 0.2 * max(parameter.shape) ** 0.5
+                nesterov = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)  # [out, in]
+                size = 0.2 * max(nesterov.shape) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * size)
+                parameter.add_(orthogonalized(nesterov).view_as(parameter), alpha=-group["lr"] * size)
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
