@@ -45,8 +45,11 @@ FLOORS = {
 #: What every file may import, and what those of one floor may.
 OPEN = {"errors", "checks", "files", "folders", "lazy"}
 OPEN_ON_FLOOR = {1: {"family"}, 2: {"registry", "interop"}}
-#: Files that import what their floor forbids: a model loads quantized, and quantization knows no model.
-EXCEPTIONS = {("models.base", "transforms.quantization_configs")}
+#: Files that import what their floor forbids: a model loads quantized or adapted, and these transforms know no model.
+EXCEPTIONS = {
+    ("models.base", "transforms.quantization_configs"),
+    ("models.compat.adapters", "transforms.adapters.__init__"),
+}
 #: A folder whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.
 KINDS = {"schedulers": "Scheduler"}
 #: A folder of folders that do not know each other. base.py holds what they share.

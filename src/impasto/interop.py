@@ -112,6 +112,8 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def _model(ours: Model) -> nn.Module:
     refuse_adapters(type(ours).__name__, ours, "given to diffusers")
     refuse_conflicts(ours, _Given)
+    if changed := ours.changed_arguments():
+        raise ConfigurationError(f"diffusers has no {listing(changed)}: its {type(ours).__name__} computes without it")
     cls = _counterpart(ours)
     known = inspect.signature(cls.__init__).parameters
     config = {name: value for name, value in _plain(ours.config).items() if name in known}

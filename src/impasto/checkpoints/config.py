@@ -66,8 +66,8 @@ class Configurable:
     """Anything that is built from a config: models and schedulers."""
 
     config_name: ClassVar[str] = "config.json"
-    #: Keys without effect: ignored silently if no argument has that name, and only recorded if they are given, and
-    #: written if they differ from the default.
+    #: Keys that other programs lack or that have no effect: ignored silently if no argument has that name, recorded if
+    #: they are given, and written if they differ from the default.
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
     #: Arguments that are not recorded: none.
     ignore_for_config: ClassVar[list[str]] = []

@@ -46,7 +46,7 @@ def resolve(
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise CheckpointNotFoundError(f"there is no bundled model {shown(name)}; bundled: {', '.join(BUILTIN)}")
-        return Path(str(resources.files("impasto"))) / BUILTIN[name]
+        return package_file(BUILTIN[name])
     if os.path.isdir(name):  # unlike Path.is_dir, this takes names of any length
         return Path(name)
     if os.path.exists(name):
@@ -85,6 +85,11 @@ def resolve(
             f"network (and unset HF_HUB_OFFLINE), or give the folder of a downloaded copy. ({type(error).__name__})"
         ) from error
     return Path(folder)
+
+
+def package_file(path: str) -> Path:
+    """A file or folder that comes with the package."""
+    return Path(str(resources.files("impasto"))) / path
 
 
 def fetch(

@@ -61,6 +61,10 @@ def generate(
     scheduler: Annotated[
         Solver | None, typer.Option(metavar="NAME", help="dpm++, ddim, ddpm or lcm; the model's own by default.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter, and how strong it is; may be repeated."),
+    ] = None,
     dtype: Annotated[
         DType | None, typer.Option(metavar="NAME", help="auto (the default), float32, bfloat16 or float16.")
     ] = None,
@@ -98,8 +102,12 @@ def generate(
     from ..pipelines import image_files
 
     family = family_of(class_name)
-    steps = family.steps if steps is None else steps
-    guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
+    chosen_adapters, defaults = pipelines.choose_adapters(lora or [])
+    steps = defaults.steps or family.steps if steps is None else steps
+    if guidance_scale is None:
+        guidance_scale = family.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+    if scheduler is None and family is not GLM_IMAGE:
+        scheduler = pipelines.solver_of(defaults.scheduler)
     if family is GLM_IMAGE and scheduler is not None:
         raise InputError(f"--scheduler is for PixArt; {model} has a scheduler of its own")
     _check_edit(family, steps, image or [], strength, mask)
@@ -129,6 +137,7 @@ def generate(
         for line in pipe.plan.lines():
             say(line, error=True)
         chosen_dtype = pipe.dtype
+    pipelines.apply(pipe, chosen_adapters)
     if batch_size is None:
         base = pipe.transformer.config.get("sample_size", 128) * pipe.vae_scale_factor
         batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
@@ -147,6 +156,7 @@ def generate(
             model=model,
             extra={
                 **({"Denoising strength": str(edit["strength"])} if edit else {}),
+                **({"Lora": "; ".join(f"{x.name} {x.weight:g}" for x in chosen_adapters)} if chosen_adapters else {}),
                 "Dtype": str(chosen_dtype).removeprefix("torch."),
                 "Version": pipelines.version(),
             },

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ..checkpoints.adapters.file import AdapterDefaults
     from ..memory.plan import Budget
+    from ..pipelines.adapters import ChosenAdapter
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 SOLVERS = {
@@ -90,6 +92,30 @@ def solver_name(scheduler: Any) -> str:
     """The value of ``--scheduler`` for a scheduler; the name of its class if there is none."""
     name = type(scheduler).__name__
     return next((solver.value for solver, class_name in SOLVERS.items() if class_name == name), name)
+
+
+def choose_adapters(given: list[str]) -> tuple[list[ChosenAdapter], AdapterDefaults]:
+    """The adapters of ``--lora``, and how to generate with them."""
+    from ..checkpoints.adapters.file import AdapterDefaults
+
+    if not given:
+        return [], AdapterDefaults()
+    from ..pipelines.adapters import ChosenAdapter, adapter_defaults
+
+    chosen = [ChosenAdapter.parse(text) for text in given]
+    return chosen, adapter_defaults(chosen)
+
+
+def solver_of(name: str | None) -> Solver | None:
+    """The value of ``--scheduler`` that an adapter asks for; None if it asks for none, or for one that is not here."""
+    return next((solver for solver in Solver if solver.value == name), None)
+
+
+def apply(pipe: Any, chosen: list[ChosenAdapter]) -> None:
+    """Load and fuse adapters."""
+    from ..pipelines.adapters import apply_adapters
+
+    apply_adapters(pipe, chosen)
 
 
 def run(pipe: Any, prompts: list[str], seed: int, **options: Any) -> list[Image.Image]:

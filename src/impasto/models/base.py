@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -17,15 +18,20 @@ from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMis
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
+from .compat.adapters import AdapterMethods
 from .compat.surface import ModelSurface
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
 
+logger = logging.getLogger("impasto")
 
-class Model(Configurable, Uploads, ModelSurface):
+
+class Model(AdapterMethods, Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
+    #: Arguments that diffusers' class lacks, and that change what the model computes.
+    not_in_diffusers: ClassVar[frozenset[str]] = frozenset()
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
     stored_lists: ClassVar[Mapping[str, str]] = {}
 
@@ -208,6 +214,12 @@ class Model(Configurable, Uploads, ModelSurface):
 
         size = parse_size(max_shard_size)
         self.check_saveable()
+        if changed := self.changed_arguments():
+            logger.warning(
+                "%s: diffusers has no %s, and would ignore it in what is saved here; load it with Impasto",
+                type(self).__name__,
+                ", ".join(changed),
+            )
         if not is_main_process:
             return
         with saving(save_directory, superseded) as staging:
@@ -216,6 +228,10 @@ class Model(Configurable, Uploads, ModelSurface):
             written = files_in(staging)
         if push_to_hub:
             push_saved(self, save_directory, written, upload)
+
+    def changed_arguments(self) -> list[str]:
+        """Those arguments that diffusers lacks and that have other values than the default."""
+        return sorted(self.not_in_diffusers & self._stored_config().keys())
 
     def check_saveable(self, name: str = "") -> None:
         """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config.

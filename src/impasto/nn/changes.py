@@ -155,11 +155,23 @@ def refuse_adapters(name: str, module: nn.Module, what: str = "saved") -> None:
     wrapped = next((key for key, inner in module.named_modules() if type(inner).__module__.startswith("peft.")), None)
     if wrapped is None:
         return
-    does = "is wrapped by peft" if wrapped == "" else f"has adapters that peft has injected (at {wrapped})"
-    undo = "x = x.merge_and_unload()" if wrapped == "" else "peft's merge_and_unload() of the model around it"
+    if wrapped == "":
+        does, undo = "is wrapped by peft", "Merge the adapter first: x = x.merge_and_unload()"
+    else:
+        does = f"has adapters (at {wrapped})"
+        undo = "Put them into the weights first: fuse_lora()"
     raise ConfigurationError(
-        f"the {name} was not {what}: it {does}, and its tensors would not fit its class. Merge the adapter first: "
-        f"{undo}; or save the adapter alone with peft (get_peft_model_state_dict), and the model without it."
+        f"the {name} was not {what}: it {does}, and its tensors would not fit its class. {undo}; or save the adapter "
+        f"alone, by save_adapter() of a pipeline or save_lora_adapter() of a model, and the {name} without it."
+    )
+
+
+def adapters_in_force(module: nn.Module) -> tuple[Any, ...]:
+    """What peft's layers in a module compute besides their tensors: active adapters and their scales, by layer."""
+    return tuple(
+        (name, *((key, inner.scaling.get(key)) for key in inner.active_adapters if not inner.disable_adapters))
+        for name, inner in module.named_modules()
+        if hasattr(inner, "adapter_layer_names") and hasattr(inner, "scaling")
     )
 
 

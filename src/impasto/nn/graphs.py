@@ -139,6 +139,7 @@ def varies(module: nn.Module) -> bool:
 
 
 def _state_of(model: nn.Module) -> Any:
-    """What a graph depends on: the modules, what is called in their place, and where the weights are."""
+    """What a graph depends on: the modules, what is called in their place, adapters, and where the weights are."""
     modules = tuple((id(m), m.training, id(m._compiled_call_impl)) for m in model.modules())
-    return modules, tuple((id(x), x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
+    adapters = changes.adapters_in_force(model)
+    return modules, adapters, tuple((id(x), x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))

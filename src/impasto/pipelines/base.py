@@ -20,6 +20,7 @@ from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, in_float32, without_autocast
+from .compat.adapters import LoraMethods
 from .compat.calls import Call, calling
 from .compat.methods import PipelineMethods
 from .components import Components
@@ -41,7 +42,7 @@ class ImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
 
 
-class Pipeline(PipelineMethods):
+class Pipeline(LoraMethods, PipelineMethods):
     """Components, and what is in force on the calls that use them. A subclass adds the calls."""
 
     image_processor: ImageProcessor

@@ -79,6 +79,36 @@ class CheckpointSettings(Section):
     best_is: Literal["lowest", "highest"] = "lowest"
 
 
+class GuardSettings(Section):
+    """Which steps are skipped; see ``guard.Guard``. A skipped step changes nothing, and is logged and counted.
+
+    Attributes:
+        spike: a loss, or a norm of the gradient, of more than so many times its median over the last ``window`` steps;
+            0 for any. At batch sizes of a few images, losses differ by more than that from step to step.
+        most_in_a_row: this many steps in a row that are not finite end the run with an error.
+    """
+
+    spike: Annotated[float, Field(ge=0)] = 20.0
+    window: Annotated[int, Field(ge=10)] = 200
+    most_in_a_row: Count = 20
+
+
+class ReportSettings(Section):
+    """What is shown in addition to ``log.jsonl``.
+
+    Attributes:
+        progress: a bar with the time left, in a terminal.
+        tensorboard: in the folder ``tensorboard`` of the run.
+        wandb: the project at Weights & Biases.
+        peak_flops: operations per second of one device, for its utilization; those of known GPUs need not be given.
+    """
+
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str | None = None
+    peak_flops: Positive | None = None
+
+
 class Settings(Section):
     """What the training loop needs to know.
 
@@ -102,6 +132,8 @@ class Settings(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = False
     checkpoints: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
+    report: ReportSettings = ReportSettings()
     log_every: Count = 50
 
     def share(self, step: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,11 @@ class Scheme:
     def multiply(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
         """[..., in] -> [..., out]."""
         return F.linear(x, layer.weight, layer.bias)
+
+    def unpack(self, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that a layer multiplies by."""
+        weight: Tensor = cast(Any, layer.weight).dequantize()
+        return weight.to(dtype)
 
 
 class _TorchAO(Scheme):
@@ -140,6 +145,9 @@ class NF4(Scheme):
         return packed, {"factors": state.absmax, "levels": state.code}
 
     def multiply(self, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        return F.linear(x, self.unpack(layer, x.dtype), layer.bias)
+
+    def unpack(self, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
         api: Any = _library("bitsandbytes.functional")
         state = api.QuantState(
             absmax=layer.factors,
@@ -147,15 +155,33 @@ class NF4(Scheme):
             shape=torch.Size((layer.out_features, layer.in_features)),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
-            dtype=x.dtype,
+            dtype=dtype,
         )
-        return F.linear(x, api.dequantize_4bit(layer.weight, state), layer.bias)
+        weight: Tensor = api.dequantize_4bit(layer.weight, state)
+        return weight
 
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (Int8WeightOnly, Int8Dynamic, Float8, NF4)}
 
 
-class QuantizedLinear(nn.Module, Change):
+class _FrozenProduct(torch.autograd.Function):
+    """A quantized layer where gradients are recorded: through it, not of its weight.
+
+    The weight is dequantized in the forward pass and again in the backward pass, so no copy of it is kept between them.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        context.layer = layer
+        return layer.scheme.multiply(x, layer)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        layer: QuantizedLinear = context.layer
+        return gradient @ layer.scheme.unpack(layer, gradient.dtype), None
+
+
+class QuantizedLinear(nn.Linear, Change):
     """Replaces an ``nn.Linear``.
 
     Its state dict is that of the original layer. Loaded weights go to the original and are quantized again, and a move
@@ -172,13 +198,11 @@ class QuantizedLinear(nn.Module, Change):
     undo = "dequantize() the model"
     conflicts: ClassVar = ("quantized", "fused")
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     factors: Tensor
     levels: Tensor
 
     def __init__(self, original: nn.Linear, scheme: Scheme, keep: bool):
-        super().__init__()
+        nn.Module.__init__(self)  # a linear layer to peft, without memory for a weight that is replaced
         self.in_features, self.out_features = original.in_features, original.out_features
         self.scheme = scheme
         self._dtype = original.weight.dtype
@@ -218,8 +242,21 @@ class QuantizedLinear(nn.Module, Change):
             parameter.data = parameter.data.to(device, self._dtype)
         return self.original.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scheme.multiply(x, self)  # [..., out]
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the original weight."""
+        return self._dtype
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] that this layer multiplies by, in float32."""
+        with torch.no_grad():
+            return self.scheme.unpack(self, torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: Tensor = _FrozenProduct.apply(input, self)  # type: ignore[no-untyped-call]
+            return out
+        return self.scheme.multiply(input, self)  # [..., out]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self._has_bias}, {self.scheme.name}"

@@ -6,12 +6,13 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InputError
+from ...errors import ConfigurationError, InputError
 from ...nn.attention import attention, attention_by_image
 from ...nn.backends.onednn import linear
 from ...nn.changes import dtype_of
@@ -20,6 +21,7 @@ from ...nn.fused_linear import project
 from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
 from ...nn.tokens import Layout
 from ..compat.attention_processor import ProcessedAttention
+from .kv_compression import Grid, KVCompression
 from .text import LayerText, Modulation, attend_text, encode_layer
 
 
@@ -99,11 +101,13 @@ class PixArtBlock(nn.Module):
         norm_elementwise_affine: bool,
         norm_eps: float,
         upcast_attention: bool,
+        qk_norm: bool = False,
+        kv_compression: KVCompression | None = None,
     ):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
-        self.attn1 = Attention(width, None, heads, attention_bias, dropout, upcast_attention)
+        self.attn1 = Attention(width, None, heads, attention_bias, dropout, upcast_attention, qk_norm, kv_compression)
         self.attn2 = (
             None
             if cross_attention_dim is None
@@ -123,12 +127,14 @@ class PixArtBlock(nn.Module):
         text: LayerText,
         bias: Tensor | None = None,  # [B, 1, N], of self-attention
         layout: Layout | None = None,
+        grids: Sequence[Grid] | None = None,  # of the images, or of all; only where keys and values are compressed
     ) -> Tensor:
         modulation = self.scale_shift_table[None] + shared  # [B, 6, D]
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)  # [B, 1, D] each
 
         normed = modulated_norm(self.norm1, x, shift_attn, scale_attn, layout)
-        x = gated(x, gate_attn, self.attn1(normed, None, bias if layout is None else layout), layout)
+        more = () if grids is None else (grids,)
+        x = gated(x, gate_attn, self.attn1(normed, None, bias if layout is None else layout, *more), layout)
         x = attend_text(self.attn2, x, text, layout)  # not normalized: the original model has no layer norm here
         normed = modulated_norm(self.norm2, x, shift_ff, scale_ff, layout)
         return gated(x, gate_ff, self.ff(normed), layout)
@@ -139,7 +145,17 @@ class Attention(ProcessedAttention):
 
     group_norm = None
 
-    def __init__(self, width: int, context_dim: int | None, heads: int, bias: bool, dropout: float, upcast: bool):
+    def __init__(
+        self,
+        width: int,
+        context_dim: int | None,
+        heads: int,
+        bias: bool,
+        dropout: float,
+        upcast: bool,
+        qk_norm: bool = False,
+        kv_compression: KVCompression | None = None,
+    ):
         super().__init__()
         self.is_cross = context_dim is not None
         self.heads = heads
@@ -148,12 +164,16 @@ class Attention(ProcessedAttention):
         self.to_k = nn.Linear(context_dim or width, width, bias=bias)
         self.to_v = nn.Linear(context_dim or width, width, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.q_norm = nn.LayerNorm(width) if qk_norm else None
+        self.k_norm = nn.LayerNorm(width) if qk_norm else None
+        self.kv_compression = kv_compression
 
     def compute(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | Layout | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D].
 
@@ -161,17 +181,50 @@ class Attention(ProcessedAttention):
             encoder_hidden_states: [B, M, C], the text; None: self-attention.
             attention_mask: a bias [B, 1 or N, M], added to the scores; or the layout of a mixed batch, whose image
                 tokens [T, D] see those of their own image.
+            grids: rows and columns of the tokens of each image in the layout; or of all, in a list of one.
         """
         if encoder_hidden_states is None:
             query, key, value = project(self._fused, [self.to_q, self.to_k, self.to_v], hidden_states)
+            query = query if self.q_norm is None else self.q_norm(query)
+            key = key if self.k_norm is None else self.k_norm(key)
         else:
             query = linear(self.to_q, hidden_states)
             key, value = project(self._fused, [self.to_k, self.to_v], encoder_hidden_states)
+        if self.kv_compression is not None:
+            return self._compressed(query, key, value, attention_mask, grids)
         if isinstance(attention_mask, Layout):
             wide = torch.float32 if self.upcast else query.dtype
             q, k, v = (torch.unflatten(x.to(wide), -1, (self.heads, -1)) for x in (query, key, value))  # [T, heads, d]
             return linear(self.to_out, attention_by_image(q, k, v, attention_mask).to(query.dtype).flatten(1))
         return self.attend(query, self._split(key), self._split(value), _four(attention_mask))
+
+    def _compressed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | Layout | None,
+        grids: Sequence[Grid] | None,
+    ) -> Tensor:
+        """Attention of the tokens of each image to fewer keys and values, of [B, N, D] or [T, D]."""
+        assert self.kv_compression is not None
+        if isinstance(mask, Tensor):
+            raise InputError("attention_mask masks image tokens, and the keys of this model are of several tokens each")
+        if grids is None:
+            raise ConfigurationError("attention with compressed keys needs the grid of its tokens: call the model")
+        if mask is None:
+            key, value = (self.kv_compression(x, grids[0]) for x in (key, value))  # [B, N', D]
+            return self.attend(query, self._split(key), self._split(value), None)
+        images = zip(mask.split(query), mask.split(key), mask.split(value), grids, strict=True)
+        return torch.cat([self._compressed(q[None], k[None], v[None], None, [grid])[0] for q, k, v, grid in images])
+
+    def process(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kv_compression is not None or self.q_norm is not None:
+            raise ConfigurationError(
+                "attention processors know neither compressed keys nor q/k normalization, which this model has; call "
+                "set_default_attn_processor()"
+            )
+        return super().process(*args, **kwargs)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """[B, M, C] -> two of [B, heads, M, head_dim]."""

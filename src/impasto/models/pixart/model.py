@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints.config import records_config
-from ...checkpoints.values import MOST_CHANNELS, Count, Epsilon, Offset, Patch, Scale, Share
-from ...checks import shown
-from ...errors import ConfigurationError, InputError
+from ...checkpoints.values import Count, Epsilon, Offset, Patch, Scale, Share
+from ...errors import InputError
 from ...nn.changes import is_compiled, is_plain, is_watched, register_methods
 from ...nn.embeddings import sincos_2d
 from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
@@ -31,7 +30,9 @@ from ..base import Model
 from ..compat.attention_processor import giving
 from ..compat.surface import Caching, FusedProjections, GradientCheckpointing
 from ..inputs import as_batches, as_timesteps, check_batch, check_text
+from .arguments import check_arguments
 from .blocks import AdaLayerNormSingle, Attention, PatchEmbed, PixArtBlock
+from .kv_compression import KVCompression, Sampling, compressed_layers
 from .text import Modulation, PixArtContext, ProjectedText, bias_of, image_bias, kept_rows, pad
 
 
@@ -60,14 +61,26 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         caption_channels: width of the text embeddings, projected to D; None leaves them as they are.
         attention_type: "default", the only one that PixArt has.
         use_linear_projection, num_vector_embeds: deprecated; stored.
+        kv_compression: how self-attention compresses its keys and values (``kv_compression.py``); None: not at all.
+        kv_compression_factor: on each side of the grid of tokens.
+        kv_compression_layers: the layers that do so; the second half if None.
+        qk_norm: normalize the queries and keys of self-attention, over all heads together.
+
+    The last four are not in diffusers.
 
     Raises:
         ConfigurationError: a value that cannot be used, by name.
     """
 
-    ignored_config_keys: ClassVar[frozenset[str]] = frozenset(
-        {"double_self_attention", "only_cross_attention", "num_vector_embeds", "use_linear_projection"}
+    not_in_diffusers: ClassVar[frozenset[str]] = frozenset(
+        {"kv_compression", "kv_compression_factor", "kv_compression_layers", "qk_norm"}
     )
+    ignored_config_keys: ClassVar[frozenset[str]] = not_in_diffusers | {
+        "double_self_attention",
+        "only_cross_attention",
+        "num_vector_embeds",
+        "use_linear_projection",
+    }
 
     _no_split_modules: ClassVar = ["PixArtBlock", "PatchEmbed"]
     _repeated_blocks: ClassVar = ["PixArtBlock"]
@@ -100,40 +113,18 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         attention_type: str | None = "default",
         use_linear_projection: bool = False,
         num_vector_embeds: Offset | None = None,
+        kv_compression: Sampling | None = None,
+        kv_compression_factor: Count = 2,
+        kv_compression_layers: Sequence[Offset] | None = None,
+        qk_norm: bool = False,
     ):
         super().__init__()
-        name = type(self).__name__
-        if norm_type != "ada_norm_single":
-            raise ConfigurationError(f"{name}: norm_type {shown(norm_type)} is not PixArt's; use 'ada_norm_single'")
-        if attention_type not in ("default", None):
-            raise ConfigurationError(f"{name}: attention_type {shown(attention_type)} is not PixArt's; use 'default'")
-        if num_vector_embeds:
-            raise ConfigurationError(
-                f"{name}: num_vector_embeds={num_vector_embeds} asks for discrete latents; leave it"
-            )
-        if sample_size < patch_size:
-            raise ConfigurationError(f"{name}: sample_size {sample_size} is smaller than patch_size {patch_size}")
-        if num_embeds_ada_norm is None:
-            raise ConfigurationError(f"{name}: num_embeds_ada_norm cannot be None; the published models have 1000")
-        if dropout == 1:
-            raise ConfigurationError(f"{name}: dropout must be in [0, 1), not {dropout!r}")
-        width = num_attention_heads * attention_head_dim
-        if width % 4 or width > MOST_CHANNELS:
-            raise ConfigurationError(
-                f"{name}: num_attention_heads * attention_head_dim is {width}; 2-D positions need a multiple of 4, "
-                f"of at most {MOST_CHANNELS}"
-            )
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128
-        if use_additional_conditions and width % 3:
-            raise ConfigurationError(
-                f"{name}: use_additional_conditions splits the width {width} in three; it must be a multiple of 3"
-            )
-        if caption_channels is not None and cross_attention_dim not in (None, width):
-            raise ConfigurationError(
-                f"{name}: captions are projected to the width {width}, so cross_attention_dim cannot be "
-                f"{cross_attention_dim}; make them equal, or leave caption_channels None"
-            )
+        name = type(self).__name__
+        check_arguments(name, self.config, use_additional_conditions)
+        width = num_attention_heads * attention_head_dim
+        compressed = compressed_layers(kv_compression, kv_compression_factor, kv_compression_layers, num_layers, name)
 
         self.inner_dim, self.attention_head_dim = width, attention_head_dim
         self.height = self.width = sample_size
@@ -162,8 +153,12 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
                 norm_elementwise_affine=norm_elementwise_affine,
                 norm_eps=norm_eps,
                 upcast_attention=upcast_attention,
+                qk_norm=qk_norm,
+                kv_compression=KVCompression(width, kv_compression, kv_compression_factor)
+                if kv_compression is not None and i in compressed
+                else None,
             )
-            for _ in range(num_layers)
+            for i in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
@@ -220,6 +215,11 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         """Only on the CPU: rows of several lengths are no static graph, and small products do not fill a GPU."""
         return text.device.type == "cpu"
 
+    @property
+    def compresses(self) -> bool:
+        """Whether layers compress keys and values, and so need to know the grid of the tokens."""
+        return self.config.get("kv_compression") is not None
+
     def _is_watched(self) -> bool:
         """Whether someone expects calls of an attention: then these are made, on [B, N, D] and the padded text."""
         blocks = cast(Sequence[PixArtBlock], self.transformer_blocks)
@@ -275,7 +275,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         if len({image.shape for image in latents}) == 1:  # one size
             return [*self.denoise(torch.stack([*latents]), context, modulation, attention_mask)]
         images = [image[None] for image in latents]
-        if self._is_watched():
+        if self._is_watched() or (self.compresses and (is_tracing() or is_compiled(self.transformer_blocks[0]))):
             return [
                 self.denoise(image, context.select([i]), modulation.select([i % len(modulation.shared)]))[0]
                 for i, image in enumerate(images)
@@ -303,8 +303,9 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
         texts = context.of_layers(len(self.transformer_blocks), layout, dynamic)
         places = layout.as_tensors() if layout is not None and dynamic else layout
+        more = (grids,) if self.compresses else ()
         for block, text in zip(self.transformer_blocks, texts, strict=True):
-            x = self.in_training(block)(x, modulation.shared, text, bias, places)
+            x = self.in_training(block)(x, modulation.shared, text, bias, places, *more)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
         x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout))

@@ -1,0 +1,81 @@
+"""Adapters as the command line, the page and the server choose them: a file and a weight each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoints.adapters.file import AdapterDefaults
+from ..checkpoints.adapters.file import adapter_defaults as read_defaults
+from ..checks import finite
+from ..errors import ConfigurationError, InputError
+from ..transforms.adapters import locate
+
+logger = logging.getLogger("impasto")
+
+
+class ChosenAdapter(NamedTuple):
+    """An adapter and the weight with which it acts."""
+
+    source: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> ChosenAdapter:
+        """``FILE`` or ``FILE:WEIGHT``; the file may be a folder, ``builtin:NAME`` or a hub id.
+
+        Raises:
+            InputError: there is no file, or the weight is not finite.
+        """
+        source, colon, number = text.rpartition(":")
+        try:
+            weight = float(number) if colon and not os.path.exists(text) else None
+        except ValueError:
+            weight = None
+        chosen = cls(text) if weight is None else cls(source, finite(f"the weight of {source}", weight))
+        if not chosen.source:
+            raise InputError("an adapter is given as FILE or FILE:WEIGHT")
+        return chosen
+
+    @property
+    def name(self) -> str:
+        """A short name, for lists and for what is written into images."""
+        return Path(self.source).stem.rpartition(":")[2]
+
+
+def adapter_defaults(chosen: Sequence[ChosenAdapter]) -> AdapterDefaults:
+    """How to generate with adapters: what the first of them says that says something.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    found = [read_defaults(locate(adapter.source)) for adapter in chosen]
+    return next((defaults for defaults in found if defaults != AdapterDefaults()), AdapterDefaults())
+
+
+def apply_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> None:
+    """Load adapters into a pipeline and fuse them where that can be, so that it is as fast as without any.
+
+    Raises:
+        CheckpointError: one is missing, damaged, or for another model. The pipeline is as before.
+    """
+    if not chosen:
+        return
+    names = [f"{i}_{adapter.name.replace('.', '_')}" for i, adapter in enumerate(chosen)]
+    try:
+        for name, adapter in zip(names, chosen):
+            pipe.load_lora_weights(adapter.source, adapter_name=name)
+    except Exception:
+        pipe.unload_lora_weights()
+        raise
+    pipe.set_adapters(names, [adapter.weight for adapter in chosen])
+    try:
+        pipe.fuse_lora()
+    except ConfigurationError as error:
+        logger.info("adapters stay as they are: %s", error)
+        pipe.unfuse_lora()
+    else:
+        pipe.unload_lora_weights()

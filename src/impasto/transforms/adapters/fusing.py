@@ -1,0 +1,129 @@
+"""Adapters fused into the weights: then a module is as fast as without any, and its layers are plain ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError, ConfigurationError, InputError
+from ...nn.changes import unwrapped
+from ..quantized_linear import QuantizedLinear
+from .layers import ATTRIBUTE, Adapters, Place, active, adapters_in, nested, quiet, record_of, require_adapters, tuners
+
+
+def fuse(module: nn.Module, scale: float = 1.0, check: bool = False, names: Sequence[str] | None = None) -> list[str]:
+    """Put layers with changed weights in place of those with adapters, which are kept aside for ``unfuse``.
+
+    Args:
+        scale: multiplies the weights of the adapters.
+        check: raise CheckpointError if a changed weight has NaN or infinite values.
+        names: the adapters; by default those that are active. If others are active too, they stop to act.
+
+    Returns:
+        the names of the adapters that were fused.
+
+    Raises:
+        InputError: there is no adapter, or none of such a name.
+        ConfigurationError: adapters are fused already, or a layer is quantized and its original weight was not kept.
+    """
+    module = unwrapped(module)
+    require_adapters(module)
+    chosen = active(module) if names is None else require_adapters(module, list(names))
+    record = record_of(module)
+    if record is None:  # peft has put the adapters in
+        record = Adapters([])
+        record.put(module, ATTRIBUTE)
+    if record.fused:
+        raise ConfigurationError(f"{', '.join(record.fused_names)} is fused already; call unfuse_lora() first")
+    found = tuners(module)
+    changed = [_fused_layer(place, chosen, scale, check) for place in found]
+    for place, layer in zip(found, changed, strict=True):
+        place.parent._modules[place.key] = layer
+    for place in found:  # on an accelerator the originals need no memory
+        if place.layer.get_base_layer().weight.device.type not in ("cpu", "meta"):
+            place.layer.to("cpu")
+    record.fused, record.fused_names = found, chosen
+    # Else transformers' models save their adapters alone.
+    module._hf_peft_config_loaded = False  # type: ignore[assignment]
+    return chosen
+
+
+def unfuse(module: nn.Module) -> None:
+    """Put the layers with adapters back; the weights are bit by bit what they were."""
+    module = unwrapped(module)
+    record = record_of(module)
+    if record is None or not record.fused:
+        return
+    for place in record.fused:
+        now = cast(Any, place.parent._modules[place.key])
+        base = place.layer.get_base_layer()
+        if base.weight.device != now.weight.device or base.weight.dtype != now.weight.dtype:
+            place.layer.to(now.weight.device, now.weight.dtype if now.weight.is_floating_point() else None)
+        place.layer.train(now.training)
+        place.parent._modules[place.key] = place.layer
+    record.fused, record.fused_names = [], []
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def fused_names(module: nn.Module) -> list[str]:
+    """The adapters that are fused into a module's weights."""
+    record = record_of(module)
+    return [] if record is None or not record.fused else list(record.fused_names)
+
+
+def _fused_layer(place: Place, names: Sequence[str], scale: float, check: bool) -> nn.Module:
+    """A layer as peft merges it, of other memory than the present one."""
+    base = place.layer.get_base_layer()
+    layer = _copied(base, place.name)
+    holder = [*nested(place.layer)][-1]
+    own = {tuner: dict(tuner.scaling) for tuner in nested(place.layer)}
+    holder.base_layer = layer
+    try:
+        for tuner in nested(place.layer):
+            for name in names:
+                if name in adapters_in(tuner):
+                    tuner.scaling[name] *= scale
+            with quiet(), torch.no_grad():
+                tuner.merge(safe_merge=check, adapter_names=[name for name in names if name in adapters_in(tuner)])
+    except ValueError as error:
+        raise CheckpointError(f"the adapter was not fused: {place.name} would have NaN or infinite weights") from error
+    finally:
+        holder.base_layer = base
+        for tuner, scaling in own.items():
+            tuner.scaling.update(scaling)
+            tuner.merged_adapters.clear()
+            getattr(tuner, "_caches", {}).clear()
+    if isinstance(base, QuantizedLinear):
+        return QuantizedLinear(cast(nn.Linear, layer), base.scheme, keep=True)
+    return layer
+
+
+def _copied(base: Any, name: str) -> nn.Module:
+    """A copy of a layer whose weight may be written to; of a quantized one its original."""
+    if isinstance(base, QuantizedLinear):
+        if base.original is None:
+            raise ConfigurationError(
+                f"{name} is quantized and its original weight was not kept (keep_originals=False): leave the adapter "
+                f"as it is, or fuse it before the model is quantized"
+            )
+        layer = copy.deepcopy(base.original).to(base.weight.device, base.dtype)
+        return layer.requires_grad_(False).train(base.training)
+    if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+        raise ConfigurationError(
+            f"{name} is quantized by another library (a {type(base).__name__}): leave the adapter as it is, or fuse it "
+            f"before the model is quantized"
+        )
+    layer = copy.deepcopy(base)
+    for parameter in layer.parameters():  # memory-mapped weights are copied too
+        parameter.data = parameter.data.clone()
+    return cast(nn.Module, layer)
+
+
+def require_unfused(module: nn.Module, what: str) -> None:
+    """Raise InputError if adapters are fused."""
+    if fused_names(module):
+        raise InputError(f"{what}: unfuse_lora() first")

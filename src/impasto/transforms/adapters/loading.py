@@ -1,0 +1,163 @@
+"""Load an adapter from a file, a folder, the hub or a state dict into models: all of it or nothing."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from ...checkpoints import hub
+from ...checkpoints.adapters.file import (
+    BUILTIN,
+    CONFIG_NAME,
+    FILE_NAMES,
+    AdapterFile,
+    find_adapter_file,
+    from_tensors,
+    read_adapter,
+)
+from ...checks import shown
+from ...errors import InputError, WeightsMismatchError
+from ...nn.changes import unwrapped
+from .binding import bind
+from .injection import load, next_name, swap
+from .layers import configs_of, delete, refuse_fused, require_adapters
+
+_DOWNLOAD = ("revision", "cache_dir", "local_files_only", "token", "force_download")
+#: Keywords of diffusers that need nothing here.
+_IGNORED = ("proxies", "low_cpu_mem_usage", "_pipeline", "user_agent", "return_lora_metadata", "lora_scale")
+_KNOWN = (
+    *("adapter_name", "weight_name", "subfolder", "use_safetensors", "metadata", "alpha", "network_alphas"),
+    *_DOWNLOAD,
+    *_IGNORED,
+)
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass
+class Request:
+    """The keywords with which an adapter is loaded."""
+
+    adapter_name: str | None = None
+    weight_name: str | None = None
+    subfolder: str | None = None
+    use_safetensors: bool | None = None
+    metadata: Mapping[str, Any] | None = None
+    alpha: float | Mapping[str, float] | None = None
+    hotswap: bool = False
+    download: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, owner: str, keywords: Mapping[str, Any], *, hotswap: bool = False) -> Self:
+        """The keywords of a method of ``owner``.
+
+        Raises:
+            InputError: an unknown one; the message has the nearest.
+        """
+        for name in [name for name in keywords if name not in _KNOWN]:
+            near = difflib.get_close_matches(name, _KNOWN, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(_KNOWN[:7])}"
+            raise InputError(f"loading an adapter into a {owner} takes no argument {name!r}{hint}")
+        given = {name: value for name, value in keywords.items() if value is not None}
+        if "alpha" in given and "network_alphas" in given:
+            raise InputError("alpha and network_alphas are two names of one argument; give one of them")
+        return cls(
+            adapter_name=given.get("adapter_name"),
+            weight_name=given.get("weight_name"),
+            subfolder=given.get("subfolder"),
+            use_safetensors=given.get("use_safetensors"),
+            metadata=given.get("metadata"),
+            alpha=given.get("alpha", given.get("network_alphas")),
+            hotswap=bool(hotswap),
+            download={name: given[name] for name in _DOWNLOAD if name in given},
+        )
+
+
+def open_adapter(source: Source, request: Request | None = None) -> AdapterFile:
+    """Read the adapter at a place.
+
+    Args:
+        source: a file, a folder, ``builtin:NAME``, a hub id, or a state dict.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    request = request or Request()
+    if isinstance(source, Mapping):
+        return from_tensors(source, request.metadata)
+    return read_adapter(locate(source, request))
+
+
+def locate(source: str | os.PathLike[str], request: Request | None = None) -> Path:
+    """The file of an adapter, downloaded if needed."""
+    request = request or Request()
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"an adapter is a file, a folder, a hub id or a dict of tensors, not {shown(source)}")
+    name = os.fspath(source)
+    if name in BUILTIN:
+        return hub.package_file(BUILTIN[name])
+    if os.path.isfile(name):
+        return Path(name)
+    wanted = [request.weight_name] if request.weight_name else [*FILE_NAMES]
+    inside = f"{request.subfolder}/" if request.subfolder else ""
+    patterns = [
+        f"{inside}{file}" for file in (*wanted, CONFIG_NAME, *(() if request.weight_name else ("*.safetensors",)))
+    ]
+    folder = hub.resolve(source, allow_patterns=patterns, **request.download)
+    return find_adapter_file(hub.inside(folder, request.subfolder), request.weight_name)
+
+
+def load_into(
+    components: Mapping[str, nn.Module],
+    source: Source,
+    request: Request,
+    *,
+    others: Sequence[str] = (),
+    required: bool = True,
+) -> str | None:
+    """Load an adapter into those components that it has layers for, and make it the active one in them.
+
+    Args:
+        others: components that are not there: what the adapter has for them is left out, with a warning.
+        required: raise if it has nothing for the components.
+
+    Returns:
+        the adapter's name; None if it has nothing for the components.
+
+    Raises:
+        as ``bind`` and ``load``; no component is changed then.
+    """
+    file = open_adapter(source, request)
+    bound = bind(file, components, others=others, alpha=request.alpha)
+    if not bound and not required:
+        return None
+    if not bound:
+        raise WeightsMismatchError(f"{file.where} has no layers for {', '.join(components)}; nothing was loaded")
+    if request.hotswap:
+        if request.adapter_name is None:
+            raise InputError("hotswap replaces an adapter: give its adapter_name")
+        for component in bound:
+            require_adapters(components[component], request.adapter_name)
+        for component, layers in bound.items():
+            swap(components[component], layers, request.adapter_name)
+        return request.adapter_name
+    name = request.adapter_name or next_name(*components.values())
+    for component in bound:
+        refuse_fused(components[component], "an adapter cannot be loaded")
+    done: list[str] = []
+    try:
+        for component, layers in bound.items():
+            load(components[component], layers, name)
+            done.append(component)
+    except Exception:
+        for component in done:
+            if name in configs_of(unwrapped(components[component])):
+                delete(components[component], name)
+        raise
+    return name
