@@ -12,7 +12,7 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.training.config import OptimizerSettings, Settings
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.loop import train
-from impasto.training.objectives.autoencoder import Autoencoder, edges, psnr
+from impasto.training.objectives.autoencoder import Autoencoder, edges, psnr, standardize
 from impasto.training.objectives.base import ByStep
 from impasto.training.optimizers import make_optimizers
 from impasto.training.optimizers.muon import Muon
@@ -112,3 +112,23 @@ def test_muon_takes_the_kernels_of_residual_layers() -> None:
         Muon([tensor], lr=0.1, weight_decay=0.0).step()
     assert torch.equal(kernel.flatten(1), matrix)
     assert not torch.equal(kernel, parameter)
+
+
+@torch.no_grad()
+def test_standardized_latents_have_mean_0_and_deviation_1_and_images_stay_the_same() -> None:
+    vae, images = small_vae(), patchwork(3)
+    before = vae.encode(images).latent_dist
+    decoded = vae.decode(before.mean).sample
+    latents = before.mean.transpose(0, 1).flatten(1)  # [C, all]
+    standardize(vae, latents.mean(1), latents.std(1))
+    after = vae.encode(images).latent_dist
+    scaled = (after.mean * vae.config["scaling_factor"]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(scaled.mean(1), torch.zeros(len(scaled)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(1), torch.ones(len(scaled)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        after.std / before.std,
+        after.mean.std((0, 2, 3), keepdim=True).expand_as(after.std) / before.mean.std((0, 2, 3), keepdim=True),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+    torch.testing.assert_close(vae.decode(after.mean).sample, decoded, atol=1e-3, rtol=1e-3)

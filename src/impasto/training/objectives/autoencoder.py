@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import InputError
 from ...models.autoencoder.model import AutoencoderKL
 from ..data.sample import Batch, Sample
 from ..randomness import Randomness
@@ -99,3 +100,24 @@ def psnr(images: Tensor, reconstructions: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], averaged over the batch."""
     error = ((images - reconstructions.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
     return float((-10 * error.clamp_min(1e-10).log10()).mean())
+
+
+@torch.no_grad()
+def standardize(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Fold an affine map into the 1 x 1 convolutions, so that scaled latents have mean 0 and deviation 1.
+
+    z' = (z - mean) / (std * scaling_factor), and its inverse before the decoder.
+
+    Args:
+        mean, std: [C], of the latents of images as they are now.
+    """
+    first, last = vae.quant_conv, vae.post_quant_conv
+    if first is None or last is None or first.bias is None or last.bias is None:
+        raise InputError("latents are standardized in the quantization convolutions, and this autoencoder has none")
+    scale = 1.0 / (std * vae.config["scaling_factor"])
+    channels = len(mean)
+    first.weight[:channels] *= scale.view(-1, 1, 1, 1)
+    first.bias[:channels] = (first.bias[:channels] - mean) * scale
+    first.bias[channels:] += 2 * scale.log()  # log-variances
+    last.bias += last.weight[:, :, 0, 0] @ mean
+    last.weight /= scale.view(1, -1, 1, 1)
