@@ -20,6 +20,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -34,10 +35,9 @@ from impasto.scenes.labels import CAPTION_CLASSES, LABEL_CLASSES, label_caption,
 from impasto.scenes.world import is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training import checkpoints
-from impasto.training.checkpoints import load_state
 from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import Run, train
+from impasto.training.loop import train
 from impasto.training.objectives.autoencoder import Autoencoder, standardize
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
@@ -45,6 +45,7 @@ from impasto.training.objectives.labels import LabelHead
 from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
+from impasto.training.run import Run
 
 SEED = 2026
 STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")
@@ -342,13 +343,14 @@ def restore(out: Path, target: Path, records: Path) -> None:
 def export(out: Path, target: Path, records: Path) -> None:
     """Write the averaged models in float16, in the ordinary folder format, and the records of the run."""
     step, checkpoint = max(checkpoints.found(out / "transformer").items())
-    state = load_state(checkpoint / "state.pt")
+    (file,) = checkpoint.glob("*.safetensors")
+    state = load_file(file)
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
     transformer = PixArtTransformer2DModel(**TRANSFORMER)
     for name, model in (("transformer", transformer), ("text_encoder", text_encoder)):
-        prefix = f"{name}."
-        averages = {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        prefix = f"ema.{name}."
+        averages = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         missing, unexpected = model.load_state_dict(averages, strict=False)
         # Only the tied copy of the embedding may be absent.
         assert not unexpected

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from impasto.training import checkpoints
 from impasto.training.config import Settings
 from impasto.training.objectives.base import ByStep, Loss, Objective, Tensors
 from impasto.training.randomness import Randomness
@@ -17,6 +19,12 @@ from impasto.training.randomness import Randomness
 def rows(folder: Path) -> list[dict[str, float]]:
     """The log of a run."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def values(folder: Path) -> list[dict[str, float]]:
+    """The log of a run without its times."""
+    times = ("seconds", "images_per_second", "utilization")
+    return [{name: value for name, value in row.items() if name not in times} for row in rows(folder)]
 
 
 def settings(steps: int, **changes: Any) -> Settings:
@@ -33,6 +41,14 @@ def settings(steps: int, **changes: Any) -> Settings:
             {**given[name], **value} if isinstance(value, dict) and isinstance(given.get(name), dict) else value
         )
     return Settings(steps=steps, **given)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the last checkpoint of a run of one process."""
+    last = checkpoints.latest(folder)
+    assert last is not None
+    (file,) = last.glob("*.safetensors")
+    return load_file(file)
 
 
 class Of(Objective):

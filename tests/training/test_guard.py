@@ -19,7 +19,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_end_the_run
     given = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0), (math.inf, 1.0), (1.0, math.nan)]
     assert [guard.accepts(step, *each) for step, each in enumerate(given)] == [True, False, False, True, False, False]
     assert guard.skipped == 4
-    with pytest.raises(DivergedError, match="3 steps in a row.*up to step 7"):
+    with pytest.raises(DivergedError, match=r"3 steps in a row.*up to step 7"):
         guard.accepts(6, math.nan, math.nan)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from impasto.training import checkpoints
-from impasto.training.checkpoints import load_state
 from impasto.training.config import OptimizerSettings
 from impasto.training.loop import train
 from impasto.training.masters import Masters
@@ -19,7 +18,7 @@ from impasto.training.optimizers import make_optimizers
 from impasto.training.randomness import Randomness
 
 from ..tiny import tiny_text_encoder, tiny_transformer
-from .runs import Of, rows, settings, steps_alone
+from .runs import Of, rows, settings, steps_alone, stored, values
 
 
 def run(model: nn.Module, folder: Path, steps: int, **options: Any) -> None:
@@ -149,7 +148,7 @@ def test_training_neither_reads_nor_disturbs_the_global_random_numbers(tmp_path:
         before = torch.random.get_rng_state()
         run(model, tmp_path / str(i), 5)
         assert torch.equal(torch.random.get_rng_state(), before)
-    logs = [[{**row, "seconds": 0} for row in rows(tmp_path / str(i))] for i in range(2)]
+    logs = [values(tmp_path / str(i)) for i in range(2)]
     assert logs[0] == logs[1]
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
@@ -165,10 +164,10 @@ def test_another_seed_is_another_run(tmp_path: Path) -> None:
 def test_masters_and_averages_are_saved_in_float32(tmp_path: Path) -> None:
     model = nn.Linear(3, 1)
     run(model, tmp_path, 5)
-    state = load_state(checkpoints.found(tmp_path)[5] / "state.pt")
-    assert state["step"] == 5
+    state = stored(tmp_path)
+    assert list(checkpoints.found(tmp_path)) == [5]
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == state["models"][f"module.{name}"].dtype == torch.float32
-        assert torch.equal(parameter, state["ema"][f"module.{name}"])
-        assert not torch.equal(parameter, state["models"][f"module.{name}"])
+        assert parameter.dtype == state[f"models.module.{name}"].dtype == torch.float32
+        assert torch.equal(parameter, state[f"ema.module.{name}"])
+        assert not torch.equal(parameter, state[f"models.module.{name}"])
     assert not model.training

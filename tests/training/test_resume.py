@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -30,7 +29,7 @@ from impasto.training.objectives.labels import LabelHead
 from ..tiny import tiny_text_encoder
 from ..tiny_glm import TRANSFORMER, prior_parts
 from .objectives import test_autoencoder, test_glm_image, test_text_encoder, test_text_to_image
-from .runs import settings
+from .runs import settings, stored, values
 
 Hook = Callable[[int], None]
 
@@ -122,17 +121,16 @@ def weights(models: list[nn.Module]) -> dict[str, Tensor]:
 def assert_equal(folder: Path, other: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     logs = []
     for each in (folder, other):
-        rows = [json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()]
-        logs.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        logs.append(values(each))
     assert logs[0] == logs[1]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     kept = [checkpoints.found(each) for each in (folder, other)]
     assert list(kept[0]) == list(kept[1])
-    states = [load_state(max(each.items())[1] / "state.pt") for each in kept]
-    for name, value in states[1]["models"].items():
-        assert torch.equal(states[0]["models"][name], value), name
+    states = [stored(each) for each in (folder, other)]
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
 
 
 @pytest.mark.parametrize("name", list(TRAININGS))

@@ -11,17 +11,16 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..checkpoints.stored import is_dense, load_pickle
-from ..checks import shown
+from ..checkpoints.stored import load_pickle
 from ..errors import CheckpointError, OutputError
-from ..files import append_line, make_folder, sync_folder, write_file
+from ..files import append_line, make_folder, sync, sync_folder, write_file
+from .distributed.processes import ALONE, Processes
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -38,13 +37,21 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(found(folder).values()), None)
 
 
-def save(folder: Path, step: int, write: Callable[[Path], None], keep: int, best: int | None = None) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    keep: int,
+    best: int | None = None,
+    processes: Processes = ALONE,
+) -> Path:
     """Write a checkpoint completely or not at all, and then remove old ones.
 
     Args:
         folder: of the run.
         write: writes files into the folder that it is given.
         keep: so many are kept, and that of step ``best``.
+        processes: all of which call this, and write into the same folder.
 
     Raises:
         OutputError: it cannot be written, as when the disk is full. Earlier checkpoints remain.
@@ -53,24 +60,31 @@ def save(folder: Path, step: int, write: Callable[[Path], None], keep: int, best
     make_folder(parent)
     target, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
     try:
-        for left in parent.glob(".step-*.tmp"):  # of killed runs
-            shutil.rmtree(left)
-        temporary.mkdir()
+        with processes.together():
+            if processes.is_main:
+                for left in parent.glob(".step-*.tmp"):  # of killed runs
+                    shutil.rmtree(left)
+                temporary.mkdir()
         try:
             write(temporary)
-            sync_folder(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(temporary, target)
-            sync_folder(parent)
+            with processes.together():
+                for path in temporary.iterdir() if processes.is_main else ():
+                    sync(path)
+                if processes.is_main:
+                    sync_folder(temporary)
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.rename(temporary, target)
+                    sync_folder(parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if processes.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as error:
         reason = str(error) if isinstance(error, OutputError) else error.strerror or error
         last = latest(folder)
         rest = f"the last one is {last}" if last is not None else "there is no earlier one"
         raise OutputError(f"the checkpoint of step {step} was not saved, and {rest}: {reason}") from error
-    for other, path in list(found(folder).items())[:-keep]:
+    for other, path in list(found(folder).items())[:-keep] if processes.is_main else ():
         if other != best:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
@@ -100,74 +114,6 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a training state but a {type(state).__name__}; delete it to start again")
     return state
-
-
-def section(path: Path, state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One of the dicts of a state.
-
-    Raises:
-        CheckpointError: it is missing, as the state belongs to another training run or an earlier version.
-    """
-    found = state.get(name)
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path} is the state of another training run or an earlier version: it has no valid {name!r}. "
-            f"Continue it with the script that wrote it, or delete it to start again"
-        )
-    return found
-
-
-def restore(path: Path, stored: Mapping[str, Any], into: Mapping[str, Tensor]) -> None:
-    """Copy stored tensors into those of the same names, all or none.
-
-    Raises:
-        CheckpointError: tensors are missing, unexpected or misshapen; the message names the first.
-    """
-    faults = [f"lacks {name}" for name in into if name not in stored]
-    for name, tensor in stored.items():
-        if name not in into:
-            faults.append(f"has {shown(name)}, which this model does not have")
-        elif not isinstance(tensor, Tensor) or tensor.shape != into[name].shape:
-            found = list(tensor.shape) if isinstance(tensor, Tensor) else shown(tensor)
-            faults.append(f"has {name} as {found}, and this model as {list(into[name].shape)}")
-        elif not is_dense(tensor) or tensor.is_floating_point() != into[name].is_floating_point():
-            faults.append(f"has {name} as {tensor.layout} of {tensor.dtype}, and this model as {into[name].dtype}")
-    if faults:
-        raise CheckpointError(
-            f"{path} is the state of another model: it {faults[0]}. Train that model, or delete it to start again"
-        )
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            into[name].copy_(tensor)
-
-
-#: The optimizers' state of a parameter.
-_MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-
-
-def restore_optimizers(path: Path, optimizers: list[torch.optim.Optimizer], stored: Any) -> None:
-    """Load the moments of optimizers, and keep their present learning rates and other settings.
-
-    Raises:
-        CheckpointError: they belong to other parameters or other optimizers.
-    """
-    try:
-        for optimizer, state in zip(optimizers, stored, strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, moments in state["state"].items():
-                if set(moments) != _MOMENTS[type(optimizer).__name__]:
-                    raise ValueError(f"{shown(sorted(moments))} of a {type(optimizer).__name__}")
-                for name, moment in moments.items():
-                    shape = () if name == "step" else tuple(parameters[index].shape)
-                    if not is_dense(moment) or tuple(moment.shape) != shape or not moment.is_floating_point():
-                        raise ValueError(f"{name} of shape {tuple(moment.shape)} for a parameter {list(shape)}")
-            own = optimizer.state_dict()
-            optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} holds the optimizers of another training ({type(error).__name__}: {shown(str(error), 200)}); "
-            f"delete it to start again"
-        ) from error
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------

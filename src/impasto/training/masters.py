@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..errors import ConfigurationError
 from ..nn.machine import fast_dtype
+from .distributed.shards import local
 
 
 class Masters:
@@ -51,21 +54,41 @@ class Masters:
 
     @contextlib.contextmanager
     def replaced_by(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, the model holds these float32 tensors themselves as its parameters."""
-        kept = {name: parameter.data for name, parameter in self.working.items()}
+        """Within the block, the model holds these float32 values as its parameters: the tensors themselves, or copies
+        in the memory of shards, which FSDP does not let go of.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.working.values()):
+            kept = {name: master.clone() for name, master in self.named.items()}
+            put = self._write
+        else:
+            kept = {name: parameter.data for name, parameter in self.working.items()}
+            put = self._assign
         try:
-            for name, parameter in self.working.items():
-                parameter.data = values[name]
+            put(values)
             yield
         finally:
-            for name, parameter in self.working.items():
-                parameter.data = kept[name]
+            put(kept)
+
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.working.items():
+            parameter.data = values[name]
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, master in self.named.items():
+            local(master).copy_(local(values[name]))
 
 
 def working_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """In which trained models compute: ``auto`` or the name of a dtype."""
-    if precision != "auto":
-        dtype: torch.dtype = getattr(torch, precision)
-        return dtype
+    """In which trained models compute: ``auto`` or the name of a dtype.
+
+    Raises:
+        ConfigurationError: float16 on a CPU, where its gradients underflow and its products are slow.
+    """
     fast = fast_dtype(device)
-    return torch.float32 if fast == torch.float16 else fast  # gradients underflow in float16
+    if precision == "auto":
+        return torch.float32 if fast == torch.float16 else fast
+    if precision == "float16" and device.type == "cpu":
+        raise ConfigurationError("precision float16 needs a GPU; use bfloat16, float32 or auto on a CPU")
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype

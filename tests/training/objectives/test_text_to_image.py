@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
-from impasto.training import checkpoints
-from impasto.training.checkpoints import load_state
 from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.loop import train as run
@@ -25,7 +23,7 @@ from impasto.training.objectives.texts import Texts
 from impasto.training.randomness import Randomness
 
 from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
-from ..runs import rows, settings
+from ..runs import rows, settings, stored
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 Models = tuple[PixArtTransformer2DModel, nn.Module]
@@ -102,12 +100,11 @@ def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
 def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
     parts = models()
     train(parts, plan(5), tmp_path)
-    state = load_state(checkpoints.found(tmp_path)[5] / "state.pt")
-    assert state["step"] == 5
+    state = stored(tmp_path)
     for name, parameter in named(parts).items():
         assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, state["ema"][name]), name
-    assert any(not torch.equal(state["ema"][name], state["models"][name]) for name in named(parts))
+        assert torch.equal(parameter, state[f"ema.{name}"]), name
+    assert any(not torch.equal(state[f"ema.{name}"], state[f"models.{name}"]) for name in named(parts))
     assert not any(model.training for model in parts)
 
 
@@ -135,7 +132,9 @@ def test_models_hold_their_averages_while_they_are_checked(tmp_path: Path) -> No
     train(parts, plan(5, checkpoints={"every": 2}), tmp_path, check)
     assert list(kept) == [2, 4, 5]
     assert [row.get("checked") for row in rows(tmp_path)] == [None, 1, None, 2, 2.5]
-    for name, average in load_state(checkpoints.found(tmp_path)[5] / "state.pt")["ema"].items():
+    averages = {name: tensor for name, tensor in stored(tmp_path).items() if name.startswith("ema.")}
+    assert len(averages) == len(kept[5])
+    for name, average in ((name.removeprefix("ema."), tensor) for name, tensor in averages.items()):
         assert average.dtype == kept[5][name].dtype == torch.float32
         assert torch.equal(average, kept[5][name]), name
 
@@ -215,8 +214,7 @@ def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trac
     assert log[0]["labels"] == pytest.approx(torch.tensor([2.0, 3.0]).log().sum().item(), rel=0.3)
     assert log[-1]["labels"] < 0.3 * log[0]["labels"]
     assert set(parts[0].state_dict()) == names
-    state = load_state(checkpoints.found(tmp_path)[60] / "state.pt")
-    assert any(name.startswith("label_head.") for name in state["models"])
+    assert any(name.startswith("models.label_head.") for name in stored(tmp_path))
 
 
 def test_a_label_head_reads_each_latent_of_its_own_token() -> None:

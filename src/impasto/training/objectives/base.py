@@ -29,7 +29,7 @@ class AnyBatch(Protocol):
     @property
     def step(self) -> int: ...
     def __len__(self) -> int: ...
-    def split(self, size: int) -> Sequence[Self]: ...
+    def split(self, size: int | None) -> Sequence[Self]: ...
 
 
 class Data(Protocol):
@@ -81,6 +81,10 @@ class Objective(nn.Module):
         """The repeated blocks: units of compilation, checkpointing and sharding."""
         return ()
 
+    def flops(self, batch: Any) -> float:
+        """Operations of a step on a batch, forward and backward, for the log; 0 if they are not counted."""
+        return 0.0
+
     def after_step(self, step: int) -> None:
         """Called after the optimizers' step, with the number of steps done."""
 
@@ -105,8 +109,8 @@ class Tensors:
     def __len__(self) -> int:
         return self.count
 
-    def split(self, size: int) -> list[Tensors]:
-        if size < self.count:
+    def split(self, size: int | None) -> list[Tensors]:
+        if size is not None and size < self.count:
             raise InputError(f"these batches of {self.count} cannot be divided; leave micro_batch unset")
         return [self]
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...errors import MissingDependencyError
+from ...errors import ConfigurationError, MissingDependencyError
+from .came import CAME
 from .muon import Muon
 
 if TYPE_CHECKING:
@@ -41,6 +42,23 @@ def make_optimizers(named: Mapping[str, Tensor], settings: OptimizerSettings) ->
     return found
 
 
+#: Those that work on the shards of FSDP.
+SHARDABLE = ("adamw", "adamw-8bit", "muon", "came")
+
+
+def check_shardable(settings: OptimizerSettings) -> None:
+    """Check that an optimizer works where parameters are sharded.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    if settings.name not in SHARDABLE:
+        raise ConfigurationError(
+            f"optimizer.name {settings.name!r} does not work on parameters that FSDP shards; use one of "
+            f"{', '.join(SHARDABLE)}, or parallel 'ddp'"
+        )
+
+
 def _groups(named: Iterable[tuple[str, Tensor]], settings: OptimizerSettings, weight_decay: float) -> list[Group]:
     """A group for each learning rate."""
     by_rate: dict[float, list[Tensor]] = {}
@@ -51,12 +69,14 @@ def _groups(named: Iterable[tuple[str, Tensor]], settings: OptimizerSettings, we
 
 
 def _make(name: str, groups: list[Group], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    first, second, *_ = settings.betas
+    first, second, *others = settings.betas
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.rate, betas=(first, second), eps=settings.eps, fused=True)
     if name == "adamw-8bit":
         kind = _from("torchao.optim", "AdamW8bit")
         return kind(groups, lr=settings.rate, betas=settings.betas[:2], eps=settings.eps)  # type: ignore[no-any-return]
+    if name == "came":
+        return CAME(groups, lr=settings.rate, betas=(first, second, others[0] if others else 0.9999))
     assert name == "prodigy"
     kind = _from("pytorch_optimizer", "Prodigy")
     return kind(groups, lr=settings.rate, betas=settings.betas[:2], eps=settings.eps)  # type: ignore[no-any-return]
