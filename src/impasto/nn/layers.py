@@ -13,6 +13,7 @@ from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .changes import is_plain, is_watched
 from .machine import is_autocast
+from .recomputing import recomputed
 from .tokens import Layout, addcmul_by_image
 
 
@@ -151,8 +152,12 @@ class FeedForward(nn.Module):
             pieces = [net(piece) for piece in tokens.split(_BYTES_AT_ONCE // tokens.element_size())]
             joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             return joined.view(*x.shape[:-1], joined.shape[-1])
-        out: Tensor = self.net(x)  # [B, N, D]
-        return out
+        activated = self.net[0]
+        if not torch.is_grad_enabled() or is_watched(self.net) or not isinstance(activated, _Activated):
+            out: Tensor = self.net(x)  # [B, N, D]
+            return out
+        hidden = activated.proj(x)  # [B, N, 4 * D]: all that is stored of the wide states
+        return recomputed(lambda wide: self.net[1:](activated.activation(wide)), hidden)
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""

@@ -64,7 +64,13 @@ class Texts:
         options = {"padding": padding, "max_length": self.tokens, "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer(captions, **options).to(next(self.encoder.parameters()).device)
         ids, mask = tokens.input_ids, tokens.attention_mask  # [B, M]
-        return Text(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        return Text(self._encode(ids, mask), mask)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Features [B, M, D] of tokens [B, M]."""
+        assert self.encoder is not None
+        encoded: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return encoded
 
     def _stored(self, samples: Sequence[Sample], dropped: Tensor) -> Text:
         rows = []
