@@ -70,12 +70,16 @@ class Run:
         for part in batch.split(self.settings.micro_batch):
             seed_torch(self.settings.seed, batch.step, self.device, part.first)
             loss = self.loss(part, Randomness(self.settings.seed, batch.step, part.first, batch.count))
-            mean = (weights(part, loss.each) * loss.each).sum() / batch.count
+            weight = weights(part, loss.each)
+            mean = (weight * loss.each).sum() / batch.count
             self.scaler.scale(mean).backward()
             self.masters.take_gradients()
             total += mean.detach()
             for name, value in loss.parts.items():
-                parts.setdefault(name, []).append(value.detach().float().flatten())
+                logged = value.detach().float().flatten()
+                if len(logged) == len(weight):  # a sample without weight only fills its place
+                    logged = logged.masked_fill(weight == 0, torch.nan)
+                parts.setdefault(name, []).append(logged)
         return self.processes.sum(total), {name: torch.cat(several) for name, several in parts.items()}
 
     def update(self, step: int, loss: Tensor) -> Tensor:

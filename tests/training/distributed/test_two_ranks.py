@@ -82,7 +82,7 @@ def run(folder: Path, processes: Processes = ALONE, steps: int = STEPS, **change
         "checkpoints": {"every": 7},
         "clip": 0.5,
     }
-    given["precision"] = "float32"
+    given["precision"], given["schedule"] = "float32", {"kind": "constant"}
     checked: dict[str, float] = {}
 
     def check(step: int) -> dict[str, float]:

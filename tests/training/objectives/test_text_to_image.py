@@ -21,6 +21,7 @@ from impasto.training.objectives.labels import LabelHead
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
 from impasto.training.randomness import Randomness
+from impasto.transforms.token_routing import route_tokens
 
 from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
 from ..runs import rows, settings, stored
@@ -240,3 +241,17 @@ def test_both_predictions_learn(kind: str, tmp_path: Path) -> None:
     train(models(), plan(30, optimizer={"rate": 3e-3}), tmp_path, kind=kind)
     log = rows(tmp_path)
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+
+
+def test_token_routing_at_rate_zero_is_plain_and_evaluation_always_is() -> None:
+    def losses(rate: float | None, training: bool) -> Tensor:
+        transformer = tiny_transformer(num_layers=3)
+        routing = None if rate is None else route_tokens(transformer, 1, 2, rate)
+        one = objective((transformer, tiny_text_encoder(num_layers=1)), routing=routing)
+        torch.manual_seed(0)  # of the dropout of the text encoder
+        each: Tensor = one.train(training)(flat(0), Randomness(0, 0)).each
+        return each
+
+    for training in (True, False):
+        assert torch.equal(losses(0.0, training), losses(None, training))
+        assert torch.equal(losses(0.5, training), losses(None, training)) is not training

@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
+from ...transforms.token_routing import TokenRouting
 from ..data.sample import Batch, Sample
 from ..randomness import Randomness
 from .autoencoder import images_of
@@ -65,6 +66,7 @@ class TextToImage(Objective):
         timesteps: ``uniform``, or ``stratified``: the same spread in every batch.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         label_weight: of the loss of ``label_head``, at a step.
+        routing: lets tokens of the transformer skip blocks in training.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class TextToImage(Objective):
         bound_weight: float = 1.0,
         label_head: LabelHead | None = None,
         label_weight: Callable[[int], float] = lambda step: 0.3,
+        routing: TokenRouting | None = None,
     ):
         super().__init__()
         self.transformer, self.texts, self.latents, self.loss = transformer, texts, latents, loss
@@ -87,6 +90,7 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.label_head, self.label_weight = label_head, label_weight
+        self.routing = routing
         if latents.vae is not None:
             self.freeze(latents.vae)
 
@@ -99,6 +103,9 @@ class TextToImage(Objective):
         t = self.sample_timesteps(count, random).to(device)  # [B]
         noise = random.normal(x0.shape).to(device)
         xt = self.loss.add_noise(x0, noise, t)
+        if self.routing is not None and self.training:
+            tokens = x0[0, 0].numel() // self.transformer.patch_size**2
+            self.routing.choose(random.uniform([count, tokens]))
 
         output = self.transformer(
             xt.to(self.transformer.dtype),
