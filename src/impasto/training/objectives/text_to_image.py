@@ -58,7 +58,7 @@ class Latents(nn.Module):
         """Mean and deviation of the posteriors of images of one size, each [B, C, H, W] float32, unscaled."""
         if self.vae is None:
             raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
-        images = images_of(samples, self.vae.device).to(self.vae.dtype)
+        images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
         distribution = self.vae.encode(images).latent_dist
         return distribution.mean.float(), distribution.std.float()
 
