@@ -11,6 +11,20 @@ from .objectives.diffusion_loss import Weighting
 from .objectives.text_to_image import Timesteps
 
 
+class LabelSettings(Section):
+    """A loss on labels of the latents that samples bring along; see ``LabelHead``.
+
+    Attributes:
+        block: of the transformer, from 0, whose tokens are asked.
+        weight: at the highest learning rate; it falls with the rate.
+        classes: of each question.
+    """
+
+    block: Annotated[int, Field(ge=0)]
+    weight: NotNegative = 0.3
+    classes: Annotated[list[Count], Field(min_length=1)]
+
+
 class TextToImageSettings(Section):
     """A PixArt transformer on images and captions.
 
@@ -21,6 +35,7 @@ class TextToImageSettings(Section):
         bound_weight: of the variational bound, if the transformer predicts a variance.
         tokens: of a caption, at most; the family's, unless given.
         clean_captions: as the originals did, beyond lower case.
+        labels: a further loss on labels of the latents.
     """
 
     kind: Literal["text-to-image"] = "text-to-image"
@@ -31,17 +46,37 @@ class TextToImageSettings(Section):
     bound_weight: NotNegative = 1.0
     tokens: Count | None = None
     clean_captions: bool = False
+    labels: LabelSettings | None = None
 
 
 class AutoencoderSettings(Section):
-    """An autoencoder on images."""
+    """An autoencoder on images; see ``Autoencoder``."""
 
     kind: Literal["autoencoder"]
     kl_weight: NotNegative = 1e-6
     l1_weight: NotNegative = 0.5
+    edge_weight: NotNegative = 0.0
+    half_scale_weight: NotNegative = 0.0
 
 
-ObjectiveSettings = Annotated[TextToImageSettings | AutoencoderSettings, Field(discriminator="kind")]
+class TextEncoderSettings(Section):
+    """A text encoder on questions about captions, whose answers samples bring along; see ``WarmStart``.
+
+    Attributes:
+        slots: places in the answer, each with all questions.
+        classes: of each question.
+        tokens: of a caption, at most.
+    """
+
+    kind: Literal["text-encoder"]
+    slots: Count
+    classes: Annotated[list[Count], Field(min_length=1)]
+    tokens: Count | None = None
+
+
+ObjectiveSettings = Annotated[
+    TextToImageSettings | AutoencoderSettings | TextEncoderSettings, Field(discriminator="kind")
+]
 
 
 class ComponentSettings(Section):
