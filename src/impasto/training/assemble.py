@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
     OWN_KINDS,
@@ -74,6 +75,8 @@ def assemble(
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
     data, validation = open_data(configuration, sources or {})
     components = load(configuration, processes.device)
+    if configuration.adapter is not None:
+        add_adapters(configuration.adapter, components, configuration.seed)
     components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
     objective = make_objective(configuration, components)
     images = folder / "samples" if processes.is_main else None
@@ -113,7 +116,8 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         weighting=settings.weighting,
         bound_weight=settings.bound_weight,
     )
-    if models.text_encoder is not None and not configuration.models.text_encoder.train:
+    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
+    if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
     return objective
 

@@ -202,10 +202,10 @@ class AdapterSettings(Section):
     """An adapter is trained, and the models under it are frozen.
 
     Attributes:
-        rank: of the transformer's, and of the text encoder's if it has one.
+        rank: of the transformer's.
+        text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
         alpha: its scale is alpha / rank; equal to the rank unless given.
         targets: the layers, by the last parts of their names.
-        text_encoder_rate: its own learning rate.
         base: the weights under it: as loaded, or quantized.
     """
 
@@ -217,7 +217,6 @@ class AdapterSettings(Section):
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
     )
     text_encoder_rank: Count | None = None
-    text_encoder_rate: Positive | None = None
     text_encoder_targets: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["q", "k", "v", "o"]
     )
