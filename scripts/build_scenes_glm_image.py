@@ -8,7 +8,6 @@ Every stage resumes where it was interrupted. Without --stage all run in order.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import re
@@ -48,12 +47,14 @@ from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import Scene, is_held_out, recolour, sample_arrangement
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.flow_matching import Batch, FlowMatchingRecipe, Reference, initialize, train_flow_matching
-from impasto.training.loop import Recipe
-from impasto.training.prior import Sequences, join, train_prior
-from impasto.training.state import load_state, save_state
-from impasto.training.visual_codebook import CodebookRecipe, CodeReader, Images, tokenize, train_visual_codebook
+from impasto.training.checkpoints import load_state, save_state
+from impasto.training.config import Settings
+from impasto.training.loop import train
+from impasto.training.objectives.autoencoder import Autoencoder
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
+from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join
+from impasto.training.objectives.visual_codebook import CodeReader, Images, VisualCodebook, tokenize
 
 SEED = 2027
 STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")
@@ -207,7 +208,10 @@ def train_codebook(out: Path, steps: int) -> None:
             )
         shutil.rmtree(out / "tokens", ignore_errors=True)
     images = Halves(out, chunks.known(out / "images")[1:])
-    train_visual_codebook(model, reader, functools.partial(images.batch, 128), codebook_recipe(steps), folder)
+    batch = functools.partial(images.batch, 128)
+    objective = VisualCodebook(model, reader, batch, steps)
+    train(objective, ByStep(batch), muon_settings(steps), folder)
+    objective.finish()
     parts = {"visual": model.visual, "vqmodel": model.vqmodel}
     save_state(folder / "model.pt", {name: part.state_dict() for name, part in parts.items()})
 
@@ -355,7 +359,10 @@ def train_language_model(out: Path, steps: int) -> None:
     model = build_prior(len(processor.tokenizer))
     folder = out / "prior"
     checks = [unseen.batch(256, edits, 0.0, 0) for edits in (0.0, 1.0)]
-    train_prior(model, functools.partial(sayings.batch, 64, 0.4, 0.15), prior_recipe(steps), folder, checks)
+    objective = Prior(model)
+    data = ByStep(functools.partial(sayings.batch, 64, 0.4, 0.15))
+    with eager_attention(model):
+        train(objective, data, muon_settings(steps), folder, lambda step: objective.check(checks))
     save_state(folder / "model.pt", model.state_dict())
 
 
@@ -376,8 +383,11 @@ def train_vae(out: Path, start: Path, steps: int) -> None:
             own[name].copy_(value)
     images = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
     validation = images[0][::8].float() / 127.5 - 1
-    batch = functools.partial(chunks.image_batch, images[1:], 16, SEED)
-    train_autoencoder(model, batch, AutoencoderRecipe(steps=steps), folder, validation)
+    objective = Autoencoder(model)
+    data = ByStep(functools.partial(chunks.image_batch, images[1:], 16, SEED))
+    train(
+        objective, data, chunks.autoencoder_settings(steps), folder, lambda step: {"psnr": objective.psnr(validation)}
+    )
     model.save_pretrained(folder / "model")
 
 
@@ -480,23 +490,24 @@ def train_transformer(out: Path, steps: int) -> None:
     model = GlmImageTransformer2DModel(**TRANSFORMER)
     initialize(model)
     folder = out / "transformer"
-    train_flow_matching(model, functools.partial(latents.batch, 64, 0.3, text), transformer_recipe(steps), folder)
+    data = ByStep(functools.partial(latents.batch, 64, 0.3, text))
+    train(FlowMatching(model), data, muon_settings(steps), folder)
     model.save_pretrained(folder / "model")
 
 
 # --- recipes and progress ---
 
 
-def codebook_recipe(steps: int) -> CodebookRecipe:
-    return CodebookRecipe(steps=steps, save_every=250)
-
-
-def prior_recipe(steps: int) -> Recipe:
-    return Recipe(steps=steps, save_every=250)
-
-
-def transformer_recipe(steps: int) -> FlowMatchingRecipe:
-    return FlowMatchingRecipe(steps=steps, save_every=250)
+def muon_settings(steps: int) -> Settings:
+    """Of the codebook, the prior and the transformer."""
+    return Settings(
+        steps=steps,
+        optimizer={"name": "muon", "rate": 2e-3, "betas": (0.9, 0.99)},
+        schedule={"kind": "trapezoid", "warmup": 200, "floor": 0.02},
+        ema=0.999,
+        compile=True,
+        checkpoints={"every": 250},
+    )
 
 
 #: The training stages; each has a folder of this name in a run, with a log.
@@ -510,12 +521,8 @@ def record(out: Path, records: Path) -> None:
     for name in TRAINED:
         shutil.copyfile(out / name / "log.jsonl", records / f"{name}.jsonl")
         done[name] = chunks.steps_done(out / name)
-    recipes = {
-        "autoencoder": AutoencoderRecipe(steps=done["autoencoder"]),
-        "codebook": codebook_recipe(done["codebook"]),
-        "prior": prior_recipe(done["prior"]),
-        "transformer": transformer_recipe(done["transformer"]),
-    }
+    made = {"autoencoder": chunks.autoencoder_settings}
+    settings = {name: made.get(name, muon_settings)(steps).model_dump() for name, steps in done.items()}
     configuration = {
         "seed": SEED,
         "chunks": len(chunks.known(out / "images")),
@@ -523,7 +530,7 @@ def record(out: Path, records: Path) -> None:
         "geometries": GEOMETRIES,
         "colourings": COLOURINGS,
         "wordings": WORDINGS,
-        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "settings": settings,
         "autoencoder": AUTOENCODER,
         "vision": VISION,
         "quantiser": QUANTISER,

@@ -9,7 +9,6 @@ latents, tokenizer, transformer, export, restore (which makes a run's folder fro
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import io
 import json
@@ -21,7 +20,8 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import chunks
@@ -34,11 +34,18 @@ from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.labels import CAPTION_CLASSES, LABEL_CLASSES, label_caption, label_cells
 from impasto.scenes.world import is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
-from impasto.training.autoencoder import AutoencoderRecipe, train_autoencoder
-from impasto.training.loop import Recipe, Run
-from impasto.training.state import load_state
-from impasto.training.text_encoder import LabelledText, SlotReader, warm_start
-from impasto.training.text_to_image import Batch, LabelHead, TextToImageRecipe, initialize, train_text_to_image
+from impasto.training import checkpoints
+from impasto.training.config import Settings
+from impasto.training.data.sample import Batch, Sample
+from impasto.training.loop import train
+from impasto.training.objectives.autoencoder import Autoencoder, standardize
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.diffusion_loss import DiffusionLoss
+from impasto.training.objectives.labels import LabelHead
+from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
+from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
+from impasto.training.objectives.texts import Texts
+from impasto.training.run import Run
 
 SEED = 2026
 STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")
@@ -94,9 +101,25 @@ RECORDS = {
     "transformer.jsonl": "transformer/log.jsonl",
 }
 MAX_TOKENS, TRAINED_TOKENS = 300, 32  # no caption of this world is longer than 32
-WARM_START = Recipe(
-    steps=400, optimizer="adamw", warmup_steps=50, decay_share=0.5, ema_decay=0.0, log_every=40, save_every=200
+PLATEAU = {"kind": "trapezoid", "floor": 0.02}
+WARM_START = Settings(
+    steps=400,
+    optimizer={"rate": 2e-3, "betas": (0.9, 0.99)},
+    schedule={**PLATEAU, "warmup": 50, "decay_share": 0.5},
+    checkpoints={"every": 200},
+    log_every=40,
 )
+BATCH, LABEL_BLOCK, LABEL_WEIGHT = 64, 4, 0.3
+
+
+def transformer_settings(steps: int) -> Settings:
+    return Settings(
+        steps=steps,
+        optimizer={"name": "muon", "rate": 2e-3, "betas": (0.9, 0.99)},
+        schedule={**PLATEAU, "warmup": 200},
+        ema=0.999,
+        compile=True,
+    )
 
 
 def render(out: Path, count: int) -> None:
@@ -126,9 +149,12 @@ def train_vae(out: Path, steps: int) -> None:
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     folder = out / "autoencoder"
     validation = load_images(out, VALIDATION_CHUNK)[::COLOURINGS].float() / 127.5 - 1
-    train = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
-    batch = functools.partial(chunks.image_batch, train, 16, SEED)
-    train_autoencoder(model, batch, AutoencoderRecipe(steps=steps), folder, validation)
+    images = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS) if chunk != VALIDATION_CHUNK]
+    objective = Autoencoder(model)
+    data = ByStep(functools.partial(chunks.image_batch, images, 16, SEED))
+    train(
+        objective, data, chunks.autoencoder_settings(steps), folder, lambda step: {"psnr": objective.psnr(validation)}
+    )
     model.save_pretrained(folder / "model")
 
 
@@ -148,26 +174,6 @@ def encode_chunk(out: Path, chunk: int) -> None:
     latents = chunks.encode_images(chunks.fast_autoencoder(out / "vae"), load_images(out, chunk))
     scaled = (latents * AUTOENCODER["scaling_factor"]).half().contiguous()
     chunks.save(chunks.path_of(out / "latents", chunk), latents=scaled.numpy())
-
-
-def standardize(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Fold an affine map into the 1 x 1 convolutions, so that scaled latents have mean 0 and deviation 1.
-
-    z' = (z - mean) / (std * scaling_factor), and its inverse before the decoder.
-    """
-    assert model.quant_conv is not None
-    assert model.post_quant_conv is not None
-    scale = 1.0 / (std * AUTOENCODER["scaling_factor"])
-    channels = len(mean)
-    weight, bias = model.quant_conv.weight, model.quant_conv.bias
-    assert bias is not None
-    weight[:channels] *= scale.view(-1, 1, 1, 1)
-    bias[:channels] = (bias[:channels] - mean) * scale
-    bias[channels:] += 2 * scale.log()  # log-variances
-    weight, bias = model.post_quant_conv.weight, model.post_quant_conv.bias
-    assert bias is not None
-    bias += weight[:, :, 0, 0] @ mean
-    weight /= scale.view(1, -1, 1, 1)
 
 
 def train_tokenizer(out: Path) -> None:
@@ -220,27 +226,30 @@ def captions_of(out: Path, chunk: int) -> list[str]:
 
 
 class Samples:
-    """All images in memory, by frame size: latents, labels, and the tokens of their captions."""
+    """All images in memory, by frame size: latents, labels and captions."""
 
-    def __init__(self, out: Path, tokenizer: T5Tokenizer):
-        of_size: dict[torch.Size, list[Batch]] = {}
+    def __init__(self, out: Path):
+        frames: dict[torch.Size, tuple[list[Tensor], list[Tensor], list[str]]] = {}
         for chunk in chunks.known(out / "latents"):
-            latents = torch.from_numpy(np.load(chunks.path_of(out / "latents", chunk))["latents"])
-            labels = torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["labels"])
-            tokens = tokenize(tokenizer, captions_of(out, chunk))
-            of_size.setdefault(latents.shape[-2:], []).append(Batch(latents, *tokens, labels))
-        self.frames = [Batch(*(torch.cat(parts) for parts in zip(*batches))) for batches in of_size.values()]
+            part = torch.from_numpy(np.load(chunks.path_of(out / "latents", chunk))["latents"])
+            latents, labels, captions = frames.setdefault(part.shape[-2:], ([], [], []))
+            latents.append(part)
+            labels.append(torch.from_numpy(np.load(chunks.path_of(out / "images", chunk))["labels"]))
+            captions.extend(captions_of(out, chunk))
+        self.frames = [(torch.cat(latents), torch.cat(labels), texts) for latents, labels, texts in frames.values()]
 
     def batch(self, size: int, step: int) -> Batch:
         rng = np.random.default_rng([SEED, step])
-        share = np.array([len(frame.latents) for frame in self.frames], dtype=float)
-        frame = self.frames[rng.choice(len(self.frames), p=share / share.sum())]
-        rows = torch.from_numpy(rng.integers(len(frame.latents), size=size))
-        wordings = rows * WORDINGS + torch.from_numpy(rng.integers(WORDINGS, size=size))
-        assert frame.labels is not None
-        return Batch(
-            frame.latents[rows].float(), frame.input_ids[wordings], frame.attention_mask[wordings], frame.labels[rows]
-        )
+        share = np.array([len(latents) for latents, _, _ in self.frames], dtype=float)
+        latents, labels, captions = self.frames[rng.choice(len(self.frames), p=share / share.sum())]
+        rows = rng.integers(len(latents), size=size)
+        wordings = rows * WORDINGS + rng.integers(WORDINGS, size=size)
+        still = torch.zeros(latents.shape[1:])  # latents are stored without the posterior's deviation
+        samples = [
+            Sample(posterior=(latents[row].float(), still), caption=captions[wording], labels=labels[row])
+            for row, wording in zip(rows, wordings)
+        ]
+        return Batch(samples, 0, size, step)
 
 
 def tokenize(tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -262,11 +271,21 @@ def labelled_text(tokenizer: T5Tokenizer, size: int, step: int) -> LabelledText:
     return LabelledText(*tokenize(tokenizer, texts), torch.stack(labels))
 
 
-def text_to_image_recipe(steps: int) -> TextToImageRecipe:
-    return TextToImageRecipe(steps=steps, label_classes=LABEL_CLASSES)
+def make_objective(pipeline: PixArtSigmaPipeline, settings: Settings) -> TextToImage:
+    """Stored latents have their scale already."""
+    return TextToImage(
+        pipeline.transformer,
+        Texts(pipeline.tokenizer, pipeline.text_encoder, TRAINED_TOKENS, static=True),
+        Latents({}),
+        DiffusionLoss(pipeline.scheduler.betas, SCHEDULER["prediction_type"]),
+        timesteps="stratified",
+        bound_weight=0.02,
+        label_head=LabelHead(pipeline.transformer, LABEL_BLOCK, LABEL_CLASSES),
+        label_weight=lambda step: LABEL_WEIGHT * settings.share(step),
+    )
 
 
-def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
+def train_transformer(out: Path, settings: Settings) -> None:
     """Warm-start the text encoder, then train it and the transformer together."""
     torch.manual_seed(SEED)
     folder = out / "transformer"
@@ -274,17 +293,16 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
     transformer = PixArtTransformer2DModel(**TRANSFORMER)
     initialize(transformer)
-    if not (folder / "state.pt").exists():
+    if checkpoints.latest(folder) is None:
         reader = SlotReader(TEXT_ENCODER["d_model"], 3, CAPTION_CLASSES)
-        warm_start(
-            text_encoder, functools.partial(labelled_text, tokenizer, 64), reader, WARM_START, out / "warm_start"
-        )
+        data = ByStep(functools.partial(labelled_text, tokenizer, 64))
+        train(WarmStart(text_encoder, reader), data, WARM_START, out / "warm_start")
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
     vae = AutoencoderKL.from_pretrained(out / "vae")
     pipeline = PixArtSigmaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     prompts = held_out_prompts(48, seed=1)  # different from those of the final table
-    samples = Samples(out, tokenizer)
+    samples = Samples(out)
 
     def check(step: int) -> dict[str, float]:
         texts = [prompt.text for prompt in prompts]
@@ -297,15 +315,14 @@ def train_transformer(out: Path, recipe: TextToImageRecipe) -> None:
         counts = judge_images(prompts, images).counts()
         return {name: hit / max(1, n) for name, (hit, n) in counts.items()}
 
-    ids, mask = tokenizer([""], return_tensors="pt").values()
-    batch = functools.partial(samples.batch, recipe.batch_size)
-    train_text_to_image(transformer, text_encoder, batch, (ids[0], mask[0]), scheduler.betas, recipe, folder, check)
+    data = ByStep(functools.partial(samples.batch, BATCH))
+    train(make_objective(pipeline, settings), data, settings, folder, check)
 
 
 def restore(out: Path, target: Path, records: Path) -> None:
     """Recreate the folder of a run from an exported checkpoint. Renders and latents are made again."""
     configuration = json.loads((records / "configuration.json").read_text())
-    steps, autoencoder_steps = configuration["step"], configuration["autoencoder_recipe"]["steps"]
+    steps, autoencoder_steps = configuration["step"], configuration["autoencoder_settings"]["steps"]
     pipeline = PixArtSigmaPipeline.from_pretrained(target)
     pipeline.vae.save_pretrained(out / "autoencoder" / "model")
     shutil.copytree(target / "vae", out / "vae", dirs_exist_ok=True)
@@ -313,22 +330,27 @@ def restore(out: Path, target: Path, records: Path) -> None:
     for name, path in RECORDS.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records / name, out / path)
-    recipe = text_to_image_recipe(steps)
-    models = nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder})
-    models["label_head"] = LabelHead(pipeline.transformer, recipe.label_block, recipe.label_classes)
-    Run(models, recipe).save(out / "transformer" / "state.pt", steps)
-    Run(pipeline.vae, AutoencoderRecipe(autoencoder_steps)).save(out / "autoencoder" / "state.pt", autoencoder_steps)
+    settings = transformer_settings(steps)
+    runs = {
+        "transformer": Run(make_objective(pipeline, settings), settings),
+        "autoencoder": Run(Autoencoder(pipeline.vae), chunks.autoencoder_settings(autoencoder_steps)),
+    }
+    for name, run in runs.items():
+        done = run.settings.steps
+        checkpoints.save(out / name, done, functools.partial(run.save, step=done), keep=1)
 
 
 def export(out: Path, target: Path, records: Path) -> None:
     """Write the averaged models in float16, in the ordinary folder format, and the records of the run."""
-    state = load_state(out / "transformer" / "state.pt")
+    step, checkpoint = max(checkpoints.found(out / "transformer").items())
+    (file,) = checkpoint.glob("*.safetensors")
+    state = load_file(file)
     tokenizer = T5Tokenizer.from_pretrained(out / "tokenizer")
     text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **TEXT_ENCODER))
     transformer = PixArtTransformer2DModel(**TRANSFORMER)
     for name, model in (("transformer", transformer), ("text_encoder", text_encoder)):
-        prefix = f"{name}."
-        averages = {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        prefix = f"ema.{name}."
+        averages = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         missing, unexpected = model.load_state_dict(averages, strict=False)
         # Only the tied copy of the embedding may be absent.
         assert not unexpected
@@ -341,12 +363,12 @@ def export(out: Path, target: Path, records: Path) -> None:
     for path in target.rglob("*.*"):
         path.chmod(0o644)  # some writers create files that only their owner can read
     records.mkdir(parents=True, exist_ok=True)
-    autoencoder_steps = int(load_state(out / "autoencoder" / "state.pt")["step"])
+    autoencoder_steps = max(checkpoints.found(out / "autoencoder"))
     for name, path in RECORDS.items():
         shutil.copyfile(out / path, records / name)
     configuration = {
         "seed": SEED,
-        "step": state["step"],
+        "step": step,
         "chunks": CHUNKS,
         "geometries": GEOMETRIES,
         "colourings": COLOURINGS,
@@ -355,8 +377,8 @@ def export(out: Path, target: Path, records: Path) -> None:
         "transformer": TRANSFORMER,
         "autoencoder": AUTOENCODER,
         "scheduler": SCHEDULER,
-        "recipe": dataclasses.asdict(text_to_image_recipe(state["step"])),
-        "autoencoder_recipe": dataclasses.asdict(AutoencoderRecipe(steps=autoencoder_steps)),
+        "settings": transformer_settings(step).model_dump(),
+        "autoencoder_settings": chunks.autoencoder_settings(autoencoder_steps).model_dump(),
     }
     (records / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n")
 
@@ -382,7 +404,7 @@ def main() -> None:
     if options.stage in (None, "tokenizer"):
         train_tokenizer(options.out)
     if options.stage in (None, "transformer"):
-        train_transformer(options.out, text_to_image_recipe(options.steps))
+        train_transformer(options.out, transformer_settings(options.steps))
     if options.stage == "restore":
         restore(options.out, options.target, options.records)
     if options.stage in (None, "export"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from impasto.files import write_file
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.nn.machine import fast_dtype
+from impasto.training.config import Settings
+from impasto.training.data.sample import Batch, Sample
 
 
 def path_of(folder: Path, chunk: int) -> Path:
@@ -46,11 +48,22 @@ def save(path: Path, **arrays: Any) -> None:
     write_file(path, write)
 
 
-def image_batch(images: Sequence[Tensor], size: int, seed: int, step: int) -> Tensor:
-    """Some of a chunk of images, uint8 [N, 3, H, W] -> float [size, 3, H, W] in [-1, 1]."""
+def image_batch(images: Sequence[Tensor], size: int, seed: int, step: int) -> Batch:
+    """Some of a chunk of images, uint8 [N, 3, H, W] -> float in [-1, 1]."""
     rng = np.random.default_rng([seed, step])
     chunk = images[rng.integers(len(images))]
-    return chunk[torch.from_numpy(rng.integers(len(chunk), size=size))].float() / 127.5 - 1
+    chosen = chunk[torch.from_numpy(rng.integers(len(chunk), size=size))].float() / 127.5 - 1
+    return Batch([Sample(image=image) for image in chosen], 0, size, step)
+
+
+def autoencoder_settings(steps: int) -> Settings:
+    return Settings(
+        steps=steps,
+        optimizer={"rate": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
+        schedule={"kind": "cosine", "warmup": 100, "floor": 0.02},
+        checkpoints={"every": 100},
+        log_every=100,
+    )
 
 
 def fast_autoencoder(folder: Path) -> AutoencoderKL:

@@ -73,7 +73,8 @@ def build_targets(root: Path) -> dict[str, Target]:
     from impasto.memory.inspection import inspect_model
     from impasto.pipelines.image_files import GenerationSettings, save_image
     from impasto.pipelines.prompt_cache import PromptCache
-    from impasto.training.state import save_state
+    from impasto.training.distributed.processes import ALONE
+    from impasto.training.distributed.storage import read_state, read_tensors, write_tensors
 
     pixart = tiny.write_pipeline(root / "pixart")
     published = root / "published"  # with a SentencePiece tokenizer
@@ -101,7 +102,8 @@ def build_targets(root: Path) -> dict[str, Target]:
     for name in ("a.png", "a.jpg", "a.webp"):
         save_image(picture, images / name, GenerationSettings(prompt="a cube", steps=2, seed=7))
     state = root / "state"
-    save_state(state / "state.pt", {"models": transformer.state_dict(), "step": 3, "ema": {"updates": 1}})
+    state.mkdir()
+    write_tensors(state, transformer.state_dict(), {"step": 3}, ALONE)
 
     cached = root / "cached"
     pipe = impasto.PixArtSigmaPipeline.from_pretrained(pixart)
@@ -132,13 +134,8 @@ def build_targets(root: Path) -> dict[str, Target]:
             raise refusal
 
     def load_state(folder: Path) -> None:
-        from impasto.training import state as states
-
-        path = folder / "state.pt"
-        loaded = states.load_state(path)
-        model = tiny.tiny_transformer()
-        states.steps_done(path, loaded)
-        states.restore(path, states.section(path, loaded, "models"), model.state_dict())
+        read_state(folder)
+        read_tensors(folder, tiny.tiny_transformer().state_dict(), ALONE)
 
     def encode(folder: Path) -> None:
         pipe.enable_prompt_cache(folder / "cache", max_bytes="1MB")
@@ -185,7 +182,7 @@ def build_targets(root: Path) -> dict[str, Target]:
         "pickled weights": Target(pickled, ("diffusion_pytorch_model.bin",), load_transformer),
         "journals": Target(pending, (f"{STAGING}/{JOURNAL}",), load_transformer),
         "images": Target(images, ("a.png", "a.jpg", "a.webp"), load_images),
-        "training states": Target(state, ("state.pt",), load_state),
+        "training states": Target(state, ("state.json", "shard-00001-model-00001-of-00001.safetensors"), load_state),
         "prompt cache": Target(
             cached, tuple(f"cache/{path.name}" for path in sorted((cached / "cache").iterdir())), encode
         ),

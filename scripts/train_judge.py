@@ -38,10 +38,11 @@ from impasto.scenes.world import (
     sample_scene,
     with_adapter_words,
 )
-from impasto.training.loop import Loss, Recipe
+from impasto.training.checkpoints import load_state, save_state
+from impasto.training.config import Settings
 from impasto.training.loop import train as train_loop
+from impasto.training.objectives.base import ByStep, Loss, Objective, Tensors
 from impasto.training.randomness import Randomness
-from impasto.training.state import load_state, save_state
 
 SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31
@@ -59,20 +60,15 @@ VALIDATION_SCENES = 384
 REPORT_SCENES = 2000
 
 
-def judge_recipe(steps: int) -> Recipe:
-    return Recipe(
-        steps,
+def judge_settings(steps: int, rate: float = 2e-3) -> Settings:
+    return Settings(
+        steps=steps,
         seed=SEED,
-        optimizer="adamw",
-        schedule="cosine",
-        warmup_steps=100,
-        floor=0.01,
-        betas=(0.9, 0.999),
-        weight_decay=0.02,
+        optimizer={"rate": rate, "weight_decay": 0.02},
+        schedule={"kind": "cosine", "warmup": 100, "floor": 0.01},
         clip=5.0,
-        ema_decay=0.0,
         log_every=200,
-        save_every=200,
+        checkpoints={"every": 200},
     )
 
 
@@ -240,6 +236,25 @@ def settle(judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         answer(judge, sample(geometry, Randomness(SEED + 1, number))[0])
 
 
+class Judging(Objective):
+    """The errors of a judge's answers. Random numbers make the batches."""
+
+    def __init__(self, judge: Judge, geometry: list[tuple[Tensor, Tensor, Tensor]], steps: int):
+        super().__init__()
+        self.judge, self.geometry, self.settled = judge, geometry, steps - SETTLED_STEPS
+
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        # A batch has one frame size, whose statistics differ from those of the mixture that the judge is used on.
+        if batch.step == self.settled:
+            settle(self.judge, self.geometry)
+        if batch.step >= self.settled:
+            self.judge.eval()
+        images, *answers = sample(self.geometry, random)
+        parts = losses(answer(self.judge, images), *answers)
+        total = torch.stack(list(parts.values())).sum()
+        return Loss(total.expand(BATCH), {f"loss {name}": value for name, value in parts.items()})
+
+
 def train(out: Path, steps: int, start_from: Path | None = None) -> None:
     torch.manual_seed(SEED)
     judge = Judge() if start_from is None else Judge.from_pretrained(start_from)
@@ -248,16 +263,6 @@ def train(out: Path, steps: int, start_from: Path | None = None) -> None:
     images, scenes = unseen("validation", VALIDATION_SCENES, out)
     new_images, new_scenes = unseen("new words", VALIDATION_SCENES // 2, out, adapter_words=True)
     images, scenes = images + new_images, scenes + new_scenes
-
-    def loss(step: int, random: Randomness) -> Loss:
-        # A batch has one frame size, whose statistics differ from those of the mixture that the judge is used on.
-        if step == steps - SETTLED_STEPS:
-            settle(judge, geometry)
-        if step >= steps - SETTLED_STEPS:
-            judge.eval()
-        batch, *answers = sample(geometry, random)
-        parts = losses(answer(judge, batch), *answers)
-        return Loss(torch.stack(list(parts.values())).sum(), {f"loss {name}": value for name, value in parts.items()})
 
     def check(step: int) -> dict[str, float]:
         right = accuracy(judge.read(images), scenes)
@@ -268,7 +273,8 @@ def train(out: Path, steps: int, start_from: Path | None = None) -> None:
             save_state(out / "best.pt", judge.state_dict())
         return percent
 
-    train_loop(judge, loss, judge_recipe(steps), out, check)
+    settings = judge_settings(steps) if start_from is None else judge_settings(steps, 1e-3)
+    train_loop(Judging(judge, geometry, steps), ByStep(lambda step: None, BATCH), settings, out, check)
 
 
 def report(out: Path, docs: Path) -> None:
@@ -296,7 +302,7 @@ def report(out: Path, docs: Path) -> None:
     constants = {
         name.lower(): value for name, value in globals().items() if name.isupper() and isinstance(value, int | float)
     }
-    recipe = dataclasses.asdict(judge_recipe(int(log[-1]["step"])))
+    recipe = judge_settings(int(log[-1]["step"])).model_dump()
     content = {
         "recipe": {**constants, **recipe, "parameters": judge.num_parameters()},
         "renders": len(scenes),

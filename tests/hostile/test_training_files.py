@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training.loop import Loss, Recipe, train
+from impasto.training import checkpoints
+from impasto.training.checkpoints import append_log, trim_log
+from impasto.training.loop import train
 from impasto.training.randomness import Randomness
-from impasto.training.state import append_log, load_state, save_state, trim_log
 
 from ..tiny import tiny_pipeline
+from ..training.runs import Of, rows, settings, steps_alone
 from .sandbox import refused, run
 
 
@@ -37,21 +40,30 @@ class Small(nn.Module):
         return out
 
 
-RECIPE = Recipe(steps=4, warmup_steps=1, log_every=1, save_every=2)
-
-
 def train_small(folder: str, width: int = 4, layers: int = 2, steps: int = 4) -> list[float]:
     """The steps that the log has afterwards."""
     torch.manual_seed(0)
     model = Small(width, layers)
 
-    def loss(step: int, random: Randomness) -> Loss:
+    def loss(step: int, random: Randomness) -> torch.Tensor:
         x = random.normal([2, width]).to(model.norm.weight.dtype)
-        return Loss(model(x).float().square().mean() + (model.norm.weight - 2).square().mean(), {})
+        return model(x).float().square().mean() + (model.norm.weight - 2).square().mean()
 
-    train(model, loss, Recipe(**{**vars(RECIPE), "steps": steps}), Path(folder))
-    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    plan = settings(steps, log_every=1, checkpoints={"every": 2}, schedule={"warmup": 1})
+    train(Of(model, loss), steps_alone(), plan, Path(folder))
+    return [row["step"] for row in rows(Path(folder))]
+
+
+def state_of(folder: Path) -> Path:
+    """What the last checkpoint says about itself."""
+    last = checkpoints.latest(folder)
+    assert last is not None
+    return last / "state.json"
+
+
+def shard_of(path: Path) -> Path:
+    (file,) = path.parent.glob("*.safetensors")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -71,62 +83,79 @@ class Runs:
         return os.mkdir, (str(self.marker),)
 
 
-def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+def mark_of(path: Path) -> Path:
+    return path.parents[2] / "ran"
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """A checkpoint that says something else about itself."""
+
     def damage(path: Path) -> None:
-        state = load_state(path)
-        change(state)
-        save_state(path, state)
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
 
     return damage
 
 
-def models(state: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = state["models"]
-    return found
+def tensors(change: Callable[[dict[str, torch.Tensor]], object], names: bool = True) -> Callable[[Path], object]:
+    """A checkpoint of other tensors, which it may describe."""
+
+    def damage(path: Path) -> None:
+        file = shard_of(path)
+        with safe_open(file, framework="pt") as opened:
+            held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata()
+        change(held)
+        places = {name: {"saved_offsets": [0] * t.ndim} for name, t in held.items()}
+        save_file(held, file, {**metadata, "DCP_SHARDING_INFO": json.dumps(places)})
+        content = json.loads(path.read_text())
+        content["files"][file.name] = file.stat().st_size
+        if names:
+            kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in held.items()}
+            content["tensors"] = kinds
+        path.write_text(json.dumps(content))
+
+    return damage
 
 
-def moments(state: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = state["optimizers"][1]["state"]
-    return found
-
-
+BIAS, EMA = "models.module.norm.bias", "ema.module.norm.bias"
+MOMENT = "optimizers.1.module.norm.bias.exp_avg"
 STATES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty": (lambda path: path.write_bytes(b""), "state.pt"),
-    "half": (lambda path: path.write_bytes(path.read_bytes()[:900]), "state.pt"),
-    "a pickle with code": (lambda path: path.write_bytes(pickle.dumps(Runs(path.parent / "ran"))), "state.pt"),
-    "code inside": (lambda path: torch.save({"models": Runs(path.parent / "ran")}, path), "state.pt"),
-    "a list": (lambda path: torch.save([1, 2], path), "list"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "state.pt"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "state.pt is not a file"),
-    "no models": (edited(lambda s: s.pop("models")), "'models'"),
-    "models are a number": (edited(lambda s: s.update(models=3)), "'models'"),
-    "no averages": (edited(lambda s: s.pop("ema")), "'ema'"),
-    "no step": (edited(lambda s: s.pop("step")), "'step'"),
-    "a step of text": (edited(lambda s: s.update(step="two")), "'step'"),
-    "a negative step": (edited(lambda s: s.update(step=-1)), "'step'"),
-    "averages are a text": (edited(lambda s: s.update(ema="many")), "'ema'"),
-    "an average too few": (edited(lambda s: s["ema"].pop("norm.bias")), "norm.bias"),
-    "a state of an earlier version": (edited(lambda s: s.update(model=s.pop("models"))), "'models'"),
-    "a tensor too few": (edited(lambda s: models(s).pop("norm.bias")), "norm.bias"),
-    "a tensor too many": (edited(lambda s: models(s).update(extra=torch.ones(1))), "extra"),
-    "another shape": (edited(lambda s: models(s).update({"norm.bias": torch.ones(9)})), "norm.bias"),
-    "a sparse tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4).to_sparse()})), "norm.bias"),
-    "a complex tensor": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) + 1j})), "norm.bias"),
-    "a tensor of bools": (edited(lambda s: models(s).update({"norm.bias": torch.ones(4) > 0})), "norm.bias"),
-    "a number as a tensor": (edited(lambda s: models(s).update({"norm.bias": 1.0})), "norm.bias"),
-    "an average of another shape": (edited(lambda s: s["ema"].update({"norm.bias": torch.ones(9)})), "norm.bias"),
-    "no optimizers": (edited(lambda s: s.pop("optimizers")), "optimizers"),
-    "an optimizer too few": (edited(lambda s: s["optimizers"].pop()), "optimizers"),
-    "an optimizer of another kind": (edited(lambda s: s["optimizers"].reverse()), "optimizers"),
-    "moments of another shape": (edited(lambda s: moments(s)[0].update(exp_avg=torch.ones(7))), "optimizers"),
-    "a moment too few": (edited(lambda s: moments(s)[0].pop("exp_avg")), "optimizers"),
-    "a moment that is a text": (edited(lambda s: moments(s)[0].update(exp_avg="x")), "optimizers"),
-    "a moment without values": (
-        edited(lambda s: moments(s)[0].update(exp_avg=torch.ones(4).to_sparse())),
-        "optimizers",
-    ),
-    "moments of no parameter": (edited(lambda s: moments(s).update({99: {"exp_avg": torch.ones(4)}})), "optimizers"),
+    "an empty shard": (lambda path: shard_of(path).write_bytes(b""), "shard-"),
+    "half a shard": (lambda path: shard_of(path).write_bytes(shard_of(path).read_bytes()[:900]), "shard-"),
+    "no shard": (lambda path: shard_of(path).unlink(), "shard-"),
+    "a pickle with code": (lambda path: shard_of(path).write_bytes(pickle.dumps(Runs(mark_of(path)))), "shard-"),
+    "a directory": (lambda path: (shard_of(path).rename(path.parent / "x"), shard_of_is_folder(path)), "shard-"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+    "an empty file": (lambda path: path.write_bytes(b""), "not readable JSON"),
+    "a list": (lambda path: path.write_text("[1]"), "list"),
+    "no files": (edited(lambda s: s.pop("files")), "not that of a training run"),
+    "files are a number": (edited(lambda s: s.update(files=3)), "not that of a training run"),
+    "another size": (edited(lambda s: s["files"].update(dict.fromkeys(s["files"], 7))), "missing or damaged"),
+    "a file elsewhere": (edited(lambda s: s["files"].update({"../state.json": 3})), "missing or damaged"),
+    "no tensors": (edited(lambda s: s.update(tensors={})), "does not"),
+    "tensors are numbers": (edited(lambda s: s["tensors"].update({BIAS: 3})), "does not describe"),
+    "no step": (edited(lambda s: s["state"].pop("step")), "'step'"),
+    "a step of text": (edited(lambda s: s["state"].update(step="two")), "'step'"),
+    "a negative step": (edited(lambda s: s["state"].update(step=-1)), "'step'"),
+    "a tensor too few": (tensors(lambda t: t.pop(BIAS)), "it lacks models.module.norm.bias"),
+    "a tensor that is not there": (tensors(lambda t: t.pop(BIAS), names=False), "only a part"),
+    "a tensor too many": (tensors(lambda t: t.update(extra=torch.ones(1))), "extra"),
+    "another shape": (tensors(lambda t: t.update({BIAS: torch.ones(9)})), "norm.bias"),
+    "another shape than it says": (tensors(lambda t: t.update({BIAS: torch.ones(3)}), names=False), "norm.bias"),
+    "a complex tensor": (tensors(lambda t: t.update({BIAS: torch.ones(4) + 1j})), "norm.bias"),
+    "a tensor of bools": (tensors(lambda t: t.update({BIAS: torch.ones(4) > 0}), names=False), "norm.bias"),
+    "an average too few": (tensors(lambda t: t.pop(EMA)), "ema.module.norm.bias"),
+    "moments of another shape": (tensors(lambda t: t.update({MOMENT: torch.ones(7)})), "optimizers.1"),
+    "a moment too few": (tensors(lambda t: t.pop(MOMENT)), "optimizers.1"),
+    "moments of no parameter": (tensors(lambda t: t.update({MOMENT + "x": torch.ones(4)})), "optimizers.1"),
 }
+
+
+def shard_of_is_folder(path: Path) -> None:
+    (name,) = json.loads(path.read_text())["files"]
+    (path.parent / name).mkdir()
 
 
 @pytest.mark.parametrize("name", list(STATES))
@@ -134,11 +163,10 @@ def test_states_that_do_not_fit(trained: Path, tmp_path: Path, name: str) -> Non
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     damage, named = STATES[name]
-    damage(folder / "state.pt")
+    damage(state_of(folder))
     log = (folder / "log.jsonl").read_bytes()
     outcome = run(train_small, str(folder), 4, 2, 6)
-    refused(outcome, "CheckpointError", named, "state.pt")
-    assert "weights_only" not in outcome.message
+    refused(outcome, "CheckpointError", named, "step-00000004")
     assert not (folder / "ran").exists()
     assert (folder / "log.jsonl").read_bytes() == log, "nothing is lost"
 
@@ -201,8 +229,6 @@ def cached(folder: str) -> tuple[bool, int]:
 
 
 def rewrite(path: Path, change: Callable[[torch.Tensor], torch.Tensor], keep_checksum: bool = True) -> None:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         embeds, metadata = file.get_tensor("embeds").clone(), file.metadata()
     save_file({"embeds": change(embeds).contiguous()}, path, metadata if keep_checksum else None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from impasto.nn import attention as seam
 from impasto.nn.attention import attention, attention_by_image, attention_formula
+from impasto.nn.backends import training
 from impasto.nn.tokens import Layout
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -104,20 +105,60 @@ def test_half_precision_biases_may_be_the_lowest_number() -> None:
     assert distance(attention(query, key, value, lowest), exact) <= 1e-6
 
 
-def test_training_on_the_cpu_takes_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_on_the_cpu_with_few_keys_takes_the_plain_products(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And only that: inference, and more scores than memory is meant for, do not."""
     calls: list[int] = []
-    products = seam._products
-    monkeypatch.setattr(seam, "_products", lambda *a: calls.append(1) or products(*a))
-    query, key, value = tensors(requires_grad=True)
+    products = seam.products
+    monkeypatch.setattr(seam, "products", lambda *a: calls.append(1) or products(*a))
+    query, key, value = tensors(requires_grad=True, dtype=dtype)
     attention(query, key, value)
     assert len(calls) == 1
     with torch.no_grad():
         attention(query, key, value)
     attention(query.detach(), key.detach(), value.detach())
-    monkeypatch.setattr(seam, "_MAX_SCORES_IN_TRAINING", 2 * 3 * 5 * 7 - 1)
+    monkeypatch.setattr(seam, "_MAX_SCORES_STORED", 2 * 3 * 5 * 7 - 1)
     attention(query, key, value)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 5 * 70, 2**21])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_training_with_many_keys_stores_no_scores(
+    at_once: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SCORES_AT_ONCE", at_once)
+    query, key, value = tensors(m=70, dtype=torch.bfloat16, requires_grad=True)
+    stored: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        stored.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = attention(query, key, value, None, scale)
+    assert max(stored) == key.numel()
+    assert distance(out, attention_formula(query, key, value, None, scale)) <= 2**-7
+    weight = torch.randn(out.shape)
+    gradients = torch.autograd.grad((out * weight).sum(), (query, key, value))
+    exact = tuple(x.detach().double().requires_grad_() for x in (query, key, value))
+    expected = torch.autograd.grad((attention_formula(*exact, None, scale) * weight).sum(), exact)
+    for found, right in zip(gradients, expected):
+        assert distance(found, right) <= 2**-6
+
+
+def test_gradients_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "_NARROW", (torch.float64,))
+    inputs = tensors(batch=1, heads=2, n=3, m=70, size=4, dtype=torch.float64, requires_grad=True)
+
+    def penalty(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(attend(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    for found, right in zip(penalty(attention), penalty(attention_formula)):
+        assert distance(found, right) <= 1e-6  # the softmax is float32's
 
 
 def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +178,7 @@ def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: p
 
 @pytest.mark.parametrize("learns", range(3))
 def test_gradients_in_low_precision_whichever_of_the_three_learns(learns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seam, "_MAX_SCORES_IN_TRAINING", 0)
+    monkeypatch.setattr(seam, "_MAX_SCORES_STORED", 0)
     inputs = tensors(n=600, m=600, dtype=torch.bfloat16)
     inputs[learns].requires_grad_()
     attention(*inputs).sum().backward()

@@ -16,7 +16,7 @@ from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.judge import read
 from impasto.scenes.reading import Reading
 from impasto.scenes.world import ON_TOP
-from impasto.training.autoencoder import psnr
+from impasto.training.objectives.autoencoder import psnr
 
 
 @pytest.fixture(scope="module")

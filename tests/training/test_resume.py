@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -18,58 +17,68 @@ import torch
 from torch import Tensor, nn
 
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
-from impasto.training import autoencoder, flow_matching, prior, text_encoder, text_to_image, visual_codebook
-from impasto.training.loop import Recipe
-from impasto.training.state import load_state, save_state
+from impasto.training import checkpoints
+from impasto.training.checkpoints import load_state, save_state
+from impasto.training.config import Settings
+from impasto.training.loop import train
+from impasto.training.objectives import flow_matching, prior, text_encoder, visual_codebook
+from impasto.training.objectives.autoencoder import Autoencoder
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.labels import LabelHead
 
 from ..tiny import tiny_text_encoder
 from ..tiny_glm import TRANSFORMER, prior_parts
-from . import test_autoencoder, test_glm_image, test_text_encoder, test_text_to_image
+from .objectives import test_autoencoder, test_glm_image, test_text_encoder, test_text_to_image
+from .runs import settings, stored, values
 
-#: Saves fall within the log's windows.
-FAST: dict[str, Any] = {"warmup_steps": 4, "log_every": 3, "save_every": 5, "compile_blocks": False}
 Hook = Callable[[int], None]
 
 
-def hooked(batch: Callable[[int], Any], hook: Hook) -> Callable[[int], Any]:
-    return lambda step: (hook(step), batch(step))[1]
+def fast(steps: int, **changes: Any) -> Settings:
+    """Saves fall within the log's windows."""
+    return settings(steps, **{"schedule": {"warmup": 4}, "log_every": 3, "checkpoints": {"every": 5}, **changes})
+
+
+def hooked(batch: Callable[[int], Any], hook: Hook, size: int | None = None) -> ByStep:
+    return ByStep(lambda step: (hook(step), batch(step))[1], size)
 
 
 def train_text_to_image(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn.Module]:
-    """With Muon, averages, a label head, dropped captions and dropout."""
+    """With Muon, averages, a label head, dropped captions, dropout and micro-batches."""
     torch.manual_seed(seed)
-    models = list(test_text_to_image.models(seed))
-    recipe = text_to_image.TextToImageRecipe(
-        steps, batch_size=8, label_block=0, label_classes=(2, 3), caption_dropout=0.3, ema_decay=0.9, **FAST
-    )
-    batch = hooked(test_text_to_image.labelled, hook)
-    train = text_to_image.train_text_to_image
-    train(*models, batch, test_text_to_image.EMPTY, test_text_to_image.BETAS, recipe, folder)  # type: ignore[arg-type]
-    return models
+    models = test_text_to_image.models(seed)
+    head = LabelHead(models[0], 0, (2, 3))
+    objective = test_text_to_image.objective(models, label_head=head, caption_dropout=0.3)
+    train(objective, hooked(test_text_to_image.labelled, hook), fast(steps, ema=0.9, micro_batch=5), folder)
+    head.hook.remove()
+    return list(models)
 
 
 def train_autoencoder(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn.Module]:
-    model = test_autoencoder.small_vae(seed)
-    recipe = autoencoder.AutoencoderRecipe(steps, **FAST)
-    batch = hooked(test_autoencoder.patchwork, hook)
-    autoencoder.train_autoencoder(model, batch, recipe, folder, test_autoencoder.validation())
-    return [model]
+    objective = Autoencoder(test_autoencoder.small_vae(seed))
+    plan = fast(steps, optimizer={"name": "adamw"}, ema=0.0)
+
+    def check(step: int) -> dict[str, float]:
+        return {"psnr": objective.psnr(test_autoencoder.validation())}
+
+    train(objective, hooked(test_autoencoder.samples, hook), plan, folder, check)
+    return [objective.vae]
 
 
 def train_flow_matching(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn.Module]:
     torch.manual_seed(seed)
     model = GlmImageTransformer2DModel(**TRANSFORMER)
     flow_matching.initialize(model)
-    recipe = flow_matching.FlowMatchingRecipe(steps, **FAST)
-    flow_matching.train_flow_matching(model, hooked(lambda step: test_glm_image.flat(True, step), hook), recipe, folder)
+    data = hooked(lambda step: test_glm_image.flat(True, step), hook)
+    train(flow_matching.FlowMatching(model), data, fast(steps), folder)
     return [model]
 
 
 def train_prior(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn.Module]:
     model = prior_parts()["vision_language_encoder"]
-    prior.train_prior(
-        model, hooked(test_glm_image.words, hook), Recipe(steps, **FAST), folder, [test_glm_image.words(9)]
-    )
+    objective = prior.Prior(model)
+    data = hooked(test_glm_image.words, hook)
+    train(objective, data, fast(steps), folder, lambda step: objective.check([test_glm_image.words(9)]))
     return [model]
 
 
@@ -77,8 +86,10 @@ def train_codebook(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn.M
     model = prior_parts()["vision_language_encoder"].model
     torch.manual_seed(seed)
     reader = visual_codebook.CodeReader(8, (4,), side=4)
-    recipe = visual_codebook.CodebookRecipe(steps, continuous_steps=7, first_batches=4, **FAST)
-    visual_codebook.train_visual_codebook(model, reader, hooked(test_glm_image.coloured, hook), recipe, folder)
+    batch = test_glm_image.coloured
+    objective = visual_codebook.VisualCodebook(model, reader, batch, steps, continuous_steps=7, first_batches=4)
+    train(objective, hooked(batch, hook), fast(steps), folder)
+    objective.finish()
     return [model, reader]
 
 
@@ -88,8 +99,8 @@ def train_warm_start(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn
     encoder.encoder.dropout.p = 0.3
     torch.manual_seed(seed)
     reader = text_encoder.SlotReader(32, 2, (3, 2))
-    recipe = Recipe(steps, optimizer="adamw", ema_decay=0.0, **FAST)
-    text_encoder.warm_start(encoder, hooked(test_text_encoder.captions, hook), reader, recipe, folder)
+    plan = fast(steps, optimizer={"name": "adamw"}, ema=0.0)
+    train(text_encoder.WarmStart(encoder, reader), hooked(test_text_encoder.captions, hook), plan, folder)
     return [encoder, reader]
 
 
@@ -110,15 +121,16 @@ def weights(models: list[nn.Module]) -> dict[str, Tensor]:
 def assert_equal(folder: Path, other: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     logs = []
     for each in (folder, other):
-        rows = [json.loads(line) for line in (each / "log.jsonl").read_text().splitlines()]
-        logs.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        logs.append(values(each))
     assert logs[0] == logs[1]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    states = [load_state(each / "state.pt") for each in (folder, other)]
-    for name, value in states[1]["models"].items():
-        assert torch.equal(states[0]["models"][name], value), name
+    kept = [checkpoints.found(each) for each in (folder, other)]
+    assert list(kept[0]) == list(kept[1])
+    states = [stored(each) for each in (folder, other)]
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
 
 
 @pytest.mark.parametrize("name", list(TRAININGS))

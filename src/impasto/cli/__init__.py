@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, evaluate, generate, info, pipelines
+from . import convert, evaluate, generate, info, pipelines, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command()(generate.generate)
 app.command()(info.info)
 app.command()(evaluate.evaluate)
 app.command()(convert.convert)
+app.command()(train.train)
 
 
 def _print_version(wanted: bool) -> None:

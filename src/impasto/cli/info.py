@@ -20,7 +20,15 @@ def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or file, a hub id, or builtin:scenes.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read all weights; report NaN and infinite values.")] = False,
 ) -> None:
-    """Print the components of MODEL with their sizes, dtypes and memory; of a file, which program's format it has."""
+    """Print the components of MODEL with their sizes, dtypes and memory; or what the file of an adapter or of another
+    program's checkpoint holds.
+    """
+    from .adapter_info import describe_adapter, find_adapter
+
+    if (adapter := find_adapter(model)) is not None:
+        for line in describe_adapter(adapter, model):
+            say(line)
+        return
     if os.path.isfile(model):
         from .info_file import describe_file
 

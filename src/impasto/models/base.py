@@ -244,8 +244,9 @@ class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
         refuse_adapters(name or type(self).__name__, self)
         with torch.device("meta"):
             expected = type(self)(**self.checked_arguments(self.config)).state_dict()
-        strange = [key for key in self.state_dict() if key not in expected]
-        missing = [key for key in expected if key not in self.state_dict()]
+        present = self.state_dict()
+        strange = [key for key in present if key not in expected]
+        missing = [key for key in expected if key not in present]
         if strange or missing:
             raise ConfigurationError(
                 f"the {name or type(self).__name__} was not saved, since it could not be loaded again: its config does "

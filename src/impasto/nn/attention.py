@@ -15,12 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError
 from .backends.tiles import tiled_attention, tiled_attention_in_graphs
+from .backends.training import products, recomputed_products
 from .backends.varlen import runs_varlen, varlen_attention
 from .machine import processor_has
-from .tokens import Layout
+from .tokens import Layout, is_tracing
 
-#: Above so many scores the products would not stay in cache, and they would take too much memory.
-_MAX_SCORES_IN_TRAINING = 2**25
+#: Above so many scores the plain products, which store them for the backward pass, would take too much memory.
+_MAX_SCORES_STORED = 2**25
+#: The keys of a short text, for which storing the scores takes less time and little memory.
+_FEW_KEYS = 64
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 #: Names of backends in diffusers -> torch's kernels, the preferred one first; None: whatever is fastest.
@@ -133,7 +137,12 @@ def attention(
     if bias is not None:
         bias = bias.to(query.dtype)
     if _trains_on_cpu(query, key, value):
-        return _products(query, key, value, bias, scale)
+        many = bias is None and key.shape[2] > _FEW_KEYS
+        if many and query.dtype in _NARROW and not is_tracing():
+            return recomputed_products(query, key, value, scale)
+        # In float32 torch's attention is the faster one with many keys, backward pass included.
+        if not (many and query.dtype == torch.float32) and _scores(query, key) <= _MAX_SCORES_STORED:
+            return products(query, key, value, bias, scale)
     if bias is None and _tiles_are_faster(query, key, value):
         tiled = tiled_attention_in_graphs if torch.compiler.is_compiling() else tiled_attention
         return tiled(query, key, value, scale)
@@ -165,27 +174,20 @@ def attention_by_image(query: Tensor, key: Tensor, value: Tensor, layout: Layout
 
 
 def _trains_on_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """torch's backward of CPU attention takes several times as long as the plain products' (2.13, AMX machine)."""
     if query.device.type != "cpu" or not torch.is_grad_enabled():
         return False
-    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return scores <= _MAX_SCORES_IN_TRAINING and any(x.requires_grad for x in (query, key, value))
+    return any(x.requires_grad for x in (query, key, value))
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if bias is None:
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    finite = bias.clamp(min=torch.finfo(bias.dtype).min / 2)
-    out = torch.softmax(scores + finite, dim=-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.masked_fill(bias.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
+def _scores(query: Tensor, key: Tensor) -> int:
+    return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
 
 
 def _tiles_are_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """torch's CPU attention multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX."""
     if query.dtype != key.dtype or torch.is_autocast_enabled("cpu"):
         return False
-    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
+    if query.device.type != "cpu" or query.dtype not in _NARROW:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .changes import is_plain, is_watched
 from .machine import is_autocast
+from .recomputing import recomputed
 from .tokens import Layout, addcmul_by_image
 
 
@@ -82,23 +84,19 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _gated(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A gated linear unit (2002.05202): half of the features gate the other half."""
-
-    def apply(x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
-        return value * activation(gate)
-
-    return apply
+    value, gate = x.chunk(2, dim=-1)
+    return value * activation(gate)
 
 
 #: name in configs -> (function, whether it gates and so needs twice the width)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "gelu": (F.gelu, False),
     "gelu-approximate": (gelu_tanh, False),
-    "geglu": (_gated(F.gelu), True),
+    "geglu": (partial(_gated, F.gelu), True),
     "geglu-approximate": (_quick_gelu, False),
-    "swiglu": (_gated(F.silu), True),
+    "swiglu": (partial(_gated, F.silu), True),
     "linear-silu": (F.silu, False),
 }
 
@@ -151,8 +149,12 @@ class FeedForward(nn.Module):
             pieces = [net(piece) for piece in tokens.split(_BYTES_AT_ONCE // tokens.element_size())]
             joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             return joined.view(*x.shape[:-1], joined.shape[-1])
-        out: Tensor = self.net(x)  # [B, N, D]
-        return out
+        activated = self.net[0]
+        if not torch.is_grad_enabled() or is_watched(self.net) or not isinstance(activated, _Activated):
+            out: Tensor = self.net(x)  # [B, N, D]
+            return out
+        hidden = activated.proj(x)  # [B, N, 4 * D]: all that is stored of the wide states
+        return recomputed(lambda wide: self.net[1:](activated.activation(wide)), hidden)
 
     def _products(self, tokens: Tensor) -> Product | None:
         """``net`` as two products, where that can be and no one would miss a call of its layers."""

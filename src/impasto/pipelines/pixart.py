@@ -24,9 +24,11 @@ from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
 from .compat.methods import PixArtMethods
+from .compat.textual_inversion import TextualInversion
 from .defaults import with_defaults
 from .images import PixArtImageProcessor
 from .latents import unscaled
+from .learned_tokens import concepts_of
 from .prompts import EncodedTexts, encode_texts, prepare
 from .request import read_pixart, read_schedule, read_texts
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
@@ -43,7 +45,7 @@ class PromptEmbeds(NamedTuple):
     negative_prompt_attention_mask: Tensor | None = None  # [B, M]
 
 
-class PixArtPipeline(PixArtMethods, Pipeline):
+class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
     """What both pipelines share; they differ in their family and in a default value.
 
     Args:
@@ -213,7 +215,8 @@ class PixArtPipeline(PixArtMethods, Pipeline):
         )
 
     def _encode_texts(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> EncodedTexts:
-        texts = [prepare(text, cleaned) for text in texts]
+        concepts = concepts_of(self.components["tokenizer"])
+        texts = [prepare(text, cleaned, concepts) for text in texts]
 
         def encode(texts: list[str]) -> EncodedTexts:
             tokenizer = self._require("tokenizer")

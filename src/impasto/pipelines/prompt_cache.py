@@ -28,6 +28,7 @@ from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
 from ..nn.changes import adapters_in_force, unwrapped
+from .learned_tokens import concepts_of
 from .prompts import EncodedTexts
 
 logger = logging.getLogger("impasto")
@@ -211,7 +212,7 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
     """A hash of an encoder in its current state (names, shapes, dtypes and some values of its weights) and of the
     vocabulary of its tokenizer. Adapters, other weights and another precision change it."""
     digest = hashlib.sha256()
-    inner = unwrapped(text_encoder)
+    inner: Any = unwrapped(text_encoder)
     settings: dict[str, Any] = inner.config.to_dict()  # every transformers model has one
     # Origin and version do not change the embeddings.
     kept = {name: value for name, value in settings.items() if name not in ("_name_or_path", "transformers_version")}
@@ -225,6 +226,10 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
                 flat = plain.detach().reshape(-1) if plain.is_contiguous() else plain.detach().flatten()
                 some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].contiguous().cpu()
                 digest.update(some.view(torch.uint8).numpy().tobytes())
+    learned = [token for tokens in concepts_of(tokenizer).values() for token in tokens]
+    if learned:  # a few rows of the table of embeddings, which some values of it do not show
+        rows = inner.get_input_embeddings().weight.detach()[tokenizer.convert_tokens_to_ids(learned)]
+        digest.update(rows.float().cpu().numpy().tobytes())
     vocabulary = sorted(tokenizer.get_vocab().items())
     digest.update(json.dumps(vocabulary).encode())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..checks import MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..nn.changes import adapters_in_force
 from ..nn.precision import precision_of
+from .learned_tokens import pattern_of, spelled_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +24,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("impasto")
 
 
-def prepare(text: str, clean: bool) -> str:
-    """A prompt as it is encoded: cleaned as the training captions were, or only stripped and in lower case."""
+def prepare(text: str, clean: bool, concepts: Mapping[str, Sequence[str]] | None = None) -> str:
+    """A prompt as it is encoded: cleaned as the training captions were, or only stripped and in lower case.
+
+    Args:
+        concepts: learned tokens (``learned_tokens.concepts_of``), which are neither cleaned nor put in lower case.
+    """
+    pattern = pattern_of(concepts or ())
+    if pattern is not None:
+        pieces = pattern.split(text)  # every second one is a name
+        prepared = [spelled_out(p, concepts or {}) if i % 2 else prepare(p, clean) for i, p in enumerate(pieces)]
+        return " ".join(filter(None, prepared))
     if not clean:
         return text.lower().strip()
     from .cleaning import clean_prompt

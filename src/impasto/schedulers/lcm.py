@@ -19,7 +19,7 @@ from ..nn.outputs import BaseOutput
 from .base import CountingScheduler
 from .config import Prediction, Spacing, records_arguments
 from .noise_schedule import custom_timesteps
-from .process import add_noise, alpha_sigma, limit, predicted_original, widened
+from .process import add_noise, alpha_sigma, boundary_scalings, limit, predicted_original, widened
 
 logger = logging.getLogger("impasto")
 
@@ -120,11 +120,8 @@ class LCMScheduler(CountingScheduler):
         self.custom_timesteps = timesteps is not None
 
     def get_scalings_for_boundary_condition_discrete(self, timestep: int | float) -> tuple[float, float]:
-        """The weights of x_t and x_0: the consistency function is the identity at t = 0 (consistency models, arXiv
-        2303.01469, appendix C)."""
-        scaled = timestep * self.config.timestep_scaling
-        total = scaled**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, scaled / total**0.5
+        """The weights of x_t and x_0 in the consistency function."""
+        return boundary_scalings(timestep, self.config.timestep_scaling, self.sigma_data)
 
     def step(
         self,

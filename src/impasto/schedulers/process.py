@@ -6,7 +6,7 @@ betas; alpha + sigma = 1 for flow matching.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ def predicted_noise(
         return (sample - alpha * prediction) / sigma
     assert kind == "v_prediction"
     return alpha * prediction + sigma * sample
+
+
+def boundary_scalings(t: Any, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Any, Any]:
+    """The weights of x_t and x_0 in a consistency function at timestep t, which make it the identity at t = 0
+    (consistency models, arXiv 2303.01469, appendix C).
+
+    Args:
+        t: a number, or a tensor.
+        timestep_scaling: how fast the boundary condition fades with the timestep.
+        sigma_data: the standard deviation of data that is assumed.
+    """
+    scaled = t * timestep_scaling
+    total = scaled**2 + sigma_data**2
+    return sigma_data**2 / total, scaled / total**0.5
 
 
 class Posterior(NamedTuple):

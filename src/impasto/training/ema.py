@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .distributed.shards import local
+
 
 class EMA:
     """Shadow copies of named tensors: shadow <- decay * shadow + (1 - decay) * parameter.
@@ -24,4 +26,6 @@ class EMA:
     def update(self, n: int) -> None:
         if self.decay:
             decay = min(self.decay, (1 + n) / (10 + n))
-            torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1 - decay)
+            torch._foreach_lerp_(
+                [local(t) for t in self.shadow.values()], [local(t) for t in self.live.values()], 1 - decay
+            )

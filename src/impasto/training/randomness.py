@@ -49,15 +49,21 @@ class Randomness:
         return [self._sample(self.first + i) for i in range(shape[0])]
 
 
-def seed_torch(seed: int, step: int, device: torch.device) -> None:
-    """Seed torch's global generators for a step, which dropout and the like use."""
-    number = int(_generator(seed, step, None).integers(2**63))
+def seed_torch(seed: int, step: int, device: torch.device, first: int = 0) -> None:
+    """Seed torch's global generators, which dropout uses, for the part of a step's batch that starts at ``first``."""
+    number = int(_generator(seed, step, None).integers(2**63)) + first
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
 
 
+def reading_generator(seed: int, step: int, place: int) -> np.random.Generator:
+    """The generator of what is chosen when a sample is read: its crop, its caption, ..."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, place, step, 2]))
+
+
 def _generator(seed: int, step: int, place: int | None) -> np.random.Generator:
-    # Philox itself advances the first word of the counter.
+    # Philox itself advances the first word of the counter. The last one says what the numbers are for: 0 and 1 here, 2
+    # above, 3 and 4 in data/order.py.
     counter = [0, 0, step, 1] if place is None else [0, place, step, 0]
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))

@@ -26,7 +26,7 @@ from .buckets import REASONS, Buckets
 from .sample import Source, cut
 
 _KEPT_EPOCHS = 2
-_STREAM, _EPOCH = 3, 4  # purposes of Philox's counter; randomness.py has the others
+_STREAM, _EPOCH = 3, 4  # what Philox's numbers are for; randomness.py has the others
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,10 +62,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def split(self, size: int) -> list[Batch]:
-        """Micro-batches of at most ``size`` samples: equally many on all ranks, so the last may be empty."""
-        starts = range(0, max(self.largest, len(self.samples), 1), size)
-        return [replace(self, samples=self.samples[i : i + size], first=self.first + i) for i in starts]
+    def split(self, size: int | None = None) -> list[Batch]:
+        """Micro-batches of at most ``size`` samples, equally many on all ranks, because they work together in each.
+
+        One that would be empty has the first sample with a weight of 0.
+        """
+        longest = max(self.largest, len(self.samples), 1)
+        spare = [replace(self.samples[0], weight=0.0)] if self.samples else []
+        starts = range(0, longest, size or longest)
+        parts = [self.samples[i : i + (size or longest)] or spare for i in starts]
+        return [replace(self, samples=part, first=self.first + i) for i, part in zip(starts, parts, strict=True)]
 
 
 def cut(costs: Sequence[int], rank: int, world: int) -> tuple[int, int]:

@@ -1,0 +1,169 @@
+"""The settings of a run, checked by pydantic."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from ..checks import shown
+from ..errors import MissingDependencyError
+from .optimizers.schedule import Kind, share
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+except ImportError as error:
+    raise MissingDependencyError("training needs pydantic: pip install 'impasto[train]'") from error
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A section of a configuration: unknown keys are errors, and values do not change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        unknown = [key for key in given if key not in cls.model_fields] if isinstance(given, dict) else []
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, 1, 0.5)
+            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
+            raise ValueError(f"there is no {shown(unknown[0])} here; {known}")
+        return given
+
+
+class OptimizerSettings(Section):
+    """How parameters are updated.
+
+    Attributes:
+        name: ``muon`` for the matrices inside blocks and AdamW for the rest; others for everything.
+        rate: the highest learning rate, as it is used: nothing rescales it.
+        rates: other highest rates, by patterns of names: {"text_encoder.*": 1e-5}; the first that matches counts.
+        weight_decay: not of vectors.
+    """
+
+    name: Literal["adamw", "muon", "came", "prodigy", "adamw-8bit"] = "adamw"
+    rate: Positive = 1e-4
+    rates: dict[str, NotNegative] = {}
+    weight_decay: NotNegative = 0.01
+    betas: tuple[Share, ...] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+
+
+class ScheduleSettings(Section):
+    """The learning rate over the steps; see ``optimizers.schedule.share``."""
+
+    kind: Kind = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    decay_share: Share = 0.3
+    floor: Share = 0.0
+
+
+class CheckpointSettings(Section):
+    """Which states of a run are kept.
+
+    Attributes:
+        every: steps from one to the next.
+        keep: the last so many.
+        best: a value that is logged with each checkpoint; the one with the lowest (or highest) is kept, too.
+    """
+
+    every: Count = 1000
+    keep: Count = 2
+    best: str | None = None
+    best_is: Literal["lowest", "highest"] = "lowest"
+
+
+class GuardSettings(Section):
+    """Which steps are skipped; see ``guard.Guard``. A skipped step changes nothing, and is logged and counted.
+
+    Attributes:
+        spike: a loss, or a norm of the gradient, of more than so many times its median over the last ``window`` steps;
+            0 for any. At batch sizes of a few images, losses differ by more than that from step to step.
+        most_in_a_row: this many steps in a row that are not finite end the run with an error.
+    """
+
+    spike: Annotated[float, Field(ge=0)] = 20.0
+    window: Annotated[int, Field(ge=10)] = 200
+    most_in_a_row: Count = 20
+
+
+class ReportSettings(Section):
+    """What is shown in addition to ``log.jsonl``.
+
+    Attributes:
+        progress: a bar with the time left, in a terminal.
+        tensorboard: in the folder ``tensorboard`` of the run.
+        wandb: the project at Weights & Biases.
+        peak_flops: operations per second of one device, for its utilization; those of known GPUs need not be given.
+    """
+
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: str | None = None
+    peak_flops: Positive | None = None
+
+
+class Settings(Section):
+    """What the training loop needs to know.
+
+    Attributes:
+        steps: of the whole run.
+        micro_batch: the most samples of a forward and backward pass; gradients add up over the batch.
+        clip: the largest norm of the gradient; 0 for any.
+        ema: the decay of the moving averages of the parameters, which are the result; 0 for none.
+        precision: in which models compute, with float32 master weights; ``auto``: bfloat16 where it is native.
+        compile: compile the objective's blocks.
+        log_every: steps that a line of the log averages.
+    """
+
+    steps: Count
+    seed: Annotated[int, Field(ge=0)] = 0
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    micro_batch: Count | None = None
+    clip: NotNegative = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    guard: GuardSettings = GuardSettings()
+    report: ReportSettings = ReportSettings()
+    log_every: Count = 50
+
+    def share(self, step: int) -> float:
+        """The learning rate of a step as a share of the highest."""
+        s = self.schedule
+        return share(step, self.steps, s.kind, s.warmup, s.decay_share, s.floor)
+
+
+def problems(error: ValidationError) -> str:
+    """What pydantic found, in one line: the first problem, with its key, and how many more there are."""
+    found = error.errors(include_url=False)
+    first = found[0]
+    tags = {"text-to-image", "autoencoder", "text-encoder"}
+    place = ".".join(str(part) for part in first["loc"] if part not in tags)
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] not in ("value_error", "missing"):
+        message = f"must be {message}, not {shown(first['input'])}" if "should be" in first["msg"] else first["msg"]
+    if first["type"] == "missing":
+        message = "must be given"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"{place or 'the configuration'}: {message}{more}"
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys, such as "optimizer.rate", whose values differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**one, **other}:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found

@@ -1,0 +1,283 @@
+"""The configuration of a run: what is trained, from what, on which data, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .config import Count, NotNegative, Positive, Section, Settings, Share
+from .objectives.diffusion_loss import Weighting
+from .objectives.text_to_image import Timesteps
+
+
+class LabelSettings(Section):
+    """A loss on labels of the latents that samples bring along; see ``LabelHead``.
+
+    Attributes:
+        block: of the transformer, from 0, whose tokens are asked.
+        weight: at the highest learning rate; it falls with the rate.
+        classes: of each question.
+    """
+
+    block: Annotated[int, Field(ge=0)]
+    weight: NotNegative = 0.3
+    classes: Annotated[list[Count], Field(min_length=1)]
+
+
+class TextToImageSettings(Section):
+    """A PixArt transformer on images and captions.
+
+    Attributes:
+        prediction: what the transformer predicts; as the scheduler's config says, unless given.
+        caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+        weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
+        bound_weight: of the variational bound, if the transformer predicts a variance.
+        tokens: of a caption, at most; the family's, unless given.
+        clean_captions: as the originals did, beyond lower case.
+        labels: a further loss on labels of the latents.
+    """
+
+    kind: Literal["text-to-image"] = "text-to-image"
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    caption_dropout: Share = 0.1
+    timesteps: Timesteps = "uniform"
+    weighting: Weighting = "none"
+    bound_weight: NotNegative = 1.0
+    tokens: Count | None = None
+    clean_captions: bool = False
+    labels: LabelSettings | None = None
+
+
+class AutoencoderSettings(Section):
+    """An autoencoder on images; see ``Autoencoder``."""
+
+    kind: Literal["autoencoder"]
+    kl_weight: NotNegative = 1e-6
+    l1_weight: NotNegative = 0.5
+    edge_weight: NotNegative = 0.0
+    half_scale_weight: NotNegative = 0.0
+
+
+class TextEncoderSettings(Section):
+    """A text encoder on questions about captions, whose answers samples bring along; see ``WarmStart``.
+
+    Attributes:
+        slots: places in the answer, each with all questions.
+        classes: of each question.
+        tokens: of a caption, at most.
+    """
+
+    kind: Literal["text-encoder"]
+    slots: Count
+    classes: Annotated[list[Count], Field(min_length=1)]
+    tokens: Count | None = None
+
+
+ObjectiveSettings = Annotated[
+    TextToImageSettings | AutoencoderSettings | TextEncoderSettings, Field(discriminator="kind")
+]
+
+
+class ComponentSettings(Section):
+    """A model.
+
+    Attributes:
+        start_from: a folder or hub id of the model, or of a pipeline that has it; a new one, unless given.
+        config: of a new model; of a stored one, what replaces its own.
+        train: whether it is trained.
+        gradient_checkpointing: recompute its blocks in the backward pass, to save memory.
+    """
+
+    start_from: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    train: bool = False
+    gradient_checkpointing: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        return self.start_from is not None or bool(self.config)
+
+
+class ModelSettings(Section):
+    """The models of a run.
+
+    Attributes:
+        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300.
+        pipeline: a folder or hub id, for the components that have no ``start_from`` of their own.
+        scheduler: its config, in place of the pipeline's: the noise schedule, and the solver of sample images.
+    """
+
+    family: Literal["alpha", "sigma"] = "sigma"
+    pipeline: str | None = None
+    transformer: ComponentSettings = ComponentSettings(train=True)
+    vae: ComponentSettings = ComponentSettings()
+    text_encoder: ComponentSettings = ComponentSettings()
+    tokenizer: str | None = None
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+
+
+OWN_KINDS = ("folder", "shards", "cache")
+
+
+class SourceSettings(Section):
+    """Where samples come from.
+
+    Attributes:
+        kind: ``folder`` of images with captions; ``shards`` of webdataset; ``cache``, made by ``impasto cache``; or one
+            that this program adds, such as ``scenes``.
+        path: of the folder or file.
+        repeats: how often an epoch has each sample; fractions are allowed.
+        share: of this source in an epoch, in any unit, in place of ``repeats``: of all sources, or of none.
+        weight: of each sample's loss.
+        crop: which part of an image that is larger than its bucket: ``random``, ``centre``, or a number of fixed crops.
+        flip: whether half of the samples are mirrored.
+        caption: of every image, in place of captions from files.
+        metadata: a .jsonl or .json file of captions, if it is not one of those found by themselves.
+        mask_suffix: of loss masks next to the images.
+        options: of a kind that this program adds.
+    """
+
+    kind: str = "folder"
+    path: str | None = None
+    repeats: Positive | None = None
+    share: Positive | None = None
+    weight: NotNegative = 1.0
+    crop: Literal["random", "centre"] | Count = "random"
+    flip: bool = False
+    caption: str | None = None
+    needs_caption: bool = True
+    real_prompt_ratio: Share = 0.5
+    background: str = "white"
+    metadata: str | None = None
+    mask_suffix: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> SourceSettings:
+        if self.kind in OWN_KINDS and self.path is None:
+            raise ValueError(f"a source of the kind {self.kind} needs its path")
+        if self.kind in OWN_KINDS and self.options:
+            raise ValueError(f"options are for kinds other than {', '.join(OWN_KINDS)}")
+        return self
+
+
+class DataSettings(Section):
+    """What is trained on, and in which sizes.
+
+    Attributes:
+        batch_size: of the global batch, over all processes.
+        base: train at the aspect-ratio buckets of 256, 512, 1024, 2048 or 2880 px.
+        sizes: buckets [height, width] in pixels, in place of ``base``.
+        max_upscale: an image that would have to be enlarged by more than this factor is dropped.
+        max_crop: an image that would lose more than this share of its area is dropped.
+        pack_pixels: batches of mixed sizes, up to this many pixels.
+        workers: processes that read ahead.
+        max_broken: how many samples may turn out to be broken: below 1 a share, else a number.
+    """
+
+    sources: Annotated[list[SourceSettings], Field(min_length=1)]
+    batch_size: Count
+    base: Literal[256, 512, 1024, 2048, 2880] | None = None
+    sizes: list[tuple[Count, Count]] | None = None
+    max_upscale: Positive = 2.0
+    max_crop: Share = 0.5
+    pack_pixels: Count | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    max_broken: NotNegative = 0.01
+
+    @model_validator(mode="after")
+    def _sizes(self) -> DataSettings:
+        if (self.base is None) == (self.sizes is None):
+            raise ValueError("give either base (256, 512, 1024, 2048 or 2880) or sizes (a list of [height, width])")
+        given = [source.share is not None for source in self.sources]
+        if any(given) and not all(given):
+            raise ValueError("give a share for each source, or for none")
+        if any(given) and any(source.repeats is not None for source in self.sources):
+            raise ValueError("share and repeats contradict each other; give one of them")
+        return self
+
+
+class AdapterSettings(Section):
+    """An adapter is trained, and the models under it are frozen.
+
+    Attributes:
+        rank: of the transformer's, and of the text encoder's if it has one.
+        alpha: its scale is alpha / rank; equal to the rank unless given.
+        targets: the layers, by the last parts of their names.
+        text_encoder_rate: its own learning rate.
+        base: the weights under it: as loaded, or quantized.
+    """
+
+    kind: Literal["lora", "rslora", "dora", "lokr", "loha"] = "lora"
+    rank: Count = 16
+    alpha: Positive | None = None
+    dropout: Share = 0.0
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
+    )
+    text_encoder_rank: Count | None = None
+    text_encoder_rate: Positive | None = None
+    text_encoder_targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q", "k", "v", "o"]
+    )
+    base: Literal["plain", "int8", "nf4"] = "plain"
+
+
+class ValidationSettings(Section):
+    """Measured with each checkpoint on the averages: the loss of a fixed set of (image, noise, timestep).
+
+    Attributes:
+        count: of images. They are held out from the training data, unless there is a source of their own.
+        batch_size: of them at once.
+    """
+
+    count: Count = 64
+    batch_size: Count = 16
+    source: SourceSettings | None = None
+
+
+class SampleSettings(Section):
+    """Images of fixed prompts, generated with each checkpoint."""
+
+    prompts: Annotated[list[str], Field(min_length=1)]
+    steps: Count = 20
+    guidance_scale: NotNegative = 4.5
+    height: Count | None = None
+    width: Count | None = None
+
+
+class Configuration(Settings):
+    """The whole of a run.
+
+    Attributes:
+        output: the folder of the run.
+        parallel: how processes that ``torchrun`` started divide the work.
+        validation, samples: None for none.
+        checks: further measures that this program adds, by name, with their options.
+        export: what the result has: the ``trained`` models, or the whole ``pipeline``.
+    """
+
+    output: str | None = None
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    objective: ObjectiveSettings = TextToImageSettings()
+    models: ModelSettings = ModelSettings()
+    adapter: AdapterSettings | None = None
+    data: DataSettings
+    validation: ValidationSettings | None = None
+    samples: SampleSettings | None = None
+    checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    export: Literal["trained", "pipeline"] = "trained"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Configuration:
+        sources = [
+            *self.data.sources,
+            *([self.validation.source] if self.validation and self.validation.source else []),
+        ]
+        cached = any(source.kind == "cache" for source in sources)
+        if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
+            raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        if self.adapter is not None and self.export == "pipeline":
+            raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
+        return self

@@ -1,0 +1,107 @@
+"""Training of GLM-Image's transformer by flow matching (rectified flow, 2209.03003).
+
+Shapes: B images, C channels, H x W latent pixels, N image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...models.glm_image.model import GlmImageTransformer2DModel
+from ...schedulers import process
+from ..randomness import Randomness
+from .base import Loss, Objective, Tensors
+
+
+class Reference(NamedTuple):
+    """The image that each image of a batch was edited from."""
+
+    latents: Tensor  # [B, C, H, W], standardized
+    prior_token_ids: Tensor  # [B, N]
+
+
+class Batch(NamedTuple):
+    latents: Tensor  # [B, C, H, W], standardized: what the transformer generates
+    prior_token_ids: Tensor  # [B, N]
+    text: Tensor  # [B, M, channels], the glyphs
+    reference: Reference | None = None
+
+
+def initialize(transformer: GlmImageTransformer2DModel) -> None:
+    """Initialize as DiT (2212.09748, section 3.2): every block is the identity, and the output zero."""
+    for name, parameter in transformer.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    nn.init.normal_(transformer.prior_token_embedding.weight, std=0.5)
+    for name, parameter in transformer.named_parameters():
+        if ".norm1.linear" in name or name.startswith(("norm_out.linear", "proj_out")):
+            nn.init.zeros_(parameter)
+
+
+class FlowMatching(Objective):
+    """The error of the predicted velocity, at logit-normal noise levels (2403.03206, section 3.1).
+
+    Args:
+        pixels: image pixels along a side of a latent pixel.
+        drop: the share of images trained without prior tokens, for guidance.
+        spread: the scale of the logits of the levels.
+    """
+
+    def __init__(
+        self,
+        transformer: GlmImageTransformer2DModel,
+        pixels: int = 8,
+        timesteps: int = 1000,
+        drop: float = 0.1,
+        spread: float = 1.2,
+    ):
+        super().__init__()
+        self.transformer, self.pixels, self.timesteps = transformer, pixels, timesteps
+        self.drop, self.spread = drop, spread
+
+    def forward(self, batch: Tensors, random: Randomness) -> Loss:
+        x0, prior_token_ids, text, reference = batch.values
+        transformer, count = self.transformer, len(x0)
+        # Stratified levels: the same spread in every batch.
+        share = random.stratified(count)
+        sigma = process.per_sample((self.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
+        noise = random.normal(x0.shape)
+        xt = process.add_noise(x0, noise, 1 - sigma, sigma)
+        target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
+        drop = random.uniform([count]) < self.drop
+        height, width = x0.shape[-2:]
+        size = torch.tensor([[height * self.pixels, width * self.pixels]], dtype=torch.float32)
+        text = text.to(transformer.dtype)
+        context = transformer.encode_context(text, None, prior_token_ids, drop, height, width)
+        timestep = sigma.flatten() * self.timesteps - 1
+        modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
+        references = None
+        if reference is not None:
+            own = transformer.encode_context(text[:, :0], None, reference.prior_token_ids, None, height, width)
+            still = transformer.modulate(torch.zeros(1), size, torch.zeros_like(size))
+            references = transformer.encode_references(reference.latents.to(transformer.dtype), own, still)
+            # The unconditional half does not see them.
+            bias = references.keys[0].new_zeros(count, 1, 1, references.length)
+            references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
+        velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
+        errors = (velocity - target).square().flatten(1).mean(1)  # [B]
+        kind = "generated" if reference is None else "edited"
+        bands = {
+            f"{kind}_{i}": torch.where((share * 4).long().clamp(max=3) == i, errors.detach(), torch.nan)
+            for i in range(4)  # least noise first
+        }
+        return Loss(errors, bands)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.transformer.transformer_blocks)
+
+    def export(self, folder: Path) -> None:
+        self.transformer.save_pretrained(folder)

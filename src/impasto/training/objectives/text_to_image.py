@@ -1,0 +1,206 @@
+"""Training of a PixArt transformer on latents and captions.
+
+Shapes: B images, C channels, H x W latent pixels, M text tokens, D their channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...models.autoencoder.model import AutoencoderKL
+from ...models.pixart.model import PixArtTransformer2DModel
+from ...pipelines.latents import scaled
+from ...transforms.token_routing import TokenRouting
+from ..data.sample import Batch, Sample
+from ..randomness import Randomness
+from .autoencoder import images_of
+from .base import Loss, Objective
+from .diffusion_loss import DiffusionLoss, Weighting
+from .labels import LabelHead
+from .texts import Texts
+
+Timesteps = Literal["uniform", "stratified"]
+
+
+class Latents(nn.Module):
+    """Samples -> latents as a denoiser takes them, from stored posteriors or by an autoencoder.
+
+    Args:
+        config: of the autoencoder, whose scale the latents have.
+        vae: None if all samples have posteriors.
+    """
+
+    def __init__(self, config: Mapping[str, Any], vae: AutoencoderKL | None = None):
+        super().__init__()
+        self.config, self.vae = config, vae
+
+    @torch.no_grad()
+    def forward(self, samples: Sequence[Sample], random: Randomness, device: torch.device) -> Tensor:
+        """Samples of the posterior, [B, C, H, W] float32."""
+        posteriors = [sample.posterior for sample in samples if sample.posterior is not None]
+        if len(posteriors) == len(samples):
+            mean, std = (torch.stack(tensors).to(device).float() for tensors in zip(*posteriors))
+        else:
+            mean, std = self.posterior(samples)
+        noise = random.normal(mean.shape).to(device)
+        return scaled(mean + std * noise, self.config)
+
+    @torch.no_grad()
+    def posterior(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the posteriors of images of one size, each [B, C, H, W] float32, unscaled."""
+        if self.vae is None:
+            raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
+        images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
+        distribution = self.vae.encode(images).latent_dist
+        return distribution.mean.float(), distribution.std.float()
+
+
+class TextToImage(Objective):
+    """The error of the predicted noise or velocity, and the bound of a learned variance.
+
+    Args:
+        caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+        timesteps: ``uniform``, or ``stratified``: the same spread in every batch.
+        bound_weight: of the variational bound, if the transformer predicts a variance.
+        label_weight: of the loss of ``label_head``, at a step.
+        routing: lets tokens of the transformer skip blocks in training.
+    """
+
+    def __init__(
+        self,
+        transformer: PixArtTransformer2DModel,
+        texts: Texts,
+        latents: Latents,
+        loss: DiffusionLoss,
+        *,
+        caption_dropout: float = 0.1,
+        timesteps: Timesteps = "uniform",
+        weighting: Weighting = "none",
+        bound_weight: float = 1.0,
+        label_head: LabelHead | None = None,
+        label_weight: Callable[[int], float] = lambda step: 0.3,
+        routing: TokenRouting | None = None,
+    ):
+        super().__init__()
+        self.transformer, self.texts, self.latents, self.loss = transformer, texts, latents, loss
+        self.text_encoder = texts.encoder
+        self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
+        self.weights = loss.weights(weighting)  # [T]
+        self.label_head, self.label_weight = label_head, label_weight
+        self.routing = routing
+        if latents.vae is not None:
+            self.freeze(latents.vae)
+
+    def forward(self, batch: Batch, random: Randomness) -> Loss:
+        device = next(self.transformer.parameters()).device
+        count = len(batch.samples)
+        x0 = self.latents(batch.samples, random, device)  # [B, C, H, W]
+        dropped = random.uniform([count]) < self.caption_dropout
+        text, mask = self.texts(batch.samples, dropped)  # [B, M, D], [B, M]
+        t = self.sample_timesteps(count, random).to(device)  # [B]
+        noise = random.normal(x0.shape).to(device)
+        xt = self.loss.add_noise(x0, noise, t)
+        if self.routing is not None and self.training:
+            tokens = x0[0, 0].numel() // self.transformer.patch_size**2
+            self.routing.choose(random.uniform([count, tokens]))
+
+        output = self.transformer(
+            xt.to(self.transformer.dtype),
+            text.to(device, self.transformer.dtype),
+            t,
+            self.micro_conditions(batch.samples, device),
+            encoder_attention_mask=mask.to(device),
+        ).sample
+        losses = self.loss(output, x0, noise, xt, t, loss_mask(batch.samples, x0))
+        weighted = self.weights.to(device)[t] * losses.mse
+        each = weighted + self.bound_weight * losses.variational_bound
+
+        parts = by_timestep(weighted, t, self.loss.steps)
+        if output.shape[1] > x0.shape[1]:
+            parts["bound"] = losses.variational_bound
+        labels = [sample.labels for sample in batch.samples if sample.labels is not None]
+        if self.label_head is not None and self.training and len(labels) == count:
+            wrong = self.label_head(torch.stack(labels).to(device))
+            each = each + self.label_weight(batch.step) * wrong
+            parts["labels"] = wrong
+        return Loss(each, parts)
+
+    def sample_timesteps(self, count: int, random: Randomness) -> Tensor:
+        if self.timesteps == "uniform":
+            return random.integers(self.loss.steps, [count])
+        return (random.stratified(count) * self.loss.steps).long().clamp(max=self.loss.steps - 1)
+
+    def micro_conditions(self, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor] | None:
+        """The original size [B, 2] in pixels and the aspect ratio [B, 1] of the training size, for alpha at 1024 px."""
+        if not self.transformer.use_additional_conditions:
+            return None
+        sizes, ratios = [], []
+        for sample in samples:
+            shown = sample.image if sample.image is not None else sample.posterior[0]  # type: ignore[index]
+            height, width = shown.shape[-2:]
+            sizes.append(sample.size or (height, width))
+            ratios.append([height / width])
+        return {
+            "resolution": torch.tensor(sizes, dtype=torch.float32, device=device),
+            "aspect_ratio": torch.tensor(ratios, dtype=torch.float32, device=device),
+        }
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.transformer.transformer_blocks)
+
+    def export(self, folder: Path) -> None:
+        """The models that were trained, each in its folder."""
+        for name in ("transformer", "text_encoder"):
+            model: Any = getattr(self, name)
+            if model is not None and any(p.requires_grad for p in model.parameters()):
+                model.save_pretrained(folder / name)
+
+
+def by_timestep(losses: Tensor, t: Tensor, steps: int, buckets: int = 4) -> dict[str, Tensor]:
+    """Losses [B] by buckets of their timestep, for the log: layout and color are decided at high noise."""
+    edges = [steps * i // buckets for i in range(buckets + 1)]
+    losses = losses.detach()
+    return {
+        f"t{low}_{high}": torch.where((t >= low) & (t < high), losses, torch.nan)
+        for low, high in itertools.pairwise(edges)
+    }
+
+
+def loss_mask(samples: Sequence[Sample], x0: Tensor) -> Tensor | None:
+    """The samples' masks at the size of latents [B, C, H, W]: [B, 1, H, W]; None if none has any."""
+    if all(sample.loss_mask is None for sample in samples):
+        return None
+    size = (x0.shape[-2], x0.shape[-1])
+    blank = torch.ones(1, *size)
+    masks = [blank if s.loss_mask is None else F.adaptive_avg_pool2d(s.loss_mask, size) for s in samples]
+    return torch.stack(masks).to(x0)
+
+
+def initialize(transformer: PixArtTransformer2DModel) -> None:
+    """Initialize as DiT (2212.09748, section 3.2) and PixArt-α: the gates make every block the identity.
+
+    The caption projection preserves variance instead of using DiT's standard deviation of 0.02, with which a text of
+    few channels would be so faint that attention to it stays uniform for thousands of steps.
+    """
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = transformer.pos_embed.proj
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+    for name, parameter in transformer.named_parameters():
+        if "timestep_embedder" in name or name == "adaln_single.linear.weight":
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+        elif ".attn2.to_out.0." in name or name.startswith("proj_out"):
+            nn.init.zeros_(parameter)

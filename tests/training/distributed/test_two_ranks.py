@@ -1,0 +1,152 @@
+"""Training on two processes is the same run as on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impasto.training.data.sample import Batch, Sample, cut
+from impasto.training.distributed.processes import ALONE, Processes, joined
+from impasto.training.loop import train
+from impasto.training.objectives.base import Loss, Objective
+from impasto.training.objectives.diffusion_loss import DiffusionLoss
+from impasto.training.randomness import Randomness
+
+from ...tiny import tiny_transformer
+from ..runs import rows, settings
+from .ranks import in_ranks
+
+
+class Denoise(Objective):
+    """The denoising loss of latents and text features, with a head that some batches leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = tiny_transformer()
+        self.loss = DiffusionLoss(torch.linspace(1e-4, 0.02, 1000))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.head = nn.Linear(32, 1)
+            self.encoder = nn.Linear(32, 32)
+        self.freeze(self.encoder)
+
+    @property
+    def blocks(self) -> Any:
+        return self.transformer.transformer_blocks
+
+    def forward(self, batch: Batch, random: Randomness) -> Loss:
+        x0 = torch.stack([sample.extra["latents"] for sample in batch.samples])
+        text = self.encoder(torch.stack([sample.extra["text"] for sample in batch.samples]))
+        t = random.integers(1000, [len(x0)])
+        noise = random.normal(x0.shape)
+        xt = self.loss.add_noise(x0, noise, t)
+        output = self.transformer(xt, self.transformer.encode_context(text), self.transformer.modulate(t)).sample
+        each = self.loss(output, x0, noise, xt, t).mse
+        if batch.step % 2:
+            each = each + self.head(text).square().mean((1, 2))
+        return Loss(each, {"t": t.float()})
+
+
+class Fixed:
+    """Batches of 5, 3 and 1 samples, of different weights."""
+
+    def batch(self, step: int, rank: int, world: int) -> Batch:
+        count = (5, 3, 1)[step % 3]
+        start, end = cut([1] * count, rank, world)
+        largest = max(b - a for a, b in (cut([1] * count, r, world) for r in range(world)))
+        samples = [self.sample(step, i) for i in range(start, end)]
+        if not samples:
+            samples = [self.sample(step, 0)]
+            samples[0].weight = 0.0
+        return Batch(samples, start, count, step, largest)
+
+    def sample(self, step: int, place: int) -> Sample:
+        generator = torch.Generator().manual_seed(100 * step + place)
+        extra = {"latents": torch.randn(4, 4, 4, generator=generator), "text": torch.randn(3, 32, generator=generator)}
+        return Sample(weight=1.0 + place, extra=extra)
+
+
+STEPS = 20
+
+
+def run(folder: Path, processes: Processes = ALONE, steps: int = STEPS, **changes: Any) -> dict[str, Tensor]:
+    objective = Denoise()
+    given: dict[str, Any] = {
+        "optimizer": {"name": "adamw"},
+        "ema": 0.9,
+        "log_every": 1,
+        "checkpoints": {"every": 7},
+        "clip": 0.5,
+    }
+    given["precision"], given["schedule"] = "float32", {"kind": "constant"}
+    checked: dict[str, float] = {}
+
+    def check(step: int) -> dict[str, float]:
+        x = torch.ones(1, 4, 4, 4)
+        out = objective.transformer(x, torch.ones(1, 2, 32), torch.tensor([500])).sample
+        checked[str(step)] = float(out.square().mean())
+        return {"check": checked[str(step)]}
+
+    train(objective, Fixed(), settings(steps, **{**given, "micro_batch": 2, **changes}), folder, check, processes)
+    return {name: p.detach() for name, p in objective.named_parameters()} if processes.is_main else {}
+
+
+def work(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with joined() as processes:
+        for kind in ("ddp", "fsdp"):
+            processes.parallel = kind  # type: ignore[assignment]
+            found[kind] = run(folder / kind, processes)
+        run(folder / "went on by two", processes)  # from the checkpoint that one process wrote
+        processes.parallel = "fsdp"
+        run(folder / "begun by two", processes, steps=7)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, Tensor]:
+    return run(folder / "alone")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
+    run(folder / "went on by two", steps=7)
+    found: dict[str, Any] = in_ranks(work, folder / "results", folder)[0]
+    return found
+
+
+def compare(folder: Path, name: str) -> None:
+    logs = [rows(folder / each) for each in ("alone", name)]
+    assert [row["step"] for row in logs[1]] == list(range(1, STEPS + 1))
+    for one, other in zip(*logs, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "images_per_second", "utilization"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (key, one["step"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_equal_one_process(
+    kind: str, folder: Path, found: dict[str, Any], expected: dict[str, Tensor]
+) -> None:
+    compare(folder, kind)
+    assert found[kind].keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[kind][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_two_ranks_go_on_where_one_process_was(folder: Path, found: dict[str, Any]) -> None:
+    compare(folder, "went on by two")
+
+
+def test_one_process_goes_on_where_two_ranks_were(folder: Path, found: dict[str, Any]) -> None:
+    run(folder / "begun by two")
+    compare(folder, "begun by two")

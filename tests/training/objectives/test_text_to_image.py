@@ -1,0 +1,257 @@
+"""Training of a tiny PixArt transformer with a tiny text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impasto.errors import InputError
+from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.training.config import Settings
+from impasto.training.data.sample import Batch, Sample
+from impasto.training.loop import train as run
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.diffusion_loss import DiffusionLoss
+from impasto.training.objectives.labels import LabelHead
+from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
+from impasto.training.objectives.texts import Texts
+from impasto.training.randomness import Randomness
+from impasto.transforms.token_routing import route_tokens
+
+from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
+from ..runs import rows, settings, stored
+
+BETAS = torch.linspace(1e-4, 0.02, 1000)
+Models = tuple[PixArtTransformer2DModel, nn.Module]
+
+
+def plan(steps: int, **changes: Any) -> Settings:
+    return settings(steps, **{"log_every": 1, **changes})
+
+
+def flat(step: int, size: int = 8) -> Batch:
+    """Flat latents whose sign the caption gives."""
+    kind = torch.randint(2, (size,), generator=torch.Generator().manual_seed(step)).tolist()
+    samples = [
+        Sample(posterior=(torch.full((4, 8, 8), 2.0 * k - 1), torch.zeros(4, 8, 8)), caption=("red", "blue cube")[k])
+        for k in kind
+    ]
+    return Batch(samples, 0, size, step)
+
+
+def labelled(step: int) -> Batch:
+    batch = flat(step)
+    for sample in batch.samples:
+        assert sample.posterior is not None
+        kind = (sample.posterior[0][:1] > 0).long()  # [1, H, W]
+        sample.labels = torch.cat([kind, 2 * kind])
+    return batch
+
+
+def models(seed: int = 0) -> Models:
+    transformer = tiny_transformer(seed)
+    initialize(transformer)
+    return transformer, tiny_text_encoder(num_layers=1, seed=seed)
+
+
+def objective(parts: Models, kind: str = "v_prediction", **options: Any) -> TextToImage:
+    given: dict[str, Any] = {"bound_weight": 0.02, "timesteps": "stratified", "weighting": "velocity", **options}
+    texts = Texts(tiny_tokenizer(), parts[1], tokens=8)
+    return TextToImage(parts[0], texts, Latents({}), DiffusionLoss(BETAS, kind), **given)
+
+
+def train(
+    parts: Models,
+    settings: Settings,
+    folder: Path,
+    check: Callable[[int], Mapping[str, float]] | None = None,
+    batch: Callable[[int], Batch] = flat,
+    **options: Any,
+) -> None:
+    run(objective(parts, **options), ByStep(batch), settings, folder, check)
+
+
+def named(parts: Models) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": parameter
+        for part, model in zip(("transformer", "text_encoder"), parts, strict=True)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
+    parts = models()
+    before = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
+    train(parts, plan(100, optimizer={"rate": 3e-3}, log_every=5), tmp_path)
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [float(step) for step in range(5, 101, 5)]
+    assert log[-1]["loss"] < 0.35 * log[0]["loss"]
+    for band in ("t0_250", "t250_500", "t500_750", "t750_1000"):
+        assert 0 < log[-1][band] < log[0][band]
+    changed = {name for name, parameter in named(parts).items() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("text_encoder.") for name in changed)
+    assert any(".attn2." in name for name in changed)
+
+
+def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
+    parts = models()
+    train(parts, plan(5), tmp_path)
+    state = stored(tmp_path)
+    for name, parameter in named(parts).items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, state[f"ema.{name}"]), name
+    assert any(not torch.equal(state[f"ema.{name}"], state[f"models.{name}"]) for name in named(parts))
+    assert not any(model.training for model in parts)
+
+
+def test_a_finished_run_only_gives_its_averages_back(tmp_path: Path) -> None:
+    def refuse(step: int) -> Batch:
+        raise AssertionError("there is no step left")
+
+    first, second = models(), models(seed=1)
+    train(first, plan(2), tmp_path)
+    train(second, plan(2), tmp_path, batch=refuse)
+    for (name, a), b in zip(named(first).items(), named(second).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_models_hold_their_averages_while_they_are_checked(tmp_path: Path) -> None:
+    parts = models()
+    kept: dict[int, dict[str, Tensor]] = {}
+
+    def check(step: int) -> dict[str, float]:
+        kept[step] = {name: parameter.detach().clone() for name, parameter in named(parts).items()}
+        assert not any(model.training for model in parts)
+        assert not torch.is_grad_enabled()
+        return {"checked": step / 2}
+
+    train(parts, plan(5, checkpoints={"every": 2}), tmp_path, check)
+    assert list(kept) == [2, 4, 5]
+    assert [row.get("checked") for row in rows(tmp_path)] == [None, 1, None, 2, 2.5]
+    averages = {name: tensor for name, tensor in stored(tmp_path).items() if name.startswith("ema.")}
+    assert len(averages) == len(kept[5])
+    for name, average in ((name.removeprefix("ema."), tensor) for name, tensor in averages.items()):
+        assert average.dtype == kept[5][name].dtype == torch.float32
+        assert torch.equal(average, kept[5][name]), name
+
+
+def test_a_dropped_caption_is_the_empty_one_with_its_own_mask() -> None:
+    encoder = tiny_text_encoder(num_layers=1)
+    samples = [Sample(caption="A red cube "), Sample(caption="a")]
+    kept, dropped = (torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+    for trained in (False, True):
+        encoder.requires_grad_(trained)
+        texts = Texts(tiny_tokenizer(), encoder, tokens=8)
+        ids = [tiny_tokenizer()(text).input_ids for text in ("a red cube", "a", "")]
+        assert texts(samples, kept).mask.sum(1).tolist() == [len(ids[0]), len(ids[1])]
+        gone = texts(samples, dropped)
+        assert gone.mask.tolist() == [[1], [1]]
+        with torch.no_grad():
+            empty = encoder(torch.tensor([ids[2]])).last_hidden_state[0]  # </s> alone
+        torch.testing.assert_close(gone.embeds[0], empty)
+        mixed = texts(samples, torch.tensor([False, True]))
+        assert mixed.mask.sum(1).tolist() == [len(ids[0]), 1]
+        torch.testing.assert_close(mixed.embeds[1, :1], empty)
+
+
+def test_stored_features_are_those_of_the_encoder() -> None:
+    encoder = tiny_text_encoder(num_layers=1).requires_grad_(False)
+    live = Texts(tiny_tokenizer(), encoder, tokens=8)
+    samples = [Sample(caption="a red cube"), Sample(caption="blue")]
+    dropped = torch.tensor([True, False])
+    expected = live(samples, torch.zeros(2, dtype=torch.bool))
+    stored = [Sample(text=row[: int(mask.sum())]) for row, mask in zip(*expected)]
+    for drop in (dropped, ~dropped):
+        for texts in (live, Texts(None, None, tokens=8, empty=live._empty())):
+            given = live(samples, drop)
+            found = texts(stored, drop)
+            assert torch.equal(found.mask, given.mask)
+            torch.testing.assert_close(found.embeds * found.mask[..., None], given.embeds * given.mask[..., None])
+    with pytest.raises(InputError, match="empty caption"):
+        Texts(None, None, tokens=8)(stored, dropped)
+
+
+def test_about_the_share_of_captions_is_dropped() -> None:
+    parts = models()
+    seen: list[Tensor] = []
+    trained = objective(parts, caption_dropout=0.1)
+    texts = trained.texts
+    trained.texts = lambda samples, dropped: (seen.append(dropped), texts(samples, dropped))[1]  # type: ignore
+    for step in range(5):
+        trained(flat(step, 200), Randomness(0, step))
+    assert 0.07 < float(torch.cat(seen).float().mean()) < 0.13
+
+
+def test_initialize_makes_the_output_zero_and_leaves_text_without_effect() -> None:
+    transformer = tiny_transformer()
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "timestep": torch.tensor([3, 900]),
+    }
+    with torch.no_grad():
+        assert float(transformer(**inputs).sample.abs().max()) > 0
+        initialize(transformer)
+        assert float(transformer(**inputs).sample.abs().max()) == 0
+        nn.init.normal_(transformer.proj_out.weight)
+        first = transformer(**inputs).sample
+        second = transformer(**{**inputs, "encoder_hidden_states": torch.randn(2, 5, 32)}).sample
+    assert float(first.abs().max()) > 0
+    assert torch.equal(first, second)
+
+
+def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trace(tmp_path: Path) -> None:
+    parts = models()
+    names = set(parts[0].state_dict())
+    head = LabelHead(parts[0], 0, (2, 3))
+    train(parts, plan(60, optimizer={"rate": 3e-3}), tmp_path, batch=labelled, label_head=head)
+    head.hook.remove()
+    log = rows(tmp_path)
+    assert log[0]["labels"] == pytest.approx(torch.tensor([2.0, 3.0]).log().sum().item(), rel=0.3)
+    assert log[-1]["labels"] < 0.3 * log[0]["labels"]
+    assert set(parts[0].state_dict()) == names
+    assert any(name.startswith("models.label_head.") for name in stored(tmp_path))
+
+
+def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
+    transformer = tiny_transformer()
+    head = LabelHead(transformer.train(), 0, (2, 3))
+    torch.nn.init.zeros_(head.read.weight)
+    torch.nn.init.zeros_(head.read.bias)
+    head.read.bias.data.view(2, 2, 5)[0, 1, 0] = 50.0  # in the upper right of each patch, sure of the first class
+    with torch.no_grad():
+        transformer(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.tensor([3]))
+    labels = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
+    expected = torch.tensor([0.75 * torch.tensor(2.0).log(), torch.tensor(3.0).log()]).sum()
+    torch.testing.assert_close(head(labels), expected.view(1))
+
+
+def test_an_unknown_prediction_type_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prediction_type"):
+        train(models(), plan(1), tmp_path, kind="flow")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_both_predictions_learn(kind: str, tmp_path: Path) -> None:
+    train(models(), plan(30, optimizer={"rate": 3e-3}), tmp_path, kind=kind)
+    log = rows(tmp_path)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+
+
+def test_token_routing_at_rate_zero_is_plain_and_evaluation_always_is() -> None:
+    def losses(rate: float | None, training: bool) -> Tensor:
+        transformer = tiny_transformer(num_layers=3)
+        routing = None if rate is None else route_tokens(transformer, 1, 2, rate)
+        one = objective((transformer, tiny_text_encoder(num_layers=1)), routing=routing)
+        torch.manual_seed(0)  # of the dropout of the text encoder
+        each: Tensor = one.train(training)(flat(0), Randomness(0, 0)).each
+        return each
+
+    for training in (True, False):
+        assert torch.equal(losses(0.0, training), losses(None, training))
+        assert torch.equal(losses(0.5, training), losses(None, training)) is not training
