@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import InputError
 from .adapters import add_adapters
@@ -18,6 +19,7 @@ from .configuration import (
     Configuration,
     DataSettings,
     SourceSettings,
+    TextEncoderSettings,
     TextToImageSettings,
 )
 from .data.buckets import Buckets, sizes_of
@@ -33,6 +35,8 @@ from .distributed.processes import ALONE, Processes
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.labels import LabelHead
+from .objectives.text_encoder import SlotReader, WarmStart
 from .objectives.text_to_image import Latents, TextToImage
 from .objectives.texts import Texts
 from .validation import Validation, measure
@@ -91,8 +95,19 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     """The objective of a configuration on its models."""
     settings = configuration.objective
     if isinstance(settings, AutoencoderSettings):
-        return Autoencoder(components.vae, settings.kl_weight, settings.l1_weight)
+        weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
+        return Autoencoder(components.vae, *weights)
+    if isinstance(settings, TextEncoderSettings):
+        return _text_encoder(configuration.seed, settings, components)
     return _text_to_image(configuration, settings, components)
+
+
+def _text_encoder(seed: int, settings: TextEncoderSettings, models: Components) -> WarmStart:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        reader = SlotReader(models.text_encoder.config.d_model, settings.slots, settings.classes)
+    texts = Texts(models.tokenizer, models.text_encoder, settings.tokens or models.family.text_tokens)
+    return WarmStart(models.text_encoder, reader.to(models.text_encoder.device), texts.tokenize)
 
 
 def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
@@ -106,6 +121,8 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         clean=settings.clean_captions,
     )
     config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
+    labels = settings.labels
+    head = None if labels is None else LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
     objective = TextToImage(
         models.transformer,
         texts,
@@ -115,6 +132,8 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         timesteps=settings.timesteps,
         weighting=settings.weighting,
         bound_weight=settings.bound_weight,
+        label_head=head,
+        label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
     )
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
     if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
