@@ -83,9 +83,7 @@ def read_settings(folder: Path) -> CacheSettings:
         if settings.version != _VERSION or Views(settings.crop, settings.flip).count is None:  # type: ignore[arg-type]
             raise ValueError(f"version {settings.version}")
     except FileNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{folder} is no cache: no {SETTINGS}; make it with impasto cache"
-        ) from error
+        raise CheckpointNotFoundError(f"{folder} is no cache: no {SETTINGS}; make it with impasto cache") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not that of a cache of this version: {shown(str(error))}") from error
     return settings
