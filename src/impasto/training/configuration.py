@@ -82,12 +82,16 @@ class ModelSettings(Section):
     scheduler: dict[str, Any] = Field(default_factory=dict)
 
 
+OWN_KINDS = ("folder", "shards", "cache")
+
+
 class SourceSettings(Section):
     """Where samples come from.
 
     Attributes:
-        kind: ``folder`` of images with captions, or one that this program adds, such as ``scenes``.
-        path: of the folder.
+        kind: ``folder`` of images with captions; ``shards`` of webdataset; ``cache``, made by ``impasto cache``; or one
+            that this program adds, such as ``scenes``.
+        path: of the folder or file.
         repeats: how often an epoch has each sample; fractions are allowed.
         share: of this source in an epoch, in any unit, in place of ``repeats``: of all sources, or of none.
         weight: of each sample's loss.
@@ -116,10 +120,10 @@ class SourceSettings(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> SourceSettings:
-        if self.kind == "folder" and self.path is None:
-            raise ValueError("a folder needs its path")
-        if self.kind == "folder" and self.options:
-            raise ValueError("options are for kinds other than folder")
+        if self.kind in OWN_KINDS and self.path is None:
+            raise ValueError(f"a source of the kind {self.kind} needs its path")
+        if self.kind in OWN_KINDS and self.options:
+            raise ValueError(f"options are for kinds other than {', '.join(OWN_KINDS)}")
         return self
 
 
@@ -159,6 +163,32 @@ class DataSettings(Section):
         return self
 
 
+class AdapterSettings(Section):
+    """An adapter is trained, and the models under it are frozen.
+
+    Attributes:
+        rank: of the transformer's, and of the text encoder's if it has one.
+        alpha: its scale is alpha / rank; equal to the rank unless given.
+        targets: the layers, by the last parts of their names.
+        text_encoder_rate: its own learning rate.
+        base: the weights under it: as loaded, or quantized.
+    """
+
+    kind: Literal["lora", "rslora", "dora", "lokr", "loha"] = "lora"
+    rank: Count = 16
+    alpha: Positive | None = None
+    dropout: Share = 0.0
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
+    )
+    text_encoder_rank: Count | None = None
+    text_encoder_rate: Positive | None = None
+    text_encoder_targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q", "k", "v", "o"]
+    )
+    base: Literal["plain", "int8", "nf4"] = "plain"
+
+
 class ValidationSettings(Section):
     """Measured with each checkpoint on the averages: the loss of a fixed set of (image, noise, timestep).
 
@@ -187,16 +217,32 @@ class Configuration(Settings):
 
     Attributes:
         output: the folder of the run.
+        parallel: how processes that ``torchrun`` started divide the work.
         validation, samples: None for none.
         checks: further measures that this program adds, by name, with their options.
         export: what the result has: the ``trained`` models, or the whole ``pipeline``.
     """
 
     output: str | None = None
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     objective: ObjectiveSettings = TextToImageSettings()
     models: ModelSettings = ModelSettings()
+    adapter: AdapterSettings | None = None
     data: DataSettings
     validation: ValidationSettings | None = None
     samples: SampleSettings | None = None
     checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     export: Literal["trained", "pipeline"] = "trained"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Configuration:
+        sources = [
+            *self.data.sources,
+            *([self.validation.source] if self.validation and self.validation.source else []),
+        ]
+        cached = any(source.kind == "cache" for source in sources)
+        if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
+            raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        if self.adapter is not None and self.export == "pipeline":
+            raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
+        return self

@@ -84,7 +84,7 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes)
         raise _as_error(error, f"{folder} cannot be read", CheckpointError) from error
     with torch.no_grad():
         for name, tensor in into.items():
-            if not is_plain_tensor(local(tensor)):
+            if not is_plain_tensor(local(tensor)) or not local(tensor).is_contiguous():
                 local(tensor).copy_(local(stored[name]))
 
 
@@ -137,7 +137,7 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _dense(tensor: Tensor) -> Tensor:
     shard: Any = local(tensor)
     if is_plain_tensor(shard):
-        return tensor
+        return tensor if shard.is_contiguous() else tensor.contiguous()  # channels last, say
     dense: Tensor = shard.dequantize()
     if not isinstance(tensor, DTensor):
         return dense

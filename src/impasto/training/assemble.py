@@ -1,0 +1,239 @@
+"""Configuration -> objective, data and checks: the one place that connects them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .components import Components, load
+from .configuration import (
+    OWN_KINDS,
+    AutoencoderSettings,
+    Configuration,
+    DataSettings,
+    SourceSettings,
+    TextToImageSettings,
+)
+from .data.buckets import Buckets, sizes_of
+from .data.cached import CachedSource
+from .data.folders import FolderSource
+from .data.images import Reading
+from .data.loader import Data
+from .data.order import Order
+from .data.sample import Sample, Source
+from .data.shards import ShardSource
+from .data.views import Views
+from .distributed.processes import ALONE, Processes
+from .objectives.autoencoder import Autoencoder
+from .objectives.base import Objective
+from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.text_to_image import Latents, TextToImage
+from .objectives.texts import Texts
+from .validation import Validation, measure
+
+#: Makes a source from its options. Programs add kinds of sources by name.
+MakeSource = Callable[[dict[str, Any]], Source]
+#: Measures a pipeline, given the options of the check.
+Check = Callable[[Any, dict[str, Any]], Mapping[str, float]]
+
+
+@dataclass
+class Assembled:
+    """All that the loop needs."""
+
+    objective: Objective
+    data: Data
+    components: Components
+    check: Callable[[int], Mapping[str, float]] | None
+
+
+def assemble(
+    configuration: Configuration,
+    folder: Path,
+    sources: Mapping[str, MakeSource] | None = None,
+    checks: Mapping[str, Check] | None = None,
+    processes: Processes = ALONE,
+) -> Assembled:
+    """Load the models and open the data of a configuration.
+
+    Args:
+        folder: of the run.
+        sources, checks: further kinds of sources, and measures of a pipeline, by name.
+        processes: those that train together.
+
+    Raises:
+        InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
+    """
+    unknown = [name for name in configuration.checks if name not in (checks or {})]
+    if unknown:
+        raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
+    data, validation = open_data(configuration, sources or {})
+    components = load(configuration, processes.device)
+    components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
+    objective = make_objective(configuration, components)
+    images = folder / "samples" if processes.is_main else None
+    check = _checks(configuration, components, objective, validation, images, checks or {})
+    return Assembled(objective, data, components, check)
+
+
+# --- objectives ---
+
+
+def make_objective(configuration: Configuration, components: Components) -> Objective:
+    """The objective of a configuration on its models."""
+    settings = configuration.objective
+    if isinstance(settings, AutoencoderSettings):
+        return Autoencoder(components.vae, settings.kl_weight, settings.l1_weight)
+    return _text_to_image(configuration, settings, components)
+
+
+def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
+    prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
+    texts = Texts(
+        models.tokenizer,
+        models.text_encoder,
+        settings.tokens or models.family.text_tokens,
+        models.empty_text,
+        static=configuration.compile or models.transformer.device.type != "cpu",
+        clean=settings.clean_captions,
+    )
+    config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
+    objective = TextToImage(
+        models.transformer,
+        texts,
+        Latents(config, models.vae),
+        DiffusionLoss(models.scheduler.betas, prediction),
+        caption_dropout=settings.caption_dropout,
+        timesteps=settings.timesteps,
+        weighting=settings.weighting,
+        bound_weight=settings.bound_weight,
+    )
+    if models.text_encoder is not None and not configuration.models.text_encoder.train:
+        objective.freeze(models.text_encoder)
+    return objective
+
+
+# --- data ---
+
+
+def open_data(configuration: Configuration, kinds: Mapping[str, MakeSource]) -> tuple[Data, Validation | None]:
+    """The training data, and the validation data if there is any."""
+    settings, wanted = configuration.data, configuration.validation
+    buckets = buckets_of(settings)
+    opened = [open_source(source, kinds) for source in settings.sources]
+    held: Source | None = None
+    if wanted is not None and wanted.source is not None:
+        held = open_source(wanted.source, kinds)
+    elif wanted is not None:
+        opened, held = hold_out(opened, wanted.count)
+    given = [source.share for source in settings.sources]
+    shares = None if any(share is None for share in given) else [share or 0.0 for share in given]
+    repeats = None if shares else [source.repeats or 1.0 for source in settings.sources]
+    order = Order(
+        opened, buckets, settings.batch_size, configuration.seed, repeats, shares, pack_pixels=settings.pack_pixels
+    )
+    data = Data(order, opened, settings.workers, settings.max_broken)
+    if wanted is None or held is None:
+        return data, None
+    return data, Validation.read(held, buckets, wanted.count, wanted.batch_size)
+
+
+def buckets_of(settings: DataSettings) -> Buckets:
+    """The sizes to train at."""
+    if settings.base is not None:
+        return Buckets.of_base(settings.base, settings.max_upscale, settings.max_crop)
+    assert settings.sizes is not None
+    return Buckets(sizes_of(settings.sizes), settings.max_upscale, settings.max_crop)
+
+
+def open_source(settings: SourceSettings, kinds: Mapping[str, MakeSource]) -> Source:
+    """One source of samples."""
+    if settings.kind in kinds:
+        return kinds[settings.kind](settings.options)
+    if settings.kind not in OWN_KINDS:
+        raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
+    assert settings.path is not None
+    if settings.kind == "cache":
+        return CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+    reading = Reading(
+        Views(settings.crop, settings.flip),
+        caption=settings.caption,
+        needs_caption=settings.needs_caption,
+        real_prompt_ratio=settings.real_prompt_ratio,
+        background=settings.background,
+        weight=settings.weight,
+    )
+    if settings.kind == "shards":
+        return ShardSource(settings.path, reading)
+    return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix)
+
+
+class Part:
+    """Some of the samples of a source, or of several."""
+
+    def __init__(self, places: Sequence[tuple[Source, int]]):
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def size(self, index: int) -> tuple[int, int]:
+        source, inside = self.places[index]
+        return source.size(inside)
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        source, inside = self.places[index]
+        return source.read(inside, target, rng)
+
+
+def hold_out(sources: Sequence[Source], count: int) -> tuple[list[Source], Source]:
+    """The sources without ``count`` of their samples, evenly spread, and these.
+
+    Raises:
+        InputError: there are too few samples.
+    """
+    places = [(source, index) for source in sources for index in range(len(source))]
+    if 2 * count > len(places):
+        raise InputError(
+            f"validation: {count} of {len(places)} samples would be held out, which is more than half; lower its count "
+            f"or give it a source"
+        )
+    held = {len(places) * i // count for i in range(count)}
+    kept: dict[int, list[tuple[Source, int]]] = {id(source): [] for source in sources}
+    for number, place in enumerate(places):
+        if number not in held:
+            kept[id(place[0])].append(place)
+    return [Part(kept[id(source)]) for source in sources], Part([places[number] for number in sorted(held)])
+
+
+# --- checks ---
+
+
+def _checks(
+    configuration: Configuration,
+    components: Components,
+    objective: Objective,
+    validation: Validation | None,
+    images: Path | None,
+    checks: Mapping[str, Check],
+) -> Callable[[int], Mapping[str, float]] | None:
+    """All that is measured with each checkpoint."""
+    if validation is None and configuration.samples is None and not configuration.checks:
+        return None
+
+    def check(step: int) -> Mapping[str, float]:
+        values: dict[str, float] = {}
+        if validation is not None:
+            values |= measure(objective, validation)
+        if configuration.samples is not None:
+            components.write_samples(configuration.samples, images, step)
+        for name, options in configuration.checks.items():
+            values |= checks[name](components.pipeline(), options)
+        return values
+
+    return check

@@ -1,0 +1,161 @@
+"""The models that a configuration names, loaded or new."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import hub
+from ..checkpoints.layout import INDEX_NAME
+from ..errors import ConfigurationError
+from ..family import ALPHA, SIGMA, Family
+from ..files import make_folder
+from ..memory.inspection import resolve_pipeline
+from ..models.autoencoder.model import AutoencoderKL
+from ..models.pixart.model import PixArtTransformer2DModel
+from ..pipelines.image_files import save_image
+from ..pipelines.loading import load_component
+from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
+from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings
+from .masters import working_dtype
+from .objectives.text_to_image import initialize
+
+
+@dataclass
+class Components:
+    """Those of a pipeline; what a run does not need is None."""
+
+    family: Family
+    transformer: Any = None
+    vae: Any = None
+    text_encoder: Any = None
+    tokenizer: Any = None
+    scheduler: Any = None
+    empty_text: Tensor | None = None  # stored features of the empty caption
+
+    def pipeline(self) -> Any:
+        """A pipeline of the live models."""
+        from ..pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+
+        cls = PixArtAlphaPipeline if self.family is ALPHA else PixArtSigmaPipeline
+        pipe = cls(self.tokenizer, self.text_encoder, self.vae, self.transformer, self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def write_samples(self, settings: SampleSettings, folder: Path | None, step: int) -> None:
+        """Generate images of fixed prompts with fixed seeds, and write them as PNG files if there is a folder."""
+        generators = [torch.Generator().manual_seed(i) for i in range(len(settings.prompts))]
+        images = self.pipeline()(
+            settings.prompts,
+            generator=generators,
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.steps,
+            height=settings.height,
+            width=settings.width,
+        ).images
+        if folder is not None:
+            make_folder(folder)
+            for i, image in enumerate(images):
+                save_image(image, folder / f"step-{step:08d}-{i}.png")
+
+
+def load(configuration: Configuration, device: torch.device) -> Components:
+    """Load or make the models of a run.
+
+    New weights depend on the seed alone.
+
+    Raises:
+        ConfigurationError: a model that is needed is not named.
+        CheckpointError: a folder is not one of a model, or weights do not fit its config.
+    """
+    models = configuration.models
+    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    reader = _Reader(configuration, device)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(configuration.seed)
+        if isinstance(configuration.objective, AutoencoderSettings):
+            found.vae = reader.vae(models.vae, trained=True)
+            return found
+        found.tokenizer = reader.tokenizer()
+        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
+        found.transformer = reader.transformer(models.transformer)
+        found.vae = reader.vae(models.vae, trained=False)
+        found.scheduler = reader.scheduler()
+    return found
+
+
+class _Reader:
+    def __init__(self, configuration: Configuration, device: torch.device):
+        self.models, self.device = configuration.models, device
+        self.dtype = working_dtype(configuration.precision, device)
+        self.pipeline: Path | None = None
+        if self.models.pipeline is not None:
+            resolve_pipeline(self.models.pipeline)  # it is one
+            self.pipeline = hub.resolve(self.models.pipeline)
+
+    def folder(self, name: str, settings: ComponentSettings) -> Path | None:
+        """Where a component is stored; None if it is new."""
+        if settings.start_from is not None:
+            root = hub.resolve(settings.start_from)
+            return root / name if (root / INDEX_NAME).exists() or (root / name).is_dir() else root
+        if self.pipeline is not None and not settings.config:
+            return self.pipeline / name
+        if settings.config:
+            return None
+        raise ConfigurationError(
+            f"models.{name} is not given: set models.pipeline, or models.{name}.start_from, or its config for a new one"
+        )
+
+    def transformer(self, settings: ComponentSettings) -> Any:
+        folder = self.folder("transformer", settings)
+        if folder is None:
+            model = PixArtTransformer2DModel(**settings.config)
+            initialize(model)
+        else:
+            model = PixArtTransformer2DModel.from_pretrained(folder, **settings.config)
+        if settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model.to(self.device)
+
+    def vae(self, settings: ComponentSettings, trained: bool) -> Any:
+        folder = self.folder("vae", settings)
+        if folder is None:
+            model = AutoencoderKL(**settings.config)
+        else:
+            model = AutoencoderKL.from_pretrained(folder, **settings.config)
+        if settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        dtype = torch.float32 if trained or self.dtype == torch.float16 else self.dtype
+        channels_last: Any = {"memory_format": torch.channels_last}
+        return model.to(self.device, dtype).to(**channels_last)
+
+    def tokenizer(self) -> Any:
+        from ..checkpoints.foreign.from_transformers import load_reader
+
+        if self.models.tokenizer is not None:
+            root = hub.resolve(self.models.tokenizer)
+            return load_reader("T5Tokenizer", root / "tokenizer" if (root / "tokenizer").is_dir() else root)
+        if self.pipeline is None:
+            raise ConfigurationError("models.tokenizer is not given; set it, or models.pipeline")
+        return load_reader("T5Tokenizer", self.pipeline / "tokenizer")
+
+    def text_encoder(self, settings: ComponentSettings, tokenizer: Any) -> Any:
+        folder = self.folder("text_encoder", settings)
+        if folder is None:
+            from transformers import T5Config, T5EncoderModel
+
+            model: Any = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **settings.config))
+        else:
+            dtype = torch.float32 if settings.train else self.dtype
+            model = load_component(["transformers", "T5EncoderModel"], folder, dtype, None, None)
+        return model.to(self.device)
+
+    def scheduler(self) -> Any:
+        if self.pipeline is None:
+            return DPMSolverMultistepScheduler(**self.models.scheduler)
+        config = DPMSolverMultistepScheduler.load_config(self.pipeline / "scheduler")
+        return DPMSolverMultistepScheduler.from_config(config, **self.models.scheduler)

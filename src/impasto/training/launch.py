@@ -1,0 +1,63 @@
+"""A run from its configuration: assembled, trained or resumed, and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import make_folder, write_file
+from . import checkpoints
+from .assemble import Assembled, Check, MakeSource, assemble
+from .configuration import Configuration
+from .distributed.processes import joined
+from .loop import train
+from .recipe_files import text_of
+
+
+def launch(
+    configuration: Configuration,
+    folder: Path,
+    resume: bool = False,
+    sources: Mapping[str, MakeSource] | None = None,
+    checks: Mapping[str, Check] | None = None,
+) -> int | None:
+    """Train what a configuration describes; the result is in ``folder/result``.
+
+    Started by ``torchrun``, the process joins the others.
+
+    Args:
+        resume: continue the run in ``folder`` from its last checkpoint, if it has one.
+        sources, checks: further kinds of sources, and measures of a pipeline, by name.
+
+    Returns:
+        None, or the signal that ended the run early, with a checkpoint.
+
+    Raises:
+        InputError: the folder has a run already, and ``resume`` is False.
+        CheckpointError: the run in it has other settings.
+    """
+    last = checkpoints.latest(folder)
+    if last is not None and not resume:
+        raise InputError(
+            f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
+        )
+    with joined(configuration.parallel) as processes:
+        assembled = assemble(configuration, folder, sources, checks, processes)
+        if processes.is_main:
+            make_folder(folder)
+            write_file(folder / "configuration.yaml", text_of(configuration))
+        try:
+            stopped = train(assembled.objective, assembled.data, configuration, folder, assembled.check, processes)
+        finally:
+            assembled.data.close()
+        if stopped is None and processes.is_main:
+            _export(configuration, assembled, folder / "result")
+    return stopped
+
+
+def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
+    if configuration.export == "pipeline":
+        assembled.components.pipeline().save_pretrained(folder)
+    else:
+        assembled.objective.export(folder)

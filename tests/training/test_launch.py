@@ -1,0 +1,175 @@
+"""Whole runs, as ``impasto train`` starts them, on tiny models and folders of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from impasto.errors import CheckpointError, ConfigurationError, InputError
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.training import recipe_files as recipes
+from impasto.training.launch import launch
+
+from ..tiny import write_pipeline
+from .folders import write_images
+from .runs import rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline and a folder of images."""
+    place = tmp_path_factory.mktemp("place")
+    write_pipeline(place / "pipeline")
+    write_images(place / "images")
+    return place
+
+
+def configuration(place: Path, **changes: Any) -> Any:
+    content: dict[str, Any] = {
+        "steps": 4,
+        "models": {"pipeline": str(place / "pipeline")},
+        "optimizer": {"rate": 3e-3},
+        "data": {"sources": [{"path": str(place / "images")}], "batch_size": 8, "sizes": [[16, 16]]},
+        "log_every": 2,
+        "checkpoints": {"every": 2},
+    }
+    return recipes.checked({**content, **changes}, "test")
+
+
+def test_a_transformer_is_trained_measured_sampled_and_saved(place: Path, tmp_path: Path) -> None:
+    wanted = configuration(
+        place,
+        steps=24,
+        micro_batch=3,
+        ema=0.5,
+        checkpoints={"every": 8, "keep": 1},
+        validation={"count": 8},
+        samples={"prompts": ["a red cube", "a blue cube"], "steps": 1},
+    )
+    launch(wanted, tmp_path)
+    losses = [row["validation"] for row in rows(tmp_path) if "validation" in row]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000024"]
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 6
+    assert recipes.read(str(tmp_path / "configuration.yaml")) == wanted
+    result = tmp_path / "result"
+    before = PixArtTransformer2DModel.from_pretrained(place / "pipeline" / "transformer").state_dict()
+    trained = PixArtSigmaPipeline.from_pretrained(
+        place / "pipeline", transformer=PixArtTransformer2DModel.from_pretrained(result / "transformer")
+    )
+    changed = [
+        name for name, tensor in trained.transformer.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    assert len(changed) > 0.9 * len(before)
+    assert not (result / "text_encoder").exists()
+
+
+def test_new_models_are_trained_and_saved_as_a_pipeline(place: Path, tmp_path: Path) -> None:
+    config = json.loads((place / "pipeline" / "transformer" / "config.json").read_text())
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    models = {
+        "transformer": {"config": {**plain, "num_layers": 1}, "train": True},
+        "text_encoder": {
+            "config": {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+            "train": True,
+        },
+        "vae": {"start_from": str(place / "pipeline")},
+        "tokenizer": str(place / "pipeline"),
+        "scheduler": {"prediction_type": "v_prediction"},
+    }
+    launch(configuration(place, models=models, export="pipeline"), tmp_path)
+    pipe = PixArtSigmaPipeline.from_pretrained(tmp_path / "result")
+    assert len(pipe.transformer.transformer_blocks) == 1
+    assert pipe.text_encoder.config.num_layers == 1
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_an_autoencoder_is_trained(place: Path, tmp_path: Path) -> None:
+    models = {"vae": {"start_from": str(place / "pipeline"), "train": True}}
+    wanted = configuration(
+        place,
+        steps=20,
+        objective={"kind": "autoencoder"},
+        models=models,
+        validation={"count": 8},
+        optimizer={"rate": 1e-2},
+    )
+    launch(wanted, tmp_path)
+    psnr = [row["psnr"] for row in rows(tmp_path) if "psnr" in row]
+    assert psnr[-1] > psnr[0] + 0.5
+    assert AutoencoderKL.from_pretrained(tmp_path / "result").config.scaling_factor == 0.7
+
+
+def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: Path) -> None:
+    launch(configuration(place), tmp_path / "parts")
+    with pytest.raises(InputError, match="has a run already, up to step-00000004; continue it with --resume"):
+        launch(configuration(place), tmp_path / "parts")
+    with pytest.raises(CheckpointError, match=r"optimizer\.rate=0\.003, and here it is 0\.001"):
+        launch(configuration(place, optimizer={"rate": 1e-3}), tmp_path / "parts", resume=True)
+    longer = configuration(place, steps=8, log_every=1)
+    launch(longer, tmp_path / "parts", resume=True)
+    launch(longer, tmp_path / "whole", resume=True)  # there is nothing to continue yet
+    ends = []
+    for folder in (tmp_path / "parts", tmp_path / "whole"):
+        stored = PixArtTransformer2DModel.from_pretrained(folder / "result" / "transformer")
+        ends.append(stored.state_dict())
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+    assert rows(tmp_path / "parts")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
+
+
+def test_another_program_adds_sources_and_checks(place: Path, tmp_path: Path) -> None:
+    from impasto.training.assemble import open_source
+    from impasto.training.configuration import SourceSettings
+
+    given: list[dict[str, Any]] = []
+
+    def make(options: dict[str, Any]) -> Any:
+        given.append(options)
+        return open_source(SourceSettings(path=str(place / "images")), {})
+
+    data = {"sources": [{"kind": "scenes", "options": {"count": 3}}], "batch_size": 8, "sizes": [[16, 16]]}
+    wanted = configuration(place, steps=2, data=data, checks={"judge": {"n": 5}})
+    seen = {"scenes": make}
+    launch(
+        wanted,
+        tmp_path,
+        sources=seen,
+        checks={"judge": lambda pipe, options: {"judged": len(pipe.components) + options["n"]}},
+    )
+    assert given == [{"count": 3}]
+    assert rows(tmp_path)[-1]["judged"] == 10
+    with pytest.raises(InputError, match="no source 'scenes'; there are folder"):
+        launch(wanted, tmp_path / "x", checks={"judge": lambda pipe, options: {}})
+    with pytest.raises(InputError, match="checks: there is no 'judge'"):
+        launch(wanted, tmp_path / "x", sources=seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"models": {}}, ConfigurationError, "models.tokenizer is not given"),
+        ({"models": {"pipeline": "nowhere/at/all"}}, CheckpointError, "nowhere"),
+        ({"validation": {"count": 20}}, InputError, "20 of 32 samples would be held out"),
+    ],
+)
+def test_what_is_missing_is_named(
+    changes: dict[str, Any], error: type[Exception], message: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        launch(configuration(place, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path: Path) -> None:
+    launch(configuration(place), tmp_path)
+    stored = json.loads((tmp_path / "checkpoints" / "step-00000004" / "state.json").read_text())["state"]["settings"]
+    assert stored["optimizer"]["rate"] == 3e-3
+    assert stored["data"]["batch_size"] == 8
