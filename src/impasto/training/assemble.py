@@ -29,6 +29,8 @@ from .data.sample import Sample, Source
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
+from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
@@ -72,8 +74,12 @@ def assemble(
     unknown = [name for name in configuration.checks if name not in (checks or {})]
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
+    components: Components | None = None
+    if needs_class_images(configuration):
+        components = load(configuration, processes.device)
+        make_class_images(configuration, components, processes)
     data, validation = open_data(configuration, sources or {})
-    components = load(configuration, processes.device)
+    components = components or load(configuration, processes.device)
     components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
     objective = make_objective(configuration, components)
     images = folder / "samples" if processes.is_main else None
@@ -92,7 +98,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     return _text_to_image(configuration, settings, components)
 
 
-def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
+def _text_to_image(configuration: Configuration, settings: Denoising, models: Components) -> TextToImage:
     prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
     texts = Texts(
         models.tokenizer,
@@ -103,16 +109,20 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         clean=settings.clean_captions,
     )
     config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
-    objective = TextToImage(
-        models.transformer,
-        texts,
-        Latents(config, models.vae),
-        DiffusionLoss(models.scheduler.betas, prediction),
-        caption_dropout=settings.caption_dropout,
-        timesteps=settings.timesteps,
-        weighting=settings.weighting,
-        bound_weight=settings.bound_weight,
-    )
+    loss = DiffusionLoss(models.scheduler.betas, prediction)
+    parts = (models.transformer, texts, Latents(config, models.vae), loss)
+    if isinstance(settings, LcmSettings | DmdSettings | TextualInversionSettings):
+        objective = make_further(settings, parts, models, configuration.seed)
+    else:
+        assert isinstance(settings, TextToImageSettings)
+        objective = TextToImage(
+            *parts,
+            caption_dropout=settings.caption_dropout,
+            timesteps=settings.timesteps,
+            weighting=settings.weighting,
+            bound_weight=settings.bound_weight,
+            routing=routing_of(settings, models.transformer),
+        )
     if models.text_encoder is not None and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
     return objective
