@@ -85,7 +85,14 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 #: How RuntimeErrors of allocators report a lack of memory.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "bad allocation")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "start new thread",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

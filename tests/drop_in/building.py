@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import pickle
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +69,30 @@ def filled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class Copier:
+    """Copies of a model. They take a third of the time of ``copy.deepcopy``: pickle walks over the modules in C."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: dict[int, Tensor] = {}  # by identity
+        content = io.BytesIO()
+        pickler = pickle.Pickler(content)
+        pickler.persistent_id = self._note  # type: ignore[method-assign]
+        pickler.dump(model)
+        self.content = content.getvalue()
+
+    def _note(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors[id(value)] = value
+        return id(value)
+
+    def copy(self) -> Any:
+        unpickler = pickle.Unpickler(io.BytesIO(self.content))
+        copies: dict[int, Tensor] = {}
+        unpickler.persistent_load = lambda i: copies.setdefault(i, copy.deepcopy(self.tensors[i]))  # type: ignore[method-assign]
+        return unpickler.load()
+
+
 class Make:
     """Builds the objects of an idiom, from the library that it runs with."""
 
@@ -88,8 +114,8 @@ class Make:
         """A copy of the one that was built first, which takes less time than building."""
         key = f"{self.lib.__name__}.{name}({config})"
         if key not in _MODELS:
-            _MODELS[key] = filled(getattr(self.lib, name)(**config))
-        return copy.deepcopy(_MODELS[key])
+            _MODELS[key] = Copier(filled(getattr(self.lib, name)(**config)))
+        return _MODELS[key].copy()
 
     def scheduler(self, name: str = "DPMSolverMultistepScheduler", **options: Any) -> Any:
         """A scheduler of this library, or of diffusers where only that has it."""
@@ -98,7 +124,7 @@ class Make:
     def pixart_pipeline(self, name: str = "PixArtSigmaPipeline", **parts: Any) -> Any:
         made = {
             "tokenizer": tiny_tokenizer(),
-            "text_encoder": lambda: copy.deepcopy(_text_encoder()),
+            "text_encoder": lambda: _text_encoder().copy(),
             "vae": self.vae,
             "transformer": self.pixart,
             "scheduler": self.scheduler,
@@ -119,7 +145,7 @@ class Make:
     def glm(self, prior: bool = False, **parts: Any) -> Any:
         made: dict[str, Any] = {
             "tokenizer": _glm_texts()["tokenizer"],
-            "text_encoder": copy.deepcopy(_glm_texts()["text_encoder"]),
+            "text_encoder": _glm_text_encoder().copy(),
             **(_prior() if prior else {"processor": None, "vision_language_encoder": None}),
             "vae": self.vae,
             "transformer": self.glm_transformer,
@@ -201,13 +227,18 @@ class _Together:
 
 
 @lru_cache
-def _text_encoder() -> nn.Module:
-    return tiny_text_encoder()
+def _text_encoder() -> Copier:
+    return Copier(tiny_text_encoder())
 
 
 @lru_cache
 def _glm_texts() -> dict[str, Any]:
     return text_parts()
+
+
+@lru_cache
+def _glm_text_encoder() -> Copier:
+    return Copier(_glm_texts()["text_encoder"])
 
 
 @lru_cache
@@ -217,7 +248,7 @@ def _prior() -> dict[str, Any]:
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed at exit
 _SAVED: dict[str, Path] = {}
-_MODELS: dict[str, nn.Module] = {}
+_MODELS: dict[str, Copier] = {}
 
 
 def denoise(scheduler: Any, steps: int = 4, **options: Any) -> Tensor:

@@ -31,7 +31,7 @@ PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 CLASSES = MODELS + SCHEDULERS + PIPELINES
 SOURCE = "signature of diffusers.{}"
 
-#: Names that belong to training and to single files, which issue of their own brings.
+#: Names whose idioms are written by hand (adapters), and those of single files, which are not here yet.
 LATER = re.compile(r"lora|adapter|single_file")
 
 

@@ -1432,6 +1432,82 @@ def low_rank_layers_by_peft(lib: ModuleType, make: Make) -> Any:
     return model(**pixart_inputs()).sample, sum("lora_" in n for n, _ in model.named_parameters())
 
 
+def _adapted(make: Make, *names: str) -> Any:
+    """GLM-Image's transformer with adapters of known numbers."""
+    from peft import LoraConfig
+
+    model = make.glm_transformer()
+    for i, name in enumerate(names):
+        torch.manual_seed(i)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), name)
+    return model
+
+
+def _shown(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**glm_inputs()).sample
+
+
+@idiom("training/lora")
+def an_adapter_added_and_switched(lib: ModuleType, make: Make) -> Any:
+    model = _adapted(make, "one", "two")
+    seen = [_shown(model), model.active_adapters(), sorted(model.peft_config)]
+    model.set_adapter("one")
+    seen += [_shown(model), model.active_adapters()]
+    model.set_adapters(["one", "two"], [0.5, 2.0])
+    seen += [_shown(model), model.active_adapters()]
+    model.disable_adapters()
+    seen.append(_shown(model))
+    model.enable_adapters()
+    model.disable_lora()
+    model.enable_lora()
+    seen.append(_shown(model))
+    model.delete_adapters("two")
+    return [*seen, _shown(model), sorted(model.peft_config), model.active_adapters()]
+
+
+@idiom("tutorials/using_peft_for_inference")
+def an_adapter_fused_and_unloaded(lib: ModuleType, make: Make) -> Any:
+    model = _adapted(make, "one", "two")
+    model.set_adapters(["one", "two"])
+    model.fuse_lora(lora_scale=0.5)
+    seen = [_shown(model)]
+    model.unfuse_lora()
+    model = _adapted(make, "one", "two")
+    model.fuse_lora(adapter_names=["one"], safe_fusing=True)
+    model.unload_lora()
+    return [*seen, _shown(model), hasattr(model, "peft_config")]
+
+
+@idiom("training/lora")
+def an_adapter_saved_and_loaded(lib: ModuleType, make: Make) -> Any:
+    """diffusers names no component in the file."""
+    model = _adapted(make, "one")
+    model.save_lora_adapter(str(make.folder), adapter_name="one")
+    files = [path.name for path in make.folder.iterdir()]
+    new = make.glm_transformer()
+    prefix = None if lib.__name__ == "diffusers" else "transformer"
+    new.load_lora_adapter(str(make.folder), prefix=prefix, adapter_name="again", use_safetensors=True)
+    return files, _shown(new), new.active_adapters()
+
+
+@idiom("training/lora")
+def an_adapter_that_is_not_there(lib: ModuleType, make: Make) -> Any:
+    model, found = make.glm_transformer(), []
+    for call in (
+        lambda: model.set_adapter("x"),
+        lambda: model.active_adapters(),
+        lambda: model.save_lora_adapter(str(make.folder)),
+        lambda: model.add_adapter({"r": 2}),
+        lambda: _adapted(make, "one").set_adapters(["one"], [1.0, 2.0]),
+    ):
+        try:
+            call()
+        except ValueError:
+            found.append(True)
+    return found, _shown(model)
+
+
 @idiom("training/overview")
 def freezing(lib: ModuleType, make: Make) -> Any:
     vae = make.vae()

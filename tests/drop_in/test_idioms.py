@@ -6,6 +6,7 @@ Run with `-s` to see the counts. `docs/differences.md` gives the reason for each
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -54,6 +55,8 @@ def outcomes() -> dict[str, Outcome]:
     levels = {name: logging.getLogger(name).level for name in ("diffusers", "impasto")}  # which idioms change
     diffusers.utils.logging.set_verbosity_error()
     found = {}
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no machine stops here
     for one in all_idioms():
         theirs = run(one, diffusers)
         different, deliberate = None, True
@@ -63,6 +66,7 @@ def outcomes() -> dict[str, Outcome]:
             deliberate = not isinstance(ours, Failed) or ours.deliberate
         assert one.name not in found
         found[one.name] = Outcome(one.name, not isinstance(theirs, Failed), different, deliberate)
+    monkeypatch.undo()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     return found

@@ -199,6 +199,7 @@ def _child(
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # each thread of transformers would take address space of its own
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
     result: tuple[Any, ...]

@@ -233,6 +233,11 @@ def test_copies_and_pickles(change: str | None) -> None:
     assert all(torch.equal(predict(one), expected) for one in copies)
 
 
+def test_gated_activations_are_pickled() -> None:
+    model = pixart(activation_fn="geglu")
+    assert torch.equal(predict(pickle.loads(pickle.dumps(model))), predict(model))
+
+
 def test_a_spawned_process_gets_a_model() -> None:
     model = pixart()
     context = torch.multiprocessing.get_context("spawn")

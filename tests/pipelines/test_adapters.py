@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests import tiny_glm
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import DIALECTS, Written
 from torch import Tensor
@@ -284,3 +285,39 @@ def test_hotswapped_adapters_keep_compiled_blocks(pipe: Any, tmp_path: Path) -> 
     assert layer.scaling["style"] == factors[1]
     assert layer.lora_A["style"].weight.shape[0] == 5
     assert close(generate(pipe), generate(merged(untouched, (two, 1.0))))
+
+
+def test_glm_image_has_adapters_in_transformer_and_glyph_encoder(tmp_path: Path) -> None:
+    pipe, _ = tiny_glm.pipelines()
+    pipe.set_progress_bar_config(disable=True)
+    layers = {
+        "transformer": "transformer_blocks.1.attn1.to_v",
+        "text_encoder": "encoder.block.0.layer.0.SelfAttention.v",
+    }
+    tensors = {}
+    for component, layer in layers.items():
+        out, inputs = getattr(pipe, component).get_submodule(layer).weight.shape
+        shapes = {"A": (2, inputs), "B": (out, 2)}
+        tensors |= {f"{component}.{layer}.lora_{x}.weight": torch.randn(*shape) for x, shape in shapes.items()}
+
+    def image(**options: Any) -> Tensor:
+        given = {"num_inference_steps": 2, "output_type": "latent", "height": 64, "width": 64, **options}
+        prior = torch.arange(16)[None] % 32
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a 'cat'", prior_token_ids=prior, generator=generator, **given).images  # type: ignore[no-any-return]
+
+    before = image()
+    pipe.load_lora_weights(tensors, adapter_name="x")
+    adapted = image()
+    pipe.set_adapters("x", {"transformer": 0.0})
+    only_text = image()
+    assert not close(adapted, before, 1e-3)
+    assert not close(only_text, before, 1e-6)
+    with pytest.raises(InputError, match="set_adapters"):
+        image(attention_kwargs={"scale": 0.5})
+    pipe.set_adapters("x")
+    pipe.fuse_lora()
+    assert close(image(), adapted)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(image(), before)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate, generate, info, pipelines, train
+from . import convert, evaluate, generate, info, pipelines, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(evaluate.evaluate)
+app.command()(convert.convert)
 app.command()(train.train)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,23 +84,19 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _gated(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A gated linear unit (2002.05202): half of the features gate the other half."""
-
-    def apply(x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
-        return value * activation(gate)
-
-    return apply
+    value, gate = x.chunk(2, dim=-1)
+    return value * activation(gate)
 
 
 #: name in configs -> (function, whether it gates and so needs twice the width)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "gelu": (F.gelu, False),
     "gelu-approximate": (gelu_tanh, False),
-    "geglu": (_gated(F.gelu), True),
+    "geglu": (partial(_gated, F.gelu), True),
     "geglu-approximate": (_quick_gelu, False),
-    "swiglu": (_gated(F.silu), True),
+    "swiglu": (partial(_gated, F.silu), True),
     "linear-silu": (F.silu, False),
 }
 

@@ -49,6 +49,8 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     attention_kwargs = arguments["attention_kwargs"]
     if not isinstance(attention_kwargs, Mapping | None) or {*(attention_kwargs or ())} - {"scale"}:
         raise InputError(f"attention_kwargs must be None, as attention takes none, not {shown(attention_kwargs)}")
+    if (attention_kwargs or {}).get("scale") not in (None, 1.0) and pipe.get_list_adapters():
+        raise InputError("the strength of adapters is set for the pipeline: pipe.set_adapters(NAMES, WEIGHTS)")
     texts = read_glm_image_texts(pipe, inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
     images = images_of_prompts(arguments["image"], texts.prompt_count)
     sides, default = (arguments["height"], arguments["width"]), pipe.default_sample_size * pipe.vae_scale_factor

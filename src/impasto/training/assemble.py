@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
     OWN_KINDS,
@@ -80,6 +81,8 @@ def assemble(
         make_class_images(configuration, components, processes)
     data, validation = open_data(configuration, sources or {})
     components = components or load(configuration, processes.device)
+    if configuration.adapter is not None:
+        add_adapters(configuration.adapter, components, configuration.seed)
     components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
     objective = make_objective(configuration, components)
     images = folder / "samples" if processes.is_main else None
@@ -95,6 +98,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     settings = configuration.objective
     if isinstance(settings, AutoencoderSettings):
         return Autoencoder(components.vae, settings.kl_weight, settings.l1_weight)
+    assert isinstance(settings, Denoising)
     return _text_to_image(configuration, settings, components)
 
 
@@ -123,7 +127,8 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             bound_weight=settings.bound_weight,
             routing=routing_of(settings, models.transformer),
         )
-    if models.text_encoder is not None and not configuration.models.text_encoder.train:
+    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
+    if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
     return objective
 

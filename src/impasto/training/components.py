@@ -23,6 +23,7 @@ from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
 from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
+from .start import start_stage
 
 
 @dataclass
@@ -92,6 +93,7 @@ def load(configuration: Configuration, device: torch.device) -> Components:
 class _Reader:
     def __init__(self, configuration: Configuration, device: torch.device):
         self.models, self.device = configuration.models, device
+        self.adapter, self.seed = configuration.adapter, configuration.seed
         self.dtype = working_dtype(configuration.precision, device)
         self.pipeline: Path | None = None
         if self.models.pipeline is not None:
@@ -117,7 +119,8 @@ class _Reader:
             model = PixArtTransformer2DModel(**settings.config)
             initialize(model)
         else:
-            model = PixArtTransformer2DModel.from_pretrained(folder, **settings.config)
+            dtype = torch.float32 if self.adapter is None else self.dtype
+            model = start_stage(PixArtTransformer2DModel, folder, settings.config, seed=self.seed).to(dtype)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model.to(self.device)

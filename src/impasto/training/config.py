@@ -146,7 +146,7 @@ def problems(error: ValidationError) -> str:
     """What pydantic found, in one line: the first problem, with its key, and how many more there are."""
     found = error.errors(include_url=False)
     first = found[0]
-    tags = {"text-to-image", "autoencoder"}
+    tags = {"text-to-image", "autoencoder", "text-encoder"}
     place = ".".join(str(part) for part in first["loc"] if part not in tags)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] not in ("value_error", "missing"):

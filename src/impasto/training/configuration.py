@@ -19,6 +19,20 @@ from .objectives.diffusion_loss import Weighting
 from .objectives.text_to_image import Timesteps
 
 
+class LabelSettings(Section):
+    """A loss on labels of the latents that samples bring along; see ``LabelHead``.
+
+    Attributes:
+        block: of the transformer, from 0, whose tokens are asked.
+        weight: at the highest learning rate; it falls with the rate.
+        classes: of each question.
+    """
+
+    block: Annotated[int, Field(ge=0)]
+    weight: NotNegative = 0.3
+    classes: Annotated[list[Count], Field(min_length=1)]
+
+
 class TextToImageSettings(Denoising):
     """A PixArt transformer on images and captions.
 
@@ -26,6 +40,7 @@ class TextToImageSettings(Denoising):
         caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
         weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
         bound_weight: of the variational bound, if the transformer predicts a variance.
+        labels: a further loss on labels of the latents.
         token_routing: tokens skip blocks in training; None: none do.
     """
 
@@ -34,19 +49,42 @@ class TextToImageSettings(Denoising):
     timesteps: Timesteps = "uniform"
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
+    labels: LabelSettings | None = None
     token_routing: TokenRoutingSettings | None = None
 
 
 class AutoencoderSettings(Section):
-    """An autoencoder on images."""
+    """An autoencoder on images; see ``Autoencoder``."""
 
     kind: Literal["autoencoder"]
     kl_weight: NotNegative = 1e-6
     l1_weight: NotNegative = 0.5
+    edge_weight: NotNegative = 0.0
+    half_scale_weight: NotNegative = 0.0
+
+
+class TextEncoderSettings(Section):
+    """A text encoder on questions about captions, whose answers samples bring along; see ``WarmStart``.
+
+    Attributes:
+        slots: places in the answer, each with all questions.
+        classes: of each question.
+        tokens: of a caption, at most.
+    """
+
+    kind: Literal["text-encoder"]
+    slots: Count
+    classes: Annotated[list[Count], Field(min_length=1)]
+    tokens: Count | None = None
 
 
 ObjectiveSettings = Annotated[
-    TextToImageSettings | AutoencoderSettings | LcmSettings | DmdSettings | TextualInversionSettings,
+    TextToImageSettings
+    | AutoencoderSettings
+    | TextEncoderSettings
+    | LcmSettings
+    | DmdSettings
+    | TextualInversionSettings,
     Field(discriminator="kind"),
 ]
 
@@ -178,10 +216,10 @@ class AdapterSettings(Section):
     """An adapter is trained, and the models under it are frozen.
 
     Attributes:
-        rank: of the transformer's, and of the text encoder's if it has one.
+        rank: of the transformer's.
+        text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
         alpha: its scale is alpha / rank; equal to the rank unless given.
         targets: the layers, by the last parts of their names.
-        text_encoder_rate: its own learning rate.
         base: the weights under it: as loaded, or quantized.
     """
 
@@ -193,7 +231,6 @@ class AdapterSettings(Section):
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
     )
     text_encoder_rank: Count | None = None
-    text_encoder_rate: Positive | None = None
     text_encoder_targets: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["q", "k", "v", "o"]
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import make_folder, write_file
 from . import checkpoints
+from .adapters import export_adapters
 from .assemble import Assembled, Check, MakeSource, assemble
 from .configuration import Configuration
 from .distributed.processes import joined
@@ -57,7 +58,10 @@ def launch(
 
 
 def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
-    if configuration.export == "pipeline":
+    if configuration.adapter is not None:
+        defaults = assembled.objective.adapter_defaults
+        export_adapters(configuration.adapter, assembled.components, folder, defaults)
+    elif configuration.export == "pipeline":
         assembled.components.pipeline().save_pretrained(folder)
     else:
         assembled.objective.export(folder)

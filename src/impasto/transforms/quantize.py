@@ -88,7 +88,11 @@ def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_orig
         raise ConfigurationError(
             f"quantize: {type(module).__name__} has no linear layer that {method!r} supports and that is not skipped"
         )
-    for name, _, _, layer in chosen:
+    for name, parent, _, layer in chosen:
+        if hasattr(parent, "lokr_w1") or hasattr(parent, "hada_w1_a"):
+            raise ConfigurationError(
+                f"quantize: {name} has a LoKr or LoHa adapter, which needs its weight; fuse it first"
+            )
         if not is_plain(layer, nn.Linear):
             raise ConfigurationError(
                 f"quantize: {name} has hooks, or a weight that another library has quantized or sharded, which would "

@@ -247,10 +247,15 @@ class QuantizedLinear(nn.Linear, Change):
         """That of the original weight."""
         return self._dtype
 
-    def dequantized(self) -> Tensor:
-        """The weight [out, in] that this layer multiplies by, in float32."""
+    @property
+    def W_q(self) -> Tensor:
+        """The quantized weight: where peft finds it, it calls ``dequantize`` for what depends on the weight."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight [out, in] that this layer multiplies by, in the dtype of the original one."""
         with torch.no_grad():
-            return self.scheme.unpack(self, torch.float32)
+            return self.scheme.unpack(self, self._dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad:

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...checks import finite, shown
 from ...errors import CheckpointError
-from ..stored import FLOATS, is_finite, listing
+from ..stored import FLOATS, describe, is_finite, listing
 from .layer import TENSORS, AdapterLayer, Kind
 from .names import Dialect, dialect_of
 
@@ -51,6 +52,16 @@ class Settings(NamedTuple):
 
     source: str  # where it was found, for the log
     content: Mapping[str, Any]
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file holds an adapter, by the names of its tensors.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    found = [_ending(name) for name in describe([path])]
+    return any(match is not None and match[1] is not None for match in found)
 
 
 def find_layers(tensors: Iterable[tuple[str, Tensor]], where: str) -> list[FoundLayer]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from ...checks import printable, shown
 from ...errors import InputError
 from ...files import make_folder, plain_path, write_file
 from ..config import write_json
-from ..weights import disk_errors
 from .file import CONFIG_NAME, DEFAULTS, METADATA, AdapterDefaults
 from .layer import AdapterLayer
 
@@ -80,12 +79,7 @@ def write_adapter(
         metadata[DEFAULTS] = json.dumps(given, sort_keys=True)
     target = plain_path(folder) / name
     make_folder(target.parent)
-
-    def write(path: Path) -> None:
-        with disk_errors():
-            save_file(tensors, path, metadata=metadata)
-
-    write_file(target, write)
+    write_file(target, serialize(tensors, metadata))
     if peft_form and plain:
         write_json(target.parent / CONFIG_NAME, next(iter(plain.values())))
     return target

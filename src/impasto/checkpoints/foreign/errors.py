@@ -44,6 +44,8 @@ def translated(what: str, path: Path, *, quantized: bool = False, done: str = "l
 
 def _fault(error: BaseException) -> str:
     """The first sentence of an error, or the name of its class if the sentence is long or gives advice."""
+    if "automatic conversion of the weights" in str(error):  # a thread of transformers failed; its log alone says why
+        return "some of its weights could not be read or converted, possibly for lack of memory"
     first = next(iter(str(error).strip().splitlines()), "").split(". ")[0]
     advice = re.search(
         r"install|please|weights_only|ignore_mismatched|trust_remote|https?:|make sure|`|you ", first, re.I

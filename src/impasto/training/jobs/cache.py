@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -208,8 +207,10 @@ def settings_for(source: Source, buckets: Buckets, **values: Any) -> CacheSettin
     )
 
 
-def run(job: Job, shard: tuple[int, int] = (1, 1), done: Callable[[int], None] = lambda samples: None) -> Counter[str]:
-    """Write what is missing of process i of N, and count what was done.
+def run(
+    job: Job, shard: tuple[int, int] = (1, 1), done: Callable[[int], None] = lambda samples: None
+) -> dict[str, int]:
+    """Write what is missing of process i of N, and count chunks (skipped, written) and broken samples.
 
     Args:
         shard: (i, N), from (1, 1) to (N, N).
@@ -221,7 +222,7 @@ def run(job: Job, shard: tuple[int, int] = (1, 1), done: Callable[[int], None] =
     index = job.folder / f"index-{part}-of-{parts}.jsonl"
     missing = job.missing(shard)
     chunk = job.settings.chunk
-    counts: Counter[str] = Counter({"skipped": len(range(part - 1, job.chunks, parts)) - len(missing)})
+    counts = {"skipped": len(range(part - 1, job.chunks, parts)) - len(missing), "written": 0, "broken": 0}
     if not any(line["file"] == EMPTY for line in read_index(job.folder)):
         append_line(index, job.write_empty())
     for number in missing:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.adapters.file import AdapterDefaults
 from ...errors import InputError
+from ...transforms.quantized_linear import QuantizedLinear
 from ..data.sample import Batch
 from ..randomness import Randomness
 
@@ -68,11 +69,11 @@ class Objective(nn.Module):
         return self
 
     def state_buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to the state of a run: the persistent ones outside of frozen modules."""
+        """The buffers that are part of a run: persistent ones, but for those of frozen modules and quantized layers."""
         frozen = {id(inner) for module in self._frozen for inner in module.modules()}
         found = {}
         for prefix, module in self.named_modules():
-            if id(module) not in frozen:
+            if id(module) not in frozen and not isinstance(module, QuantizedLinear):
                 for name, buffer in module.named_buffers(prefix, recurse=False):
                     if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                         found[name] = buffer

@@ -48,14 +48,19 @@ class Latents(nn.Module):
         posteriors = [sample.posterior for sample in samples if sample.posterior is not None]
         if len(posteriors) == len(samples):
             mean, std = (torch.stack(tensors).to(device).float() for tensors in zip(*posteriors))
-        elif self.vae is None:
-            raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
         else:
-            images = images_of(samples, self.vae.device).to(self.vae.dtype)
-            posterior = self.vae.encode(images).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
+            mean, std = self.posterior(samples)
         noise = random.normal(mean.shape).to(device)
         return scaled(mean + std * noise, self.config)
+
+    @torch.no_grad()
+    def posterior(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the posteriors of images of one size, each [B, C, H, W] float32, unscaled."""
+        if self.vae is None:
+            raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
+        images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
+        distribution = self.vae.encode(images).latent_dist
+        return distribution.mean.float(), distribution.std.float()
 
 
 class TextToImage(Objective):

@@ -92,7 +92,14 @@ class Texts:
                     "caption_dropout needs the features of the empty caption, which are not stored; cache them again, "
                     "give a text encoder, or set caption_dropout to 0"
                 )
-            with torch.no_grad():
-                encoded = encode_texts(self.tokenizer, self.encoder, [""], self.tokens, "cpu")  # type: ignore[arg-type]
-            self.empty = encoded.embeds[0, : int(encoded.mask[0].sum())].float()
+            self.empty = self.features([""])[0]
         return self.empty
+
+    @torch.no_grad()
+    def features(self, captions: Sequence[str]) -> list[Tensor]:
+        """Features [M, D] of the tokens of each caption, as a cache stores them: float32, on the host."""
+        if self.encoder is None or self.tokenizer is None:
+            raise InputError("there is no text encoder; give one")
+        texts = [prepare(caption, self.clean) for caption in captions]
+        encoded = encode_texts(self.tokenizer, self.encoder, texts, self.tokens, "cpu")  # type: ignore[arg-type]
+        return [row[:length].float() for row, length in zip(encoded.embeds, encoded.mask.sum(1).tolist())]

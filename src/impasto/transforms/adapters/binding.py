@@ -19,6 +19,7 @@ from ...checkpoints.stored import listing
 from ...checks import finite
 from ...errors import ConfigurationError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
+from ..quantized_linear import QuantizedLinear
 from .layers import is_tuner, places
 
 logger = logging.getLogger("impasto")
@@ -138,8 +139,7 @@ def plain_weight(layer: Any, where: str = "the adapter") -> Tensor:
     Raises:
         ConfigurationError: another library has quantized it.
     """
-    dequantized = getattr(layer, "dequantized", None)
-    weight: Tensor = layer.weight.detach() if dequantized is None else dequantized()
+    weight: Tensor = layer.dequantize() if isinstance(layer, QuantizedLinear) else layer.weight.detach()
     if not weight.is_floating_point() or tuple(weight.shape) != shape_of(layer):
         raise ConfigurationError(
             f"{where} changes a layer in a way that depends on its weight, which another library has quantized: load "

@@ -9,10 +9,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ...errors import CheckpointError, ConfigurationError, InputError
+from ...errors import CheckpointError, ConfigurationError
 from ...nn.changes import unwrapped
 from ..quantized_linear import QuantizedLinear
-from .layers import ATTRIBUTE, Adapters, Place, active, adapters_in, nested, quiet, record_of, require_adapters, tuners
+from .layers import (
+    ATTRIBUTE,
+    Adapters,
+    Place,
+    active,
+    adapters_in,
+    nested,
+    peft,
+    quiet,
+    record_of,
+    require_adapters,
+    tuners,
+)
 
 
 def fuse(module: nn.Module, scale: float = 1.0, check: bool = False, names: Sequence[str] | None = None) -> list[str]:
@@ -87,9 +99,10 @@ def _fused_layer(place: Place, names: Sequence[str], scale: float, check: bool) 
             for name in names:
                 if name in adapters_in(tuner):
                     tuner.scaling[name] *= scale
+            present = [name for name in names if name in adapters_in(tuner)]
             with quiet(), torch.no_grad():
-                tuner.merge(safe_merge=check, adapter_names=[name for name in names if name in adapters_in(tuner)])
-    except ValueError as error:
+                _merge_method(tuner)(tuner, safe_merge=check, adapter_names=present)
+    except ValueError as error:  # peft's check of the result
         raise CheckpointError(f"the adapter was not fused: {place.name} would have NaN or infinite weights") from error
     finally:
         holder.base_layer = base
@@ -100,6 +113,12 @@ def _fused_layer(place: Place, names: Sequence[str], scale: float, check: bool) 
     if isinstance(base, QuantizedLinear):
         return QuantizedLinear(cast(nn.Linear, layer), base.scheme, keep=True)
     return layer
+
+
+def _merge_method(tuner: Any) -> Any:
+    """peft's way to merge an adapter into an ordinary layer, in place of its ways for quantized ones."""
+    ordinary = peft().tuners.lora.layer.Linear
+    return ordinary.merge if isinstance(tuner, ordinary) else type(tuner).merge
 
 
 def _copied(base: Any, name: str) -> nn.Module:
@@ -117,13 +136,4 @@ def _copied(base: Any, name: str) -> nn.Module:
             f"{name} is quantized by another library (a {type(base).__name__}): leave the adapter as it is, or fuse it "
             f"before the model is quantized"
         )
-    layer = copy.deepcopy(base)
-    for parameter in layer.parameters():  # memory-mapped weights are copied too
-        parameter.data = parameter.data.clone()
-    return cast(nn.Module, layer)
-
-
-def require_unfused(module: nn.Module, what: str) -> None:
-    """Raise InputError if adapters are fused."""
-    if fused_names(module):
-        raise InputError(f"{what}: unfuse_lora() first")
+    return cast(nn.Module, copy.deepcopy(base))  # memory-mapped weights too

@@ -13,6 +13,7 @@ from ...checkpoints.adapters.layer import AdapterLayer, dense
 from ...checks import printable, shown
 from ...errors import ConfigurationError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
+from ..quantized_linear import QuantizedLinear
 from .binding import Bound, adaptable, plain_weight
 from .layers import (
     ATTRIBUTE,
@@ -146,7 +147,7 @@ def _expressed(bound: Bound, own: Mapping[str, Any]) -> tuple[str, Bound]:
     plain = all("magnitude" not in layer.tensors for layer in bound.values())
     if len(kinds) == 1 and kind in _PREFIXES and plain:
         for key in bound:
-            if hasattr(own[key], "dequantized") or not own[key].weight.is_floating_point():
+            if isinstance(own[key], QuantizedLinear) or not own[key].weight.is_floating_point():
                 raise ConfigurationError(
                     f"a {'LoKr' if kind == 'lokr' else 'LoHa'} adapter needs ordinary weights, and {key} is quantized: "
                     f"load the adapter and fuse it before the model is quantized"

@@ -1,0 +1,341 @@
+"""Adapters of single models: trained, quantized bases, saved for other libraries, and compared with peft's own."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from tests.tiny import tiny_transformer, tiny_vae
+from tests.tiny_adapters import DIALECTS
+from tests.tiny_glm import TRANSFORMER
+from torch import Tensor, nn
+
+import impasto
+from impasto.errors import CheckpointError, ConfigurationError, InputError, MissingDependencyError
+from impasto.transforms.adapters import collect, save
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "adaln_single.linear"]
+CONFIGS: dict[str, Any] = {
+    "lora": peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False),
+    "rslora": peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, use_rslora=True),
+    "dora": peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False, use_dora=True),
+    "lokr": peft.LoKrConfig(r=3, alpha=6, target_modules=TARGETS, init_weights=False, decompose_both=True),
+    "lokr-whole": peft.LoKrConfig(r=16, alpha=8, target_modules=TARGETS, init_weights=False),
+    "loha": peft.LoHaConfig(r=3, alpha=6, target_modules=TARGETS, init_weights=False),
+}
+
+
+def predict(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    output: Tensor = model(latents, text, torch.tensor([7, 500])).sample
+    return output
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
+    return float((left - right).detach().abs().max() / right.detach().abs().max()) <= tolerance
+
+
+def with_adapter(kind: str) -> Any:
+    model = tiny_transformer()
+    torch.manual_seed(1)
+    model.add_adapter(copy.deepcopy(CONFIGS[kind]))
+    return model
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_adapter_is_trained_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    """As peft computes it on diffusers' model, with gradients of the adapter alone."""
+    model = with_adapter(kind)
+    theirs = diffusers.PixArtTransformer2DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    theirs.load_state_dict(tiny_transformer().state_dict())
+    peft.inject_adapter_in_model(copy.deepcopy(CONFIGS[kind]), theirs.eval())
+    with torch.no_grad():
+        names = dict(theirs.named_parameters())
+        for name, parameter in model.named_parameters():
+            names[name].copy_(parameter)
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    expected = theirs(latents, text, torch.tensor([7, 500]), {"resolution": None, "aspect_ratio": None}).sample
+    output = predict(model)
+    assert close(output, expected)
+    (output**2).mean().backward()
+    (expected**2).mean().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
+    assert all("default" in name for name in trained)
+    assert all(close(grad, names[name].grad, 1e-4) for name, grad in trained.items())
+
+    with torch.no_grad():
+        expected = predict(model)
+        model.save_lora_adapter(tmp_path)
+        loaded = tiny_transformer()
+        loaded.load_lora_adapter(tmp_path)
+        assert close(predict(loaded), expected, 1e-6)
+        again = collect(loaded, "default_0")
+    for name, layer in collect(model, "default").items():
+        assert again[name].kind == layer.kind
+        if layer.rank is not None:  # else alpha is in w1
+            assert again[name].scale == pytest.approx(layer.scale)
+            assert all(torch.equal(again[name].tensors[part], tensor) for part, tensor in layer.tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha"])
+def test_peft_loads_what_is_saved_in_its_form(kind: str, tmp_path: Path) -> None:
+    model = with_adapter(kind)
+    model.save_lora_adapter(tmp_path, weight_name="adapter_model.safetensors")
+    with torch.no_grad():
+        assert close(predict(peft.PeftModel.from_pretrained(tiny_transformer(), tmp_path)), predict(model), 1e-6)
+        again = tiny_transformer()
+        again.load_lora_adapter(tmp_path)
+        assert close(predict(again), predict(model), 1e-6)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {"base_model.model.proj_out.alpha", "base_model.model.transformer_blocks.0.attn1.to_q.alpha"} <= names
+
+
+def glm_predict(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    prior, size = torch.arange(16).reshape(1, 16), torch.tensor([[64, 64]])
+    arguments = (latents, text, prior, torch.tensor([False]), torch.tensor([400]), size, torch.zeros(1, 2))
+    with torch.no_grad():
+        output: Tensor = model(*arguments).sample
+    return output
+
+
+def test_diffusers_loads_an_adapter_of_glm_image(tmp_path: Path) -> None:
+    theirs = diffusers.GlmImageTransformer2DModel(**TRANSFORMER).eval()
+    ours = impasto.GlmImageTransformer2DModel(**TRANSFORMER).eval()
+    ours.load_state_dict(theirs.state_dict())
+    before = glm_predict(ours)
+    targets = ["to_q", "to_out.0", "net.2", "norm1.linear"]
+    ours.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    ours.save_lora_adapter(tmp_path)
+    theirs.load_lora_adapter(tmp_path, use_safetensors=True)
+    assert not close(glm_predict(ours), before, 1e-2)
+    assert close(glm_predict(ours), glm_predict(theirs))
+    ours.fuse_lora()
+    assert close(glm_predict(ours), glm_predict(theirs))
+    theirs.save_lora_adapter(tmp_path / "theirs", adapter_name="default_0")
+    ours.unfuse_lora()
+    ours.unload_lora()
+    assert torch.equal(glm_predict(ours), before)
+    ours.load_lora_adapter(tmp_path / "theirs", prefix=None)
+    assert close(glm_predict(ours), glm_predict(theirs))
+
+
+def test_an_autoencoder_has_adapters_too(tmp_path: Path) -> None:
+    vae = tiny_vae()
+    image = torch.randn(1, 3, 16, 16)
+    config = peft.LoraConfig(r=2, target_modules=["conv1", "conv_out", "to_q", "to_out.0"], init_lora_weights=False)
+    with torch.no_grad():
+        before = vae(image).sample
+        vae.add_adapter(config)
+        adapted = vae(image).sample
+        vae.enable_tiling()
+        vae.fuse_lora()
+        assert close(vae(image).sample, adapted)
+        vae.save_lora_adapter(tmp_path)
+        again = tiny_vae()
+        again.load_lora_adapter(tmp_path)
+        assert close(again(image).sample, adapted)
+    assert not close(adapted, before, 1e-2)
+
+
+@pytest.mark.parametrize("method", ["int8-weight-only", "int8-dynamic", "nf4"])
+@pytest.mark.parametrize("dialect", ["onetrainer_comfy", "dora_rows", "dora_columns"])
+def test_an_adapter_on_a_quantized_base(method: Any, dialect: str, tmp_path: Path) -> None:
+    """It changes the quantized weights as it would change these if they were not quantized."""
+    model = tiny_transformer(num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64)
+    base = copy.deepcopy(model)
+    handle = impasto.quantize(model, method)
+    with torch.no_grad():
+        for name in handle.layers:
+            base.get_parameter(f"{name}.weight").copy_(model.get_submodule(name).dequantize())
+    written = DIALECTS[dialect]({"transformer": base, "text_encoder": _Text()})
+    tensors = {name: x for name, x in written.tensors.items() if not name.startswith("text_encoders")}
+    model.load_lora_adapter(tensors)
+    merged = copy.deepcopy(base)
+    for layer, delta in written.deltas["transformer"].items():
+        merged.get_parameter(f"{layer}.weight").data += delta
+    with torch.no_grad():
+        tolerance = 3e-2 if method == "int8-dynamic" else 1e-4
+        assert close(predict(model), predict(merged), tolerance)
+    (predict(model) ** 2).mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(("lora_" in name) and grad is not None and bool(grad.abs().max() > 0) for name, grad in grads.items())
+    if method == "nf4":
+        base.load_lora_adapter(tensors)
+        (predict(base) ** 2).mean().backward()
+        theirs = dict(base.named_parameters())
+        assert all(
+            close(grad, theirs[name.replace(".base_layer.base_layer", ".base_layer")].grad, 1e-3)
+            for name, grad in grads.items()
+        )
+    model.fuse_lora()
+    with torch.no_grad():
+        assert close(predict(model), predict(merged), 0.2)
+    model.unfuse_lora()
+    model.unload_lora()
+    handle.remove()
+
+
+class _Text(nn.Module):
+    def get_parameter(self, name: str) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(8, 8))
+
+
+def test_what_needs_ordinary_weights_says_so() -> None:
+    model = tiny_transformer(num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64)
+    written = DIALECTS["lycoris_lokr"]({"transformer": model, "text_encoder": nn.Module()})
+    impasto.quantize(model, "nf4", keep_originals=False)
+    with pytest.raises(ConfigurationError, match=r"LoKr adapter needs ordinary weights, and .* is quantized"):
+        model.load_lora_adapter(written.tensors)
+    adapted = tiny_transformer()
+    adapted.load_lora_adapter(DIALECTS["lycoris_lokr"]({"transformer": adapted}).tensors)
+    with pytest.raises(ConfigurationError, match=r"has a LoKr or LoHa adapter, which needs its weight; fuse it first"):
+        impasto.quantize(adapted, "int8-weight-only")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ConfigurationError, match=r"quantized and its original weight was not kept"):
+        model.fuse_lora()
+
+
+def test_one_file_for_several_components_and_names_that_are_wrong(tmp_path: Path) -> None:
+    model = with_adapter("lora")
+    with pytest.raises(InputError, match=r"no adapter 'other' in transformer; there are: default"):
+        save(tmp_path, {"transformer": model}, "other")
+    with pytest.raises(InputError, match="pickles are read, never written"):
+        model.save_lora_adapter(tmp_path, safe_serialization=False)
+    with pytest.raises(InputError, match="pickles are read, never written"):
+        model.save_lora_adapter(tmp_path, weight_name="x.bin")
+    with pytest.raises(InputError, match=r"a config of peft, such as LoraConfig, not by \{'r': 2\}"):
+        model.add_adapter({"r": 2}, "x")
+    with pytest.raises(InputError, match=r"not added: Target modules .*to_z.* not found"):
+        model.add_adapter(peft.LoraConfig(target_modules=["to_z"]), "x")
+    assert model.active_adapters() == ["default"]
+    with pytest.raises(InputError, match="no adapter"):
+        tiny_transformer().set_adapters("x")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_copy_has_adapters_of_its_own() -> None:
+    model = with_adapter("lora")
+    model.fuse_lora()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = predict(tiny_transformer())
+        copied.unfuse_lora()
+        copied.set_adapters("default", 0.0)
+        assert close(predict(copied), expected)
+        copied.unload_lora()
+        assert torch.equal(predict(copied), expected)
+        assert not close(predict(model), expected, 1e-2)
+    model.unfuse_lora()
+    assert model.active_adapters() == ["default"]
+
+
+def test_without_peft_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'impasto\[adapters\]'"):
+        tiny_transformer().load_lora_adapter(PAIR)
+
+
+def test_given_alphas_count_first() -> None:
+    model = tiny_transformer()
+    written = DIALECTS["onetrainer_comfy"]({"transformer": model, "text_encoder": _Text()})
+    tensors = {name: x for name, x in written.tensors.items() if not name.startswith("text_encoders")}
+    model.load_lora_adapter(tensors, adapter_name="all", alpha=4)
+    model.load_lora_adapter(tensors, adapter_name="one", network_alphas={"proj_out": 6.0})
+    assert {layer.scale for layer in collect(model, "all").values()} == {2.0}
+    scales = {name: layer.scale for name, layer in collect(model, "one").items()}
+    assert scales.pop("proj_out") == 3.0
+    assert set(scales.values()) == {1.5}
+    with pytest.raises(InputError, match=r"layers that the adapter does not have: proj_in"):
+        model.load_lora_adapter(tensors, alpha={"proj_in": 1.0})
+
+
+PAIR = {
+    "transformer.proj_out.lora_A.weight": torch.ones(2, 24),
+    "transformer.proj_out.lora_B.weight": torch.ones(32, 2),
+}
+HOSTILE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "nan": ({**PAIR, "transformer.proj_out.lora_A.weight": torch.full((2, 24), torch.nan)}, "NaN or infinite"),
+    "half": ({"transformer.proj_out.lora_A.weight": torch.ones(2, 24)}, "proj_out lacks B"),
+    "integers": (
+        {**PAIR, "transformer.proj_out.lora_A.weight": torch.ones(2, 24, dtype=torch.int64)},
+        "floating-point",
+    ),
+    "empty": ({**PAIR, "transformer.proj_out.lora_A.weight": torch.ones(0, 24)}, "is empty"),
+    "a model": ({"proj_out.weight": torch.ones(32, 24)}, r"1 tensors are no adapter's \(proj_out.weight\)"),
+    "nothing": ({}, "it has no tensors"),
+    "two kinds": (
+        {**PAIR, "transformer.proj_out.diff": torch.ones(32, 24)},
+        "full and lora, and should be of one kind",
+    ),
+    "alphas": ({**PAIR, "transformer.proj_out.alpha": torch.ones(3)}, "should be one number"),
+    "alpha": ({**PAIR, "transformer.proj_out.alpha": torch.tensor(1e9)}, "alpha of .*proj_out must be a finite number"),
+    "norms": ({**PAIR, "transformer.proj_out.dora_scale": torch.ones(3, 3)}, "norms of .* have shape"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_damaged_adapters_are_refused(case: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = tiny_transformer()
+    layers = list(model.modules())
+    tensors, words = HOSTILE[case]
+    save_file(tensors, tmp_path / "x.safetensors")
+    torch.save(tensors, tmp_path / "x.bin")
+    for name in ("x.safetensors", "x.bin"):
+        with pytest.raises(CheckpointError, match=words):
+            model.load_lora_adapter(tmp_path / name)
+    assert list(model.modules()) == layers
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"lora_adapter_metadata": "{"}, "lora_adapter_metadata in its header is not JSON"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": "8"}'}, "alpha must be a finite number"),
+        ({"lora_adapter_metadata": '{"transformer.alpha_pattern": {"(a+)+$": 8}}'}, r"by the expression '\(a\+\)\+\$'"),
+        ({"impasto_generation": '{"steps": -4}'}, "steps must be a whole number"),
+        ({"impasto_generation": "[4]"}, "is not an object"),
+    ],
+)
+def test_damaged_headers_are_refused(header: dict[str, str], words: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(PAIR, tmp_path / "x.safetensors", header)
+    with pytest.raises(CheckpointError, match=words):
+        tiny_transformer().load_lora_adapter(tmp_path / "x.safetensors")
+
+
+def test_a_pickle_runs_no_code_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({**PAIR, "x": Attack()}, tmp_path / "x.bin")
+    (tmp_path / "y.safetensors").write_bytes(b"\x10" * 100)
+    for name in ("x.bin", "y.safetensors", "z.safetensors"):
+        with pytest.raises(CheckpointError):
+            tiny_transformer().load_lora_adapter(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_training_can_go_on_after_an_adapter_was_loaded_and_unloaded() -> None:
+    model = tiny_transformer()
+    model.proj_out.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.load_lora_adapter(PAIR)
+    model.unload_lora()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
