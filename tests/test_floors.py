@@ -29,7 +29,7 @@ FLOORS = {
     "transforms": 1,
     "registry": 2,
     "interop": 2,
-    "convert": 2,
+    "conversion": 2,
     "memory": 2,
     "pipelines": 3,
     "training": 4,

@@ -191,3 +191,21 @@ def test_arguments_that_cannot_be_used(tmp_path: Path) -> None:
         load(originals.pixart(), original_config="x.yaml")
     with pytest.raises(InputError, match="'raw' or 'ema'"):
         load(originals.pixart(), weights="best")
+
+
+def test_an_address_on_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def resolve(name: str, **options: Any) -> Path:
+        asked.append((name, options["allow_patterns"], options["revision"]))
+        return tmp_path
+
+    monkeypatch.setattr("impasto.checkpoints.hub.resolve", resolve)
+    (tmp_path / "sub").mkdir()
+    write(originals.pixart(), tmp_path / "sub" / "a.safetensors")
+    for kind in ("blob", "resolve"):
+        address = f"https://huggingface.co/owner/name/{kind}/main/sub/a.safetensors"
+        assert PixArtTransformer2DModel.from_single_file(address, **GIVEN).config.sample_size == 8
+    assert asked == [("owner/name", ["sub/a.safetensors"], "main")] * 2
+    with pytest.raises(CheckpointNotFoundError, match="there is no file"):
+        PixArtTransformer2DModel.from_single_file("https://huggingface.co/owner/name/blob/main/b.safetensors")

@@ -70,7 +70,7 @@ def convert(
         "seed": seed,
         **_compression(kv_compression),
     }
-    from ..convert import convert as run
+    from ..conversion import convert as run
 
     converted = run(
         source,

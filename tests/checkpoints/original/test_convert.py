@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import impasto
-from impasto.convert import EXTRAS_NAME, convert
+from impasto.conversion import EXTRAS_NAME, convert
 from impasto.errors import CheckpointError, InputError, OutputError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
