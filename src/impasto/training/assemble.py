@@ -32,6 +32,8 @@ from .data.sample import Sample, Source
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
+from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
@@ -77,8 +79,12 @@ def assemble(
     unknown = [name for name in configuration.checks if name not in (checks or {})]
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
+    components: Components | None = None
+    if needs_class_images(configuration):
+        components = load(configuration, processes.device)
+        make_class_images(configuration, components, processes)
     data, validation = open_data(configuration, sources or {})
-    components = load(configuration, processes.device)
+    components = components or load(configuration, processes.device)
     if configuration.adapter is not None:
         add_adapters(configuration.adapter, components, configuration.seed)
     components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
@@ -99,6 +105,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
         return Autoencoder(components.vae, *weights)
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
+    assert isinstance(settings, Denoising)
     return _text_to_image(configuration, settings, components)
 
 
@@ -110,7 +117,7 @@ def _text_encoder(seed: int, settings: TextEncoderSettings, models: Components) 
     return WarmStart(models.text_encoder, reader.to(models.text_encoder.device), texts.tokenize)
 
 
-def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
+def _text_to_image(configuration: Configuration, settings: Denoising, models: Components) -> TextToImage:
     prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
     texts = Texts(
         models.tokenizer,
@@ -121,20 +128,23 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         clean=settings.clean_captions,
     )
     config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
-    labels = settings.labels
-    head = None if labels is None else LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
-    objective = TextToImage(
-        models.transformer,
-        texts,
-        Latents(config, models.vae),
-        DiffusionLoss(models.scheduler.betas, prediction),
-        caption_dropout=settings.caption_dropout,
-        timesteps=settings.timesteps,
-        weighting=settings.weighting,
-        bound_weight=settings.bound_weight,
-        label_head=head,
-        label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
-    )
+    loss = DiffusionLoss(models.scheduler.betas, prediction)
+    parts = (models.transformer, texts, Latents(config, models.vae), loss)
+    if isinstance(settings, TextToImageSettings):
+        labels = settings.labels
+        objective = TextToImage(
+            *parts,
+            caption_dropout=settings.caption_dropout,
+            timesteps=settings.timesteps,
+            weighting=settings.weighting,
+            bound_weight=settings.bound_weight,
+            label_head=labels and LabelHead(models.transformer, labels.block, labels.classes, configuration.seed),
+            label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
+            routing=routing_of(settings, models.transformer),
+        )
+    else:
+        assert isinstance(settings, LcmSettings | DmdSettings | TextualInversionSettings)
+        objective = make_further(settings, parts, models, configuration.seed)
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
     if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)

@@ -55,6 +55,7 @@ class Components:
             generator=generators,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.steps,
+            timesteps=settings.timesteps,
             height=settings.height,
             width=settings.width,
         ).images

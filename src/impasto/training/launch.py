@@ -75,7 +75,8 @@ def preview(
 
 def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
     if configuration.adapter is not None:
-        export_adapters(configuration.adapter, assembled.components, folder)
+        defaults = assembled.objective.adapter_defaults
+        export_adapters(configuration.adapter, assembled.components, folder, defaults)
     elif configuration.export == "pipeline":
         assembled.components.pipeline().save_pretrained(folder)
     else:
