@@ -132,13 +132,14 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
     parts = (models.transformer, texts, Latents(config, models.vae), loss)
     if isinstance(settings, TextToImageSettings):
         labels = settings.labels
-        objective = TextToImage(
+        head = labels and LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
+        objective: TextToImage = TextToImage(
             *parts,
             caption_dropout=settings.caption_dropout,
             timesteps=settings.timesteps,
             weighting=settings.weighting,
             bound_weight=settings.bound_weight,
-            label_head=labels and LabelHead(models.transformer, labels.block, labels.classes, configuration.seed),
+            label_head=head or None,
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
             routing=routing_of(settings, models.transformer),
         )
