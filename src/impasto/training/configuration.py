@@ -251,7 +251,10 @@ class Configuration(Settings):
 
     Attributes:
         output: the folder of the run.
-        parallel: how processes that ``torchrun`` started divide the work.
+        parallel: how processes that ``torchrun`` started divide the work: each has all parameters (``ddp``), a shard of
+            each (``fsdp``), or shares them with the others of its machine (``hsdp``); ``auto`` is the first, unless
+            half of a GPU's memory is too small for that.
+        hsdp_shards: processes that share the parameters with ``hsdp``, if not those of a machine.
         validation, samples: None for none.
         checks: further measures that this program adds, by name, with their options.
         export: what the result has: the ``trained`` models, or the whole ``pipeline``.
@@ -259,6 +262,7 @@ class Configuration(Settings):
 
     output: str | None = None
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    hsdp_shards: Count | None = None
     objective: ObjectiveSettings = TextToImageSettings()
     models: ModelSettings = ModelSettings()
     adapter: AdapterSettings | None = None
