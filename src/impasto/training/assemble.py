@@ -131,14 +131,16 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
     loss = DiffusionLoss(models.scheduler.betas, prediction)
     parts = (models.transformer, texts, Latents(config, models.vae), loss)
     if isinstance(settings, TextToImageSettings):
-        labels = settings.labels
+        labels, head = settings.labels, None
+        if labels is not None:
+            head = LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
         objective = TextToImage(
             *parts,
             caption_dropout=settings.caption_dropout,
             timesteps=settings.timesteps,
             weighting=settings.weighting,
             bound_weight=settings.bound_weight,
-            label_head=labels and LabelHead(models.transformer, labels.block, labels.classes, configuration.seed),
+            label_head=head,
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
             routing=routing_of(settings, models.transformer),
         )
