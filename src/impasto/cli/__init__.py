@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import caption, evaluate, generate, info, pipelines, train
+from . import cache, caption, evaluate, generate, info, pipelines, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command()(generate.generate)
 app.command()(info.info)
 app.command()(evaluate.evaluate)
 app.command()(train.train)
+app.command()(cache.cache)
 app.command()(caption.caption)
 
 

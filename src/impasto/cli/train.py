@@ -41,7 +41,7 @@ def train(
 
     from ..training.launch import launch
 
-    stopped = launch(configuration, folder, resume, {"scenes": _scenes}, {"scenes": _check_scenes})
+    stopped = launch(configuration, folder, resume, OWN_SOURCES, {"scenes": _check_scenes})
     if stopped is not None:
         say(f"ended by a signal; impasto train {config} --resume continues", error=True)
         raise typer.Exit(128 + stopped)
@@ -56,6 +56,10 @@ def _scenes(options: dict[str, Any]) -> Any:
         return ScenesSource(**options)
     except TypeError as error:
         raise InputError(f"the options of a source of scenes: {error}") from error
+
+
+#: Kinds of sources that this program adds to those of training.
+OWN_SOURCES = {"scenes": _scenes}
 
 
 def _check_scenes(pipe: Any, options: dict[str, Any]) -> Mapping[str, float]:
