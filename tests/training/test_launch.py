@@ -165,7 +165,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         launch(configuration(place, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "configuration.yaml").exists()
 
 
 def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def train(
     from ..training.launch import launch, preview
 
     if dry_run:
-        say(preview(configuration, folder, SOURCES, CHECKS))
+        say(preview(configuration, folder, OWN_SOURCES, CHECKS))
         return
-    stopped = launch(configuration, folder, resume, SOURCES, CHECKS)
+    stopped = launch(configuration, folder, resume, OWN_SOURCES, CHECKS)
     if stopped is not None:
         say(f"ended by a signal; impasto train {config} --resume continues", error=True)
         raise typer.Exit(128 + stopped)
@@ -65,6 +65,10 @@ def _scenes(options: dict[str, Any]) -> Any:
         raise InputError(f"the options of a source of scenes: {error}") from error
 
 
+#: Kinds of sources that this program adds to those of training.
+OWN_SOURCES = {"scenes": _scenes}
+
+
 def _check_scenes(pipe: Any, options: dict[str, Any]) -> Mapping[str, float]:
     """The check ``scenes``: how well a pipeline follows prompts of that world."""
     from ..scenes.check import check_pipeline
@@ -72,5 +76,5 @@ def _check_scenes(pipe: Any, options: dict[str, Any]) -> Mapping[str, float]:
     return check_pipeline(pipe, options)
 
 
-#: What this program adds to the trainer's own.
-SOURCES, CHECKS = {"scenes": _scenes}, {"scenes": _check_scenes}
+#: Checks that this program adds.
+CHECKS = {"scenes": _check_scenes}

@@ -280,7 +280,10 @@ class Configuration(Settings):
 
     Attributes:
         output: the folder of the run.
-        parallel: how processes that ``torchrun`` started divide the work.
+        parallel: how processes that ``torchrun`` started divide the work: each has all parameters (``ddp``), a shard of
+            each (``fsdp``), or shares them with the others of its machine (``hsdp``); ``auto`` is the first, unless
+            half of a GPU's memory is too small for that.
+        hsdp_shards: processes that share the parameters with ``hsdp``, if not those of a machine.
         validation, samples: None for none.
         checks: further measures that this program adds, by name, with their options.
         export: what the result has: the ``trained`` models, or the whole ``pipeline``.
@@ -288,6 +291,7 @@ class Configuration(Settings):
 
     output: str | None = None
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    hsdp_shards: Count | None = None
     objective: ObjectiveSettings = TextToImageSettings()
     models: ModelSettings = ModelSettings()
     adapter: AdapterSettings | None = None
@@ -297,13 +301,20 @@ class Configuration(Settings):
     checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     export: Literal["trained", "pipeline"] = "trained"
 
+    @property
+    def _sources(self) -> list[SourceSettings]:
+        held = self.validation.source if self.validation else None
+        return [*self.data.sources, *([held] if held else [])]
+
+    @property
+    def reads_caches_alone(self) -> bool:
+        """Whether nothing in the run needs a text encoder, as all features are stored."""
+        uses_pipeline = self.samples is not None or bool(self.checks) or self.export == "pipeline"
+        return not uses_pipeline and all(source.kind == "cache" for source in self._sources)
+
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
-        sources = [
-            *self.data.sources,
-            *([self.validation.source] if self.validation and self.validation.source else []),
-        ]
-        cached = any(source.kind == "cache" for source in sources)
+        cached = any(source.kind == "cache" for source in self._sources)
         if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
         if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):

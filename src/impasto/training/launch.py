@@ -44,7 +44,7 @@ def launch(
         raise InputError(
             f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
         )
-    with joined(configuration.parallel) as processes:
+    with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
         assembled = assemble(configuration, folder, sources, checks, processes)
         if processes.is_main:
             make_folder(folder)

@@ -73,7 +73,7 @@ def train(
             reporter.step(batch.count, objective.flops(batch), loss)
 
             done = step + 1
-            stopped = processes.shared(noted.received) if processes.any(noted.received is not None) else None
+            stopped = processes.highest(noted.received or 0) or None  # of any process
             saves = done % settings.checkpoints.every == 0 or done == settings.steps or stopped is not None
             if saves or done % settings.log_every == 0:  # the window is not part of the state
                 values = means.take(processes)
