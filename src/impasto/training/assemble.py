@@ -66,6 +66,7 @@ def assemble(
     sources: Mapping[str, MakeSource] | None = None,
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
+    indices: Path | None = None,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -73,6 +74,7 @@ def assemble(
         folder: of the run.
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
+        indices: a folder that keeps the sizes of images, so that they are not measured each time.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -84,7 +86,7 @@ def assemble(
     if needs_class_images(configuration):
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
-    data, validation, caches = open_data(configuration, sources or {}, folder / "sizes")
+    data, validation, caches = open_data(configuration, sources or {}, indices)
     components = components or load(configuration, processes.device)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
@@ -165,7 +167,7 @@ def open_data(
     """The training data, the validation data if there is any, and those sources of both that are caches.
 
     Args:
-        indices: a folder that keeps the sizes of images, so that they are not measured each time.
+        indices: as of ``assemble``.
     """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
