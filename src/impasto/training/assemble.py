@@ -29,7 +29,7 @@ from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
 from .data.order import Order
-from .data.sample import Sample, Source
+from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
@@ -237,6 +237,10 @@ class Part:
     def size(self, index: int) -> tuple[int, int]:
         source, inside = self.places[index]
         return source.size(inside)
+
+    def name(self, index: int) -> str:
+        source, inside = self.places[index]
+        return name_of(source, inside) or f"sample {inside}"
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         source, inside = self.places[index]
