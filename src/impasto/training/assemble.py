@@ -31,7 +31,7 @@ from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
 from .data.order import Order
-from .data.sample import Sample, Source
+from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
@@ -69,6 +69,7 @@ def assemble(
     sources: Mapping[str, MakeSource] | None = None,
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
+    indices: Path | None = None,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -76,6 +77,7 @@ def assemble(
         folder: of the run.
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
+        indices: a folder that keeps the sizes of images, so that they are not measured each time.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -87,7 +89,7 @@ def assemble(
     if needs_class_images(configuration):
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
-    data, validation, caches = open_data(configuration, sources or {}, folder / "sizes")
+    data, validation, caches = open_data(configuration, sources or {}, indices)
     components = components or load(configuration, processes.device)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
@@ -179,7 +181,7 @@ def open_data(
     """The training data, the validation data if there is any, and those sources of both that are caches.
 
     Args:
-        indices: a folder that keeps the sizes of images, so that they are not measured each time.
+        indices: as of ``assemble``.
     """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
@@ -249,6 +251,10 @@ class Part:
     def size(self, index: int) -> tuple[int, int]:
         source, inside = self.places[index]
         return source.size(inside)
+
+    def name(self, index: int) -> str:
+        source, inside = self.places[index]
+        return name_of(source, inside) or f"sample {inside}"
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         source, inside = self.places[index]
