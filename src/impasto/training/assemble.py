@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import InputError
 from .adapters import add_adapters
@@ -18,6 +19,7 @@ from .configuration import (
     Configuration,
     DataSettings,
     SourceSettings,
+    TextEncoderSettings,
     TextToImageSettings,
 )
 from .data.buckets import Buckets, sizes_of
@@ -30,9 +32,13 @@ from .data.sample import Sample, Source
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
+from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.labels import LabelHead
+from .objectives.text_encoder import SlotReader, WarmStart
 from .objectives.text_to_image import Latents, TextToImage
 from .objectives.texts import Texts
 from .validation import Validation, measure
@@ -73,8 +79,12 @@ def assemble(
     unknown = [name for name in configuration.checks if name not in (checks or {})]
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
+    components: Components | None = None
+    if needs_class_images(configuration):
+        components = load(configuration, processes.device)
+        make_class_images(configuration, components, processes)
     data, validation = open_data(configuration, sources or {})
-    components = load(configuration, processes.device)
+    components = components or load(configuration, processes.device)
     if configuration.adapter is not None:
         add_adapters(configuration.adapter, components, configuration.seed)
     components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
@@ -91,11 +101,23 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     """The objective of a configuration on its models."""
     settings = configuration.objective
     if isinstance(settings, AutoencoderSettings):
-        return Autoencoder(components.vae, settings.kl_weight, settings.l1_weight)
+        weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
+        return Autoencoder(components.vae, *weights)
+    if isinstance(settings, TextEncoderSettings):
+        return _text_encoder(configuration.seed, settings, components)
+    assert isinstance(settings, Denoising)
     return _text_to_image(configuration, settings, components)
 
 
-def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
+def _text_encoder(seed: int, settings: TextEncoderSettings, models: Components) -> WarmStart:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        reader = SlotReader(models.text_encoder.config.d_model, settings.slots, settings.classes)
+    texts = Texts(models.tokenizer, models.text_encoder, settings.tokens or models.family.text_tokens)
+    return WarmStart(models.text_encoder, reader.to(models.text_encoder.device), texts.tokenize)
+
+
+def _text_to_image(configuration: Configuration, settings: Denoising, models: Components) -> TextToImage:
     prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
     texts = Texts(
         models.tokenizer,
@@ -106,16 +128,23 @@ def _text_to_image(configuration: Configuration, settings: TextToImageSettings, 
         clean=settings.clean_captions,
     )
     config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
-    objective = TextToImage(
-        models.transformer,
-        texts,
-        Latents(config, models.vae),
-        DiffusionLoss(models.scheduler.betas, prediction),
-        caption_dropout=settings.caption_dropout,
-        timesteps=settings.timesteps,
-        weighting=settings.weighting,
-        bound_weight=settings.bound_weight,
-    )
+    loss = DiffusionLoss(models.scheduler.betas, prediction)
+    parts = (models.transformer, texts, Latents(config, models.vae), loss)
+    if isinstance(settings, TextToImageSettings):
+        labels = settings.labels
+        objective = TextToImage(
+            *parts,
+            caption_dropout=settings.caption_dropout,
+            timesteps=settings.timesteps,
+            weighting=settings.weighting,
+            bound_weight=settings.bound_weight,
+            label_head=labels and LabelHead(models.transformer, labels.block, labels.classes, configuration.seed),
+            label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
+            routing=routing_of(settings, models.transformer),
+        )
+    else:
+        assert isinstance(settings, LcmSettings | DmdSettings | TextualInversionSettings)
+        objective = make_further(settings, parts, models, configuration.seed)
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
     if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
