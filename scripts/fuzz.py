@@ -135,7 +135,7 @@ def build_targets(root: Path) -> dict[str, Target]:
 
     def load_state(folder: Path) -> None:
         read_state(folder)
-        read_tensors(folder, tiny.tiny_transformer().state_dict(), ALONE)
+        read_tensors(folder, tiny.tiny_transformer().state_dict())
 
     def encode(folder: Path) -> None:
         pipe.enable_prompt_cache(folder / "cache", max_bytes="1MB")
@@ -182,7 +182,7 @@ def build_targets(root: Path) -> dict[str, Target]:
         "pickled weights": Target(pickled, ("diffusion_pytorch_model.bin",), load_transformer),
         "journals": Target(pending, (f"{STAGING}/{JOURNAL}",), load_transformer),
         "images": Target(images, ("a.png", "a.jpg", "a.webp"), load_images),
-        "training states": Target(state, ("state.json", "shard-00001-model-00001-of-00001.safetensors"), load_state),
+        "training states": Target(state, ("state.json", "shard-00000.safetensors"), load_state),
         "prompt cache": Target(
             cached, tuple(f"cache/{path.name}" for path in sorted((cached / "cache").iterdir())), encode
         ),

@@ -15,6 +15,7 @@ from .checkpoints.original import files
 from .checkpoints.original.convert import Component, component_of, to_original
 from .checkpoints.stored import describe, iterate_tensors
 from .checkpoints.weights import disk_errors, write_weights
+from .checks import shown
 from .errors import CheckpointError, InputError
 from .files import plain_path, write_file
 from .folders import reading, saving
@@ -95,11 +96,14 @@ def _to_folder(
     is_dit = part.kind is files.DIT
     cls.checked_arguments({}, **{key: x for key, x in given.items() if not (is_dit and key in _OF_DIT)})
     if is_dit:
-        from .models.pixart.from_dit import start_from_dit
+        from .models.pixart.from_dit import TIMESTEP, start_from_dit
 
         config, tensors = start_from_dit(part.tensors, name=file.path.name, **given)
         found = Component("PixArtTransformer2DModel", tensors, config, {}, [])
-        notes = ["it computes what the DiT computes at timestep 500, without a class and whatever the caption"]
+        timestep = given.get("timestep", TIMESTEP)
+        notes = [
+            f"it computes what the DiT computes at timestep {timestep:g}, without a class and whatever the caption"
+        ]
     else:
         found = component_of(file, str(part.kind.class_name), given)
         notes = list(found.assumed)
@@ -169,13 +173,13 @@ def _to_file(source: Path, target: Path, role: str | None, dtype: torch.dtype | 
 
 def _class_in(folder: Path) -> str:
     name = Model._read_config(folder / "config.json").get("_class_name")
-    known = {kind.class_name for kind in files.KINDS} - {None}
+    known = sorted({kind.class_name for kind in files.KINDS if kind.class_name})
     found = "PixArtTransformer2DModel" if name == "Transformer2DModel" else name
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise CheckpointError(
-            f"{folder} holds a {name!r}; what can be converted is {', '.join(sorted(map(str, known)))}"
+            f"{folder}: its config says _class_name {shown(name)}; what can be converted is {', '.join(known)}"
         )
-    return str(found)
+    return found
 
 
 def _write_single(tensors: Mapping[str, Tensor], target: Path) -> None:

@@ -107,8 +107,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object], names: bool = T
             held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
         change(held)
-        places = {name: {"saved_offsets": [0] * t.ndim} for name, t in held.items()}
-        save_file(held, file, {**metadata, "DCP_SHARDING_INFO": json.dumps(places)})
+        save_file(held, file, {**metadata, "first rows": json.dumps(dict.fromkeys(held, 0))})
         content = json.loads(path.read_text())
         content["files"][file.name] = file.stat().st_size
         if names:
@@ -134,7 +133,7 @@ STATES: dict[str, tuple[Callable[[Path], object], str]] = {
     "files are a number": (edited(lambda s: s.update(files=3)), "not that of a training run"),
     "another size": (edited(lambda s: s["files"].update(dict.fromkeys(s["files"], 7))), "missing or damaged"),
     "a file elsewhere": (edited(lambda s: s["files"].update({"../state.json": 3})), "missing or damaged"),
-    "no tensors": (edited(lambda s: s.update(tensors={})), "does not"),
+    "no tensors": (edited(lambda s: s.update(tensors={})), "than"),
     "tensors are numbers": (edited(lambda s: s["tensors"].update({BIAS: 3})), "does not describe"),
     "no step": (edited(lambda s: s["state"].pop("step")), "'step'"),
     "a step of text": (edited(lambda s: s["state"].update(step="two")), "'step'"),

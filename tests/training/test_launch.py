@@ -14,7 +14,7 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training import recipe_files as recipes
-from impasto.training.launch import launch
+from impasto.training.launch import launch, preview
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -165,7 +165,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         launch(configuration(place, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "configuration.yaml").exists()
 
 
 def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path: Path) -> None:
@@ -173,3 +173,19 @@ def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path
     stored = json.loads((tmp_path / "checkpoints" / "step-00000004" / "state.json").read_text())["state"]["settings"]
     assert stored["optimizer"]["rate"] == 3e-3
     assert stored["data"]["batch_size"] == 8
+
+
+def test_a_dry_run_shows_data_memory_and_time_and_writes_nothing(place: Path, tmp_path: Path) -> None:
+    wanted = configuration(place, steps=100, ema=0.9, micro_batch=4)
+    text = preview(wanted, tmp_path / "run")
+    assert "16 x 16: 32 images" in text
+    assert "32 samples and 4 steps in an epoch" in text
+    assert "100 steps: 25 epochs" in text
+    numbers = {line.split(":")[0].strip(): line.split(": ")[1] for line in text.splitlines() if "MiB" in line}
+    count = sum(
+        p.numel() for p in PixArtTransformer2DModel.from_pretrained(place / "pipeline/transformer").parameters()
+    )
+    for name, times in (("gradients", 1), ("averages", 1), ("optimizer", 2)):
+        assert float(numbers[name].removesuffix(" MiB")) == pytest.approx(times * 4 * count / 2**20, abs=0.06), name
+    assert "images/s" in text
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import caption, convert, evaluate, generate, info, pipelines, train
+from . import cache, caption, convert, evaluate, generate, info, pipelines, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(info.info)
 app.command()(evaluate.evaluate)
 app.command()(convert.convert)
 app.command()(train.train)
+app.command()(cache.cache)
 app.command()(caption.caption)
 
 

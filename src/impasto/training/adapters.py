@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.adapters.file import AdapterDefaults
 from ..transforms.adapters.injection import add
 from ..transforms.adapters.layers import peft
 from ..transforms.adapters.saving import save
@@ -56,9 +57,15 @@ def adapter_config(settings: AdapterSettings, rank: int, targets: list[str]) -> 
     )
 
 
-def export_adapters(settings: AdapterSettings, models: Components, folder: Path) -> Path:
-    """Write the adapter file, which ``load_lora_weights`` reads."""
+def export_adapters(
+    settings: AdapterSettings, models: Components, folder: Path, defaults: AdapterDefaults | None = None
+) -> Path:
+    """Write the adapter file, which ``load_lora_weights`` reads.
+
+    Args:
+        defaults: how to generate with it.
+    """
     parts: dict[str, nn.Module] = {"transformer": models.transformer}
     if settings.text_encoder_rank is not None:
         parts["text_encoder"] = models.text_encoder
-    return save(folder, parts, NAME)
+    return save(folder, parts, NAME, defaults=defaults)

@@ -20,7 +20,7 @@ from ..models.pixart.model import PixArtTransformer2DModel
 from ..pipelines.image_files import save_image
 from ..pipelines.loading import load_component
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
-from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings
+from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings, TextEncoderSettings
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
 from .start import start_stage
@@ -55,6 +55,7 @@ class Components:
             generator=generators,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.steps,
+            timesteps=settings.timesteps,
             height=settings.height,
             width=settings.width,
         ).images
@@ -82,10 +83,34 @@ def load(configuration: Configuration, device: torch.device) -> Components:
             found.vae = reader.vae(models.vae, trained=True)
             return found
         found.tokenizer = reader.tokenizer()
-        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
+        if not configuration.reads_caches_alone:
+            found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
+        if isinstance(configuration.objective, TextEncoderSettings):
+            return found
         found.transformer = reader.transformer(models.transformer)
         found.vae = reader.vae(models.vae, trained=False)
         found.scheduler = reader.scheduler()
+    return found
+
+
+def load_encoders(configuration: Configuration, device: torch.device) -> Components:
+    """The same autoencoder, text encoder and tokenizer alone, frozen: what a cache is made with.
+
+    Raises:
+        ConfigurationError: one of them is trained.
+    """
+    models = configuration.models
+    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
+    for name, trained in (("vae", models.vae.train), ("text_encoder", models.text_encoder.train or adapted)):
+        if trained:
+            raise ConfigurationError(f"the {name} is trained here, so what it encodes changes and cannot be cached")
+    reader = _Reader(configuration, device)
+    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(configuration.seed)
+        found.tokenizer = reader.tokenizer()
+        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer).requires_grad_(False).eval()
+        found.vae = reader.vae(models.vae, trained=False).requires_grad_(False).eval()
     return found
 
 
@@ -133,8 +158,11 @@ class _Reader:
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         dtype = torch.float32 if trained or self.dtype == torch.float16 else self.dtype
+        model = model.to(self.device, dtype)
+        if trained and self.device.type == "cpu":
+            return model  # the gradient of group normalization takes many times as long with channels last
         channels_last: Any = {"memory_format": torch.channels_last}
-        return model.to(self.device, dtype).to(**channels_last)
+        return model.to(**channels_last)
 
     def tokenizer(self) -> Any:
         from ..checkpoints.foreign.from_transformers import load_reader

@@ -7,6 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config import Count, NotNegative, Positive, Section, Settings, Share
+from .objective_settings import (
+    ClassImageSettings,
+    Denoising,
+    DmdSettings,
+    LcmSettings,
+    TextualInversionSettings,
+    TokenRoutingSettings,
+)
 from .objectives.diffusion_loss import Weighting
 from .objectives.text_to_image import Timesteps
 
@@ -25,28 +33,24 @@ class LabelSettings(Section):
     classes: Annotated[list[Count], Field(min_length=1)]
 
 
-class TextToImageSettings(Section):
+class TextToImageSettings(Denoising):
     """A PixArt transformer on images and captions.
 
     Attributes:
-        prediction: what the transformer predicts; as the scheduler's config says, unless given.
         caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
         weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
         bound_weight: of the variational bound, if the transformer predicts a variance.
-        tokens: of a caption, at most; the family's, unless given.
-        clean_captions: as the originals did, beyond lower case.
         labels: a further loss on labels of the latents.
+        token_routing: tokens skip blocks in training; None: none do.
     """
 
     kind: Literal["text-to-image"] = "text-to-image"
-    prediction: Literal["epsilon", "v_prediction"] | None = None
     caption_dropout: Share = 0.1
     timesteps: Timesteps = "uniform"
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
-    tokens: Count | None = None
-    clean_captions: bool = False
     labels: LabelSettings | None = None
+    token_routing: TokenRoutingSettings | None = None
 
 
 class AutoencoderSettings(Section):
@@ -75,7 +79,13 @@ class TextEncoderSettings(Section):
 
 
 ObjectiveSettings = Annotated[
-    TextToImageSettings | AutoencoderSettings | TextEncoderSettings, Field(discriminator="kind")
+    TextToImageSettings
+    | AutoencoderSettings
+    | TextEncoderSettings
+    | LcmSettings
+    | DmdSettings
+    | TextualInversionSettings,
+    Field(discriminator="kind"),
 ]
 
 
@@ -135,6 +145,7 @@ class SourceSettings(Section):
         caption: of every image, in place of captions from files.
         metadata: a .jsonl or .json file of captions, if it is not one of those found by themselves.
         mask_suffix: of loss masks next to the images.
+        generate: images of ``caption`` that the model generates before training, if the folder has too few.
         options: of a kind that this program adds.
     """
 
@@ -151,12 +162,15 @@ class SourceSettings(Section):
     background: str = "white"
     metadata: str | None = None
     mask_suffix: str | None = None
+    generate: ClassImageSettings | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _whole(self) -> SourceSettings:
         if self.kind in OWN_KINDS and self.path is None:
             raise ValueError(f"a source of the kind {self.kind} needs its path")
+        if self.generate is not None and (self.kind != "folder" or self.caption is None):
+            raise ValueError("generate is for a folder with a caption, which is the prompt")
         if self.kind in OWN_KINDS and self.options:
             raise ValueError(f"options are for kinds other than {', '.join(OWN_KINDS)}")
         return self
@@ -237,10 +251,11 @@ class ValidationSettings(Section):
 
 
 class SampleSettings(Section):
-    """Images of fixed prompts, generated with each checkpoint."""
+    """Images of fixed prompts, generated with each checkpoint; ``timesteps`` takes the place of ``steps``."""
 
     prompts: Annotated[list[str], Field(min_length=1)]
     steps: Count = 20
+    timesteps: list[Annotated[int, Field(ge=0)]] | None = None
     guidance_scale: NotNegative = 4.5
     height: Count | None = None
     width: Count | None = None
@@ -251,7 +266,10 @@ class Configuration(Settings):
 
     Attributes:
         output: the folder of the run.
-        parallel: how processes that ``torchrun`` started divide the work.
+        parallel: how processes that ``torchrun`` started divide the work: each has all parameters (``ddp``), a shard of
+            each (``fsdp``), or shares them with the others of its machine (``hsdp``); ``auto`` is the first, unless
+            half of a GPU's memory is too small for that.
+        hsdp_shards: processes that share the parameters with ``hsdp``, if not those of a machine.
         validation, samples: None for none.
         checks: further measures that this program adds, by name, with their options.
         export: what the result has: the ``trained`` models, or the whole ``pipeline``.
@@ -259,6 +277,7 @@ class Configuration(Settings):
 
     output: str | None = None
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    hsdp_shards: Count | None = None
     objective: ObjectiveSettings = TextToImageSettings()
     models: ModelSettings = ModelSettings()
     adapter: AdapterSettings | None = None
@@ -268,15 +287,24 @@ class Configuration(Settings):
     checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     export: Literal["trained", "pipeline"] = "trained"
 
+    @property
+    def _sources(self) -> list[SourceSettings]:
+        held = self.validation.source if self.validation else None
+        return [*self.data.sources, *([held] if held else [])]
+
+    @property
+    def reads_caches_alone(self) -> bool:
+        """Whether nothing in the run needs a text encoder, as all features are stored."""
+        uses_pipeline = self.samples is not None or bool(self.checks) or self.export == "pipeline"
+        return not uses_pipeline and all(source.kind == "cache" for source in self._sources)
+
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
-        sources = [
-            *self.data.sources,
-            *([self.validation.source] if self.validation and self.validation.source else []),
-        ]
-        cached = any(source.kind == "cache" for source in sources)
+        cached = any(source.kind == "cache" for source in self._sources)
         if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):
+            raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
         return self

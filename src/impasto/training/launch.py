@@ -12,6 +12,7 @@ from .adapters import export_adapters
 from .assemble import Assembled, Check, MakeSource, assemble
 from .configuration import Configuration
 from .distributed.processes import joined
+from .dry_run import describe
 from .loop import train
 from .recipe_files import text_of
 
@@ -43,7 +44,7 @@ def launch(
         raise InputError(
             f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
         )
-    with joined(configuration.parallel) as processes:
+    with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
         assembled = assemble(configuration, folder, sources, checks, processes)
         if processes.is_main:
             make_folder(folder)
@@ -57,9 +58,25 @@ def launch(
     return stopped
 
 
+def preview(
+    configuration: Configuration,
+    folder: Path,
+    sources: Mapping[str, MakeSource] | None = None,
+    checks: Mapping[str, Check] | None = None,
+) -> str:
+    """Data, memory and time of a run, in lines; nothing is written. For one process."""
+    with joined("none") as processes:
+        assembled = assemble(configuration, folder, sources, checks, processes)
+        try:
+            return describe(configuration, assembled)
+        finally:
+            assembled.data.close()
+
+
 def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
     if configuration.adapter is not None:
-        export_adapters(configuration.adapter, assembled.components, folder)
+        defaults = assembled.objective.adapter_defaults
+        export_adapters(configuration.adapter, assembled.components, folder, defaults)
     elif configuration.export == "pipeline":
         assembled.components.pipeline().save_pretrained(folder)
     else:

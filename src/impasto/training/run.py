@@ -27,8 +27,8 @@ from .randomness import Randomness, seed_torch
 #: Settings that may change when a run goes on.
 MAY_CHANGE = frozenset(
     {
-        "steps", "log_every", "checkpoints", "guard", "report", "micro_batch", "compile", "parallel", "output",
-        "validation", "samples", "checks", "export", "data.workers", "data.max_broken",
+        "steps", "log_every", "checkpoints", "guard", "report", "micro_batch", "compile", "parallel", "hsdp_shards",
+        "output", "validation", "samples", "checks", "export", "data.workers", "data.max_broken",
     }
 )  # fmt: skip
 
@@ -174,7 +174,7 @@ class Run:
                 f"{folder} is damaged ({error}); delete it to continue from the one before"
             ) from error
         start_state(self.optimizers)
-        read_tensors(folder, self._tensors(), self.processes)
+        read_tensors(folder, self._tensors())
         self.masters.publish()
         return step
 

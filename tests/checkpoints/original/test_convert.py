@@ -17,8 +17,10 @@ from impasto.conversion import EXTRAS_NAME, convert
 from impasto.errors import CheckpointError, InputError, OutputError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
+from ...tiny import write_pipeline
 from . import originals
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 VARIANTS: dict[str, dict[str, Any]] = {
     "sigma": {},
     "alpha": {"tokens": 120, "scale": 1.0},
@@ -266,3 +268,26 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         convert(tmp_path / "out", tmp_path / "back.pth")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_component_of_a_pipeline_or_of_a_file_with_several(tmp_path: Path) -> None:
+    write_pipeline(tmp_path / "pipeline")
+    convert(tmp_path / "pipeline", tmp_path / "vae.safetensors", component="vae")
+    convert(tmp_path / "pipeline", tmp_path / "transformer.safetensors")
+    vae, transformer = (load_file(tmp_path / f"{name}.safetensors") for name in ("vae", "transformer"))
+    assert "decoder.up.0.block.0.conv1.weight" in vae
+    assert "blocks.0.attn.qkv.weight" in transformer
+    both = {f"first_stage_model.{name}": x for name, x in vae.items()}
+    both |= {f"model.diffusion_model.{name}": x for name, x in transformer.items()}
+    source = write(both, tmp_path / "both.safetensors")
+    with pytest.raises(InputError, match="a transformer and an autoencoder"):
+        convert(source, tmp_path / "out")
+    given = {"transformer": {"num_attention_heads": 2, "sample_size": 8}, "vae": {"norm_num_groups": 4}}
+    for component, values in given.items():
+        convert(source, tmp_path / component, component=component, **values)  # type: ignore[arg-type]
+        stored, back = (load_file(tmp_path / place / WEIGHTS) for place in (f"pipeline/{component}", component))
+        assert originals.same(stored, back)
+    with pytest.raises(InputError, match="component must be"):
+        convert(source, tmp_path / "out", component="text_encoder")
+    with pytest.raises(CheckpointError, match="its config says _class_name None"):
+        convert(tmp_path / "pipeline" / "text_encoder", tmp_path / "x.pth")

@@ -83,6 +83,13 @@ def test_ranks_have_slices_of_the_global_batch(tmp_path: Path) -> None:
         assert {part.largest for part in parts} == {max(map(len, parts))}
 
 
+def test_a_rank_without_samples_takes_part_with_one_that_does_not_count(tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    parts = [data([source], batch_size=2).batch(0, rank, 3) for rank in range(3)]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert sorted(sample.weight for part in parts for sample in part.samples) == [0, 1, 1]
+
+
 def test_an_epoch_is_read_with_other_crops_than_the_last(tmp_path: Path) -> None:
     source = folder(tmp_path)
     loaded = data([source])

@@ -107,7 +107,7 @@ class SingleFile(NamedTuple):
         if len(fitting) == 1:
             return fitting[0]
         held = "; ".join(f"{part.kind.description} ({part.prefix or 'no prefix'})" for part in parts)
-        wanted = " or ".join(name or "DiT" for name in class_names)
+        wanted = " or ".join(dict.fromkeys(name or "DiT" for name in class_names))
         if fitting:
             raise CheckpointError(f"{self.path} holds several components for a {wanted}: {held}")
         hint = " Convert it with `impasto convert`." if any(part.kind is DIT for part in parts) else ""

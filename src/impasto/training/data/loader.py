@@ -47,6 +47,8 @@ class Data:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The samples of one rank in a step. Steps that follow each other are read ahead.
 
+        A rank that has none gets the first one of the batch with a weight of 0.
+
         Raises:
             InputError: too many samples are broken, or all of a batch are.
             ResourceError: a worker process has died.
@@ -125,6 +127,8 @@ class _Reads(torch.utils.data.Dataset[_Read]):
         failure: Exception | None = None
         try:
             samples = [self._read(batch, number, faults) for number in range(start, end)]
+            if not samples:  # all ranks take part in every step
+                samples = [dataclasses.replace(self._read(batch, 0, faults), weight=0.0)]
         except Exception as error:
             failure = _portable(error)
         largest = batch.largest(self.world)

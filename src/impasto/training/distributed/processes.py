@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from .watch import GONE, Watch
 Parallel = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 PARALLEL: tuple[Parallel, ...] = ("auto", "none", "ddp", "fsdp", "hsdp")
 
+#: Numbers the groups that this process joins, one after the other.
+_GROUPS = itertools.count()
 #: How long a collective operation may wait for a process that is alive: the others may still compile or validate.
 PATIENCE = timedelta(minutes=30)
 
@@ -84,20 +87,13 @@ class Processes:
                 totals[name] = (before[0] + first, before[1] + second)
         return totals
 
-    def sums(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over processes of single numbers of the same names everywhere, in one operation."""
-        if self.count == 1 or not values:
-            return dict(values)
-        packed = torch.stack([value.detach().double().to(self.device) for value in values.values()])
-        return dict(zip(values, self.sum(packed).to(torch.float32), strict=True))
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any process. So they agree, for example to stop, at the same step."""
+    def highest(self, number: int) -> int:
+        """The highest number of any process. So they agree, for example to stop, at the same step."""
         if self.count == 1:
-            return flag
-        wanted = torch.tensor(int(flag))  # on the host: a GPU does not have to finish its work first
-        dist.all_reduce(wanted, dist.ReduceOp.MAX)
-        return bool(wanted)
+            return number
+        found = torch.tensor(number)  # on the host: a GPU does not have to finish its work first
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def shared(self, value: Any) -> Any:
         """The value that the main process has; it may be anything that can be pickled."""
@@ -109,7 +105,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.any(False)
+        self.highest(0)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -201,9 +197,10 @@ def _connect(rank: int, count: int, device: torch.device, gone: float) -> Watch:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        name = f"impasto {next(_GROUPS)}"
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", store),
+            store=PrefixStore(name, store),
             rank=rank,
             world_size=count,
             timeout=PATIENCE,
@@ -215,7 +212,7 @@ def _connect(rank: int, count: int, device: torch.device, gone: float) -> Watch:
             f"({shown(str(error), 200)}); check that {os.environ.get('MASTER_ADDR')}, "
             f"port {os.environ.get('MASTER_PORT')}, can be reached"
         ) from error
-    return Watch(PrefixStore("watch", store.clone()), rank, count, gone)
+    return Watch(PrefixStore(f"{name} watch", store.clone()), rank, count, gone)
 
 
 def _explained(error: Exception, rank: int, watch: Watch) -> Exception:

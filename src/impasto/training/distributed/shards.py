@@ -25,6 +25,22 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and any(isinstance(place, Shard) for place in tensor.placements)
 
 
+def first_row(tensor: Tensor) -> int:
+    """The first row of this process's shard in the whole tensor."""
+    if not isinstance(tensor, DTensor) or not is_sharded(tensor):
+        return 0
+    dimension, place = next((i, p) for i, p in enumerate(tensor.placements) if isinstance(p, Shard))
+    assert place == Shard(0)  # as FSDP does it
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
+    return min(tensor.device_mesh.get_local_rank(dimension) * rows, tensor.shape[0])
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether this process's shard, which others may have as well, is the first one of its kind."""
+    mesh = tensor.device_mesh
+    return all(isinstance(p, Shard) or mesh.get_local_rank(i) == 0 for i, p in enumerate(tensor.placements))
+
+
 def zeros_like_shards(tensor: DTensor, shape: Sequence[int]) -> DTensor:
     """Zeros of another shape, divided like a tensor whose first dimension is the same."""
     rows = tensor.to_local().shape[0]

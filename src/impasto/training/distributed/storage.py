@@ -1,19 +1,21 @@
-"""The tensors of a checkpoint: safetensors files, to which each process writes its shards and which all may read."""
+"""The tensors of a checkpoint: safetensors files, to which each process writes its shards and which all may read.
+
+The header of a file has the place of each of its tensors in the whole one; ``state.json`` lists files and tensors and
+is written last.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from ...checkpoints.config import read_json
@@ -23,10 +25,10 @@ from ...errors import CheckpointError, OutputError
 from ...files import write_file
 from ...nn.changes import is_plain_tensor
 from .processes import Processes
-from .shards import local
+from .shards import first_row, is_first_copy, local
 
-#: What a checkpoint says about itself; written last.
 STATE = "state.json"
+_ROWS = "first rows"
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], processes: Processes) -> None:
@@ -34,19 +36,26 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
 
     Args:
         tensors: plain, and then the same everywhere, or sharded.
-        state: for JSON, a dict; that of the main process counts.
+        state: for JSON; that of the main process counts.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written, in any process.
     """
-    try:
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(_stored(tensors), storage_writer=writer, no_dist=processes.count == 1)
-    except CheckpointException as error:
-        raise _as_error(error, f"{folder} cannot be written", OutputError) from error
+    own: dict[str, Tensor] = {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        mine = is_first_copy(tensor) if isinstance(tensor, DTensor) else i % processes.count == processes.rank
+        if mine and (local(tensor).numel() or not tensor.numel()):
+            own[name] = _dense(tensor).detach().contiguous()
+    rows = {name: first_row(tensors[name]) for name in own}
+    with processes.together():
+        try:
+            path = folder / f"shard-{processes.rank:05d}.safetensors"
+            save_file(own, path, {_ROWS: json.dumps(rows)})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{path} cannot be written: {error}; choose another place") from error
     with processes.together():
         if processes.is_main:
-            files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+            files = {path.name: path.stat().st_size for path in sorted(folder.glob("shard-*.safetensors"))}
             content = {"files": files, "tensors": _described(tensors), "state": state}
             write_file(folder / STATE, json.dumps(content, indent=1))
 
@@ -61,13 +70,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes) -> None:
-    """Read tensors, or this process's shards of them, in place. All processes call it.
+@torch.no_grad()
+def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Read tensors, or this process's shards of them, in place.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged. None has changed.
+        CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged; none has changed then.
     """
-    found, wanted = _contents(folder)["tensors"], _described(into)
+    content = _contents(folder)
+    found, wanted = content["tensors"], _described(into)
     faults = [f"lacks {name}" for name in wanted if name not in found]
     faults += [f"has {shown(name)}, which this run does not have" for name in found if name not in wanted]
     for name, kind in wanted.items():
@@ -77,38 +88,78 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes)
         raise CheckpointError(
             f"{folder} is the checkpoint of another model or run: it {faults[0]}. Continue that one, or start another"
         )
-    stored = _stored(into)
-    try:
-        load(dict(stored), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=processes.count == 1)
-    except CheckpointException as error:
-        raise _as_error(error, f"{folder} cannot be read", CheckpointError) from error
-    with torch.no_grad():
-        for name, tensor in into.items():
-            if not is_plain_tensor(local(tensor)) or not local(tensor).is_contiguous():
-                local(tensor).copy_(local(stored[name]))
+    dense = {name: _dense(tensor) for name, tensor in into.items()}
+    for part in _parts(folder, content):
+        _copy(part, dense[part.name], first_row(into[part.name]))
+    for name, tensor in into.items():
+        if dense[name] is not local(tensor):
+            local(tensor).copy_(dense[name])
+
+
+class _Part(NamedTuple):
+    """Rows of a tensor in a file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    row: int  # the first
+
+
+def _copy(part: _Part, into: Tensor, row: int) -> None:
+    """Copy those rows of a part that a shard has, whose first row is ``row``."""
+    first, last = max(part.row, row), min(part.row + part.shape[0], row + into.shape[0]) if part.shape else 0
+    if part.shape and first >= last:
+        return
+    with safe_open(part.file, framework="pt") as file:
+        if part.shape:
+            into[first - row : last - row] = file.get_slice(part.name)[first - part.row : last - part.row]
+        else:
+            into.copy_(file.get_tensor(part.name))
+
+
+def _parts(folder: Path, content: Mapping[str, Any]) -> Iterator[_Part]:
+    for name in content["files"]:
+        file = folder / Path(name).name
+        headers = tensor_headers(file)
+        with safe_open(file, framework="pt") as opened:
+            rows = json.loads((opened.metadata() or {}).get(_ROWS, "{}"))
+        for tensor, (_, dtype, shape) in headers.items():
+            yield _Part(file, tensor, dtype, shape, rows[tensor])
 
 
 def _contents(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself, after a look at its files."""
+    """What a checkpoint says about itself, compared with the headers of its files."""
     path = folder / STATE
     content = read_json(path)
     if not all(isinstance(content.get(name), dict) for name in ("files", "tensors", "state")):
-        raise CheckpointError(f"{path} is not that of a training run; resume from another checkpoint")
+        raise CheckpointError(f"{path} is not that of a training run; {_OTHER}")
     if not all(_is_kind(kind) for kind in content["tensors"].values()):
         raise CheckpointError(f"{path} does not describe its tensors; {_OTHER}")
-    numbers = dict.fromkeys(content["tensors"], 0)
     for name, size in content["files"].items():
         file = folder / Path(name).name
         if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} is missing or damaged: {path} describes it; resume from another checkpoint")
-        for tensor, (_, dtype, shape) in tensor_headers(file).items():
-            if content["tensors"].get(tensor, [None])[0] != dtype:
-                raise CheckpointError(f"{file} has {shown(tensor)} as {dtype}, and {path} does not; {_OTHER}")
-            numbers[tensor] += math.prod(shape)
-    for tensor, (_, shape) in content["tensors"].items():
-        if numbers[tensor] != math.prod(shape):
-            raise CheckpointError(f"{folder} has only a part of {shown(tensor)}; {_OTHER}")
+            raise CheckpointError(f"{file} is missing or damaged: {path} describes it; {_OTHER}")
+    numbers = dict.fromkeys(content["tensors"], 0)
+    try:
+        for part in _parts(folder, content):
+            dtype, shape = content["tensors"].get(part.name, (None, ()))
+            if dtype != part.dtype or part.shape[1:] != tuple(shape[1:]) or len(part.shape) != len(shape):
+                raise CheckpointError(f"{part.file} has another {shown(part.name)} than {path} describes; {_OTHER}")
+            if shape and not 0 <= part.row <= part.row + part.shape[0] <= shape[0]:
+                raise CheckpointError(f"{part.file} has rows of {shown(part.name)} that do not exist; {_OTHER}")
+            numbers[part.name] += math.prod(part.shape)
+    except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"a file in {folder} is damaged ({shown(str(error), 200)}); {_OTHER}") from error
+    for name, (_, shape) in content["tensors"].items():
+        if numbers[name] != math.prod(shape):
+            raise CheckpointError(f"{folder} has only a part of {shown(name)}; {_OTHER}")
     return content
+
+
+_OTHER = "resume from another checkpoint"
 
 
 def _is_kind(value: Any) -> bool:
@@ -118,34 +169,15 @@ def _is_kind(value: Any) -> bool:
     return isinstance(value[0], str) and all(type(size) is int and size >= 0 for size in value[1])
 
 
-_OTHER = "resume from another checkpoint"
-
-
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-    """The dtype and the shape of each tensor, as a file has it."""
-    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in _stored(tensors).items()}
-
-
-def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as files hold them: numbers as vectors of one, and the moments of 8-bit optimizers in float32.
-
-    Quantizing these again gives the same ones.
-    """
-    return {name: t.reshape(1) if t.ndim == 0 else _dense(t) for name, t in tensors.items()}
+    """The dtype and the shape of each tensor, as files have it."""
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
 def _dense(tensor: Tensor) -> Tensor:
+    """This process's shard, itself or, of the moments of 8-bit optimizers, in float32; quantizing it gives the same."""
     shard: Any = local(tensor)
     if is_plain_tensor(shard):
-        return tensor if shard.is_contiguous() else tensor.contiguous()  # channels last, say
+        return local(tensor)
     dense: Tensor = shard.dequantize()
-    if not isinstance(tensor, DTensor):
-        return dense
-    mesh, places = tensor.device_mesh, tensor.placements
-    return DTensor.from_local(dense, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
-
-
-def _as_error(error: CheckpointException, what: str, kind: type[Exception]) -> Exception:
-    """The first failure of any process as an error of ours."""
-    rank, (failure, _) = next(iter(error.failures.items()))
-    return kind(f"{what}: {shown(str(failure), 300)} (rank {rank})")
+    return dense

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
+from ...checkpoints.adapters.file import AdapterDefaults
 from ...errors import InputError
 from ...transforms.quantized_linear import QuantizedLinear
 from ..data.sample import Batch
@@ -46,6 +47,11 @@ class Objective(nn.Module):
 
     ``forward`` is the only entry. Its result depends on the parameters, the batch and ``random`` alone.
     """
+
+    #: Whether parameters may be sharded over processes: not where the objective holds other values in them.
+    shardable: ClassVar[bool] = True
+    #: How to generate with an adapter that was trained on it, if in another way than with the model.
+    adapter_defaults: ClassVar[AdapterDefaults | None] = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoints.adapters.file import AdapterDefaults
 from ...errors import ConfigurationError
 from ...schedulers.lcm import LCMScheduler
 from ...schedulers.process import boundary_scalings
@@ -38,6 +39,8 @@ class LatentConsistency(Distillation):
         decay: of the average of the student's parameters that defines the target; 0: the student itself.
         huber: c of the distance.
     """
+
+    adapter_defaults = AdapterDefaults("lcm", 4, 1.0)
 
     def __init__(
         self,
