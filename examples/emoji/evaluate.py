@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageColor
 
-import torch
 from impasto import PixArtSigmaPipeline
 from impasto.errors import ImpastoError, InputError
 from impasto.pipelines.image_files import open_image
@@ -42,7 +42,9 @@ def chosen(records: list[dict[str, Any]], count: int, without: str | None) -> li
     return [left[len(left) * i // count] for i in range(count)]
 
 
-def generate(pipe: PixArtSigmaPipeline, prompts: list[str], side: int, steps: int, guidance: float) -> list[Image.Image]:
+def generate(
+    pipe: PixArtSigmaPipeline, prompts: list[str], side: int, steps: int, guidance: float
+) -> list[Image.Image]:
     images: list[Image.Image] = []
     for start in range(0, len(prompts), 16):
         batch = prompts[start : start + 16]

@@ -51,8 +51,8 @@ def download(package: str, folder: Path) -> Path:
     """
     if shutil.which("npm") is None:
         raise InputError(
-            f"npm is needed to download {package}; install it, or get the file from https://registry.npmjs.org and give "
-            f"it with --images or --names"
+            f"npm is needed to download {package}; install it, or get the file from https://registry.npmjs.org and "
+            f"give it with --images or --names"
         )
     command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def key_of(code: str) -> str:
-    """Code points as both packages write them, without the variation selector: "1F469-200D-2764-FE0F" -> "1f469-..."."""
+    """Code points as names of files, without the variation selector: "2764-FE0F-200D-1F525" -> "2764-200d-1f525"."""
     return "-".join(part for part in re.split("[-_]", code.lower()) if part != "fe0f")
 
 
