@@ -67,13 +67,18 @@ class FlowMatchingSettings(Section):
 
 
 class AutoencoderSettings(Section):
-    """An autoencoder on images; see ``Autoencoder``."""
+    """An autoencoder on images; see ``Autoencoder``.
+
+    Attributes:
+        standardize: from so many images, the latents of the result get mean 0, and deviation 1 after scaling.
+    """
 
     kind: Literal["autoencoder"]
     kl_weight: NotNegative = 1e-6
     l1_weight: NotNegative = 0.5
     edge_weight: NotNegative = 0.0
     half_scale_weight: NotNegative = 0.0
+    standardize: Count | None = None
 
 
 class TextEncoderSettings(Section):
