@@ -10,7 +10,7 @@ import torch
 from ...errors import ConfigurationError
 from ..assemble import MakeSource, buckets_of, open_source, texts_of
 from ..components import load_encoders
-from ..configuration import Configuration
+from ..configuration import Configuration, Denoising
 from ..data.cached import fingerprint
 from ..objectives.text_to_image import Latents
 from .cache import Encoders, Job, settings_for
