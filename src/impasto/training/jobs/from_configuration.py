@@ -10,8 +10,9 @@ import torch
 from ...errors import ConfigurationError
 from ..assemble import MakeSource, buckets_of, open_source, texts_of
 from ..components import load_encoders
-from ..configuration import Configuration, Denoising
+from ..configuration import Configuration
 from ..data.cached import fingerprint
+from ..objective_settings import Denoising
 from ..objectives.text_to_image import Latents
 from .cache import Encoders, Job, settings_for
 
