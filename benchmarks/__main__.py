@@ -2,8 +2,9 @@
 
     python benchmarks [NAME ...] [--avx2] [--table]
 
-Names: startup, attention, floor, step, packed, text, decode, image, memory, lossy, edits, prior; all of them if none is
-given, which takes about two hours on two cores and 25 GB of disk. gpu, which needs one, runs only if it is named.
+Names: startup, attention, floor, step, packed, kv_compression, text, decode, image, memory, lossy, edits, prior; all of
+them if none is given, which takes about two hours on two cores and 25 GB of disk. gpu, which needs one, runs only if it
+is named.
 --avx2 runs the benchmarks for processors without 16-bit products (attention, floor, step, precision); processors with
 AVX-512 imitate them. --table only prints stored results.
 """
@@ -38,6 +39,7 @@ RUNS: dict[str, list[list[str]]] = {
     "lossy": [[]],
     "edits": [[]],
     "packed": [[]],
+    "kv_compression": [[]],
     "prior": [["--tokens", "192"], ["--tokens", "192", "--batch", "4"]],
     "gpu": [[]],
 }

@@ -38,7 +38,7 @@ from impasto.training import checkpoints
 from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.loop import train
-from impasto.training.objectives.autoencoder import Autoencoder
+from impasto.training.objectives.autoencoder import Autoencoder, standardize
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.labels import LabelHead
@@ -174,26 +174,6 @@ def encode_chunk(out: Path, chunk: int) -> None:
     latents = chunks.encode_images(chunks.fast_autoencoder(out / "vae"), load_images(out, chunk))
     scaled = (latents * AUTOENCODER["scaling_factor"]).half().contiguous()
     chunks.save(chunks.path_of(out / "latents", chunk), latents=scaled.numpy())
-
-
-def standardize(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Fold an affine map into the 1 x 1 convolutions, so that scaled latents have mean 0 and deviation 1.
-
-    z' = (z - mean) / (std * scaling_factor), and its inverse before the decoder.
-    """
-    assert model.quant_conv is not None
-    assert model.post_quant_conv is not None
-    scale = 1.0 / (std * AUTOENCODER["scaling_factor"])
-    channels = len(mean)
-    weight, bias = model.quant_conv.weight, model.quant_conv.bias
-    assert bias is not None
-    weight[:channels] *= scale.view(-1, 1, 1, 1)
-    bias[:channels] = (bias[:channels] - mean) * scale
-    bias[channels:] += 2 * scale.log()  # log-variances
-    weight, bias = model.post_quant_conv.weight, model.post_quant_conv.bias
-    assert bias is not None
-    bias += weight[:, :, 0, 0] @ mean
-    weight /= scale.view(1, -1, 1, 1)
 
 
 def train_tokenizer(out: Path) -> None:

@@ -84,7 +84,12 @@ def test_an_adapter_for_few_steps_says_how_to_generate(model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("nothing.safetensors", "does not exist"), ("{strange}", "does not fit"), ("{strange}:nan", "finite")],
+    [
+        ("nothing.safetensors", "does not exist"),
+        ("builtin:x", "no bundled adapter 'builtin:x'"),
+        ("{strange}", "does not fit"),
+        ("{strange}:nan", "finite"),
+    ],
 )
 def test_an_adapter_that_cannot_be_used_is_an_error(model: Path, given: str, words: str, tmp_path: Path) -> None:
     tensors = {f"transformer.blocks_of_flux.0.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}

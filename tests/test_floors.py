@@ -29,6 +29,7 @@ FLOORS = {
     "transforms": 1,
     "registry": 2,
     "interop": 2,
+    "conversion": 2,
     "memory": 2,
     "pipelines": 3,
     "training": 4,
@@ -48,6 +49,7 @@ OPEN_ON_FLOOR = {1: {"family"}, 2: {"registry", "interop"}}
 #: Files that import what their floor forbids: a model loads quantized or adapted, and these transforms know no model.
 EXCEPTIONS = {
     ("models.base", "transforms.quantization_configs"),
+    ("models.single_file", "transforms.quantization_configs"),
     ("models.compat.adapters", "transforms.adapters.__init__"),
 }
 #: A folder whose files each hold one of a kind, and the base class that marks it. base.py holds what they share.

@@ -153,7 +153,7 @@ def test_changed_layers_are_refused() -> None:
 
     model = tiny_transformer()
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q"]), model)
-    with pytest.raises(ConfigurationError, match=r"was not given to diffusers.*merge_and_unload"):
+    with pytest.raises(ConfigurationError, match=r"was not given to diffusers.*fuse_lora"):
         impasto.to_diffusers(model)
     pytest.importorskip("torchao")
     quantized = tiny_transformer()

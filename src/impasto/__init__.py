@@ -27,12 +27,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .checkpoints.adapters.file import AdapterDefaults
+    from .conversion import convert
     from .interop import to_diffusers
     from .memory.group_offload import apply_group_offloading
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
     from .models.compat.surface import attention_backend
     from .models.glm_image.context import GlmImageKVCache
     from .models.glm_image.model import GlmImageTransformer2DModel
+    from .models.pixart.kv_compression import compress_keys
     from .models.pixart.model import PixArtTransformer2DModel
     from .models.pixart.model import PixArtTransformer2DModel as Transformer2DModel
     from .nn.gaussian import DiagonalGaussianDistribution
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterDefaults",
     "AutoModel",
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
@@ -114,8 +118,10 @@ __all__ = [
     "apply_layerwise_casting",
     "attention_backend",
     "cache_steps",
+    "compress_keys",
     "compute_as_stored",
     "compute_in_float32",
+    "convert",
     "dequantize",
     "guide_between",
     "quantize",
@@ -124,6 +130,7 @@ __all__ = [
 
 #: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
+    "AdapterDefaults": ".checkpoints.adapters.file:AdapterDefaults",
     "AutoModel": ".pipelines.compat.auto:AutoModel",
     "AutoPipelineForImage2Image": ".pipelines.compat.auto:AutoPipelineForImage2Image",
     "AutoPipelineForInpainting": ".pipelines.compat.auto:AutoPipelineForInpainting",
@@ -159,8 +166,10 @@ _HOMES = {
     "apply_layerwise_casting": ".transforms.layerwise_casting:apply_layerwise_casting",
     "attention_backend": ".models.compat.surface:attention_backend",
     "cache_steps": ".transforms.step_cache:cache_steps",
+    "compress_keys": ".models.pixart.kv_compression:compress_keys",
     "compute_as_stored": ".nn.precision:compute_as_stored",
     "compute_in_float32": ".nn.precision:compute_in_float32",
+    "convert": ".conversion:convert",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
     "quantize": ".transforms.quantize:quantize",

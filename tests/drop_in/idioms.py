@@ -1634,7 +1634,10 @@ def state_dicts(lib: ModuleType, make: Make) -> Any:
 def signatures_that_tools_inspect(lib: ModuleType, make: Make) -> Any:
     names = "PixArtTransformer2DModel", "AutoencoderKL", "DDIMScheduler", "PixArtSigmaPipeline"
     found = {n: list(inspect.signature(getattr(lib, n).__init__).parameters) for n in names}
-    return {n: [p for p in found[n] if p not in ("use_linear_projection", "num_vector_embeds")] for n in names}
+    others = {"use_linear_projection", "num_vector_embeds"}
+    for n in names:
+        others |= getattr(getattr(lib, n), "not_in_diffusers", set())  # documented, after those of diffusers
+    return {n: [p for p in found[n] if p not in others] for n in names}
 
 
 @idiom("api/models/overview")

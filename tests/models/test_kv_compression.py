@@ -19,7 +19,7 @@ from impasto.models.pixart.kv_compression import KVCompression, Sampling, compre
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.nn.precision import compute_as_stored, compute_in_float32
 
-from ..tiny import tiny_transformer
+from ..tiny import tiny_transformer, write_pipeline
 
 SAMPLINGS: list[Sampling] = ["conv", "ave", "uniform", "uniform_every"]
 
@@ -237,3 +237,36 @@ def test_what_cannot_know_of_the_compression_is_refused() -> None:
     model.set_attn_processor(lambda attn, hidden_states, **_: hidden_states)
     with pytest.raises(ConfigurationError, match="set_default_attn_processor"):
         model(latents, **given)
+
+
+# Around the model
+
+
+def test_a_pipeline_with_a_compressed_transformer_is_planned_loaded_and_generates(tmp_path: Path) -> None:
+    transformer = compress_keys(tiny_transformer(num_layers=3), "conv")
+    write_pipeline(tmp_path, transformer=transformer)
+    pipe = impasto.PixArtSigmaPipeline.from_pretrained(tmp_path, memory_budget="4GB")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config.kv_compression == "conv"
+    arguments = {"height": 20, "width": 12, "num_inference_steps": 2, "use_resolution_binning": False}
+    plain = pipe("x", **arguments, generator=torch.Generator().manual_seed(0), output_type="np").images
+    with impasto.cache_steps(pipe, "interval"):
+        cached = pipe("x", **arguments, generator=torch.Generator().manual_seed(0), output_type="np").images
+    impasto.quantize(pipe.transformer, "int8-weight-only")
+    close = pipe("x", **arguments, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert plain.shape == cached.shape == (1, 20, 12, 3)
+    assert abs(plain - close).max() < 0.2
+
+
+def test_the_new_weights_and_the_old_ones_are_trained() -> None:
+    model = compress_keys(tiny_transformer(), "conv", 2, [0]).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = sum(image.square().mean() for image in model(**inputs((8, 12), (10, 6))).sample)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.transformer_blocks[0].attn1.parameters())

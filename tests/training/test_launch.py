@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training import recipe_files as recipes
-from impasto.training.launch import launch
+from impasto.training.assemble import open_data
+from impasto.training.launch import launch, preview
+from impasto.training.objectives.autoencoder import images_of, latent_moments
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -104,7 +108,26 @@ def test_an_autoencoder_is_trained(place: Path, tmp_path: Path) -> None:
     launch(wanted, tmp_path)
     psnr = [row["psnr"] for row in rows(tmp_path) if "psnr" in row]
     assert psnr[-1] > psnr[0] + 0.5
-    assert AutoencoderKL.from_pretrained(tmp_path / "result").config.scaling_factor == 0.7
+    vae = AutoencoderKL.from_pretrained(tmp_path / "result")
+    assert vae.config.scaling_factor == 0.7
+    means, deviations = latent_moments(vae, whole_batches(wanted))
+    assert means.abs().max() > 0.05
+
+    standardized = wanted.model_copy(update={"objective": wanted.objective.model_copy(update={"standardize": 32})})
+    launch(standardized, tmp_path, resume=True)
+    after = AutoencoderKL.from_pretrained(tmp_path / "result")
+    means, deviations = latent_moments(after, whole_batches(wanted))
+    assert means.abs().max() < 0.1
+    assert (deviations * 0.7 - 1).abs().max() < 0.1
+    (batch,) = itertools.islice(whole_batches(wanted), 1)
+    image = images_of(batch[:1], torch.device("cpu"))
+    pairs = [model.decode(model.encode(image).latent_dist.mode()).sample for model in (vae, after)]
+    torch.testing.assert_close(*pairs, atol=1e-4, rtol=1e-3)
+
+
+def whole_batches(wanted: Any) -> Iterator[list[Any]]:
+    data, *_ = open_data(wanted, {})
+    return (data.batch(step).samples for step in range(3))
 
 
 def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: Path) -> None:
@@ -165,7 +188,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         launch(configuration(place, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "configuration.yaml").exists()
 
 
 def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path: Path) -> None:
@@ -173,3 +196,19 @@ def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path
     stored = json.loads((tmp_path / "checkpoints" / "step-00000004" / "state.json").read_text())["state"]["settings"]
     assert stored["optimizer"]["rate"] == 3e-3
     assert stored["data"]["batch_size"] == 8
+
+
+def test_a_dry_run_shows_data_memory_and_time_and_writes_nothing(place: Path, tmp_path: Path) -> None:
+    wanted = configuration(place, steps=100, ema=0.9, micro_batch=4)
+    text = preview(wanted, tmp_path / "run")
+    assert "16 x 16: 32 images" in text
+    assert "32 samples and 4 steps in an epoch" in text
+    assert "100 steps: 25 epochs" in text
+    numbers = {line.split(":")[0].strip(): line.split(": ")[1] for line in text.splitlines() if "MiB" in line}
+    count = sum(
+        p.numel() for p in PixArtTransformer2DModel.from_pretrained(place / "pipeline/transformer").parameters()
+    )
+    for name, times in (("gradients", 1), ("averages", 1), ("optimizer", 2)):
+        assert float(numbers[name].removesuffix(" MiB")) == pytest.approx(times * 4 * count / 2**20, abs=0.06), name
+    assert "images/s" in text
+    assert not (tmp_path / "run").exists()

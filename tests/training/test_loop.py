@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from impasto.errors import ConfigurationError, InputError, OutputError
 from impasto.training import checkpoints
-from impasto.training.config import OptimizerSettings
+from impasto.training.config import OptimizerSettings, Settings
+from impasto.training.guard import DivergedError
 from impasto.training.loop import train
 from impasto.training.masters import Masters
 from impasto.training.objectives.base import Loss
@@ -171,3 +178,126 @@ def test_masters_and_averages_are_saved_in_float32(tmp_path: Path) -> None:
         assert torch.equal(parameter, state[f"ema.module.{name}"])
         assert not torch.equal(parameter, state[f"models.module.{name}"])
     assert not model.training
+
+
+# --- steps that are skipped, signals, the best checkpoint, a full disk ---
+
+
+def plain(steps: int, **options: Any) -> Settings:
+    constant = {"kind": "constant"}
+    return settings(steps, **{"log_every": 1, "precision": "float32", "schedule": constant, **options})
+
+
+def spoiled(folder: Path, steps: int, bad: set[int], **options: Any) -> nn.Linear:
+    """A run some of whose losses are not finite."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss(step: int, random: Randomness) -> torch.Tensor:
+        x = random.normal([8, 3])
+        return (model(x) - x.sum(1, keepdim=True)).square().mean(1) * (math.nan if step in bad else 1.0)
+
+    train(Of(model, loss), steps_alone(8), plain(steps, **options), folder)
+    return model
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path: Path) -> None:
+    every: dict[str, Any] = {"checkpoints": {"every": 1, "keep": 9}}
+    spoiled(tmp_path / "whole", 8, {2, 3, 6}, **every)
+    assert [row["skipped"] for row in rows(tmp_path / "whole")] == [0, 0, 1, 2, 2, 2, 3, 3]
+    tensors = [load_file(next(path.glob("*.safetensors"))) for path in checkpoints.found(tmp_path / "whole").values()]
+    for before, after in ((1, 2), (2, 3), (5, 6)):
+        assert all(torch.equal(tensors[before][name], value) for name, value in tensors[after].items())
+    assert not torch.equal(tensors[3]["models.module.weight"], tensors[4]["models.module.weight"])
+    with pytest.raises(DivergedError, match=r"3 steps in a row"):
+        spoiled(tmp_path / "ended", 8, {3, 4, 5}, guard={"most_in_a_row": 3}, **every)
+    assert max(checkpoints.found(tmp_path / "ended")) == 5
+    with pytest.raises(DivergedError, match="up to step 6"):  # the count is part of the state
+        spoiled(tmp_path / "ended", 8, {3, 4, 5}, guard={"most_in_a_row": 3}, **every)
+
+
+def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
+    def run_until(folder: Path, last: int | None) -> int | None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def loss(step: int, random: Randomness) -> torch.Tensor:
+            if step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return model(random.normal([8, 3])).square().mean(1)
+
+        return train(Of(model, loss), steps_alone(8), plain(6), folder)
+
+    assert run_until(tmp_path / "parts", 2) == signal.SIGTERM
+    assert list(checkpoints.found(tmp_path / "parts")) == [3]
+    assert run_until(tmp_path / "parts", None) is None
+    assert run_until(tmp_path / "whole", None) is None
+    assert values(tmp_path / "parts") == values(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("which", "best"), [("lowest", 4), ("highest", 2)])
+def test_the_best_checkpoint_is_kept(which: str, best: int, tmp_path: Path) -> None:
+    measured = {2: 5.0, 4: 1.0, 6: 3.0, 8: 2.0, 10: 4.0}
+
+    def start(steps: int) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        objective = Of(model, lambda step, random: model(random.normal([8, 3])).square().mean(1))
+        plan = plain(steps, checkpoints={"every": 2, "keep": 1, "best": "error", "best_is": which})
+        train(objective, steps_alone(8), plan, tmp_path, lambda step: {"error": measured[step]})
+
+    start(6)
+    start(10)
+    assert list(checkpoints.found(tmp_path)) == [best, 10]
+    with pytest.raises(InputError, match=r"checkpoints\.best: there is no value 'psnr'; there are .*loss"):
+        run(nn.Linear(3, 1), tmp_path / "other", 2, checkpoints={"best": "psnr"})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(tmp_path, 4, set(), checkpoints={"every": 2})
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "sync", full)
+    with pytest.raises(OutputError, match=r"step 6 was not saved, and the last one is .*step-00000004: No space left"):
+        spoiled(tmp_path, 8, set(), checkpoints={"every": 2})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    monkeypatch.undo()
+    spoiled(tmp_path, 8, set(), checkpoints={"every": 2})
+    spoiled(tmp_path / "whole", 8, set(), checkpoints={"every": 2})
+    assert values(tmp_path) == values(tmp_path / "whole")
+
+
+def test_float16_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="float16 needs a GPU"):
+        run(nn.Linear(3, 1), tmp_path, 2, precision="float16")
+
+
+def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
+    """Each sample's random numbers depend on its place in the global batch."""
+    from .objectives import test_text_to_image as images
+
+    losses = []
+    for size in (None, 3):
+        torch.manual_seed(0)
+        parts = images.models()
+        for module in parts[1].modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        plan = settings(2, log_every=1, micro_batch=size, precision="float32", optimizer={"name": "adamw"})
+        images.train(parts, plan, tmp_path / str(size), timesteps="uniform")
+        losses.append([(row["loss"], row["norm"]) for row in rows(tmp_path / str(size))])
+    assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
+
+
+def test_tensorboard_shows_what_the_log_has(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(nn.Linear(3, 1), tmp_path, 6, log_every=2, report={"tensorboard": True, "progress": False, "peak_flops": 1e9})
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert {"loss", "norm", "rate", "images_per_second", "skipped"} <= set(found.Tags()["scalars"])
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in rows(tmp_path)
+    ]

@@ -101,3 +101,19 @@ def test_what_does_not_fit_is_named(source: Path, tmp_path: Path) -> None:
     start(source, use_additional_conditions=True).save_pretrained(tmp_path)
     with pytest.raises(WeightsMismatchError, match=r"resolution_embedder.*unknown"):
         start(tmp_path, use_additional_conditions=False)
+
+
+def test_normalized_queries_and_compressed_keys_start_as_documented(source: Path) -> None:
+    model = start(source, qk_norm=True, kv_compression="conv", kv_compression_layers=[1])
+    plain, compressed = (block.attn1 for block in model.transformer_blocks)
+    assert plain.kv_compression is None
+    x = torch.randn(1, 16, 24)
+    assert torch.equal(plain.q_norm(x), torch.nn.functional.layer_norm(x, (24,)))
+    mean = x.view(1, 2, 2, 2, 2, 24).mean((2, 4)).view(1, 4, 24)
+    expected = torch.nn.functional.layer_norm(mean, (24,))
+    torch.testing.assert_close(compressed.kv_compression(x, (4, 4)), expected, rtol=0, atol=1e-5)
+    fresh = PixArtTransformer2DModel(**dict(model.config)).transformer_blocks[1].attn1.kv_compression
+    for name, value in compressed.kv_compression.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+    sampled = start(source, kv_compression="uniform", kv_compression_layers=[1])
+    assert sampled.state_dict().keys() == tiny_transformer().state_dict().keys()

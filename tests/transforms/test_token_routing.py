@@ -108,5 +108,11 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routing.choose(torch.rand(2, 9))
         with pytest.raises(InputError, match="choose"):
             run(transformer)
+    compressed = tiny_transformer(num_layers=4, kv_compression="conv", kv_compression_layers=[2, 3]).train()
+    with pytest.raises(ConfigurationError, match="compresses"):
+        route_tokens(compressed, 1, 3, 0.5)
+    with route_tokens(compressed, 0, 2, 0.5) as routing:
+        routing.choose(torch.rand(2, 16))
+        assert run(compressed).shape == (2, 8, 8, 8)  # type: ignore[union-attr]
     with pytest.raises(InputError, match="PixArt"):
         route_tokens(torch.nn.Linear(2, 2), 0, 1, 0.5)

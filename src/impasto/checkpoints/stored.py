@@ -282,7 +282,15 @@ def load_pickle(path: Path, advice: str) -> Any:
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     content = load_pickle(path, "Ask for a safetensors file instead")
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    return checked_tensors(path, content.get("state_dict", content) if isinstance(content, dict) else content)
+
+
+def checked_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The content of a pickle as a state dict of dense tensors.
+
+    Raises:
+        CheckpointError: it is anything else.
+    """
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} does not hold a state dict of tensors; ask for a safetensors file instead")
     for name, tensor in content.items():

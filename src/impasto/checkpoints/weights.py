@@ -7,7 +7,7 @@ converted from the memory-mapped file to its final dtype and device.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,17 +87,29 @@ def load_into(
     Raises:
         CheckpointError: a file is damaged.
     """
+    files = dict.fromkeys(tensor.file for tensor in stored.values())
+    pairs = ((rename(name), tensor) for file in files for name, tensor in iterate_tensors(file))
+    fill(module, pairs, dtype=dtype, device=device, copy=copy)
+
+
+def fill(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    copy: bool = False,
+) -> None:
+    """Put tensors, by their names in ``module``, in place of those of the meta device; options as for ``load_into``."""
     expected = module.state_dict(keep_vars=True)
-    for file in dict.fromkeys(tensor.file for tensor in stored.values()):
-        for stored_name, tensor in iterate_tensors(file):
-            name = rename(stored_name)
-            tensor = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=copy)
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=expected[name].requires_grad)
-            else:
-                owner._buffers[leaf] = tensor
+    for name, tensor in tensors:
+        tensor = tensor.detach().to(device, dtype if tensor.is_floating_point() else None, copy=copy)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=expected[name].requires_grad)
+        else:
+            owner._buffers[leaf] = tensor
 
 
 @contextmanager

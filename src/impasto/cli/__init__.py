@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate, generate, info, pipelines, train
+from . import cache, caption, convert, evaluate, generate, info, pipelines, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -18,7 +18,10 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(evaluate.evaluate)
+app.command()(convert.convert)
 app.command()(train.train)
+app.command()(cache.cache)
+app.command()(caption.caption)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..checkpoints.adapters.file import BUILTIN, AdapterDefaults, AdapterFile, read_adapter
 from ..checkpoints.adapters.parsing import FoundLayer, is_adapter, scaled
-from ..checkpoints.hub import package_file
 from ..checks import printable
+from ..transforms.adapters import locate
 
 KINDS = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "full": "whole weights"}
 #: The widths of published transformers.
@@ -21,7 +21,7 @@ MODELS = {1152: "PixArt-α or PixArt-Σ (XL/2)", 4096: "GLM-Image"}
 def find_adapter(model: str) -> Path | None:
     """The adapter file of this name; None if it is something else."""
     if model in BUILTIN:
-        return package_file(BUILTIN[model])
+        return locate(model)
     return Path(model) if os.path.isfile(model) and is_adapter(Path(model)) else None
 
 

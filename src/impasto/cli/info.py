@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -16,16 +17,22 @@ BUDGETS = ("4GB", "6GB", "8GB", "12GB", "16GB", "24GB")
 
 
 def info(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, builtin:scenes, or an adapter file.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or file, a hub id, or builtin:scenes.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read all weights; report NaN and infinite values.")] = False,
 ) -> None:
-    """Print the components of MODEL with their sizes, dtypes and memory; or what an adapter file holds."""
+    """Print the components of MODEL with their sizes, dtypes and memory; or what the file of an adapter or of another
+    program's checkpoint holds.
+    """
     from .adapter_info import describe_adapter, find_adapter
 
     if (adapter := find_adapter(model)) is not None:
         for line in describe_adapter(adapter, model):
+            say(line)
+        return
+    if os.path.isfile(model):
+        from .info_file import describe_file
+
+        for line in describe_file(model, deep):
             say(line)
         return
     for line in describe(inspect_model(model, deep=deep)):

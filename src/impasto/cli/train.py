@@ -15,6 +15,9 @@ Config = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A .yaml fi
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a setting. May be repeated.")]
 Output = Annotated[Path | None, typer.Option(metavar="FOLDER", help="The run's folder; runs/CONFIG by default.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if there is one.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show data, memory and time, from two steps of which nothing is kept.")
+]
 List = Annotated[bool, typer.Option("--list", help="List the recipes.")]
 
 
@@ -23,6 +26,7 @@ def train(
     changes: Changes = None,
     output: Output = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     list_recipes: List = False,
 ) -> None:
     """Train what CONFIG describes."""
@@ -39,9 +43,12 @@ def train(
     folder = output or Path(configuration.output or f"runs/{Path(config).stem}")
     say(recipes.text_of(configuration).rstrip())
 
-    from ..training.launch import launch
+    from ..training.launch import launch, preview
 
-    stopped = launch(configuration, folder, resume, {"scenes": _scenes}, {"scenes": _check_scenes})
+    if dry_run:
+        say(preview(configuration, folder, OWN_SOURCES, CHECKS))
+        return
+    stopped = launch(configuration, folder, resume, OWN_SOURCES, CHECKS)
     if stopped is not None:
         say(f"ended by a signal; impasto train {config} --resume continues", error=True)
         raise typer.Exit(128 + stopped)
@@ -58,8 +65,16 @@ def _scenes(options: dict[str, Any]) -> Any:
         raise InputError(f"the options of a source of scenes: {error}") from error
 
 
+#: Kinds of sources that this program adds to those of training.
+OWN_SOURCES = {"scenes": _scenes}
+
+
 def _check_scenes(pipe: Any, options: dict[str, Any]) -> Mapping[str, float]:
     """The check ``scenes``: how well a pipeline follows prompts of that world."""
     from ..scenes.check import check_pipeline
 
     return check_pipeline(pipe, options)
+
+
+#: Checks that this program adds.
+CHECKS = {"scenes": _check_scenes}

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import InputError
-from ..models.base import parse_dtype
+from ..models.dtypes import parse_dtype
 from ..nn.changes import is_managed_elsewhere, is_plain_tensor, unwrapped
 from ..nn.machine import as_device, check_device, check_dtype
 

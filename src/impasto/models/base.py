@@ -13,13 +13,15 @@ import torch
 
 from ..checkpoints.config import Configurable, naming
 from ..checkpoints.upload import Uploads, check_upload_options, check_writable, files_in, push_saved
-from ..checks import parse_size, shown, text
-from ..errors import CheckpointError, ConfigurationError, InputError, WeightsMismatchError
+from ..checks import parse_size, text
+from ..errors import CheckpointError, ConfigurationError, WeightsMismatchError
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
 from .compat.adapters import AdapterMethods
 from .compat.surface import ModelSurface
+from .dtypes import parse_dtype
+from .single_file import SingleFiles
 
 if TYPE_CHECKING:
     from ..checkpoints.stored import Stored
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("impasto")
 
 
-class Model(AdapterMethods, Configurable, Uploads, ModelSurface):
+class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
     """A ``torch.nn.Module`` that knows its constructor arguments and its folder format."""
 
     #: Arguments that diffusers' class lacks, and that change what the model computes.
@@ -251,20 +253,3 @@ class Model(AdapterMethods, Configurable, Uploads, ModelSurface):
                 f"not describe it ({len(strange)} tensors are strange, {len(missing)} missing, such as "
                 f"{(strange + missing)[0]}). Undo what changed its layers first."
             )
-
-
-def parse_dtype(dtype: torch.dtype | str | None, default: torch.dtype | None = torch.float32) -> torch.dtype | None:
-    """The dtype for a ``torch.dtype`` or its name; None for ``"auto"`` (as stored); ``default`` for None."""
-    if dtype is None:
-        return default
-    if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating-point type, such as torch.bfloat16, not {dtype}")
-        return dtype
-    if dtype == "auto":
-        return None
-    names = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
-    found = getattr(torch, names.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype {shown(dtype)} is unknown; use float32, bfloat16, float16 or auto")
-    return found

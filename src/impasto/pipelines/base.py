@@ -27,6 +27,7 @@ from .components import Components
 from .images import ImageProcessor
 from .request import Request
 from .resolution import resize_and_crop
+from .single_file import SingleFilePipelines
 
 if TYPE_CHECKING:
     from ..transforms.guidance_interval import GuidanceInterval
@@ -42,7 +43,7 @@ class ImagePipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray[Any, Any] | Tensor  # by output_type; tensors and latents [B, C, H, W]
 
 
-class Pipeline(LoraMethods, PipelineMethods):
+class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
     """Components, and what is in force on the calls that use them. A subclass adds the calls."""
 
     image_processor: ImageProcessor

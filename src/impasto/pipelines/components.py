@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..memory.moving import check_on_host, device_of, is_settled, movable, move, read_target
 from ..memory.placement import OneAtATime, PerComponent, Resident
 from ..memory.placement import offload_device as choose_device
-from ..models.base import parse_dtype
+from ..models.dtypes import parse_dtype
 from ..nn.changes import unwrapped
 from ..nn.machine import as_device, check_device
 from .compat.configs import DiffusionPipeline

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import whole_number
 from ..lazy import publish
 from ..memory.placement import OneAtATime
-from ..models.base import parse_dtype
+from ..models.dtypes import parse_dtype
 from ..models.glm_image.context import GlmImageReferences
 from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..models.glm_image.prior import PriorTokens

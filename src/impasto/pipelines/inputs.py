@@ -30,7 +30,7 @@ def plan_canvas(height: int | None, width: int | None, base: int, unit: int, bin
 
     Args:
         height, width: as requested; ``base`` if None.
-        base: the side of the training images; binning exists for 256, 512, 1024 and 2048.
+        base: the side of the training images; binning exists for 256, 512, 1024, 2048 and 2880.
         unit: the sides of a generated image must be multiples of it.
         binning: generate at the nearest training size.
     """

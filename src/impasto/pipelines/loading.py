@@ -22,7 +22,7 @@ from ..checkpoints.upload import files_in
 from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
-from ..models.base import parse_dtype
+from ..models.dtypes import parse_dtype
 from ..nn.changes import refuse_adapters
 from ..nn.machine import check_device, check_dtype
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries, is_foreign

@@ -131,7 +131,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
             return_dict: False returns a plain tuple.
             callback: called as ``callback(step, timestep, latents)`` every ``callback_steps`` steps.
             clean_caption: clean the prompts as the training captions were cleaned.
-            use_resolution_binning: generate at the nearest training size (for models of 256, 512, 1024 and 2048 px),
+            use_resolution_binning: generate at the nearest training size (for models of 256 to 2048, and 2880 px),
                 then resize and crop the result to ``height`` x ``width``.
             max_sequence_length: tokens of a prompt, at most 4096; longer prompts are truncated, with a warning.
             callback_on_step_end: called as ``callback_on_step_end(pipe, step, timestep, tensors)`` after each step;

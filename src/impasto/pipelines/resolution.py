@@ -32,7 +32,21 @@ _SIZES_1024 = tuple(
     size for size in _SIZES_2048 if size not in {(8, 31), (8, 30), (26, 9), (28, 9), (29, 8), (30, 8), (31, 8)}
 )
 
-_TABLES = {256: (16, _SIZES_1024), 512: (32, _SIZES_1024), 1024: (64, _SIZES_1024), 2048: (128, _SIZES_2048)}
+#: At 2880 px, the base of the 4K models, in units of 64 px.
+_SIZES_2880 = (
+    (22, 90), (22, 87), (22, 84), (22, 81), (25, 78), (25, 75), (25, 73), (28, 70), (28, 67), (30, 64),
+    (30, 61), (30, 59), (33, 60), (33, 56), (36, 53), (36, 50), (39, 50), (39, 47), (42, 47), (42, 45),
+    (45, 45), (45, 42), (47, 42), (47, 39), (50, 39), (50, 36), (53, 36), (56, 33), (60, 33), (61, 30),
+    (64, 30), (67, 28), (70, 28), (73, 25), (75, 25), (78, 25), (81, 22), (84, 22), (87, 22), (90, 22),
+)  # fmt: skip
+
+_TABLES = {
+    256: (16, _SIZES_1024),
+    512: (32, _SIZES_1024),
+    1024: (64, _SIZES_1024),
+    2048: (128, _SIZES_2048),
+    2880: (64, _SIZES_2880),
+}
 
 Bins = Mapping[float, tuple[int, int]]
 
@@ -43,7 +57,7 @@ def bins_for(sample_size_px: int) -> Bins | None:
 
     Returns:
         A mapping of aspect ratio (height / width, to two digits) to (height, width) in pixels, in ascending
-        order; None where no table exists for that size (there are 256, 512, 1024 and 2048).
+        order; None where no table exists for that size (there are 256, 512, 1024, 2048 and 2880).
     """
     if sample_size_px not in _TABLES:
         return None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import InputError
+from ..pipelines.glm_image_stages import latent_statistics
+from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
     OWN_KINDS,
     AutoencoderSettings,
     Configuration,
     DataSettings,
+    FlowMatchingSettings,
     SourceSettings,
+    TextEncoderSettings,
     TextToImageSettings,
 )
 from .data.buckets import Buckets, sizes_of
@@ -25,13 +31,18 @@ from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
 from .data.order import Order
-from .data.sample import Sample, Source
+from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
+from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.glm_image import GlmImageFlowMatching
+from .objectives.labels import LabelHead
+from .objectives.text_encoder import SlotReader, WarmStart
 from .objectives.text_to_image import Latents, TextToImage
 from .objectives.texts import Texts
 from .validation import Validation, measure
@@ -58,6 +69,7 @@ def assemble(
     sources: Mapping[str, MakeSource] | None = None,
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
+    indices: Path | None = None,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -65,6 +77,7 @@ def assemble(
         folder: of the run.
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
+        indices: a folder that keeps the sizes of images, so that they are not measured each time.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -72,9 +85,17 @@ def assemble(
     unknown = [name for name in configuration.checks if name not in (checks or {})]
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
-    data, validation = open_data(configuration, sources or {})
-    components = load(configuration, processes.device)
-    components.empty_text = next((s.empty for s in data.sources if isinstance(s, CachedSource)), None)
+    components: Components | None = None
+    if needs_class_images(configuration):
+        components = load(configuration, processes.device)
+        make_class_images(configuration, components, processes)
+    data, validation, caches = open_data(configuration, sources or {}, indices)
+    components = components or load(configuration, processes.device)
+    for cache in caches:
+        cache.check_models(components.vae, components.text_encoder)
+    if configuration.adapter is not None:
+        add_adapters(configuration.adapter, components, configuration.seed)
+    components.empty_text = next((cache.empty for cache in caches), None)
     objective = make_objective(configuration, components)
     images = folder / "samples" if processes.is_main else None
     check = _checks(configuration, components, objective, validation, images, checks or {})
@@ -88,48 +109,88 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     """The objective of a configuration on its models."""
     settings = configuration.objective
     if isinstance(settings, AutoencoderSettings):
-        return Autoencoder(components.vae, settings.kl_weight, settings.l1_weight)
+        weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
+        return Autoencoder(components.vae, *weights)
+    if isinstance(settings, FlowMatchingSettings):
+        return GlmImageFlowMatching(
+            components.transformer,
+            Latents(latent_statistics(components.vae), components.vae),
+            components.prior,
+            components.processor,
+            components.tokenizer,
+            components.text_encoder,
+            settings.prior_dropout,
+            settings.spread,
+        )
+    if isinstance(settings, TextEncoderSettings):
+        return _text_encoder(configuration.seed, settings, components)
+    assert isinstance(settings, Denoising)
     return _text_to_image(configuration, settings, components)
 
 
-def _text_to_image(configuration: Configuration, settings: TextToImageSettings, models: Components) -> TextToImage:
+def _text_encoder(seed: int, settings: TextEncoderSettings, models: Components) -> WarmStart:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        reader = SlotReader(models.text_encoder.config.d_model, settings.slots, settings.classes)
+    texts = Texts(models.tokenizer, models.text_encoder, settings.tokens or models.family.text_tokens)
+    return WarmStart(models.text_encoder, reader.to(models.text_encoder.device), texts.tokenize)
+
+
+def _text_to_image(configuration: Configuration, settings: Denoising, models: Components) -> TextToImage:
     prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
-    texts = Texts(
-        models.tokenizer,
-        models.text_encoder,
-        settings.tokens or models.family.text_tokens,
-        models.empty_text,
-        static=configuration.compile or models.transformer.device.type != "cpu",
-        clean=settings.clean_captions,
-    )
+    texts = texts_of(settings, models, configuration.compile or models.transformer.device.type != "cpu")
     config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
-    objective = TextToImage(
-        models.transformer,
-        texts,
-        Latents(config, models.vae),
-        DiffusionLoss(models.scheduler.betas, prediction),
-        caption_dropout=settings.caption_dropout,
-        timesteps=settings.timesteps,
-        weighting=settings.weighting,
-        bound_weight=settings.bound_weight,
-    )
-    if models.text_encoder is not None and not configuration.models.text_encoder.train:
+    loss = DiffusionLoss(models.scheduler.betas, prediction)
+    parts = (models.transformer, texts, Latents(config, models.vae), loss)
+    if isinstance(settings, TextToImageSettings):
+        labels, head = settings.labels, None
+        if labels is not None:
+            head = LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
+        objective = TextToImage(
+            *parts,
+            caption_dropout=settings.caption_dropout,
+            timesteps=settings.timesteps,
+            weighting=settings.weighting,
+            bound_weight=settings.bound_weight,
+            label_head=head,
+            label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
+            routing=routing_of(settings, models.transformer),
+        )
+    else:
+        assert isinstance(settings, LcmSettings | DmdSettings | TextualInversionSettings)
+        objective = make_further(settings, parts, models, configuration.seed)
+    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
+    if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
     return objective
+
+
+def texts_of(settings: Denoising, models: Components, static: bool = False) -> Texts:
+    """How captions become features."""
+    tokens = settings.tokens or models.family.text_tokens
+    encoder, empty = models.text_encoder, models.empty_text
+    return Texts(models.tokenizer, encoder, tokens, empty, static=static, clean=settings.clean_captions)
 
 
 # --- data ---
 
 
-def open_data(configuration: Configuration, kinds: Mapping[str, MakeSource]) -> tuple[Data, Validation | None]:
-    """The training data, and the validation data if there is any."""
+def open_data(
+    configuration: Configuration, kinds: Mapping[str, MakeSource], indices: Path | None = None
+) -> tuple[Data, Validation | None, list[CachedSource]]:
+    """The training data, the validation data if there is any, and those sources of both that are caches.
+
+    Args:
+        indices: as of ``assemble``.
+    """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
-    opened = [open_source(source, kinds) for source in settings.sources]
+    opened = [open_source(source, kinds, settings.max_broken, indices) for source in settings.sources]
     held: Source | None = None
     if wanted is not None and wanted.source is not None:
-        held = open_source(wanted.source, kinds)
-    elif wanted is not None:
+        held = open_source(wanted.source, kinds, settings.max_broken, indices)
+    caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
+    if wanted is not None and held is None:
         opened, held = hold_out(opened, wanted.count)
     given = [source.share for source in settings.sources]
     shares = None if any(share is None for share in given) else [share or 0.0 for share in given]
@@ -139,8 +200,8 @@ def open_data(configuration: Configuration, kinds: Mapping[str, MakeSource]) -> 
     )
     data = Data(order, opened, settings.workers, settings.max_broken)
     if wanted is None or held is None:
-        return data, None
-    return data, Validation.read(held, buckets, wanted.count, wanted.batch_size)
+        return data, None, caches
+    return data, Validation.read(held, buckets, wanted.count, wanted.batch_size), caches
 
 
 def buckets_of(settings: DataSettings) -> Buckets:
@@ -151,7 +212,9 @@ def buckets_of(settings: DataSettings) -> Buckets:
     return Buckets(sizes_of(settings.sizes), settings.max_upscale, settings.max_crop)
 
 
-def open_source(settings: SourceSettings, kinds: Mapping[str, MakeSource]) -> Source:
+def open_source(
+    settings: SourceSettings, kinds: Mapping[str, MakeSource], max_broken: float = 0.01, indices: Path | None = None
+) -> Source:
     """One source of samples."""
     if settings.kind in kinds:
         return kinds[settings.kind](settings.options)
@@ -167,10 +230,13 @@ def open_source(settings: SourceSettings, kinds: Mapping[str, MakeSource]) -> So
         real_prompt_ratio=settings.real_prompt_ratio,
         background=settings.background,
         weight=settings.weight,
+        max_broken=max_broken,
     )
+    key = hashlib.sha256(str(Path(settings.path).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    index = None if indices is None else indices / f"{key}.jsonl"
     if settings.kind == "shards":
-        return ShardSource(settings.path, reading)
-    return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix)
+        return ShardSource(settings.path, reading, index)
+    return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix, index)
 
 
 class Part:
@@ -185,6 +251,10 @@ class Part:
     def size(self, index: int) -> tuple[int, int]:
         source, inside = self.places[index]
         return source.size(inside)
+
+    def name(self, index: int) -> str:
+        source, inside = self.places[index]
+        return name_of(source, inside) or f"sample {inside}"
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         source, inside = self.places[index]

@@ -12,17 +12,19 @@ from torch import Tensor
 from ..checkpoints import hub
 from ..checkpoints.layout import INDEX_NAME
 from ..errors import ConfigurationError
-from ..family import ALPHA, SIGMA, Family
+from ..family import ALPHA, GLM_IMAGE, SIGMA, Family
 from ..files import make_folder
 from ..memory.inspection import resolve_pipeline
 from ..models.autoencoder.model import AutoencoderKL
+from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..models.pixart.model import PixArtTransformer2DModel
 from ..pipelines.image_files import save_image
 from ..pipelines.loading import load_component
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
-from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings
+from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings, TextEncoderSettings
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
+from .start import start_stage
 
 
 @dataclass
@@ -35,10 +37,25 @@ class Components:
     text_encoder: Any = None
     tokenizer: Any = None
     scheduler: Any = None
+    processor: Any = None
+    prior: Any = None  # GLM-Image's vision_language_encoder
     empty_text: Tensor | None = None  # stored features of the empty caption
 
     def pipeline(self) -> Any:
         """A pipeline of the live models."""
+        if self.family is GLM_IMAGE:
+            from ..pipelines.glm_image import GlmImagePipeline
+
+            parts = {"vision_language_encoder": self.prior, "vae": self.vae, "scheduler": self.scheduler}
+            pipe: Any = GlmImagePipeline(
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                text_encoder=self.text_encoder,
+                transformer=self.transformer,
+                **parts,
+            )
+            pipe.set_progress_bar_config(disable=True)
+            return pipe
         from ..pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 
         cls = PixArtAlphaPipeline if self.family is ALPHA else PixArtSigmaPipeline
@@ -54,6 +71,7 @@ class Components:
             generator=generators,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.steps,
+            timesteps=settings.timesteps,
             height=settings.height,
             width=settings.width,
         ).images
@@ -73,24 +91,52 @@ def load(configuration: Configuration, device: torch.device) -> Components:
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    found = Components({"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}[models.family])
     reader = _Reader(configuration, device)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         if isinstance(configuration.objective, AutoencoderSettings):
             found.vae = reader.vae(models.vae, trained=True)
             return found
+        if found.family is GLM_IMAGE:
+            reader.glm_image(found)
+            return found
         found.tokenizer = reader.tokenizer()
-        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
+        if not configuration.reads_caches_alone:
+            found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
+        if isinstance(configuration.objective, TextEncoderSettings):
+            return found
         found.transformer = reader.transformer(models.transformer)
         found.vae = reader.vae(models.vae, trained=False)
         found.scheduler = reader.scheduler()
     return found
 
 
+def load_encoders(configuration: Configuration, device: torch.device) -> Components:
+    """The same autoencoder, text encoder and tokenizer alone, frozen: what a cache is made with.
+
+    Raises:
+        ConfigurationError: one of them is trained.
+    """
+    models = configuration.models
+    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
+    for name, trained in (("vae", models.vae.train), ("text_encoder", models.text_encoder.train or adapted)):
+        if trained:
+            raise ConfigurationError(f"the {name} is trained here, so what it encodes changes and cannot be cached")
+    reader = _Reader(configuration, device)
+    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(configuration.seed)
+        found.tokenizer = reader.tokenizer()
+        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer).requires_grad_(False).eval()
+        found.vae = reader.vae(models.vae, trained=False).requires_grad_(False).eval()
+    return found
+
+
 class _Reader:
     def __init__(self, configuration: Configuration, device: torch.device):
         self.models, self.device = configuration.models, device
+        self.adapter, self.seed = configuration.adapter, configuration.seed
         self.dtype = working_dtype(configuration.precision, device)
         self.pipeline: Path | None = None
         if self.models.pipeline is not None:
@@ -116,7 +162,8 @@ class _Reader:
             model = PixArtTransformer2DModel(**settings.config)
             initialize(model)
         else:
-            model = PixArtTransformer2DModel.from_pretrained(folder, **settings.config)
+            dtype = torch.float32 if self.adapter is None else self.dtype
+            model = start_stage(PixArtTransformer2DModel, folder, settings.config, seed=self.seed).to(dtype)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model.to(self.device)
@@ -130,8 +177,29 @@ class _Reader:
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         dtype = torch.float32 if trained or self.dtype == torch.float16 else self.dtype
+        model = model.to(self.device, dtype)
+        if trained and self.device.type == "cpu":
+            return model  # the gradient of group normalization takes many times as long with channels last
         channels_last: Any = {"memory_format": torch.channels_last}
-        return model.to(self.device, dtype).to(**channels_last)
+        return model.to(**channels_last)
+
+    def glm_image(self, found: Components) -> None:
+        """The components of a GLM-Image pipeline, of which the transformer may come from elsewhere."""
+        from ..pipelines.glm_image import GlmImagePipeline
+
+        settings = self.models.transformer
+        assert self.pipeline is not None
+        source = self.folder("transformer", settings) or self.pipeline / "transformer"
+        dtype = torch.float32 if self.adapter is None else self.dtype
+        transformer = GlmImageTransformer2DModel.from_pretrained(source, dtype=dtype, **settings.config)
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype).to(
+            self.device
+        )
+        for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor"):
+            setattr(found, name, getattr(pipe, name))
+        found.prior = pipe.vision_language_encoder
 
     def tokenizer(self) -> Any:
         from ..checkpoints.foreign.from_transformers import load_reader

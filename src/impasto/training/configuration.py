@@ -7,41 +7,105 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .config import Count, NotNegative, Positive, Section, Settings, Share
+from .objective_settings import (
+    ClassImageSettings,
+    Denoising,
+    DmdSettings,
+    LcmSettings,
+    TextualInversionSettings,
+    TokenRoutingSettings,
+)
 from .objectives.diffusion_loss import Weighting
 from .objectives.text_to_image import Timesteps
 
 
-class TextToImageSettings(Section):
+class LabelSettings(Section):
+    """A loss on labels of the latents that samples bring along; see ``LabelHead``.
+
+    Attributes:
+        block: of the transformer, from 0, whose tokens are asked.
+        weight: at the highest learning rate; it falls with the rate.
+        classes: of each question.
+    """
+
+    block: Annotated[int, Field(ge=0)]
+    weight: NotNegative = 0.3
+    classes: Annotated[list[Count], Field(min_length=1)]
+
+
+class TextToImageSettings(Denoising):
     """A PixArt transformer on images and captions.
 
     Attributes:
-        prediction: what the transformer predicts; as the scheduler's config says, unless given.
         caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
         weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
         bound_weight: of the variational bound, if the transformer predicts a variance.
-        tokens: of a caption, at most; the family's, unless given.
-        clean_captions: as the originals did, beyond lower case.
+        labels: a further loss on labels of the latents.
+        token_routing: tokens skip blocks in training; None: none do.
     """
 
     kind: Literal["text-to-image"] = "text-to-image"
-    prediction: Literal["epsilon", "v_prediction"] | None = None
     caption_dropout: Share = 0.1
     timesteps: Timesteps = "uniform"
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
-    tokens: Count | None = None
-    clean_captions: bool = False
+    labels: LabelSettings | None = None
+    token_routing: TokenRoutingSettings | None = None
+
+
+class FlowMatchingSettings(Section):
+    """GLM-Image's transformer on images and captions.
+
+    Attributes:
+        prior_dropout: the share of images trained without their prior tokens, for guidance.
+        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+    """
+
+    kind: Literal["flow-matching"]
+    prior_dropout: Share = 0.1
+    spread: Positive = 1.0
 
 
 class AutoencoderSettings(Section):
-    """An autoencoder on images."""
+    """An autoencoder on images; see ``Autoencoder``.
+
+    Attributes:
+        standardize: from so many images, the latents of the result get mean 0, and deviation 1 after scaling.
+    """
 
     kind: Literal["autoencoder"]
     kl_weight: NotNegative = 1e-6
     l1_weight: NotNegative = 0.5
+    edge_weight: NotNegative = 0.0
+    half_scale_weight: NotNegative = 0.0
+    standardize: Count | None = None
 
 
-ObjectiveSettings = Annotated[TextToImageSettings | AutoencoderSettings, Field(discriminator="kind")]
+class TextEncoderSettings(Section):
+    """A text encoder on questions about captions, whose answers samples bring along; see ``WarmStart``.
+
+    Attributes:
+        slots: places in the answer, each with all questions.
+        classes: of each question.
+        tokens: of a caption, at most.
+    """
+
+    kind: Literal["text-encoder"]
+    slots: Count
+    classes: Annotated[list[Count], Field(min_length=1)]
+    tokens: Count | None = None
+
+
+ObjectiveSettings = Annotated[
+    FlowMatchingSettings
+    | TextToImageSettings
+    | AutoencoderSettings
+    | TextEncoderSettings
+    | LcmSettings
+    | DmdSettings
+    | TextualInversionSettings,
+    Field(discriminator="kind"),
+]
 
 
 class ComponentSettings(Section):
@@ -68,12 +132,12 @@ class ModelSettings(Section):
     """The models of a run.
 
     Attributes:
-        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300.
+        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300; glm-image needs a pipeline.
         pipeline: a folder or hub id, for the components that have no ``start_from`` of their own.
         scheduler: its config, in place of the pipeline's: the noise schedule, and the solver of sample images.
     """
 
-    family: Literal["alpha", "sigma"] = "sigma"
+    family: Literal["alpha", "sigma", "glm-image"] = "sigma"
     pipeline: str | None = None
     transformer: ComponentSettings = ComponentSettings(train=True)
     vae: ComponentSettings = ComponentSettings()
@@ -100,6 +164,7 @@ class SourceSettings(Section):
         caption: of every image, in place of captions from files.
         metadata: a .jsonl or .json file of captions, if it is not one of those found by themselves.
         mask_suffix: of loss masks next to the images.
+        generate: images of ``caption`` that the model generates before training, if the folder has too few.
         options: of a kind that this program adds.
     """
 
@@ -116,12 +181,15 @@ class SourceSettings(Section):
     background: str = "white"
     metadata: str | None = None
     mask_suffix: str | None = None
+    generate: ClassImageSettings | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _whole(self) -> SourceSettings:
         if self.kind in OWN_KINDS and self.path is None:
             raise ValueError(f"a source of the kind {self.kind} needs its path")
+        if self.generate is not None and (self.kind != "folder" or self.caption is None):
+            raise ValueError("generate is for a folder with a caption, which is the prompt")
         if self.kind in OWN_KINDS and self.options:
             raise ValueError(f"options are for kinds other than {', '.join(OWN_KINDS)}")
         return self
@@ -167,10 +235,10 @@ class AdapterSettings(Section):
     """An adapter is trained, and the models under it are frozen.
 
     Attributes:
-        rank: of the transformer's, and of the text encoder's if it has one.
+        rank: of the transformer's.
+        text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
         alpha: its scale is alpha / rank; equal to the rank unless given.
         targets: the layers, by the last parts of their names.
-        text_encoder_rate: its own learning rate.
         base: the weights under it: as loaded, or quantized.
     """
 
@@ -182,7 +250,6 @@ class AdapterSettings(Section):
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
     )
     text_encoder_rank: Count | None = None
-    text_encoder_rate: Positive | None = None
     text_encoder_targets: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["q", "k", "v", "o"]
     )
@@ -203,10 +270,11 @@ class ValidationSettings(Section):
 
 
 class SampleSettings(Section):
-    """Images of fixed prompts, generated with each checkpoint."""
+    """Images of fixed prompts, generated with each checkpoint; ``timesteps`` takes the place of ``steps``."""
 
     prompts: Annotated[list[str], Field(min_length=1)]
     steps: Count = 20
+    timesteps: list[Annotated[int, Field(ge=0)]] | None = None
     guidance_scale: NotNegative = 4.5
     height: Count | None = None
     width: Count | None = None
@@ -238,15 +306,28 @@ class Configuration(Settings):
     checks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     export: Literal["trained", "pipeline"] = "trained"
 
+    @property
+    def _sources(self) -> list[SourceSettings]:
+        held = self.validation.source if self.validation else None
+        return [*self.data.sources, *([held] if held else [])]
+
+    @property
+    def reads_caches_alone(self) -> bool:
+        """Whether nothing in the run needs a text encoder, as all features are stored."""
+        uses_pipeline = self.samples is not None or bool(self.checks) or self.export == "pipeline"
+        return not uses_pipeline and all(source.kind == "cache" for source in self._sources)
+
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
-        sources = [
-            *self.data.sources,
-            *([self.validation.source] if self.validation and self.validation.source else []),
-        ]
-        cached = any(source.kind == "cache" for source in sources)
+        cached = any(source.kind == "cache" for source in self._sources)
         if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):
+            raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
+        if (self.models.family == "glm-image") != isinstance(self.objective, FlowMatchingSettings):
+            raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
+        if self.models.family == "glm-image" and self.models.pipeline is None:
+            raise ValueError("models.pipeline must be given for glm-image")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
         return self

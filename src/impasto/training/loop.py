@@ -77,8 +77,8 @@ def train(
             saves = done % settings.checkpoints.every == 0 or done == settings.steps or stopped is not None
             if saves or done % settings.log_every == 0:  # the window is not part of the state
                 values = means.take(processes)
-                if saves and check is not None and stopped is None:
-                    values |= run.checked(check, done)
+                if saves and stopped is None:
+                    values |= {} if check is None else run.checked(check, done)
                     run.note_best(done, values)
                 rates = {"rate": settings.optimizer.rate * settings.share(step), "skipped": float(run.guard.skipped)}
                 reporter.line(done, {**rates, **values})

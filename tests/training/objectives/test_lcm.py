@@ -13,6 +13,8 @@ from torch import Tensor
 from impasto.errors import ConfigurationError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.schedulers.lcm import LCMScheduler
+from impasto.training.distributed.parallel import chosen
+from impasto.training.distributed.processes import Processes
 from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.lcm import LatentConsistency
@@ -145,6 +147,10 @@ def test_an_adapter_learns_with_its_base_as_the_teacher(tmp_path: Path) -> None:
         assert torch.equal(stored.get(name, stored.get(f"{path}.base_layer.{leaf}")), value), name
 
 
-def test_more_intervals_than_timesteps_are_refused() -> None:
+def test_what_cannot_be_distilled_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="intervals"):
         objective(tiny_transformer(sample_size=4), intervals=2000)
+    one = objective(tiny_transformer(sample_size=4))
+    assert chosen(one, Processes(count=2, parallel="auto")) == "ddp"
+    with pytest.raises(ConfigurationError, match="parallel: ddp"):
+        chosen(one, Processes(count=2, parallel="fsdp"))

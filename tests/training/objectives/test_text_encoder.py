@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from impasto.training.data.sample import Batch, Sample
 from impasto.training.loop import train
-from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.base import ByStep, Tensors
 from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
+from impasto.training.randomness import Randomness
 
 from ...tiny import tiny_text_encoder
 from ..runs import rows, settings
@@ -44,6 +46,24 @@ def test_learns_which_token_answers_for_which_slot(tmp_path: Path) -> None:
     assert rows(tmp_path)[-1]["right"] > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
     assert not encoder.training
     assert any(not torch.equal(p, before[name]) for name, p in encoder.named_parameters())
+
+
+def test_samples_with_captions_and_answers_give_the_same_loss_as_tokens(tmp_path: Path) -> None:
+    encoder, reader, labelled = tiny_text_encoder(num_layers=1), SlotReader(32, 2, (3, 2)), captions(0, 4)
+
+    def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [int(text) for text in texts]
+        return labelled.input_ids[rows], labelled.attention_mask[rows]
+
+    samples = [Sample(caption=str(i), extra={"answers": labelled.labels[i]}) for i in range(4)]
+    objective = WarmStart(encoder, reader, tokenize)
+    from_samples = objective(Batch(samples, 0, 4, 0), Randomness(0, 0))
+    from_tokens = objective(Tensors(labelled, 4, 0), Randomness(0, 0))
+    assert torch.equal(from_samples.each, from_tokens.each)
+    measured = objective.validation(Batch(samples, 0, 4, 0), Randomness(0, 0))
+    torch.testing.assert_close(measured["validation"], from_tokens.each.mean())
+    objective.export(tmp_path)
+    assert (tmp_path / "text_encoder" / "config.json").exists()
 
 
 def test_one_answer_a_slot_and_question() -> None:

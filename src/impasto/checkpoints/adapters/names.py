@@ -9,26 +9,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..original.names import PIXART
+
 #: The original PixArt code's names of layers -> ours; N is the number of a block.
 ORIGINAL: Mapping[str, tuple[str, ...]] = {
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
-    "csize_embedder.mlp.0": ("adaln_single.emb.resolution_embedder.linear_1",),
-    "csize_embedder.mlp.2": ("adaln_single.emb.resolution_embedder.linear_2",),
-    "ar_embedder.mlp.0": ("adaln_single.emb.aspect_ratio_embedder.linear_1",),
-    "ar_embedder.mlp.2": ("adaln_single.emb.aspect_ratio_embedder.linear_2",),
-    "t_block.1": ("adaln_single.linear",),
-    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
-    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
-    "blocks.N.attn.qkv": tuple(f"transformer_blocks.N.attn1.to_{x}" for x in "qkv"),
-    "blocks.N.attn.proj": ("transformer_blocks.N.attn1.to_out.0",),
-    "blocks.N.cross_attn.q_linear": ("transformer_blocks.N.attn2.to_q",),
-    "blocks.N.cross_attn.kv_linear": tuple(f"transformer_blocks.N.attn2.to_{x}" for x in "kv"),
-    "blocks.N.cross_attn.proj": ("transformer_blocks.N.attn2.to_out.0",),
-    "blocks.N.mlp.fc1": ("transformer_blocks.N.ff.net.0.proj",),
-    "blocks.N.mlp.fc2": ("transformer_blocks.N.ff.net.2",),
-    "final_layer.linear": ("proj_out",),
+    theirs.replace("{}", "N"): tuple(name.replace("{}", "N") for name in ours) for theirs, ours in PIXART.rows
 }
 
 

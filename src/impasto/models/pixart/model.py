@@ -56,7 +56,8 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         upcast_attention: compute attention in float32.
         norm_type: "ada_norm_single", the only one that PixArt has.
         norm_elementwise_affine, norm_eps: of the blocks' layer normalisations.
-        interpolation_scale: of positions; max(sample_size // 64, 1) if None.
+        interpolation_scale: of positions; max(sample_size // 64, 1) if None. Σ's models have sample_size / 64, which is
+            another number below 64 and for the 4K base of 2880 px (5.625): give it there.
         use_additional_conditions: embed resolution and aspect ratio; None means where sample_size is 128.
         caption_channels: width of the text embeddings, projected to D; None leaves them as they are.
         attention_type: "default", the only one that PixArt has.

@@ -97,7 +97,7 @@ class AutoModel:
 
 def _language_model(name: str, folder: Path, options: dict[str, Any]) -> Any:
     from ...checkpoints.foreign.from_transformers import load_model
-    from ...models.base import parse_dtype
+    from ...models.dtypes import parse_dtype
 
     dtype = parse_dtype(options.pop("dtype", None) or options.pop("torch_dtype", None))
     given = [options.pop(key, None) for key in ("variant", "use_safetensors", "quantization_config")]

@@ -144,6 +144,22 @@ class CachedSource:
         short, long = self._records[index]["captions"]
         return Captions(tuple(short), tuple(long))
 
+    def check_models(self, vae: nn.Module | None, text_encoder: nn.Module | None) -> None:
+        """Check that it was made with these models, as far as they are loaded.
+
+        Raises:
+            ConfigurationError: it was made with others.
+        """
+        for name, model, stored in (
+            ("autoencoder", vae, self.settings.autoencoder),
+            ("text encoder", text_encoder, self.settings.text_encoder),
+        ):
+            if model is not None and fingerprint(model) != stored:
+                raise ConfigurationError(
+                    f"the cache {self.folder} was made with another {name}, or in another precision; name that one, or "
+                    f"make the cache again"
+                )
+
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         """The stored posterior of one view, and the stored features of one caption.
 
@@ -213,7 +229,7 @@ def _check_line(record: Mapping[str, Any]) -> None:
     valid = isinstance(record["file"], str) and "/" not in record["file"] and isinstance(record["sha256"], str)
     for sample in record["samples"]:
         height, width = sample["size"]
-        valid = valid and int(sample["index"]) >= 0 and isinstance(height, int) and isinstance(width, int)
+        valid = valid and int(sample["index"]) >= 0 and height > 0 and width > 0
         valid = valid and isinstance(sample["name"], str) and len(sample["captions"]) == 2
     if not valid:
         raise ValueError("not a line of an index")

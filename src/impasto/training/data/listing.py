@@ -60,6 +60,11 @@ def list_folder(folder: Path, metadata: Path | None = None, mask_suffix: str | N
     return entries
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metadata.jsonl`` that ``list_folder`` has read, with all their fields."""
+    return [record for _, record in _jsonl_records(path)]
+
+
 def _image_names(folder: Path, mask_suffix: str | None) -> list[str]:
     names: list[str] = []
     for parent, folders, files in os.walk(folder):

@@ -99,6 +99,11 @@ class Job:
         done = {line["file"] for line in read_index(self.folder) if (self.folder / line["file"]).is_file()}
         return [n for n in range(part - 1, self.chunks, parts) if _file(n) not in done]
 
+    def samples(self, chunks: Iterable[int]) -> int:
+        """How many samples chunks have."""
+        size = self.settings.chunk
+        return sum(min(size, self.settings.samples - number * size) for number in chunks)
+
     def write_empty(self) -> str:
         """Write the features of the empty caption, and return their line of the index."""
         return self._write(EMPTY, {"text": self.encoders.features([""])[0]}, [])
@@ -221,14 +226,13 @@ def run(
         raise ConfigurationError(f"the shard {part}/{parts} does not exist; of {parts}, there are 1 to {parts}")
     index = job.folder / f"index-{part}-of-{parts}.jsonl"
     missing = job.missing(shard)
-    chunk = job.settings.chunk
     counts = {"skipped": len(range(part - 1, job.chunks, parts)) - len(missing), "written": 0, "broken": 0}
     if not any(line["file"] == EMPTY for line in read_index(job.folder)):
         append_line(index, job.write_empty())
     for number in missing:
         append_line(index, job.write_chunk(number))
         counts["written"] += 1
-        done(min(chunk, job.settings.samples - number * chunk))
+        done(job.samples([number]))
     counts["broken"] = len(job.faults)
     return counts
 

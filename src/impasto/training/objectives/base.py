@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
+from ...checkpoints.adapters.file import AdapterDefaults
 from ...errors import InputError
+from ...transforms.quantized_linear import QuantizedLinear
 from ..data.sample import Batch
 from ..randomness import Randomness
 
@@ -46,6 +48,11 @@ class Objective(nn.Module):
     ``forward`` is the only entry. Its result depends on the parameters, the batch and ``random`` alone.
     """
 
+    #: Whether parameters may be sharded over processes: not where the objective holds other values in them.
+    shardable: ClassVar[bool] = True
+    #: How to generate with an adapter that was trained on it, if in another way than with the model.
+    adapter_defaults: ClassVar[AdapterDefaults | None] = None
+
     def __init__(self) -> None:
         super().__init__()
         self._frozen: list[nn.Module] = []
@@ -62,11 +69,11 @@ class Objective(nn.Module):
         return self
 
     def state_buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to the state of a run: the persistent ones outside of frozen modules."""
+        """The buffers that are part of a run: persistent ones, but for those of frozen modules and quantized layers."""
         frozen = {id(inner) for module in self._frozen for inner in module.modules()}
         found = {}
         for prefix, module in self.named_modules():
-            if id(module) not in frozen:
+            if id(module) not in frozen and not isinstance(module, QuantizedLinear):
                 for name, buffer in module.named_buffers(prefix, recurse=False):
                     if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                         found[name] = buffer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -74,9 +75,18 @@ Prediction = Callable[[Tensor, Tensor], Tensor]  # x_t [B, C, H, W], t [B] -> th
 class Distillation(TextToImage):
     """A student, a transformer or an adapter of one, that learns from its own weights at the start, the teacher."""
 
+    shardable = False
+
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, caption_dropout=0.0, **options)
         self.teacher = Values(self.transformer, saved=False)
+        self.sampler: Any = None  # the scheduler with which the result generates, saved with it
+
+    def export(self, folder: Path) -> None:
+        """The transformer, and the scheduler that it needs."""
+        super().export(folder)
+        if self.sampler is not None:
+            self.sampler.save_pretrained(folder / "scheduler")
 
     def given(self, samples: Sequence[Sample], device: torch.device, empty: bool = False) -> Given:
         """The samples' captions, or the empty one with its own mask, and their micro-conditions."""

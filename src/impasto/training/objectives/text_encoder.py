@@ -6,14 +6,16 @@ as cross-attention will, and answer a few questions each. Reader and answers are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.attention import attention
+from ..data.sample import Batch
 from ..randomness import Randomness
 from .base import Loss, Objective, Tensors
 
@@ -41,14 +43,33 @@ class SlotReader(nn.Module):
 
 
 class WarmStart(Objective):
-    """The cross-entropy of the answers that ``reader`` gives, summed over questions. Its batches are LabelledText."""
+    """The cross-entropy of the answers that ``reader`` gives, summed over questions.
 
-    def __init__(self, encoder: nn.Module, reader: SlotReader):
+    Args:
+        tokenize: captions -> input_ids and attention_mask [B, M]. With it, batches have samples with a caption and
+            ``extra["answers"]`` [slots, questions], otherwise LabelledText.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        reader: SlotReader,
+        tokenize: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
+    ):
         super().__init__()
-        self.encoder, self.reader = encoder, reader
+        self.encoder, self.reader, self.tokenize = encoder, reader, tokenize
 
-    def forward(self, batch: Tensors, random: Randomness) -> Loss:
-        ids, mask, labels = batch.values
+    def labelled(self, batch: Batch | Tensors) -> LabelledText:
+        if isinstance(batch, Tensors):
+            return LabelledText(*batch.values)
+        assert self.tokenize is not None
+        device = next(self.encoder.parameters()).device
+        ids, mask = self.tokenize([sample.caption or "" for sample in batch.samples])
+        answers = torch.stack([sample.extra["answers"] for sample in batch.samples])
+        return LabelledText(ids.to(device), mask.to(device), answers.to(device))
+
+    def forward(self, batch: Batch | Tensors, random: Randomness) -> Loss:
+        ids, mask, labels = self.labelled(batch)
         answers = self.reader(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         errors = [
             F.cross_entropy(answer.float().transpose(1, 2), labels[..., i], reduction="none").mean(1)
@@ -56,3 +77,11 @@ class WarmStart(Objective):
         ]
         hits = [(answer.argmax(-1) == labels[..., i]).float().mean(1) for i, answer in enumerate(answers)]
         return Loss(torch.stack(errors).sum(0), {"right": torch.stack(hits).mean(0)})
+
+    def validation(self, batch: Batch | Tensors, random: Randomness) -> dict[str, Tensor]:
+        """The loss, and the share of answers that are right."""
+        each, parts = self(batch, random)
+        return {"validation": each.mean(), "validation_right": parts["right"].mean()}
+
+    def export(self, folder: Path) -> None:
+        self.encoder.save_pretrained(folder / "text_encoder")

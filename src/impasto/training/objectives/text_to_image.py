@@ -5,6 +5,7 @@ Shapes: B images, C channels, H x W latent pixels, M text tokens, D their channe
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ class Latents(nn.Module):
         """Mean and deviation of the posteriors of images of one size, each [B, C, H, W] float32, unscaled."""
         if self.vae is None:
             raise InputError("the samples have images, and there is no autoencoder; give one, or cache the latents")
-        images = images_of(samples, self.vae.device).to(self.vae.dtype)
+        images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
         distribution = self.vae.encode(images).latent_dist
         return distribution.mean.float(), distribution.std.float()
 
@@ -156,6 +157,33 @@ class TextToImage(Objective):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.transformer.transformer_blocks)
+
+    def flops(self, batch: Batch) -> float:
+        """Products of the transformer: its layers on each image token, and attention to image and text tokens.
+
+        A backward pass takes as many for the activations, and again for the weights if they are trained.
+        """
+        config, weights = self.transformer.config, self._block_weights
+        width, layers = self.transformer.inner_dim, len(self.transformer.transformer_blocks)
+        passes = 3 if next(self.transformer.transformer_blocks.parameters()).requires_grad else 2
+        total = 0.0
+        for sample in batch.samples:
+            height, columns = self._latent_size(sample)
+            tokens = height * columns / config["patch_size"] ** 2
+            attention = 4 * tokens * width * (tokens + self.texts.tokens) * layers
+            total += 2 * weights * tokens + attention
+        return total * passes
+
+    @functools.cached_property
+    def _block_weights(self) -> int:
+        return sum(p.numel() for p in self.transformer.transformer_blocks.parameters() if p.ndim >= 2)
+
+    def _latent_size(self, sample: Sample) -> tuple[int, int]:
+        if sample.posterior is not None:
+            return sample.posterior[0].shape[-2], sample.posterior[0].shape[-1]
+        assert sample.image is not None
+        factor = 8 if self.latents.vae is None else 2 ** (len(self.latents.vae.config["block_out_channels"]) - 1)
+        return sample.image.shape[-2] // factor, sample.image.shape[-1] // factor
 
     def export(self, folder: Path) -> None:
         """The models that were trained, each in its folder."""

@@ -60,11 +60,16 @@ class Texts:
     def _trained(self, captions: list[str]) -> Text:
         """Gradients reach the encoder: one padded batch."""
         assert self.encoder is not None
+        device = next(self.encoder.parameters()).device
+        ids, mask = (tokens.to(device) for tokens in self.tokenize(captions))
+        return Text(self._encode(ids, mask), mask)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of prepared captions and their mask, [B, M] each."""
         padding = "max_length" if self.static else "longest"
         options = {"padding": padding, "max_length": self.tokens, "truncation": True, "return_tensors": "pt"}
-        tokens = self.tokenizer(captions, **options).to(next(self.encoder.parameters()).device)
-        ids, mask = tokens.input_ids, tokens.attention_mask  # [B, M]
-        return Text(self._encode(ids, mask), mask)
+        tokens = self.tokenizer(list(captions), **options)
+        return tokens.input_ids, tokens.attention_mask
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Features [B, M, D] of tokens [B, M]."""

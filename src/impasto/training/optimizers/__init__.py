@@ -90,11 +90,11 @@ def _from(module: str, name: str) -> Any:
         raise MissingDependencyError(f"{name} is {library}'s: pip install 'impasto[train]'") from error
 
 
-#: The names of lists of blocks: ours, T5's, those of transformers' vision and language models.
-_BLOCKS = (".transformer_blocks.", ".block.", ".blocks.", ".layers.")
+#: The names of lists of blocks: ours, T5's, those of transformers' vision and language models, the autoencoder's.
+_BLOCKS = (".transformer_blocks.", ".block.", ".blocks.", ".layers.", ".resnets.", ".downsamplers.", ".upsamplers.")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether it maps hidden states to hidden states, unlike embeddings, input and output layers."""
     inside = any(blocks in f".{name}" for blocks in _BLOCKS)
-    return inside and parameter.ndim == 2 and name.endswith(".weight") and "relative_attention_bias" not in name
+    return inside and parameter.ndim in (2, 4) and name.endswith(".weight") and "relative_attention_bias" not in name

@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the size of AdamW's (2502.16982, eq. 4), so that both use the same learning rate.
 
     Args:
-        params: tensors [out, in], or groups of them.
+        params: tensors [out, in] or the kernels of convolutions [out, in, ...], or groups of them.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
             # Each process orthogonalizes a share of sharded matrices.
             updates = each_by_one(averages, orthogonalized)
             for parameter, update in zip(parameters, updates, strict=True):
-                size = 0.2 * max(parameter.shape) ** 0.5
+                size = 0.2 * max(len(parameter), parameter.numel() // len(parameter)) ** 0.5
                 local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
                 local(parameter).add_(update, alpha=-group["lr"] * size)
 
@@ -55,13 +55,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Approximately U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations."""
+    """Approximately U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations.
+
+    Args:
+        matrix: [out, in]; a kernel [out, in, ...] counts as [out, all].
+    """
     a, b, c = COEFFICIENTS
-    x = matrix.to(fast_dtype(matrix.device))
+    x = matrix.flatten(1).to(fast_dtype(matrix.device))
     x = x / x.norm().clamp(min=1e-7)  # singular values of at most 1
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x  # the smaller Gram matrix
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.T if tall else x).to(matrix.dtype).view_as(matrix)

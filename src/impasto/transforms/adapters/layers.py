@@ -28,10 +28,15 @@ def peft() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
+    quantizer = logging.getLogger("bitsandbytes")  # peft imports it, and it warns of kernels that it could download
+    level = quantizer.level
     try:
+        quantizer.setLevel(logging.ERROR)
         return import_module("peft")
     except ImportError as error:
         raise MissingDependencyError("adapters need peft: pip install 'impasto[adapters]'") from error
+    finally:
+        quantizer.setLevel(level)
 
 
 def is_tuner(module: nn.Module) -> bool:

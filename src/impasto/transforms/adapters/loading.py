@@ -22,7 +22,7 @@ from ...checkpoints.adapters.file import (
     read_adapter,
 )
 from ...checks import shown
-from ...errors import InputError, WeightsMismatchError
+from ...errors import CheckpointNotFoundError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
 from .binding import bind
 from .injection import load, next_name, swap
@@ -101,7 +101,12 @@ def locate(source: str | os.PathLike[str], request: Request | None = None) -> Pa
         raise InputError(f"an adapter is a file, a folder, a hub id or a dict of tensors, not {shown(source)}")
     name = os.fspath(source)
     if name in BUILTIN:
-        return hub.package_file(BUILTIN[name])
+        file = hub.package_file(BUILTIN[name])
+        if not file.is_file():
+            raise CheckpointNotFoundError(f"this version of the package comes without the adapter {name}")
+        return file
+    if name.startswith("builtin:"):
+        raise CheckpointNotFoundError(f"there is no bundled adapter {shown(name)}; bundled: {', '.join(BUILTIN)}")
     if os.path.isfile(name):
         return Path(name)
     wanted = [request.weight_name] if request.weight_name else [*FILE_NAMES]

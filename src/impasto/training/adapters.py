@@ -1,0 +1,71 @@
+"""Training of adapters: which layers get one, and the file that comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.adapters.file import AdapterDefaults
+from ..transforms.adapters.injection import add
+from ..transforms.adapters.layers import peft
+from ..transforms.adapters.saving import save
+from ..transforms.quantize import Method, quantize
+from .components import Components
+from .configuration import AdapterSettings
+
+NAME = "default"
+_METHODS: dict[str, Method] = {"int8": "int8-weight-only", "nf4": "nf4"}
+
+
+def add_adapters(settings: AdapterSettings, models: Components, seed: int) -> None:
+    """Freeze the transformer and the text encoder, and give them new adapters, which change nothing yet.
+
+    Args:
+        seed: of the adapters' weights.
+
+    Raises:
+        InputError: a model has no layer of the names in ``targets``.
+        MissingDependencyError: peft or a library of quantization is missing.
+    """
+    if settings.base != "plain":
+        quantize(models.transformer, _METHODS[settings.base], keep_originals=False)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        add(models.transformer, adapter_config(settings, settings.rank, settings.targets), NAME)
+        if settings.text_encoder_rank is not None:
+            config = adapter_config(settings, settings.text_encoder_rank, settings.text_encoder_targets)
+            add(models.text_encoder, config, NAME)
+
+
+def adapter_config(settings: AdapterSettings, rank: int, targets: list[str]) -> Any:
+    """peft's config of an adapter."""
+    library = peft()
+    alpha = rank if settings.alpha is None else settings.alpha
+    if settings.kind in ("lokr", "loha"):
+        kind = library.LoKrConfig if settings.kind == "lokr" else library.LoHaConfig
+        return kind(r=rank, alpha=alpha, target_modules=targets, module_dropout=settings.dropout)
+    return library.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.kind == "rslora",
+        use_dora=settings.kind == "dora",
+    )
+
+
+def export_adapters(
+    settings: AdapterSettings, models: Components, folder: Path, defaults: AdapterDefaults | None = None
+) -> Path:
+    """Write the adapter file, which ``load_lora_weights`` reads.
+
+    Args:
+        defaults: how to generate with it.
+    """
+    parts: dict[str, nn.Module] = {"transformer": models.transformer}
+    if settings.text_encoder_rank is not None:
+        parts["text_encoder"] = models.text_encoder
+    return save(folder, parts, NAME, defaults=defaults)

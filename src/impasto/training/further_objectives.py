@@ -1,0 +1,101 @@
+"""The objectives other than plain training, from their settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..transforms.token_routing import TokenRouting, route_tokens
+from .components import Components
+from .configuration import Configuration, TextToImageSettings
+from .distributed.processes import Processes
+from .jobs.class_images import generate_class_images
+from .objective_settings import DmdSettings, LcmSettings, TextualInversionSettings
+from .objectives.distillation import Distillation
+from .objectives.dmd import DistributionMatching
+from .objectives.lcm import LatentConsistency
+from .objectives.text_to_image import TextToImage
+from .objectives.textual_inversion import TextualInversion
+
+
+def make_further(
+    settings: LcmSettings | DmdSettings | TextualInversionSettings,
+    parts: tuple[Any, ...],
+    models: Components,
+    seed: int,
+) -> TextToImage:
+    """The objective. That of a distillation also determines the scheduler of samples and of the result.
+
+    Args:
+        parts: transformer, texts, latents and loss.
+    """
+    if isinstance(settings, TextualInversionSettings):
+        return TextualInversion(
+            *parts,
+            token=settings.token,
+            vectors=settings.vectors,
+            start_from=settings.start_from,
+            seed=seed,
+            caption_dropout=settings.caption_dropout,
+        )
+    made: Distillation
+    if isinstance(settings, LcmSettings):
+        made = LatentConsistency(
+            *parts,
+            intervals=settings.intervals,
+            guidance_scale=settings.guidance_scale,
+            decay=settings.target_decay,
+            huber=settings.huber,
+        )
+    else:
+        made = DistributionMatching(
+            *parts,
+            generator_timestep=settings.generator_timestep,
+            noise_levels=settings.noise_levels,
+            guidance_scale=settings.guidance_scale,
+            regression_weight=settings.regression_weight,
+            pair_steps=settings.pair_steps,
+        )
+    config = {**models.scheduler.config, "prediction_type": made.loss.prediction_type}
+    made.sampler = models.scheduler = made.scheduler(config)
+    return made
+
+
+def routing_of(settings: TextToImageSettings, transformer: Any) -> TokenRouting | None:
+    """Tokens skip blocks of the transformer, if the settings say so."""
+    wanted = settings.token_routing
+    return None if wanted is None else route_tokens(transformer, wanted.start, wanted.end, wanted.rate)
+
+
+def needs_class_images(configuration: Configuration) -> bool:
+    """Whether images are generated before training."""
+    return any(source.generate is not None for source in configuration.data.sources)
+
+
+def make_class_images(configuration: Configuration, models: Components, processes: Processes) -> None:
+    """Generate the images that folders of classes lack, each process its share, with the models as they are."""
+    sizes = configuration.data.sizes
+    base = configuration.data.base
+    size = (base, base) if base is not None else sizes[0] if sizes else None
+    assert size is not None
+    for source in configuration.data.sources:
+        if source.generate is None:
+            continue
+        if source.caption is None or source.path is None:
+            raise ConfigurationError("a source with generate needs its path and its caption, which is the prompt")
+        wanted = source.generate
+        generate_class_images(
+            models.pipeline(),
+            source.caption,
+            Path(source.path),
+            wanted.count,
+            size=size,
+            steps=wanted.steps,
+            guidance_scale=wanted.guidance_scale,
+            batch_size=wanted.batch_size,
+            seed=wanted.seed,
+            rank=processes.rank,
+            world=processes.count,
+        )
+    processes.barrier()

@@ -1,0 +1,73 @@
+"""The jobs that cache the sources of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ...errors import ConfigurationError
+from ..assemble import MakeSource, buckets_of, open_source, texts_of
+from ..components import load_encoders
+from ..configuration import Configuration
+from ..data.cached import fingerprint
+from ..objective_settings import Denoising
+from ..objectives.text_to_image import Latents
+from .cache import Encoders, Job, settings_for
+
+
+def cache_jobs(
+    configuration: Configuration,
+    out: Path,
+    kinds: Mapping[str, MakeSource],
+    device: torch.device,
+    *,
+    dtype: str = "float32",
+    batch_size: int = 8,
+    threads: int = 4,
+    chunk: int = 32,
+) -> list[Job]:
+    """A job for each source of the training data, with the frozen models of the configuration.
+
+    Args:
+        out: the folder of the cache; with several sources, that of the i-th is ``out/i``, from 1 on.
+        kinds: further kinds of sources, by name.
+
+    Raises:
+        ConfigurationError: the text encoder is trained, crops are random, or there is a cache of other settings.
+    """
+    settings, objective = configuration.data, configuration.objective
+    if not isinstance(objective, Denoising):
+        raise ConfigurationError(
+            f"a run of {objective.kind} reads its data itself; caches are of latents and texts for PixArt's transformer"
+        )
+    if any(source.kind == "cache" for source in settings.sources):
+        raise ConfigurationError("a source is a cache already; name the images")
+    buckets = buckets_of(settings)
+    sources = [open_source(source, kinds, settings.max_broken, out / "sizes") for source in settings.sources]
+    for source in sources:
+        settings_for(source, buckets, autoencoder="", text_encoder="", tokens=1, clean=False, dtype=dtype, chunk=chunk)
+    models = load_encoders(configuration, device)
+    texts = texts_of(objective, models)
+    encoders = Encoders(Latents(models.vae.config, models.vae).posterior, texts.features)
+    common = {
+        "autoencoder": fingerprint(models.vae),
+        "text_encoder": fingerprint(models.text_encoder),
+        "tokens": texts.tokens,
+        "clean": texts.clean,
+        "dtype": dtype,
+        "chunk": chunk,
+    }
+    return [
+        Job(
+            source,
+            out if len(sources) == 1 else out / str(number),
+            encoders,
+            settings_for(source, buckets, **common),
+            batch_size,
+            threads,
+            settings.max_broken,
+        )
+        for number, source in enumerate(sources, 1)
+    ]

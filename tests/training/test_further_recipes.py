@@ -1,0 +1,134 @@
+"""The recipes of distillation, subjects and words, from their files to results that pipelines load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from impasto.errors import InputError
+from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+from impasto.training import recipe_files as recipes
+from impasto.training.configuration import Configuration
+from impasto.training.launch import launch
+
+from ..tiny import write_pipeline
+from .folders import write_images
+from .runs import rows
+
+RECIPES = ("lcm", "lcm-lora", "dmd", "dreambooth", "dreambooth-lora", "textual-inversion")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of each family, and a folder of images of one subject."""
+    place = tmp_path_factory.mktemp("place")
+    write_pipeline(place / "sigma")
+    write_pipeline(place / "alpha", PixArtAlphaPipeline)
+    write_images(place / "images", 8)
+    return place
+
+
+def tiny(name: str, place: Path, *changes: str) -> Configuration:
+    """A recipe for 16 px, with tiny models and batches."""
+    family = recipes.read(name).models.family
+    small = ["data.base=null", "data.sizes=[[16, 16]]", "data.workers=0", "data.batch_size=4", "micro_batch=null"]
+    places = [f"models.pipeline={place / family}", f"data.sources.0.path={place / 'images'}"]
+    return recipes.read(name, [*small, *places, "log_every=1", "schedule.warmup=0", *changes])
+
+
+def test_every_recipe_has_a_line_that_explains_it() -> None:
+    known = recipes.recipes()
+    for name in RECIPES:
+        assert len(known[name]) > 20
+        assert recipes.read(name).output is None
+
+
+@pytest.mark.parametrize("name", ["lcm", "dmd"])
+def test_a_distilled_model_is_a_pipeline_with_its_scheduler(name: str, place: Path, tmp_path: Path) -> None:
+    samples = "samples={prompts: [a red cube], steps: 4, timesteps: %s, guidance_scale: 1}"
+    asked = "null" if name == "lcm" else "[400]"
+    small = ["steps=2", "checkpoints.every=1", "validation={count: 2}", samples % asked]
+    small += ["objective.intervals=5"] if name == "lcm" else ["objective.pair_steps=1"]
+    launch(tiny(name, place, *small), tmp_path)
+    assert all(row["distance"] > 0 for row in rows(tmp_path))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    scheduler = {"lcm": "LCMScheduler", "dmd": "DDPMScheduler"}[name]
+    options: dict[str, Any] = {"num_inference_steps": 2} if name == "lcm" else {"timesteps": [400]}
+    images = []
+    import diffusers
+
+    for cls in (PixArtAlphaPipeline, diffusers.PixArtAlphaPipeline):
+        pipe = cls.from_pretrained(tmp_path / "result", torch_dtype=torch.float32)
+        assert type(pipe.scheduler).__name__ == scheduler
+        assert pipe.scheduler.config.beta_end == 0.02
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        given: dict[str, Any] = {"guidance_scale": 1.0, "generator": generator, "output_type": "np", **options}
+        given |= {"height": 16, "width": 16, "use_resolution_binning": False}
+        images.append(torch.as_tensor(pipe("a red cube", **given).images))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-3)
+
+
+def test_an_adapter_for_few_steps_says_so(place: Path, tmp_path: Path) -> None:
+    from impasto.checkpoints.adapters.file import adapter_defaults
+
+    small = ["steps=2", "validation=null", "checkpoints.best=null", "objective.intervals=5", "adapter.rank=2"]
+    launch(tiny("lcm-lora", place, *small), tmp_path)
+    (file,) = (tmp_path / "result").glob("*.safetensors")
+    defaults = adapter_defaults(file)
+    assert (defaults.scheduler, defaults.steps, defaults.guidance_scale) == ("lcm", 4, 1.0)
+    pipe = PixArtSigmaPipeline.from_pretrained(place / "sigma")
+    pipe.load_lora_weights(tmp_path / "result")
+    assert pipe.get_active_adapters()
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "dreambooth-lora"])
+def test_a_subject_is_learned(name: str, place: Path, tmp_path: Path) -> None:
+    source = "{path: %s, caption: a photo of sks dog}" % (place / "images")
+    changes = ["steps=12", "checkpoints.every=6", "ema=0", "optimizer.rate=1e-3", "clip=1"]
+    changes.append(f"validation={{count: 8, source: {source}}}")
+    if name == "dreambooth-lora":
+        changes += [f"data.sources.1.path={tmp_path / 'class'}", "optimizer.rate=1e-2"]
+        changes.append("data.sources.1.generate={count: 3, steps: 1}")
+    launch(tiny(name, place, *changes), tmp_path / "run")
+    losses = [row["validation"] for row in rows(tmp_path / "run") if "validation" in row]
+    assert losses[-1] < losses[0]
+    if name == "dreambooth-lora":
+        assert len(list((tmp_path / "class").iterdir())) == 3
+
+
+def test_a_word_is_learned(place: Path, tmp_path: Path) -> None:
+    source = "{path: %s, caption: a photo of <subject>}" % (place / "images")
+    changes = ["steps=20", "checkpoints.every=10", "optimizer.rate=0.3", "objective.start_from=red"]
+    changes.append(f"validation={{count: 8, source: {source}}}")
+    launch(tiny("textual-inversion", place, *changes), tmp_path)
+    losses = [row["validation"] for row in rows(tmp_path) if "validation" in row]
+    assert losses[-1] < losses[0]
+    pipe = PixArtSigmaPipeline.from_pretrained(place / "sigma")
+    pipe.load_textual_inversion(tmp_path / "result")
+    assert "<subject>_3" in pipe.tokenizer.get_vocab()
+
+
+def test_a_stage_starts_under_another_configuration(place: Path, tmp_path: Path) -> None:
+    config = json.loads((place / "sigma" / "transformer" / "config.json").read_text())
+    larger = "{start_from: %s, config: {sample_size: 16}, train: true}" % (place / "sigma")
+    changes = [f"models.transformer={larger}", "steps=1", "objective.token_routing={start: 1, end: 2}"]
+    launch(tiny("dreambooth", place, "models.family=sigma", f"models.pipeline={place / 'sigma'}", *changes), tmp_path)
+    after = json.loads((tmp_path / "result" / "transformer" / "config.json").read_text())
+    assert (config["sample_size"], after["sample_size"], after["interpolation_scale"]) == (8, 16, 2.0)
+
+
+def test_what_contradicts_itself_is_refused() -> None:
+    for name, change, message in (
+        ("dmd", "adapter={rank: 4}", "dmd trains none"),
+        ("dmd", "objective.noise_levels=[9, 3]", "ascending"),
+        ("dreambooth-lora", "data.sources.1.caption=null", "generate"),
+        ("lcm", "objective.decay=0.9", "target_decay"),
+        ("textual-inversion", "objective.vectors=0", "vectors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recipes.read(name, [change])
