@@ -18,7 +18,8 @@ from impasto.errors import ConfigurationError
 from impasto.training import checkpoints
 from impasto.training.config import OptimizerSettings
 from impasto.training.data.sample import Batch
-from impasto.training.distributed.processes import joined
+from impasto.training.distributed.parallel import chosen
+from impasto.training.distributed.processes import Processes, joined
 from impasto.training.loop import train
 from impasto.training.objectives.base import Loss, Objective
 from impasto.training.optimizers import check_shardable
@@ -36,6 +37,15 @@ def test_optimizers_that_fail_on_shards_are_refused_by_name() -> None:
         check_shardable(OptimizerSettings(name="prodigy"))
     for name in ("adamw", "adamw-8bit", "muon", "came"):
         check_shardable(OptimizerSettings(name=name))  # type: ignore[arg-type]
+
+
+def test_an_objective_that_holds_other_values_in_its_parameters_is_not_sharded() -> None:
+    objective = Matrix()
+    objective.shardable = False  # type: ignore[misc]
+    assert chosen(objective, Processes(0, 2, parallel="auto")) == "ddp"
+    with pytest.raises(ConfigurationError, match="Matrix cannot be sharded"):
+        chosen(objective, Processes(0, 2, parallel="hsdp"))
+    assert chosen(Matrix(), Processes(0, 2, parallel="hsdp")) == "hsdp"
 
 
 def torchrun(config: Path, output: Path, *more: str) -> subprocess.Popen[str]:
