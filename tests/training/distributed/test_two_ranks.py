@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training import recipe_files
-from impasto.training.data.sample import Batch, Sample, cut
+from impasto.training.data.sample import Batch, Sample, cuts
 from impasto.training.distributed.processes import ALONE, Processes, joined
 from impasto.training.launch import launch
 from impasto.training.loop import train
@@ -60,8 +61,9 @@ class Fixed:
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         count = (5, 3, 1)[step % 3]
-        start, end = cut([1] * count, rank, world)
-        largest = max(b - a for a, b in (cut([1] * count, r, world) for r in range(world)))
+        edges = cuts([1] * count, world)
+        start, end = edges[rank : rank + 2]
+        largest = max(b - a for a, b in itertools.pairwise(edges))
         samples = [self.sample(step, i) for i in range(start, end)]
         if not samples:
             samples = [self.sample(step, 0)]
