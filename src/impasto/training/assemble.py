@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..pipelines.glm_image_stages import latent_statistics
 from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
@@ -19,6 +20,7 @@ from .configuration import (
     AutoencoderSettings,
     Configuration,
     DataSettings,
+    FlowMatchingSettings,
     SourceSettings,
     TextEncoderSettings,
     TextToImageSettings,
@@ -38,6 +40,7 @@ from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInve
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.glm_image import GlmImageFlowMatching
 from .objectives.labels import LabelHead
 from .objectives.text_encoder import SlotReader, WarmStart
 from .objectives.text_to_image import Latents, TextToImage
@@ -108,6 +111,17 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     if isinstance(settings, AutoencoderSettings):
         weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
         return Autoencoder(components.vae, *weights)
+    if isinstance(settings, FlowMatchingSettings):
+        return GlmImageFlowMatching(
+            components.transformer,
+            Latents(latent_statistics(components.vae), components.vae),
+            components.prior,
+            components.processor,
+            components.tokenizer,
+            components.text_encoder,
+            settings.prior_dropout,
+            settings.spread,
+        )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
     assert isinstance(settings, Denoising)
