@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training import recipe_files as recipes
+from impasto.training.assemble import open_data
 from impasto.training.launch import launch, preview
+from impasto.training.objectives.autoencoder import images_of, latent_moments
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -104,7 +108,26 @@ def test_an_autoencoder_is_trained(place: Path, tmp_path: Path) -> None:
     launch(wanted, tmp_path)
     psnr = [row["psnr"] for row in rows(tmp_path) if "psnr" in row]
     assert psnr[-1] > psnr[0] + 0.5
-    assert AutoencoderKL.from_pretrained(tmp_path / "result").config.scaling_factor == 0.7
+    vae = AutoencoderKL.from_pretrained(tmp_path / "result")
+    assert vae.config.scaling_factor == 0.7
+    means, deviations = latent_moments(vae, whole_batches(wanted))
+    assert means.abs().max() > 0.05
+
+    standardized = wanted.model_copy(update={"objective": wanted.objective.model_copy(update={"standardize": 32})})
+    launch(standardized, tmp_path, resume=True)
+    after = AutoencoderKL.from_pretrained(tmp_path / "result")
+    means, deviations = latent_moments(after, whole_batches(wanted))
+    assert means.abs().max() < 0.1
+    assert (deviations * 0.7 - 1).abs().max() < 0.1
+    (batch,) = itertools.islice(whole_batches(wanted), 1)
+    image = images_of(batch[:1], torch.device("cpu"))
+    pairs = [model.decode(model.encode(image).latent_dist.mode()).sample for model in (vae, after)]
+    torch.testing.assert_close(*pairs, atol=1e-4, rtol=1e-3)
+
+
+def whole_batches(wanted: Any) -> Iterator[list[Any]]:
+    data, *_ = open_data(wanted, {})
+    return (data.batch(step).samples for step in range(3))
 
 
 def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: Path) -> None:

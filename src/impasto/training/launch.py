@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from ..files import make_folder, write_file
 from . import checkpoints
 from .adapters import export_adapters
 from .assemble import Assembled, Check, MakeSource, assemble
-from .configuration import Configuration
+from .configuration import AutoencoderSettings, Configuration
 from .distributed.processes import joined
 from .dry_run import describe
 from .loop import train
+from .objectives.autoencoder import latent_moments, standardize
 from .recipe_files import text_of
+
+logger = logging.getLogger("impasto")
 
 
 def launch(
@@ -45,16 +49,18 @@ def launch(
             f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
         )
     with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
-        assembled = assemble(configuration, folder, sources, checks, processes)
+        assembled = assemble(configuration, folder, sources, checks, processes, folder / "sizes")
         if processes.is_main:
+            for reason, count in assembled.data.order.dropped.items():
+                logger.warning("%d images are left out: %s", count, reason)
             make_folder(folder)
             write_file(folder / "configuration.yaml", text_of(configuration))
         try:
             stopped = train(assembled.objective, assembled.data, configuration, folder, assembled.check, processes)
+            if stopped is None and processes.is_main:
+                _export(configuration, assembled, folder / "result")
         finally:
             assembled.data.close()
-        if stopped is None and processes.is_main:
-            _export(configuration, assembled, folder / "result")
     return stopped
 
 
@@ -74,6 +80,10 @@ def preview(
 
 
 def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
+    if isinstance(configuration.objective, AutoencoderSettings) and configuration.objective.standardize is not None:
+        steps = range(-(-configuration.objective.standardize // configuration.data.batch_size))
+        vae = assembled.components.vae
+        standardize(vae, *latent_moments(vae, (assembled.data.batch(step).samples for step in steps)))
     if configuration.adapter is not None:
         defaults = assembled.objective.adapter_defaults
         export_adapters(configuration.adapter, assembled.components, folder, defaults)

@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
     {
         "steps", "log_every", "checkpoints", "guard", "report", "micro_batch", "compile", "parallel", "hsdp_shards",
         "output", "validation", "samples", "checks", "export", "data.workers", "data.max_broken",
+        "objective.standardize",
     }
 )  # fmt: skip
 

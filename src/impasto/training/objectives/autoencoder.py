@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,6 +100,14 @@ def psnr(images: Tensor, reconstructions: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], averaged over the batch."""
     error = ((images - reconstructions.clamp(-1, 1)) / 2).square().flatten(1).mean(1)
     return float((-10 * error.clamp_min(1e-10).log10()).mean())
+
+
+@torch.no_grad()
+def latent_moments(vae: AutoencoderKL, batches: Iterable[Sequence[Sample]]) -> tuple[Tensor, Tensor]:
+    """The mean and the deviation [C] of the unscaled latents of images; those of a batch have one size."""
+    found = [vae.encode(images_of(samples, vae.device).to(vae.dtype)).latent_dist.mode() for samples in batches]
+    latents = torch.cat([each.transpose(0, 1).flatten(1).float() for each in found], 1)  # [C, all]
+    return latents.mean(1), latents.std(1)
 
 
 @torch.no_grad()
