@@ -68,7 +68,10 @@ $(SCENES)/256/result/model_index.json: $(SCENES)/128/result/model_index.json
 $(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.json
 	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256)
 
-scenes: $(SCENES)/multiaspect/result/model_index.json
+$(SCENES)/lcm/result: $(SCENES)/multiaspect/result/model_index.json
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+
+scenes: $(SCENES)/lcm/result
 	@echo "The model is $(CURDIR)/$(SCENES)/multiaspect/result"
 
 # Stamps are written last: a set-up that was interrupted is taken up again.
