@@ -10,7 +10,7 @@ import torch
 from ...errors import ConfigurationError
 from ..assemble import MakeSource, buckets_of, open_source, texts_of
 from ..components import load_encoders
-from ..configuration import AutoencoderSettings, Configuration, TextEncoderSettings
+from ..configuration import AutoencoderSettings, Configuration, FlowMatchingSettings, TextEncoderSettings
 from ..data.cached import fingerprint
 from ..objectives.text_to_image import Latents
 from .cache import Encoders, Job, settings_for
@@ -37,6 +37,8 @@ def cache_jobs(
         ConfigurationError: the text encoder is trained, crops are random, or there is a cache of other settings.
     """
     settings, objective = configuration.data, configuration.objective
+    if isinstance(objective, FlowMatchingSettings):
+        raise ConfigurationError("caches are of PixArt's latents and captions; GLM-Image is trained on images")
     if isinstance(objective, AutoencoderSettings | TextEncoderSettings):
         raise ConfigurationError("autoencoders and text encoders are trained themselves; there is nothing to cache")
     if any(source.kind == "cache" for source in settings.sources):
