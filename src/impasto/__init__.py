@@ -27,6 +27,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .checkpoints.adapters.file import AdapterDefaults
     from .conversion import convert
     from .interop import to_diffusers
     from .memory.group_offload import apply_group_offloading
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterDefaults",
     "AutoModel",
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
@@ -128,6 +130,7 @@ __all__ = [
 
 #: Where each lazy name is defined. ``Transformer2DModel`` in old checkpoints is the PixArt transformer.
 _HOMES = {
+    "AdapterDefaults": ".checkpoints.adapters.file:AdapterDefaults",
     "AutoModel": ".pipelines.compat.auto:AutoModel",
     "AutoPipelineForImage2Image": ".pipelines.compat.auto:AutoPipelineForImage2Image",
     "AutoPipelineForInpainting": ".pipelines.compat.auto:AutoPipelineForInpainting",

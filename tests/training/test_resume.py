@@ -151,7 +151,7 @@ def test_an_interrupted_run_continues_bit_for_bit(name: str, tmp_path: Path) -> 
 
 # --- kills ---
 
-STEPS = 60
+STEPS = 40
 
 
 def work(name: str, folder: str) -> None:
@@ -162,8 +162,17 @@ def work(name: str, folder: str) -> None:
     save_state(Path(folder) / "final.pt", weights(found))
 
 
+def test_a_run_killed_at_random_moments_continues_bit_for_bit(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, "text to image", 3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["text to image", "autoencoder"])
-def test_a_run_killed_at_random_moments_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_run_killed_at_ten_random_moments_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
+    kill_at_random(tmp_path, name, 10)
+
+
+def kill_at_random(tmp_path: Path, name: str, times: int) -> None:
     context = multiprocessing.get_context("forkserver")  # forks of a process that has run nothing yet
     context.set_forkserver_preload([__name__])
 
@@ -185,7 +194,7 @@ def test_a_run_killed_at_random_moments_continues_bit_for_bit(name: str, tmp_pat
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # shown if it fails
     chance = random.Random(seed)
-    moments = sorted(chance.sample(range(STEPS - 8), 5))
+    moments = sorted(chance.sample(range(STEPS - 8), times))
     for before, moment in itertools.pairwise((-1, *moments)):
         process = start(parts)
         while (step_of(parts) < moment or step_of(parts) <= before) and process.is_alive():

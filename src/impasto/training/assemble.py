@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from ..pipelines.glm_image_stages import latent_statistics
 from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
@@ -19,6 +20,7 @@ from .configuration import (
     AutoencoderSettings,
     Configuration,
     DataSettings,
+    FlowMatchingSettings,
     SourceSettings,
     TextEncoderSettings,
     TextToImageSettings,
@@ -29,7 +31,7 @@ from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
 from .data.order import Order
-from .data.sample import Sample, Source
+from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
@@ -38,6 +40,7 @@ from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInve
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
 from .objectives.diffusion_loss import DiffusionLoss
+from .objectives.glm_image import GlmImageFlowMatching
 from .objectives.labels import LabelHead
 from .objectives.text_encoder import SlotReader, WarmStart
 from .objectives.text_to_image import Latents, TextToImage
@@ -66,6 +69,7 @@ def assemble(
     sources: Mapping[str, MakeSource] | None = None,
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
+    indices: Path | None = None,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -73,6 +77,7 @@ def assemble(
         folder: of the run.
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
+        indices: a folder that keeps the sizes of images, so that they are not measured each time.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -84,7 +89,7 @@ def assemble(
     if needs_class_images(configuration):
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
-    data, validation, caches = open_data(configuration, sources or {}, folder / "sizes")
+    data, validation, caches = open_data(configuration, sources or {}, indices)
     components = components or load(configuration, processes.device)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
@@ -106,6 +111,17 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     if isinstance(settings, AutoencoderSettings):
         weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
         return Autoencoder(components.vae, *weights)
+    if isinstance(settings, FlowMatchingSettings):
+        return GlmImageFlowMatching(
+            components.transformer,
+            Latents(latent_statistics(components.vae), components.vae),
+            components.prior,
+            components.processor,
+            components.tokenizer,
+            components.text_encoder,
+            settings.prior_dropout,
+            settings.spread,
+        )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
     assert isinstance(settings, Denoising)
@@ -165,7 +181,7 @@ def open_data(
     """The training data, the validation data if there is any, and those sources of both that are caches.
 
     Args:
-        indices: a folder that keeps the sizes of images, so that they are not measured each time.
+        indices: as of ``assemble``.
     """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
@@ -235,6 +251,10 @@ class Part:
     def size(self, index: int) -> tuple[int, int]:
         source, inside = self.places[index]
         return source.size(inside)
+
+    def name(self, index: int) -> str:
+        source, inside = self.places[index]
+        return name_of(source, inside) or f"sample {inside}"
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         source, inside = self.places[index]

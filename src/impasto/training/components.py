@@ -12,10 +12,11 @@ from torch import Tensor
 from ..checkpoints import hub
 from ..checkpoints.layout import INDEX_NAME
 from ..errors import ConfigurationError
-from ..family import ALPHA, SIGMA, Family
+from ..family import ALPHA, GLM_IMAGE, SIGMA, Family
 from ..files import make_folder
 from ..memory.inspection import resolve_pipeline
 from ..models.autoencoder.model import AutoencoderKL
+from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..models.pixart.model import PixArtTransformer2DModel
 from ..pipelines.image_files import save_image
 from ..pipelines.loading import load_component
@@ -36,10 +37,25 @@ class Components:
     text_encoder: Any = None
     tokenizer: Any = None
     scheduler: Any = None
+    processor: Any = None
+    prior: Any = None  # GLM-Image's vision_language_encoder
     empty_text: Tensor | None = None  # stored features of the empty caption
 
     def pipeline(self) -> Any:
         """A pipeline of the live models."""
+        if self.family is GLM_IMAGE:
+            from ..pipelines.glm_image import GlmImagePipeline
+
+            parts = {"vision_language_encoder": self.prior, "vae": self.vae, "scheduler": self.scheduler}
+            pipe: Any = GlmImagePipeline(
+                tokenizer=self.tokenizer,
+                processor=self.processor,
+                text_encoder=self.text_encoder,
+                transformer=self.transformer,
+                **parts,
+            )
+            pipe.set_progress_bar_config(disable=True)
+            return pipe
         from ..pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 
         cls = PixArtAlphaPipeline if self.family is ALPHA else PixArtSigmaPipeline
@@ -75,12 +91,15 @@ def load(configuration: Configuration, device: torch.device) -> Components:
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    found = Components({"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}[models.family])
     reader = _Reader(configuration, device)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         if isinstance(configuration.objective, AutoencoderSettings):
             found.vae = reader.vae(models.vae, trained=True)
+            return found
+        if found.family is GLM_IMAGE:
+            reader.glm_image(found)
             return found
         found.tokenizer = reader.tokenizer()
         if not configuration.reads_caches_alone:
@@ -163,6 +182,24 @@ class _Reader:
             return model  # the gradient of group normalization takes many times as long with channels last
         channels_last: Any = {"memory_format": torch.channels_last}
         return model.to(**channels_last)
+
+    def glm_image(self, found: Components) -> None:
+        """The components of a GLM-Image pipeline, of which the transformer may come from elsewhere."""
+        from ..pipelines.glm_image import GlmImagePipeline
+
+        settings = self.models.transformer
+        assert self.pipeline is not None
+        source = self.folder("transformer", settings) or self.pipeline / "transformer"
+        dtype = torch.float32 if self.adapter is None else self.dtype
+        transformer = GlmImageTransformer2DModel.from_pretrained(source, dtype=dtype, **settings.config)
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype).to(
+            self.device
+        )
+        for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor"):
+            setattr(found, name, getattr(pipe, name))
+        found.prior = pipe.vision_language_encoder
 
     def tokenizer(self) -> Any:
         from ..checkpoints.foreign.from_transformers import load_reader

@@ -146,8 +146,8 @@ def problems(error: ValidationError) -> str:
     """What pydantic found, in one line: the first problem, with its key, and how many more there are."""
     found = error.errors(include_url=False)
     first = found[0]
-    tags = {"text-to-image", "autoencoder", "text-encoder"}
-    place = ".".join(str(part) for part in first["loc"] if part not in tags)
+    inside = first["loc"][:1] + first["loc"][2:] if first["loc"][:1] == ("objective",) else first["loc"]  # not its kind
+    place = ".".join(str(part) for part in inside)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] not in ("value_error", "missing"):
         message = f"must be {message}, not {shown(first['input'])}" if "should be" in first["msg"] else first["msg"]

@@ -53,6 +53,19 @@ class TextToImageSettings(Denoising):
     token_routing: TokenRoutingSettings | None = None
 
 
+class FlowMatchingSettings(Section):
+    """GLM-Image's transformer on images and captions.
+
+    Attributes:
+        prior_dropout: the share of images trained without their prior tokens, for guidance.
+        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+    """
+
+    kind: Literal["flow-matching"]
+    prior_dropout: Share = 0.1
+    spread: Positive = 1.0
+
+
 class AutoencoderSettings(Section):
     """An autoencoder on images; see ``Autoencoder``.
 
@@ -84,7 +97,8 @@ class TextEncoderSettings(Section):
 
 
 ObjectiveSettings = Annotated[
-    TextToImageSettings
+    FlowMatchingSettings
+    | TextToImageSettings
     | AutoencoderSettings
     | TextEncoderSettings
     | LcmSettings
@@ -118,12 +132,12 @@ class ModelSettings(Section):
     """The models of a run.
 
     Attributes:
-        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300.
+        family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300; glm-image needs a pipeline.
         pipeline: a folder or hub id, for the components that have no ``start_from`` of their own.
         scheduler: its config, in place of the pipeline's: the noise schedule, and the solver of sample images.
     """
 
-    family: Literal["alpha", "sigma"] = "sigma"
+    family: Literal["alpha", "sigma", "glm-image"] = "sigma"
     pipeline: str | None = None
     transformer: ComponentSettings = ComponentSettings(train=True)
     vae: ComponentSettings = ComponentSettings()
@@ -310,6 +324,10 @@ class Configuration(Settings):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
         if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
+        if (self.models.family == "glm-image") != isinstance(self.objective, FlowMatchingSettings):
+            raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
+        if self.models.family == "glm-image" and self.models.pipeline is None:
+            raise ValueError("models.pipeline must be given for glm-image")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .dry_run import describe
 from .loop import train
 from .objectives.autoencoder import latent_moments, standardize
 from .recipe_files import text_of
+
+logger = logging.getLogger("impasto")
 
 
 def launch(
@@ -46,8 +49,10 @@ def launch(
             f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
         )
     with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
-        assembled = assemble(configuration, folder, sources, checks, processes)
+        assembled = assemble(configuration, folder, sources, checks, processes, folder / "sizes")
         if processes.is_main:
+            for reason, count in assembled.data.order.dropped.items():
+                logger.warning("%d images are left out: %s", count, reason)
             make_folder(folder)
             write_file(folder / "configuration.yaml", text_of(configuration))
         try:

@@ -17,7 +17,7 @@ def test_each_image_goes_to_the_nearest_ratio_by_its_logarithm() -> None:
     assert not reasons.any()
 
 
-@pytest.mark.parametrize(("base", "count"), [(256, 33), (512, 33), (1024, 33), (2048, 40)])
+@pytest.mark.parametrize(("base", "count"), [(256, 33), (512, 33), (1024, 33), (2048, 40), (2880, 40)])
 def test_the_tables_of_pixart(base: int, count: int) -> None:
     buckets = Buckets.of_base(base)
     assert len(buckets.sizes) == count

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from impasto.errors import ConfigurationError, InputError
+from impasto.errors import ConfigurationError, InputError, OutputError
 from impasto.training.data.captions import Captions
 from impasto.training.data.folders import FolderSource
 from impasto.training.data.images import Reading
@@ -196,6 +196,13 @@ def test_sizes_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest
     source = FolderSource(folder, index=index)
     assert measured == [folder / "1.png"]
     assert [source.size(0), source.size(1)] == [(8, 8), (30, 20)]
+
+
+def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "data", [(8, 8)])
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file.* cannot be created: Not a directory|File exists"):
+        FolderSource(folder, index=tmp_path / "file" / "sizes.jsonl")
 
 
 # --- what cannot be used ---

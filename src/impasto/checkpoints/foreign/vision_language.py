@@ -51,7 +51,7 @@ def load_vision_language(folder: Path, dtype: torch.dtype, device: torch.device)
             if "torchvision" in str(error).lower():
                 raise CheckpointError(
                     f"the processor of {folder} needs torchvision, which does not go with this package; choose a model "
-                    f"whose processor works without it, such as one of the LLaVA or Idefics families"
+                    f"whose processor works without it, such as a LLaVA"
                 ) from error
             raise
     return model.to(device).eval(), processor

@@ -90,7 +90,7 @@ def generate_prior(
         with computing(model):
             made.append(_sample(model, repeated[some], uniform[some], codebook_size, counted, packed, check))
     rows, columns = read[0].targets[-1]
-    ids = torch.stack([_doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
+    ids = torch.stack([doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
         return PriorTokens(ids)
     doubled = [prompt.grids * prompt.grids.new_tensor([1, 2, 2]) for prompt in read]
@@ -142,7 +142,7 @@ def _with_images(model: Any, given: Mapping[str, Tensor], images: Sequence[Image
             found = model.get_image_tokens(torch.cat(list(features)), grids).flatten()
         tokens = tokens.masked_scatter(tokens == model.config.image_token_id, found.to(tokens.dtype))
         each = found.split(grids.prod(dim=-1).tolist())
-        image_tokens = torch.cat([_doubled(x, *grid[1:]) for x, grid in zip(each, grids.tolist(), strict=True)])
+        image_tokens = torch.cat([doubled(x, *grid[1:]) for x, grid in zip(each, grids.tolist(), strict=True)])
     return _Read(tokens[0], positions[:, 0], targets, grids, image_tokens)
 
 
@@ -194,7 +194,7 @@ def target_offsets(targets: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(offsets, dim=1)
 
 
-def _doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
+def doubled(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """[rows * columns] -> [2 rows * 2 columns], each token repeated four times."""
     grid = tokens.view(rows, columns)
     return grid.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1).flatten()

@@ -62,23 +62,20 @@ class Buckets:
         """
         sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
         bins = np.asarray(self.sizes, np.float64)  # [K, 2]
-        chosen = np.full(len(sizes), -1, np.int64)
-        reasons = np.zeros(len(sizes), np.int8)
-        for start in range(0, len(sizes), 1 << 16):  # [N, K] in chunks
-            part = sizes[start : start + (1 << 16)]
-            scales = (bins[None] / part[:, None]).max(-1)  # [n, K] until the image covers the bucket
-            ratios = np.log(part[:, 0] / part[:, 1])[:, None] - np.log(bins[:, 0] / bins[:, 1])[None]
-            distance = np.abs(ratios).round(9)
-            # Of buckets of one aspect ratio, the largest that needs no enlargement, else the smallest.
-            area = bins.prod(-1)[None]
-            preference = np.where(scales <= 1, -area, area)
-            best = np.lexsort((preference, scales > 1, distance), axis=-1)[:, 0]
-            rows = np.arange(len(part))
-            scale = scales[rows, best]
-            kept = bins[best].prod(-1) / (part * scale[:, None]).prod(-1)
-            fault = np.where(scale > self.max_upscale + 1e-9, 1, np.where(1 - kept > self.max_crop + 1e-9, 2, 0))
-            chosen[start : start + len(part)] = np.where(fault == 0, best, -1)
-            reasons[start : start + len(part)] = fault
+        own = np.log(bins[:, 0] / bins[:, 1]).round(9)
+        ratios = np.unique(own)
+        nearest = np.searchsorted((ratios[1:] + ratios[:-1]) / 2, np.log(sizes[:, 0] / sizes[:, 1]))
+        chosen = np.empty(len(sizes), np.int64)
+        for number, ratio in enumerate(ratios):
+            members = np.flatnonzero(own == ratio)
+            members = members[np.argsort(bins[members].prod(1))]
+            images = np.flatnonzero(nearest == number)
+            fitting = (bins[members][None] <= sizes[images][:, None]).all(2).sum(1)
+            chosen[images] = members[np.maximum(fitting - 1, 0)]
+        scale = (bins[chosen] / sizes).max(1)
+        kept = bins[chosen].prod(1) / (sizes * scale[:, None]).prod(1)
+        reasons = np.where(scale > self.max_upscale + 1e-9, 1, np.where(1 - kept > self.max_crop + 1e-9, 2, 0))
+        chosen[reasons > 0] = -1
         return chosen, reasons
 
 

@@ -229,7 +229,7 @@ def _check_line(record: Mapping[str, Any]) -> None:
     valid = isinstance(record["file"], str) and "/" not in record["file"] and isinstance(record["sha256"], str)
     for sample in record["samples"]:
         height, width = sample["size"]
-        valid = valid and int(sample["index"]) >= 0 and isinstance(height, int) and isinstance(width, int)
+        valid = valid and int(sample["index"]) >= 0 and height > 0 and width > 0
         valid = valid and isinstance(sample["name"], str) and len(sample["captions"]) == 2
     if not valid:
         raise ValueError("not a line of an index")

@@ -19,7 +19,7 @@ from ...errors import ConfigurationError, ImpastoError, InputError, ResourceErro
 from ..randomness import reading_generator
 from .faults import Faults
 from .order import GlobalBatch, Order, Place
-from .sample import Batch, Sample, Source
+from .sample import Batch, Sample, Source, name_of
 
 #: Batches that each worker has ready or in progress.
 _AHEAD = 2
@@ -145,9 +145,9 @@ class _Reads(torch.utils.data.Dataset[_Read]):
             try:
                 sample = source.read(place.index, place.target, reading_generator(self.order.seed, batch.step, other))
             except InputError as error:
-                faults[_name(source, place)] = str(error)
+                faults[self._name(place)] = str(error)
             except Exception as error:
-                error.add_note(f"while reading {_name(source, place)} for step {batch.step}")
+                error.add_note(f"while reading {self._name(place)} for step {batch.step}")
                 raise
             else:
                 return dataclasses.replace(sample, weight=0.0) if shift else sample
@@ -155,10 +155,9 @@ class _Reads(torch.utils.data.Dataset[_Read]):
             f"no sample of step {batch.step} can be read: {'; '.join(list(faults.values())[:3])}. Repair the data"
         )
 
-
-def _name(source: Source, place: Place) -> str:
-    name = getattr(source, "name", None)  # optional for a source
-    return str(name(place.index)) if callable(name) else f"sample {place.index} of source {place.source + 1}"
+    def _name(self, place: Place) -> str:
+        name = name_of(self.sources[place.source], place.index)
+        return name or f"sample {place.index} of source {place.source + 1}"
 
 
 class _From(torch.utils.data.Sampler[int]):

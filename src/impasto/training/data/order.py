@@ -12,6 +12,7 @@ step.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import numpy as np
 from ...checks import finite, whole_number
 from ...errors import ConfigurationError, InputError
 from .buckets import REASONS, Buckets
-from .sample import Source, cut
+from .sample import Source, cuts
 
 _KEPT_EPOCHS = 2
 _STREAM, _EPOCH = 3, 4  # what Philox's numbers are for; randomness.py has the others
@@ -47,12 +48,15 @@ class GlobalBatch:
 
     def slice(self, rank: int, world: int) -> tuple[int, int]:
         """Start and end of a rank's contiguous slice; of nearly equal areas, as packed batches have several sizes."""
-        return cut([place.target[0] * place.target[1] for place in self.places], rank, world)
+        found = self._cuts(world)
+        return found[rank], found[rank + 1]
 
     def largest(self, world: int) -> int:
         """The most samples that a rank has."""
-        slices = [self.slice(rank, world) for rank in range(world)]
-        return max(end - start for start, end in slices)
+        return max(end - start for start, end in itertools.pairwise(self._cuts(world)))
+
+    def _cuts(self, world: int) -> list[int]:
+        return cuts([place.target[0] * place.target[1] for place in self.places], world)
 
 
 class Order:

@@ -46,6 +46,12 @@ class Source(Protocol):
         ...
 
 
+def name_of(source: Source, index: int) -> str | None:
+    """The name of a sample, if its source has a method ``name``; for messages."""
+    name = getattr(source, "name", None)
+    return str(name(index)) if callable(name) else None
+
+
 @dataclass
 class Batch:
     """What one rank computes of the global batch of a step.
@@ -74,15 +80,15 @@ class Batch:
         return [replace(self, samples=part, first=self.first + i) for i, part in zip(starts, parts, strict=True)]
 
 
-def cut(costs: Sequence[int], rank: int, world: int) -> tuple[int, int]:
-    """Start and end of a rank's slice of a global batch whose samples have these costs: of nearly equal total cost."""
-    return _boundary(costs, rank, world), _boundary(costs, rank + 1, world)
+def cuts(costs: Sequence[int], world: int) -> list[int]:
+    """Where a global batch whose samples have these costs is cut into slices of nearly equal cost: [world + 1].
 
-
-def _boundary(costs: Sequence[int], rank: int, world: int) -> int:
-    """The first sample whose middle is at or after the rank's share of the total cost."""
+    A sample belongs to the rank in whose share of the total cost its middle lies.
+    """
+    ranks = np.arange(world + 1)
     if len(set(costs)) <= 1:
-        return len(costs) * rank // world
+        return (len(costs) * ranks // world).tolist()
     ends = np.cumsum(costs)
     middles = 2 * ends - np.asarray(costs)
-    return int(np.searchsorted(middles * world, 2 * int(ends[-1]) * rank))
+    found: list[int] = np.searchsorted(middles * world, 2 * ends[-1] * ranks).tolist()
+    return found

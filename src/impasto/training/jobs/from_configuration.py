@@ -10,7 +10,7 @@ import torch
 from ...errors import ConfigurationError
 from ..assemble import MakeSource, buckets_of, open_source, texts_of
 from ..components import load_encoders
-from ..configuration import AutoencoderSettings, Configuration, TextEncoderSettings
+from ..configuration import Configuration
 from ..data.cached import fingerprint
 from ..objectives.text_to_image import Latents
 from .cache import Encoders, Job, settings_for
@@ -37,8 +37,10 @@ def cache_jobs(
         ConfigurationError: the text encoder is trained, crops are random, or there is a cache of other settings.
     """
     settings, objective = configuration.data, configuration.objective
-    if isinstance(objective, AutoencoderSettings | TextEncoderSettings):
-        raise ConfigurationError("autoencoders and text encoders are trained themselves; there is nothing to cache")
+    if not isinstance(objective, Denoising):
+        raise ConfigurationError(
+            f"a run of {objective.kind} reads its data itself; caches are of latents and texts for PixArt's transformer"
+        )
     if any(source.kind == "cache" for source in settings.sources):
         raise ConfigurationError("a source is a cache already; name the images")
     buckets = buckets_of(settings)

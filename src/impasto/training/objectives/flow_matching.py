@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     prior_token_ids: Tensor  # [B, N]
     text: Tensor  # [B, M, channels], the glyphs
     reference: Reference | None = None
+    mask: Tensor | None = None  # [B, M], true where there is a token; None: everywhere
 
 
 def initialize(transformer: GlmImageTransformer2DModel) -> None:
@@ -67,25 +68,25 @@ class FlowMatching(Objective):
         self.drop, self.spread = drop, spread
 
     def forward(self, batch: Tensors, random: Randomness) -> Loss:
-        x0, prior_token_ids, text, reference = batch.values
+        x0, prior_token_ids, text, reference, mask = batch.values
         transformer, count = self.transformer, len(x0)
         # Stratified levels: the same spread in every batch.
-        share = random.stratified(count)
+        share = random.stratified(count).to(x0.device)
         sigma = process.per_sample((self.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
-        noise = random.normal(x0.shape)
+        noise = random.normal(x0.shape).to(x0.device)
         xt = process.add_noise(x0, noise, 1 - sigma, sigma)
         target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
-        drop = random.uniform([count]) < self.drop
+        drop = random.uniform([count]).to(x0.device) < self.drop
         height, width = x0.shape[-2:]
-        size = torch.tensor([[height * self.pixels, width * self.pixels]], dtype=torch.float32)
+        size = x0.new_tensor([[height * self.pixels, width * self.pixels]], dtype=torch.float32)
         text = text.to(transformer.dtype)
-        context = transformer.encode_context(text, None, prior_token_ids, drop, height, width)
+        context = transformer.encode_context(text, mask, prior_token_ids, drop, height, width)
         timestep = sigma.flatten() * self.timesteps - 1
         modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
         references = None
         if reference is not None:
             own = transformer.encode_context(text[:, :0], None, reference.prior_token_ids, None, height, width)
-            still = transformer.modulate(torch.zeros(1), size, torch.zeros_like(size))
+            still = transformer.modulate(size.new_zeros(1), size, torch.zeros_like(size))
             references = transformer.encode_references(reference.latents.to(transformer.dtype), own, still)
             # The unconditional half does not see them.
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)

@@ -24,14 +24,14 @@ from .distillation import Distillation, Given, Values, distance
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt(d² + c²) - c of the differences d (2310.14189, equation 6), a mean for each image, [B]."""
+    """sqrt(d² + c²) - c of the differences d (2310.14189, section 3.3), a mean for each image, [B]."""
     return ((a - b).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
 
 
 class LatentConsistency(Distillation):
     """The distance of the consistency function at x_t to that at x_s, where the teacher leads from x_t to x_s.
 
-    2310.04378, equation 17, with DDIM as the solver Ψ, a fixed guidance scale, and the originals' distance.
+    2310.04378, sections 4.2 and 4.3, with DDIM as the solver, a fixed guidance scale, and the originals' distance.
 
     Args:
         intervals: of the teacher's schedule; s is the timestep before t in it.
@@ -80,7 +80,7 @@ class LatentConsistency(Distillation):
         return Loss(each, {})
 
     def consistency(self, x: Tensor, t: Tensor, given: Given) -> Tensor:
-        """f(x_t, t) = c_skip x_t + c_out x_0(x_t, t) (2310.04378, equation 8)."""
+        """f(x_t, t) = c_skip x_t + c_out x_0(x_t, t) (2310.04378, section 4.1)."""
         c_skip, c_out = boundary_scalings(t.float().view(-1, 1, 1, 1))
         result: Tensor = c_skip * x + c_out * self.original(x, t, self.predict(x, t, given))
         return result

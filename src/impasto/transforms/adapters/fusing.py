@@ -51,13 +51,17 @@ def fuse(module: nn.Module, scale: float = 1.0, check: bool = False, names: Sequ
         record.put(module, ATTRIBUTE)
     if record.fused:
         raise ConfigurationError(f"{', '.join(record.fused_names)} is fused already; call unfuse_lora() first")
-    found = tuners(module)
-    changed = [_fused_layer(place, chosen, scale, check) for place in found]
-    for place, layer in zip(found, changed, strict=True):
-        place.parent._modules[place.key] = layer
-    for place in found:  # on an accelerator the originals need no memory
-        if place.layer.get_base_layer().weight.device.type not in ("cpu", "meta"):
-            place.layer.to("cpu")
+    found, done = tuners(module), 0
+    try:
+        for place in found:
+            layer = _fused_layer(place, chosen, scale, check)
+            place.parent._modules[place.key] = layer
+            done += 1
+            if place.layer.get_base_layer().weight.device.type not in ("cpu", "meta"):
+                place.layer.to("cpu")  # there the original needs no memory of the accelerator
+    except Exception:
+        _put_back(found[:done])
+        raise
     record.fused, record.fused_names = found, chosen
     # Else transformers' models save their adapters alone.
     module._hf_peft_config_loaded = False  # type: ignore[assignment]
@@ -70,15 +74,20 @@ def unfuse(module: nn.Module) -> None:
     record = record_of(module)
     if record is None or not record.fused:
         return
-    for place in record.fused:
+    _put_back(record.fused)
+    record.fused, record.fused_names = [], []
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def _put_back(places: Sequence[Place]) -> None:
+    """Put layers of peft in place of fused ones, on their devices and in their dtypes."""
+    for place in places:
         now = cast(Any, place.parent._modules[place.key])
         base = place.layer.get_base_layer()
         if base.weight.device != now.weight.device or base.weight.dtype != now.weight.dtype:
             place.layer.to(now.weight.device, now.weight.dtype if now.weight.is_floating_point() else None)
         place.layer.train(now.training)
         place.parent._modules[place.key] = place.layer
-    record.fused, record.fused_names = [], []
-    module._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
 def fused_names(module: nn.Module) -> list[str]:

@@ -22,6 +22,7 @@ from .layers import (
     adapters_in,
     configs_of,
     delete,
+    enable,
     nested,
     peft,
     quiet,
@@ -76,6 +77,7 @@ def add(module: nn.Module, config: Any, name: str = "default") -> None:
     # transformers' models have peft's methods, which look at this.
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
     activate(module, name)
+    enable(module, True)
 
 
 def _check_name(module: nn.Module, name: Any) -> None:
