@@ -178,7 +178,7 @@ def test_an_unknown_prediction_type_is_refused() -> None:
 
 
 def test_min_snr_weighs_noise_and_velocity_so_that_x0_counts_the_same() -> None:
-    """2303.09556: min(SNR, 5) on the error of x_0, which is 1 / SNR of the noise's and 1 / (SNR + 1) of the velocity's."""
+    """2303.09556: min(SNR, 5) is the weight of the error of x_0."""
     betas = torch.linspace(1e-4, 0.02, 1000)
     alpha_bar = (1 - betas.double()).cumprod(0)
     snr = alpha_bar / (1 - alpha_bar)
