@@ -19,7 +19,7 @@ def recipes() -> dict[str, str]:
     """The recipes of the package by name, each with its first line, which describes it."""
     folder = resources.files(__package__) / "recipes"
     found = {}
-    for path in sorted(folder.iterdir(), key=lambda each: each.name):
+    for path in sorted(folder.iterdir(), key=lambda each: each.name.removesuffix(".yaml")):
         if path.name.endswith(".yaml"):
             first = path.read_text(encoding="utf-8").partition("\n")[0]
             found[path.name.removesuffix(".yaml")] = first.removeprefix("#").strip()

@@ -172,3 +172,41 @@ def test_a_velocity_is_judged_as_the_noise_that_it_implies() -> None:
 def test_an_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(InputError, match="prediction_type is 'sample'"):
         DiffusionLoss(BETAS, "sample")
+
+
+# --- weights and masks ---
+
+
+def test_min_snr_weighs_noise_and_velocity_so_that_x0_counts_the_same() -> None:
+    """2303.09556: min(SNR, 5) is the weight of the error of x_0."""
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    alpha_bar = (1 - betas.double()).cumprod(0)
+    snr = alpha_bar / (1 - alpha_bar)
+    target = snr.clamp(max=5.0)
+    noise = DiffusionLoss(betas, "epsilon").weights("min-snr").double()
+    velocity = DiffusionLoss(betas, "v_prediction").weights("min-snr").double()
+    # ε' - ε = (α / σ) (x_0 - x_0'), and v' - v = (x_0 - x_0') / σ
+    torch.testing.assert_close(noise * snr, target, rtol=1e-5, atol=0)
+    torch.testing.assert_close(velocity / (1 - alpha_bar), target, rtol=1e-5, atol=0)
+    assert torch.equal(DiffusionLoss(betas).weights("none"), torch.ones(1000))
+
+
+def test_a_masked_loss_is_the_mean_over_the_mask(objective: DiffusionLoss) -> None:
+    x0, noise, xt, t = sample(300)
+    torch.manual_seed(1)
+    output = torch.randn(x0.shape[0], 2 * x0.shape[1], *x0.shape[2:])
+    mask = torch.zeros(len(x0), 1, *x0.shape[2:])
+    mask[:, :, :1] = 1.0
+    masked = objective(output, x0, noise, xt, t, mask)
+    other = output.clone()
+    other[:, :, 1:] += 3.0
+    for a, b in zip(masked, objective(other, x0, noise, xt, t, mask), strict=True):
+        torch.testing.assert_close(a, b)
+    channels = x0.shape[1]
+    expected = (output[:, :channels, :1] - noise[:, :, :1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(masked.mse, expected)
+    ones = objective(output, x0, noise, xt, t, torch.ones_like(mask))
+    for a, b in zip(ones, objective(output, x0, noise, xt, t), strict=True):
+        torch.testing.assert_close(a, b)
+    empty = objective(output, x0, noise, xt, t, torch.zeros_like(mask))
+    assert not empty.mse.any()
