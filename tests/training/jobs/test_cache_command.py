@@ -85,7 +85,7 @@ def test_a_cache_of_other_models_is_refused(place: Path, tmp_path: Path, capsys:
     [
         (["--set", "models.text_encoder.train=true"], "the text_encoder is trained here"),
         (["--set", "adapter.text_encoder_rank=4"], "the text_encoder is trained here"),
-        (["--set", "objective={kind: autoencoder}"], "there is nothing to cache"),
+        (["--set", "objective={kind: autoencoder}"], "autoencoder reads its data itself"),
         (["--set", "data.sources.0.crop=random"], "random crops cannot be cached"),
         (["--set", "data.sources.0.kind=cache"], "a source is a cache already"),
         (["--set", "data.sources.0.path=missing"], "the folder of images missing does not exist"),
