@@ -9,11 +9,14 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 BIN := .venv/bin
+CORE := .venv/.core
 STAMP := .venv/.installed
+# Where `make scenes` works. Each stage resumes where it was interrupted.
+SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test lint types format
+.PHONY: help demo test lint types format scenes
 .DELETE_ON_ERROR:
 
 help:
@@ -22,9 +25,10 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make scenes  train the bundled model's second edition in runs/scenes (hours)"
 	@echo "Each of them first builds .venv if it is missing or older than pyproject.toml."
 
-demo: $(STAMP)
+demo: $(CORE)
 	@mkdir -p out
 	$(BIN)/impasto generate "$$PROMPT" --output out/demo.png --seed 7
 	@echo "The image is $(CURDIR)/out/demo.png"
@@ -43,12 +47,44 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# The stamp is written last: a set-up that was interrupted is taken up again.
-$(STAMP): pyproject.toml
+TRAIN = $(BIN)/impasto train $(1) --output $(SCENES)/$(2) --resume
+FROM = --set models.$(1).start_from=$(SCENES)/$(2)
+PREVIOUS = --set models.pipeline=$(SCENES)/$(1)/result $(call FROM,text_encoder,$(1)/result) $(call FROM,transformer,$(1)/result)
+
+# A file of each finished stage, so that the next `make scenes` skips it.
+$(SCENES)/vae/config.json: | $(STAMP)
+	$(call TRAIN,scenes-autoencoder,autoencoder)
+	$(BIN)/python scripts/finish_scenes_autoencoder.py $(SCENES)/autoencoder/result $(SCENES)/vae --records $(SCENES)/records
+
+$(SCENES)/text-encoder/result/text_encoder/config.json: | $(STAMP)
+	$(call TRAIN,scenes-text-encoder,text-encoder)
+
+$(SCENES)/128/result/model_index.json: $(SCENES)/vae/config.json $(SCENES)/text-encoder/result/text_encoder/config.json
+	$(call TRAIN,scenes-128,128) $(call FROM,vae,vae) $(call FROM,text_encoder,text-encoder/result)
+
+$(SCENES)/256/result/model_index.json: $(SCENES)/128/result/model_index.json
+	$(call TRAIN,scenes-256,256) $(call PREVIOUS,128)
+
+$(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.json
+	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256)
+
+$(SCENES)/lcm/result: $(SCENES)/multiaspect/result/model_index.json
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+
+scenes: $(SCENES)/lcm/result
+	@echo "The model is $(CURDIR)/$(SCENES)/multiaspect/result"
+
+# Stamps are written last: a set-up that was interrupted is taken up again.
+$(STAMP): $(CORE)
+	@echo "Adding to .venv what tests, training and checks need."
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(CORE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Impasto needs Python 3.11 or later; \
 	$(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
 	@echo "Setting up .venv: PyTorch and what Impasto needs. The first time, this takes some minutes."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(PIP) $(TORCH)
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --editable .
 	@touch $@

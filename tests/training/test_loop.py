@@ -301,3 +301,21 @@ def test_tensorboard_shows_what_the_log_has(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in rows(tmp_path)
     ]
+
+
+@pytest.mark.parametrize("name", ["prodigy", "came"])
+def test_other_optimizers_learn_and_go_on(name: str, tmp_path: Path) -> None:
+    def start(folder: Path, steps: int) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        rate = {"prodigy": 1.0, "came": 0.05}[name]
+        plan = plain(steps, optimizer={"name": name, "rate": rate, "betas": (0.9, 0.99)}, checkpoints={"every": 30})
+        objective = Of(model, lambda step, random: (model(random.normal([8, 3])) - 1).square().mean(1))
+        train(objective, steps_alone(8), plan, folder)
+
+    start(tmp_path / "parts", 30)
+    start(tmp_path / "parts", 60)
+    start(tmp_path / "whole", 60)
+    assert values(tmp_path / "parts") == values(tmp_path / "whole")
+    losses = [row["loss"] for row in rows(tmp_path / "whole")]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])

@@ -123,6 +123,21 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
     )
     assert (third / "result" / "model_index.json").exists()
 
+    for name in ("scenes-lcm", "scenes-lora"):
+        adapter = run(
+            name,
+            tmp_path,
+            "steps=2",
+            "data.batch_size=4",
+            "data.workers=0",
+            "data.sizes=[[32, 32]]",
+            *(f"data.sources.{i}.options.frames=[[32, 32]]" for i in range(1 if name == "scenes-lcm" else 2)),
+            "validation=null",
+            "checkpoints.best=null",
+            f"models.pipeline={third / 'result'}",
+        )
+        assert any(path.suffix == ".safetensors" for path in (adapter / "result").rglob("*")), name
+
 
 def test_the_base_has_at_most_20_megabytes_in_float16() -> None:
     from transformers import T5Config, T5EncoderModel

@@ -63,8 +63,8 @@ def cache(
     for job in cache_jobs(configuration, out, OWN_SOURCES, pipelines.choose_device(device), **options):
         with tqdm(total=job.samples(job.missing(part)), unit="sample", disable=None, leave=False) as progress:
             counts = run(job, part, progress.update)
-        chunks = ", ".join(f"{number} {name}" for name, number in counts.items())
-        say(f"{job.folder}: {job.settings.samples} samples in {job.chunks} chunks ({chunks})")
+        chunks = f"chunks: {counts['skipped']} skipped, {counts['written']} written"
+        say(f"{job.folder}: {job.settings.samples} samples ({chunks}; {counts['broken']} broken samples)")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from .guard import Guard
 from .masters import Masters, working_dtype
 from .objectives.base import AnyBatch, Objective
 from .optimizers import check_shardable, make_optimizers
-from .optimizers.state import set_rate, start_state, state_tensors
+from .optimizers.state import group_numbers, restore_group_numbers, set_rate, start_state, state_tensors
 from .randomness import Randomness, seed_torch
 
 #: Settings that may change when a run goes on.
@@ -111,6 +111,8 @@ class Run:
         with torch.no_grad(), averages, whole(self.objective), eager:
             values = check(step)
         self.objective.train()
+        if self.processes.parallel == "ddp":  # a parameter that was of another dtype has lost the hooks of DDP
+            self.loss = replicated(self.objective, self.processes)
         return values
 
     def note_best(self, step: int, values: Mapping[str, float]) -> None:
@@ -151,6 +153,7 @@ class Run:
             "guard": self.guard.state(),
             "scaler": self.scaler.state_dict(),
             "best": None if self.best_step is None else [self.best_step, self.best_value],
+            "optimizers": group_numbers(self.optimizers),
             "settings": self.settings.model_dump(mode="json"),
         }
         write_tensors(folder, self._tensors(), state, self.processes)
@@ -175,6 +178,10 @@ class Run:
                 f"{folder} is damaged ({error}); delete it to continue from the one before"
             ) from error
         start_state(self.optimizers)
+        try:
+            restore_group_numbers(self.optimizers, state.get("optimizers"))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder} is damaged ({error}); delete it to use the one before") from error
         read_tensors(folder, self._tensors())
         self.masters.publish()
         return step

@@ -198,11 +198,14 @@ def test_sizes_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest
     assert [source.size(0), source.size(1)] == [(8, 8), (30, 20)]
 
 
-def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_index_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "data", [(8, 8)])
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"file.* cannot be created: Not a directory|File exists"):
+    with pytest.raises(InputError, match=r"the index .*sizes.jsonl cannot be read: Not a directory"):
         FolderSource(folder, index=tmp_path / "file" / "sizes.jsonl")
+    monkeypatch.setattr("impasto.files.os.write", lambda descriptor, content: 0)
+    with pytest.raises(OutputError, match=r"sizes.jsonl cannot be written: No space left"):
+        FolderSource(folder, index=tmp_path / "sizes.jsonl")
 
 
 # --- what cannot be used ---

@@ -47,9 +47,11 @@ def results(processes: list[Any], folder: Path, seconds: float = 100.0) -> list[
     return found
 
 
-def in_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
+def in_ranks(
+    function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2, seconds: float = 100.0
+) -> list[Any]:
     """The results of ``function(*arguments)`` in each rank."""
-    found = results(start(function, folder, *arguments, count=count), folder)
+    found = results(start(function, folder, *arguments, count=count), folder, seconds)
     for rank, result in enumerate(found):
         assert not isinstance(result, str), f"rank {rank}: {result}"
     return found

@@ -23,14 +23,15 @@ from .ranks import in_ranks
 
 
 class Net(nn.Module):
-    """With a convolution, vectors, a matrix of fewer rows than ranks, and a frozen layer."""
+    """With a convolution, vectors, a matrix of fewer rows than ranks, and frozen layers in a block and outside."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             self.conv = nn.Conv1d(3, 5, 2)
-            self.block = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 5))
+            frozen = nn.Linear(7, 7).requires_grad_(False)
+            self.block = nn.Sequential(nn.Linear(5, 7), nn.GELU(), frozen, nn.Linear(7, 5))
             self.head = nn.Linear(5, 1)
             self.unused = nn.Linear(2, 2)
             self.frozen = nn.Linear(5, 5).requires_grad_(False)
@@ -157,7 +158,7 @@ def test_processes_agree_and_add_up(found: list[dict[str, Any]]) -> None:
 
 def test_whole_matrices_are_divided_between_ranks(found: list[dict[str, Any]]) -> None:
     for result in found:
-        assert len(result["each"]) == 4
+        assert len(result["each"]) == 5
         for one, other in zip(result["each"], result["expected"], strict=True):
             assert torch.equal(one, other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training import recipe_files
-from impasto.training.data.sample import Batch, Sample, cut
+from impasto.training.data.sample import Batch, Sample, cuts
 from impasto.training.distributed.processes import ALONE, Processes, joined
 from impasto.training.launch import launch
 from impasto.training.loop import train
@@ -60,8 +61,9 @@ class Fixed:
 
     def batch(self, step: int, rank: int, world: int) -> Batch:
         count = (5, 3, 1)[step % 3]
-        start, end = cut([1] * count, rank, world)
-        largest = max(b - a for a, b in (cut([1] * count, r, world) for r in range(world)))
+        edges = cuts([1] * count, world)
+        start, end = edges[rank : rank + 2]
+        largest = max(b - a for a, b in itertools.pairwise(edges))
         samples = [self.sample(step, i) for i in range(start, end)]
         if not samples:
             samples = [self.sample(step, 0)]
@@ -101,7 +103,7 @@ def run(folder: Path, processes: Processes = ALONE, steps: int = STEPS, **change
     return {name: p.detach() for name, p in objective.named_parameters()} if processes.is_main else {}
 
 
-def configuration(folder: Path) -> Any:
+def configuration(folder: Path, **changes: Any) -> Any:
     """A pipeline on a folder of images, of which the last batch of an epoch has one."""
     data = {"sources": [{"path": str(folder / "images")}], "batch_size": 3, "sizes": [[16, 16]]}
     content = {
@@ -117,11 +119,21 @@ def configuration(folder: Path) -> Any:
         "hsdp_shards": 2,
         "data": data,
     }
-    return recipe_files.checked(content, "test")
+    return recipe_files.checked({**content, **changes}, "test")
+
+
+BFLOAT16: dict[str, Any] = {
+    "precision": "bfloat16",
+    "parallel": "ddp",
+    "optimizer": {"name": "adamw"},
+    "samples": None,
+    "steps": 5,
+}
 
 
 def work(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"stopped": launch(configuration(folder), folder / "launched by two")}
+    launch(configuration(folder, **BFLOAT16), folder / "bfloat16 by two")
     with joined() as processes:
         for kind in ("ddp", "fsdp"):
             processes.parallel = kind  # type: ignore[assignment]
@@ -189,3 +201,10 @@ def test_a_configured_run_of_two_ranks_ends_in_the_same_pipeline(folder: Path, f
             torch.testing.assert_close(models[1].state_dict()[name], one, rtol=1e-3, atol=1e-4, msg=name)
     images = [sorted(path.name for path in (folder / name / "samples").iterdir()) for name in LAUNCHED]
     assert images[0] == images[1] != []
+
+
+def test_gradients_are_summed_in_bfloat16_too_before_and_after_a_check(folder: Path, found: dict[str, Any]) -> None:
+    launch(configuration(folder, **BFLOAT16), folder / "bfloat16 alone")
+    norms = [[row["norm"] for row in rows(folder / f"bfloat16 {name}")] for name in ("alone", "by two")]
+    assert len(norms[0]) == 5
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)

@@ -56,7 +56,7 @@ def test_a_run_from_the_cache_equals_a_run_from_images(
     config, out = str(place / "config.yaml"), tmp_path / "cache"
     for part in ("2/2", "1/2"):
         assert run("cache", config, str(out), "--shard", part, "--device", "cpu") == 0
-    assert capsys.readouterr().out == f"{out}: 40 samples in 2 chunks (0 skipped, 1 written, 0 broken)\n" * 2
+    assert capsys.readouterr().out == f"{out}: 40 samples (chunks: 0 skipped, 1 written; 0 broken samples)\n" * 2
     launch(recipes.read(config), tmp_path / "live")
     launch(cached(place, out), tmp_path / "cached")
     live, stored = rows(tmp_path / "live"), rows(tmp_path / "cached")

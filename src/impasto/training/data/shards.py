@@ -26,6 +26,7 @@ from .captions import Captions, captions_of
 from .faults import Faults
 from .images import ImageSource, Reading
 from .listing import EXTENSIONS
+from .sizes import index_lines
 
 _THREADS = 8
 _BLOCK = 512  # bytes of a tar
@@ -269,13 +270,7 @@ def _measure(file: io.BufferedReader, span: _Span, key: str) -> tuple[int, int]:
 def _read_index(path: Path) -> dict[str, _Scanned]:
     """What an index holds, by shard; shards of damaged lines are scanned again."""
     found: dict[str, _Scanned] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return found
-    except OSError as error:
-        raise InputError(f"the index {path} cannot be read: {error.strerror}; delete it to make a new one") from error
-    for line in lines:
+    for line in index_lines(path):
         try:
             record = json.loads(line)
             entries = [

@@ -80,13 +80,7 @@ def _measure_one(
 def _read_index(path: Path) -> dict[str, _Stored]:
     """What an index holds; damaged lines are measured again."""
     found: dict[str, _Stored] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return found
-    except OSError as error:
-        raise InputError(f"the index {path} cannot be read: {error.strerror}; delete it to make a new one") from error
-    for line in lines:
+    for line in index_lines(path):
         try:
             record = json.loads(line)
             height, width = record["size"]
@@ -96,6 +90,20 @@ def _read_index(path: Path) -> dict[str, _Stored]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return found
+
+
+def index_lines(path: Path) -> list[bytes]:
+    """The lines of an index; none if it does not exist yet.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"the index {path} cannot be read: {error.strerror}; delete it to make a new one") from error
 
 
 def _chunks(names: Sequence[str]) -> Iterator[list[str]]:

@@ -115,7 +115,8 @@ def shard(objective: nn.Module, blocks: Sequence[nn.Module], processes: Processe
     in every process.
     """
     mesh = mesh_of(processes)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs are as they are for one process: batches have float32 images and latents.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     inside = {id(p) for block in blocks for p in block.parameters()}
     kept = {p for p in objective.parameters() if not is_plain_tensor(p) or not p.is_floating_point()}
     outside = {p for p in objective.parameters() if not p.requires_grad and id(p) not in inside}

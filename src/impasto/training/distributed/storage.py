@@ -34,6 +34,9 @@ _ROWS = "first rows"
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], processes: Processes) -> None:
     """Write tensors into a folder that exists, the same in all processes, which all call this.
 
+    The moments of 8-bit optimizers are written in float32, and quantized again in memory, as they will be when they are
+    read: so a run that goes on and one that resumes are equal bit for bit.
+
     Args:
         tensors: plain, and then the same everywhere, or sharded.
         state: for JSON; that of the main process counts.
@@ -53,6 +56,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
             save_file(own, path, {_ROWS: json.dumps(rows)})
         except (OSError, SafetensorError) as error:
             raise OutputError(f"{path} cannot be written: {error}; choose another place") from error
+    _quantize(tensors, {name: _dense(tensor) for name, tensor in tensors.items()})
     with processes.together():
         if processes.is_main:
             files = {path.name: path.stat().st_size for path in sorted(folder.glob("shard-*.safetensors"))}
@@ -91,9 +95,16 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     dense = {name: _dense(tensor) for name, tensor in into.items()}
     for part in _parts(folder, content):
         _copy(part, dense[part.name], first_row(into[part.name]))
-    for name, tensor in into.items():
-        if dense[name] is not local(tensor):
-            local(tensor).copy_(dense[name])
+    _quantize(into, dense)
+
+
+@torch.no_grad()
+def _quantize(tensors: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> None:
+    """Set those tensors that are quantized to their values in float32."""
+    for name, tensor in tensors.items():
+        shard = local(tensor)
+        if not is_plain_tensor(shard):
+            shard.copy_(dense[name])
 
 
 class _Part(NamedTuple):
@@ -175,7 +186,7 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """This process's shard, itself or, of the moments of 8-bit optimizers, in float32; quantizing it gives the same."""
+    """This process's shard: itself or, of the moments of 8-bit optimizers, in float32."""
     shard: Any = local(tensor)
     if is_plain_tensor(shard):
         return local(tensor)

@@ -12,6 +12,7 @@ from ..assemble import MakeSource, buckets_of, open_source, texts_of
 from ..components import load_encoders
 from ..configuration import Configuration
 from ..data.cached import fingerprint
+from ..objective_settings import Denoising
 from ..objectives.text_to_image import Latents
 from .cache import Encoders, Job, settings_for
 

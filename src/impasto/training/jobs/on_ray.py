@@ -5,8 +5,8 @@ The data and the cache have to be on a disk that all machines of the cluster see
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ class Worker:
         kinds: Mapping[str, MakeSource],
         device: str,
         options: dict[str, Any],
+        threads: int,
     ):
         import torch
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+        torch.set_num_threads(threads)  # Ray gives an actor one
         checked = Configuration.model_validate(configuration)
         self.jobs = cache_jobs(checked, Path(out), kinds, torch.device(device), **options)
 
@@ -67,8 +68,8 @@ def run_on_ray(
         ResourceError: there is no cluster at the address, or an actor has failed; what was written is kept.
     """
     try:
-        import ray
-        import ray.data
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.data")
     except ImportError as error:
         raise MissingDependencyError("--ray needs Ray: pip install 'impasto[ray]'") from error
     import torch
@@ -88,9 +89,18 @@ def run_on_ray(
         raise ResourceError(f"there is no Ray cluster at {address!r}: {type(error).__name__}: {error}") from error
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
+        cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        threads = max(1, min(cores, int(ray.cluster_resources().get("CPU", 1)) // actors))
         lines = ray.data.from_items(work).map_batches(
             Worker,
-            fn_constructor_args=(configuration.model_dump(mode="json"), str(out.resolve()), kinds, target, options),
+            fn_constructor_args=(
+                configuration.model_dump(mode="json"),
+                str(out.resolve()),
+                kinds,
+                target,
+                options,
+                threads,
+            ),
             batch_size=1,
             concurrency=actors,
             num_gpus=1 if target.startswith("cuda") else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,3 +48,29 @@ def set_rate(group: dict[str, Any], rate: float) -> float:
     else:
         group["lr"] = rate
     return former
+
+
+#: What the settings decide.
+_OF_SETTINGS = {"lr", "peak", "weight_decay", "betas", "eps", "params"}
+
+
+def group_numbers(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[dict[str, float]]]:
+    """What optimizers remember in their groups, such as Prodigy its estimate of the distance."""
+    return [
+        [
+            {k: v for k, v in group.items() if k not in _OF_SETTINGS and type(v) in (int, float) and math.isfinite(v)}
+            for group in optimizer.param_groups
+        ]
+        for optimizer in optimizers
+    ]
+
+
+def restore_group_numbers(optimizers: Sequence[torch.optim.Optimizer], stored: Any) -> None:
+    """Put the numbers back.
+
+    Raises:
+        ValueError, TypeError: they are of other optimizers.
+    """
+    for optimizer, groups in zip(optimizers, stored, strict=True):
+        for group, numbers in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: type(group[name])(value) for name, value in numbers.items() if name in group})
