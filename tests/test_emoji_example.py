@@ -178,4 +178,7 @@ def test_what_is_compared() -> None:
     image.paste(Image.new("RGB", (32, 32), "red"), (16, 16))
     np.testing.assert_array_equal(names["border"](image), [64, 128, 224])
     assert names["pixels"](image).shape == (32 * 32 * 3,)
-    assert [names["chosen"]([{"group": str(i % 2), "n": i} for i in range(8)], 2, "1")[i]["n"] for i in (0, 1)] == [0, 4]
+    assert [names["chosen"]([{"group": str(i % 2), "n": i} for i in range(8)], 2, "1")[i]["n"] for i in (0, 1)] == [
+        0,
+        4,
+    ]

@@ -204,8 +204,10 @@ def test_trimming(tmp_path: Path) -> None:
     assert not log.exists()
     huge = b'{"step": 1' + b"0" * 400 + b"}\n"
     log.write_bytes(b'{"step": 1}\nmy notes\n[]\n{"step": "x"}\n{"step": 3}\n{"step": 4}\n' + huge + b'{"step": 2}')
-    trim_log(log, 3)
+    assert trim_log(log, 3) == 0
     assert log.read_bytes() == b'{"step": 1}\nmy notes\n[]\n{"step": 3}\n'
+    log.write_bytes(b'{"step": 1, "seconds": 5}\n{"step": 2, "seconds": 9.5}\n{"step": 3, "seconds": 12}\nmy notes\n')
+    assert trim_log(log, 2) == 9.5
 
 
 # --- prompt cache ---

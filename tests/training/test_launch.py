@@ -138,6 +138,8 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
         launch(configuration(place, optimizer={"rate": 1e-3}), tmp_path / "parts", resume=True)
     longer = configuration(place, steps=8, log_every=1)
     launch(longer, tmp_path / "parts", resume=True)
+    seconds = [row["seconds"] for row in rows(tmp_path / "parts")]
+    assert seconds == sorted(seconds)
     launch(longer, tmp_path / "whole", resume=True)  # there is nothing to continue yet
     ends = []
     for folder in (tmp_path / "parts", tmp_path / "whole"):

@@ -129,21 +129,34 @@ def append_log(path: Path, **values: float) -> None:
     append_line(path, json.dumps({name: float(value) for name, value in values.items()}))
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Remove what a resumed run will log again: lines beyond ``step``, and a partial last line."""
+def trim_log(path: Path, step: int) -> float:
+    """Remove what a resumed run will log again: lines beyond ``step``, and a partial last line.
+
+    Returns:
+        The seconds that the run had taken by the last of the remaining lines.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
-        return
+        return 0.0
     except OSError as error:
         raise OutputError(f"the log {path} cannot be read: {error.strerror}; choose another place") from error
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if kept != lines:
         write_file(path, b"".join(kept), durable=False)
+    return next((seconds for line in reversed(kept) if math.isfinite(seconds := _number(line, "seconds"))), 0.0)
 
 
 def _step_of(line: bytes) -> float:
+    step = _number(line, "step")
+    if not math.isnan(step):
+        return step
+    return math.inf if line.startswith(b'{"step"') else -math.inf  # damaged, or not one of ours
+
+
+def _number(line: bytes, name: str) -> float:
+    """A number in a line of a log; NaN if it has none."""
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)[name])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf if line.startswith(b'{"step"') else -math.inf  # damaged, or not one of ours
+        return math.nan

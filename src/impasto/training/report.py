@@ -41,7 +41,7 @@ class Reporter:
         self.boards: list[Any] = []
         self.bar: Any = None
         if active:
-            trim_log(self.log, start)
+            self.clock -= trim_log(self.log, start)  # seconds go on, too
             if settings.report.tensorboard:
                 self.boards.append(_TensorBoard(folder / "tensorboard", start))
             if settings.report.wandb is not None:
