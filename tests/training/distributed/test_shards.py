@@ -51,7 +51,7 @@ OPTIMIZERS: Mapping[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-def trained(net: nn.Module, call: nn.Module, name: str, rows: slice, steps: int = 4) -> dict[str, Any]:
+def trained(net: nn.Module, call: Callable[[Tensor], Tensor], name: str, rows: slice, steps: int = 4) -> dict[str, Any]:
     """A few steps on rows of each batch; the sums of gradients are those of the whole batch."""
     named = {n: p for n, p in net.named_parameters() if p.requires_grad}
     optimizer = OPTIMIZERS[name](list(named.values()))
@@ -194,3 +194,28 @@ def test_an_incomplete_or_foreign_checkpoint_is_refused(found: list[dict[str, An
     shard.unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
         read_tensors(copy, values(0.0))
+
+
+def of_several(kind: Any, shards: int | None) -> dict[str, Any]:
+    found = {}
+    with joined(kind, shards=shards) as processes:
+        rows = slice(3 * processes.rank // processes.count, 3 * (processes.rank + 1) // processes.count)
+        for name in OPTIMIZERS:
+            net = Net()
+            shard(net, [net.block], processes, torch.float32)
+            found[name] = trained(net, lambda x, net=net: net(x) if len(x) else 0 * net(inputs(0)[:1]), name, rows)
+    return found
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("kind", "shards", "count"), [("hsdp", 2, 4), ("fsdp", None, 3)])
+def test_more_ranks_equal_one_process(kind: str, shards: int | None, count: int, tmp_path: Path) -> None:
+    """Also ranks without any rows, of the batch or of a matrix."""
+    found = in_ranks(of_several, tmp_path, kind, shards, count=count)
+    for name in OPTIMIZERS:
+        net = Net()
+        expected = trained(net, net, name, slice(None))
+        for result in found:
+            assert result[name].pop("norms") == pytest.approx(expected["norms"], rel=1e-5)
+            for key, value in result[name].items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
