@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from impasto.scenes.source import ScenesSource
 from impasto.training import recipe_files as recipes
 from impasto.training.objectives.autoencoder import psnr
 
-FOLDER = Path(impasto.scenes.source.__file__).parent / "second" / "vae"
+FOLDER = Path(impasto.scenes.source.__file__).parent / "second"
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def images() -> Tensor:
 
 @torch.no_grad()
 def test_the_autoencoder_is_small_and_reconstructs_unseen_scenes(images: Tensor) -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 2_000_000
-    assert AutoencoderKL.from_pretrained(FOLDER, dtype="auto").dtype == torch.float16
-    vae = AutoencoderKL.from_pretrained(FOLDER)
+    assert sum(path.stat().st_size for path in (FOLDER / "vae").iterdir()) <= 2_000_000
+    assert AutoencoderKL.from_pretrained(FOLDER / "vae", dtype="auto").dtype == torch.float16
+    vae = AutoencoderKL.from_pretrained(FOLDER / "vae")
     recipe = recipes.read("scenes-autoencoder").models.vae.config
     assert {name: vae.config[name] for name in recipe} == recipe
     latents = torch.cat([vae.encode(image[None]).latent_dist.mode() for image in images])  # [B, 16, 32, 32]
@@ -39,3 +40,11 @@ def test_the_autoencoder_is_small_and_reconstructs_unseen_scenes(images: Tensor)
     scaled = (latents * vae.config["scaling_factor"]).transpose(0, 1).flatten(1)
     assert scaled.mean(1).abs().max() < 0.6  # of six images; the mean and the deviation of many are 0 and 1
     assert 0.3 < float(scaled.std(1).min()) <= float(scaled.std(1).max()) < 2
+
+
+def test_the_text_encoder_has_the_architecture_of_its_recipe() -> None:
+    config = json.loads((FOLDER / "text_encoder" / "config.json").read_text())
+    recipe = recipes.read("scenes-text-encoder").models.text_encoder.config
+    assert {name: config[name] for name in recipe} == recipe
+    assert config["dtype"] == "float16"
+    assert (FOLDER / "text_encoder" / "model.safetensors").stat().st_size <= 1_400_000
