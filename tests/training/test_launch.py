@@ -136,6 +136,10 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
         launch(configuration(place), tmp_path / "parts")
     with pytest.raises(CheckpointError, match=r"optimizer\.rate=0\.003, and here it is 0\.001"):
         launch(configuration(place, optimizer={"rate": 1e-3}), tmp_path / "parts", resume=True)
+    kept = recipes.read(str(tmp_path / "parts" / "configuration.yaml"))
+    assert kept == configuration(place)  # also after what was refused
+    with pytest.raises(CheckpointError, match=r"the data is not that of .*step-00000004: .*validation\.count"):
+        launch(configuration(place, validation={"count": 8}), tmp_path / "parts", resume=True)
     longer = configuration(place, steps=8, log_every=1)
     launch(longer, tmp_path / "parts", resume=True)
     seconds = [row["seconds"] for row in rows(tmp_path / "parts")]
