@@ -77,7 +77,7 @@ def preview(
 ) -> str:
     """Data, memory and time of a run, in lines; nothing is written. For one process."""
     with joined("none") as processes:
-        assembled = assemble(configuration, folder, sources, checks, processes)
+        assembled = assemble(configuration, folder, sources, checks, processes, writes=False)
         try:
             return describe(configuration, assembled)
         finally:
