@@ -206,7 +206,8 @@ class DataSettings(Section):
         max_crop: an image that would lose more than this share of its area is dropped.
         pack_pixels: batches of mixed sizes, up to this many pixels.
         workers: processes that read ahead.
-        max_broken: how many samples may turn out to be broken: below 1 a share, else a number.
+        max_broken: how many samples may turn out to be broken: below 1 a share of all, else a number. Each process
+            counts those that it reads.
     """
 
     sources: Annotated[list[SourceSettings], Field(min_length=1)]
@@ -261,11 +262,11 @@ class ValidationSettings(Section):
 
     Attributes:
         count: of images. They are held out from the training data, unless there is a source of their own.
-        batch_size: of them at once.
+        batch_size: of them at once; as ``micro_batch``, unless given.
     """
 
     count: Count = 64
-    batch_size: Count = 16
+    batch_size: Count | None = None
     source: SourceSettings | None = None
 
 
@@ -278,6 +279,15 @@ class SampleSettings(Section):
     guidance_scale: NotNegative = 4.5
     height: Count | None = None
     width: Count | None = None
+
+
+#: What validation measures, by the kind of the objective; of the others "validation".
+MEASURES = {
+    "autoencoder": ("psnr",),
+    "text-encoder": ("validation", "validation_right"),
+    "lcm": ("distance",),
+    "dmd": ("distance",),
+}
 
 
 class Configuration(Settings):
@@ -330,6 +340,12 @@ class Configuration(Settings):
             raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
         if self.models.family == "glm-image" and self.models.pipeline is None:
             raise ValueError("models.pipeline must be given for glm-image")
+        best, measured = self.checkpoints.best, MEASURES.get(self.objective.kind, ("validation",))
+        if not self.checks and best in ("validation", "validation_right", "psnr", "distance"):
+            if self.validation is None:
+                raise ValueError(f"checkpoints.best: {best} needs a validation, or leave it out")
+            if best not in measured:
+                raise ValueError(f"checkpoints.best: {self.objective.kind} measures {', '.join(measured)}, not {best}")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
         return self
