@@ -58,7 +58,7 @@ class FlowMatchingSettings(Section):
 
     Attributes:
         prior_dropout: the share of images trained without their prior tokens, for guidance.
-        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+        spread: standard deviation of the logits of the times (2403.03206, section 3.1).
     """
 
     kind: Literal["flow-matching"]

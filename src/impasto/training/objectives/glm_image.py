@@ -5,7 +5,7 @@ The transformer is conditioned on an image's own tokens of the prior, and on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ class GlmImageFlowMatching(FlowMatching):
         drop: float = 0.1,
         spread: float = 1.0,
         most_bytes: int = 2048,
+        shift: Callable[[int], float] = lambda tokens: 1.0,
     ):
         pixels = 8 if latents.vae is None else 2 ** (len(latents.vae.config["block_out_channels"]) - 1)
-        super().__init__(transformer, pixels, drop=drop, spread=spread)
+        super().__init__(transformer, pixels, drop=drop, spread=spread, shift=shift)
         self.latents, self.prior, self.text_encoder = latents, prior, text_encoder
         self.processor, self.tokenizer, self.most_bytes = processor, tokenizer, most_bytes
         for frozen in (latents.vae, prior, text_encoder):
