@@ -99,8 +99,9 @@ def image_tokens(prior: Any, processor: Any, images: Tensor) -> Tensor:
     levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     arrays = [image.permute(1, 2, 0).cpu().numpy() for image in levels]
     given: Mapping[str, Tensor] = processor.image_processor(arrays, do_resize=False, return_tensors="pt")
-    grids = given["image_grid_thw"].to(prior.device)
-    features = prior.get_image_features(given["pixel_values"].to(prior.device, prior.dtype), grids).pooler_output
+    tower = prior.model.visual  # the language model may be elsewhere
+    grids = given["image_grid_thw"].to(tower.device)
+    features = prior.get_image_features(given["pixel_values"].to(tower.device, tower.dtype), grids).pooler_output
     maps = features[0].ndim == 3  # older versions of transformers give tokens
     found = prior.get_image_tokens(features) if maps else prior.get_image_tokens(torch.cat(list(features)), grids)
     each = found.flatten().view(len(images), rows * columns)
