@@ -237,7 +237,7 @@ class AdapterSettings(Section):
     Attributes:
         rank: of the transformer's.
         text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
-        alpha: its scale is alpha / rank; equal to the rank unless given.
+        alpha: its scale is alpha / rank, of rsLoRA alpha / sqrt(rank); equal to the rank unless given.
         targets: the layers, by the last parts of their names.
         base: the weights under it: as loaded, or quantized.
     """
