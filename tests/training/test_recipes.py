@@ -142,9 +142,13 @@ def test_only_what_trains_is_on_the_device(glm_image: Path, monkeypatch: pytest.
     placed = [found.transformer, found.vae, found.text_encoder, found.prior.model.visual, found.prior.model.vqmodel]
     assert {parameter.device.type for part in placed for parameter in part.parameters()} == {"meta"}
     assert found.prior.model.language_model.device.type == found.prior.lm_head.weight.device.type == "cpu"
-    wanted["samples"] = {"prompts": ["a red cube"]}
-    found = components.load(recipes.checked(wanted, "test"), torch.device("meta"))
-    assert found.prior.model.language_model.device.type == "meta"
+    class_images = {"path": "class", "caption": "a cube", "generate": {"count": 2}}
+    for key, value in (
+        ("samples", {"prompts": ["a red cube"]}),
+        ("data", {**wanted["data"], "sources": [class_images]}),
+    ):
+        found = components.load(recipes.checked({**wanted, key: value}, "test"), torch.device("meta"))
+        assert found.prior.model.language_model.device.type == "meta", key
 
 
 def test_the_tokens_of_an_image_are_those_of_a_reference(glm_image: Path) -> None:

@@ -142,6 +142,7 @@ class _Reader:
         self.models, self.device = configuration.models, device
         self.adapter, self.seed = configuration.adapter, configuration.seed
         self.generates = configuration.samples is not None or bool(configuration.checks)
+        self.generates |= any(source.generate is not None for source in configuration.data.sources)
         self.dtype = working_dtype(configuration.precision, device)
         self.pipeline: Path | None = None
         if self.models.pipeline is not None:
