@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..pipelines.glm_image_stages import latent_statistics
+from ..pipelines.glm_image_stages import latent_statistics, shift_of
 from .adapters import add_adapters
 from .components import Components, load
 from .configuration import (
@@ -124,6 +125,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
             components.text_encoder,
             settings.prior_dropout,
             settings.spread,
+            shift=partial(shift_of, components.scheduler.config),
         )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)

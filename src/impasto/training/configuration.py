@@ -58,7 +58,7 @@ class FlowMatchingSettings(Section):
 
     Attributes:
         prior_dropout: the share of images trained without their prior tokens, for guidance.
-        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+        spread: standard deviation of the logits of the times (2403.03206, section 3.1).
     """
 
     kind: Literal["flow-matching"]
@@ -238,7 +238,7 @@ class AdapterSettings(Section):
     Attributes:
         rank: of the transformer's.
         text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
-        alpha: its scale is alpha / rank; equal to the rank unless given.
+        alpha: its scale is alpha / rank, of rsLoRA alpha / sqrt(rank); equal to the rank unless given.
         targets: the layers, by the last parts of their names.
         base: the weights under it: as loaded, or quantized.
     """
