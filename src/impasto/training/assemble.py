@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,8 @@ def open_source(
 ) -> Source:
     """One source of samples."""
     if settings.kind in kinds:
-        return kinds[settings.kind](settings.options)
+        source = kinds[settings.kind](settings.options)
+        return source if settings.weight == 1 else Weighted(source, settings.weight)
     if settings.kind not in OWN_KINDS:
         raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
     assert settings.path is not None
@@ -237,6 +238,26 @@ def open_source(
     if settings.kind == "shards":
         return ShardSource(settings.path, reading, index)
     return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix, index)
+
+
+class Weighted:
+    """A source whose samples have other weights."""
+
+    def __init__(self, source: Source, weight: float):
+        self.source, self.weight = source, weight
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def name(self, index: int) -> str:
+        return name_of(self.source, index) or f"sample {index}"
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        sample = self.source.read(index, target, rng)
+        return replace(sample, weight=self.weight * sample.weight)
 
 
 class Part:

@@ -120,9 +120,8 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     """
     models = configuration.models
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
-    for name, trained in (("vae", models.vae.train), ("text_encoder", models.text_encoder.train or adapted)):
-        if trained:
-            raise ConfigurationError(f"the {name} is trained here, so what it encodes changes and cannot be cached")
+    if models.text_encoder.train or adapted:
+        raise ConfigurationError("the text_encoder is trained here, so what it encodes changes and cannot be cached")
     reader = _Reader(configuration, device)
     found = Components(ALPHA if models.family == "alpha" else SIGMA)
     with torch.random.fork_rng([]):
