@@ -99,6 +99,10 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "masks of shards": ("data: {sources: [{kind: shards, path: x, mask_suffix: _m}]}", "mask_suffix has no effect"),
     "crops of scenes": ("data: {sources: [{kind: scenes, crop: centre}]}", "crop has no effect .* scenes"),
+    "a cache for an autoencoder": (
+        "{data: {sources: [{kind: cache, path: x}]}, objective: {kind: autoencoder}}",
+        "a cache has no images",
+    ),
     "a cache and a folder": ("data: {sources: [{kind: cache, path: x}, {path: y}]}", "cannot be in one batch"),
     "generated images to validate on": (
         "validation: {source: {path: x, caption: y, generate: {count: 3}}}",

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..pipelines.glm_image_stages import latent_statistics
 from .adapters import add_adapters
-from .components import Components, load
+from .components import FAMILIES, Components, load
 from .configuration import (
     OWN_KINDS,
     AutoencoderSettings,
@@ -190,6 +190,11 @@ def open_data(
     if wanted is not None and wanted.source is not None:
         held = open_source(wanted.source, kinds, settings.max_broken, indices)
     caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
+    for cache in caches:
+        assert isinstance(configuration.objective, Denoising)
+        tokens = configuration.objective.tokens or FAMILIES[configuration.models.family].text_tokens
+        cache.check_settings(buckets, tokens, configuration.objective.clean_captions)
+        cache.check_text_encoder(caches[0])
     if wanted is not None and held is None:
         opened, held = hold_out(opened, wanted.count)
     given = [source.share for source in settings.sources]
@@ -223,7 +228,12 @@ def open_source(
         raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
     assert settings.path is not None
     if settings.kind == "cache":
-        return CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        cache = CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        for name in ("crop", "flip"):
+            wanted, stored = getattr(settings, name), getattr(cache.settings, name)
+            if wanted not in (stored, SourceSettings.model_fields[name].default):
+                raise ConfigurationError(f"{name} of the cache {cache.folder} is {stored}, not {wanted}; leave it out")
+        return cache
     reading = Reading(
         Views(settings.crop, settings.flip),
         caption=settings.caption,

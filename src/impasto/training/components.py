@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .configuration import AutoencoderSettings, ComponentSettings, Configuration
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
 from .start import start_stage
+
+FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
 
 
 @dataclass
@@ -91,7 +94,7 @@ def load(configuration: Configuration, device: torch.device) -> Components:
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components({"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}[models.family])
+    found = Components(FAMILIES[models.family])
     reader = _Reader(configuration, device)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
@@ -123,7 +126,7 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     if models.text_encoder.train or adapted:
         raise ConfigurationError("the text_encoder is trained here, so what it encodes changes and cannot be cached")
     reader = _Reader(configuration, device)
-    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    found = Components(FAMILIES[models.family])
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         found.tokenizer = reader.tokenizer()

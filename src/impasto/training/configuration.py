@@ -349,6 +349,8 @@ class Configuration(Settings):
         cached = any(source.kind == "cache" for source in self._sources)
         if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        if cached and not isinstance(self.objective, Denoising):
+            raise ValueError(f"a cache has no images, which the objective {self.objective.kind} needs; name the images")
         if self.adapter is not None and self.objective.kind not in ("text-to-image", "flow-matching", "lcm"):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
         if self.data.pack_pixels is not None:
