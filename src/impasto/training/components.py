@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .configuration import AutoencoderSettings, ComponentSettings, Configuration
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
 from .start import start_stage
+
+FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
 
 
 @dataclass
@@ -92,7 +95,7 @@ def load(configuration: Configuration, device: torch.device) -> Components:
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components({"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}[models.family])
+    found = Components(FAMILIES[models.family])
     reader = _Reader(configuration, device)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
@@ -121,11 +124,10 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     """
     models = configuration.models
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
-    for name, trained in (("vae", models.vae.train), ("text_encoder", models.text_encoder.train or adapted)):
-        if trained:
-            raise ConfigurationError(f"the {name} is trained here, so what it encodes changes and cannot be cached")
+    if models.text_encoder.train or adapted:
+        raise ConfigurationError("the text_encoder is trained here, so what it encodes changes and cannot be cached")
     reader = _Reader(configuration, device)
-    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    found = Components(FAMILIES[models.family])
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         found.tokenizer = reader.tokenizer()
