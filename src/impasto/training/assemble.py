@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import InputError
-from ..pipelines.glm_image_stages import latent_statistics
+from ..errors import ConfigurationError, InputError
+from ..pipelines.glm_image_stages import latent_statistics, shift_of
 from .adapters import add_adapters
-from .components import Components, load
+from .components import FAMILIES, Components, load
 from .configuration import (
     OWN_KINDS,
     AutoencoderSettings,
@@ -27,6 +28,7 @@ from .configuration import (
 )
 from .data.buckets import Buckets, sizes_of
 from .data.cached import CachedSource
+from .data.faults import Faults
 from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
@@ -35,7 +37,7 @@ from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
-from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .further_objectives import lacking, make_class_images, make_further, needs_class_images, planned, routing_of
 from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
@@ -70,6 +72,7 @@ def assemble(
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
     indices: Path | None = None,
+    writes: bool = True,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -78,6 +81,7 @@ def assemble(
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
         indices: a folder that keeps the sizes of images, so that they are not measured each time.
+        writes: whether images of classes are generated; else others stand for those that are missing.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -86,10 +90,10 @@ def assemble(
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
     components: Components | None = None
-    if needs_class_images(configuration):
+    if writes and needs_class_images(configuration):
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
-    data, validation, caches = open_data(configuration, sources or {}, indices)
+    data, validation, caches = open_data(configuration, sources or {}, indices, writes)
     components = components or load(configuration, processes.device)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
@@ -121,6 +125,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
             components.text_encoder,
             settings.prior_dropout,
             settings.spread,
+            shift=partial(shift_of, components.scheduler.config),
         )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
@@ -176,20 +181,30 @@ def texts_of(settings: Denoising, models: Components, static: bool = False) -> T
 
 
 def open_data(
-    configuration: Configuration, kinds: Mapping[str, MakeSource], indices: Path | None = None
+    configuration: Configuration, kinds: Mapping[str, MakeSource], indices: Path | None = None, writes: bool = True
 ) -> tuple[Data, Validation | None, list[CachedSource]]:
     """The training data, the validation data if there is any, and those sources of both that are caches.
 
     Args:
-        indices: as of ``assemble``.
+        indices, writes: as of ``assemble``.
     """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
-    opened = [open_source(source, kinds, settings.max_broken, indices) for source in settings.sources]
+    opened = [
+        planned(source, settings)
+        if not writes and lacking(source)
+        else open_source(source, kinds, settings.max_broken, indices)
+        for source in settings.sources
+    ]
     held: Source | None = None
     if wanted is not None and wanted.source is not None:
         held = open_source(wanted.source, kinds, settings.max_broken, indices)
     caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
+    for cache in caches:
+        assert isinstance(configuration.objective, Denoising)
+        tokens = configuration.objective.tokens or FAMILIES[configuration.models.family].text_tokens
+        cache.check_settings(buckets, tokens, configuration.objective.clean_captions)
+        cache.check_text_encoder(caches[0])
     if wanted is not None and held is None:
         opened, held = hold_out(opened, wanted.count)
     given = [source.share for source in settings.sources]
@@ -201,7 +216,9 @@ def open_data(
     data = Data(order, opened, settings.workers, settings.max_broken)
     if wanted is None or held is None:
         return data, None, caches
-    return data, Validation.read(held, buckets, wanted.count, wanted.batch_size), caches
+    at_once = wanted.batch_size or configuration.micro_batch or 16
+    faults = data.faults if wanted.source is None else Faults("validation", settings.max_broken, len(held))
+    return data, Validation.read(held, buckets, wanted.count, at_once, faults), caches
 
 
 def buckets_of(settings: DataSettings) -> Buckets:
@@ -217,12 +234,18 @@ def open_source(
 ) -> Source:
     """One source of samples."""
     if settings.kind in kinds:
-        return kinds[settings.kind](settings.options)
+        source = kinds[settings.kind](settings.options)
+        return source if settings.weight == 1 else Weighted(source, settings.weight)
     if settings.kind not in OWN_KINDS:
         raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
     assert settings.path is not None
     if settings.kind == "cache":
-        return CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        cache = CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        for name in ("crop", "flip"):
+            wanted, stored = getattr(settings, name), getattr(cache.settings, name)
+            if wanted not in (stored, SourceSettings.model_fields[name].default):
+                raise ConfigurationError(f"{name} of the cache {cache.folder} is {stored}, not {wanted}; leave it out")
+        return cache
     reading = Reading(
         Views(settings.crop, settings.flip),
         caption=settings.caption,
@@ -237,6 +260,26 @@ def open_source(
     if settings.kind == "shards":
         return ShardSource(settings.path, reading, index)
     return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix, index)
+
+
+class Weighted:
+    """A source whose samples have other weights."""
+
+    def __init__(self, source: Source, weight: float):
+        self.source, self.weight = source, weight
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def name(self, index: int) -> str:
+        return name_of(self.source, index) or f"sample {index}"
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        sample = self.source.read(index, target, rng)
+        return replace(sample, weight=self.weight * sample.weight)
 
 
 class Part:
