@@ -272,6 +272,33 @@ def test_blocks_may_be_compiled_for_all_shapes_of_the_data(tmp_path: Path, monke
     assert config.recompile_limit == before
 
 
+def test_a_checkpoint_is_saved_before_it_is_measured(tmp_path: Path) -> None:
+    def start(folder: Path, killed: int | None) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def check(step: int) -> dict[str, float]:
+            if step == killed:
+                raise KeyboardInterrupt
+            return {"error": float(model.weight.abs().sum())}
+
+        objective = Of(model, lambda step, random: (model(random.normal([8, 3])) - 1).square().mean(1))
+        plan = plain(6, log_every=4, checkpoints={"every": 3, "keep": 1, "best": "error", "best_is": "highest"})
+        train(objective, steps_alone(8), plan, folder, check)
+
+    start(tmp_path / "whole", None)
+    for killed in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "parts", killed)
+        assert max(checkpoints.found(tmp_path / "parts")) == killed
+    start(tmp_path / "parts", None)
+    assert values(tmp_path / "parts") == values(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "whole") if "error" in row] == [3, 6]
+    states = [(checkpoints.latest(tmp_path / name) / "state.json").read_text() for name in ("parts", "whole")]  # type: ignore[operator]
+    assert states[0] == states[1]
+    assert list(checkpoints.found(tmp_path / "parts")) == list(checkpoints.found(tmp_path / "whole"))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled(tmp_path, 4, set(), checkpoints={"every": 2})
 
