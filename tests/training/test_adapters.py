@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from impasto.errors import InputError
+from impasto.errors import ConfigurationError, InputError
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training import recipe_files as recipes
 from impasto.training.assemble import assemble
 from impasto.training.launch import launch
+from impasto.training.run import Run
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -75,3 +76,9 @@ def test_only_the_adapter_is_trained(adapter: dict[str, Any], place: Path, tmp_p
 def test_targets_that_do_not_exist_are_named(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="to_nowhere"):
         assemble(configuration(place, {"targets": ["to_nowhere"]}), tmp_path)
+
+
+def test_rates_of_nothing_are_refused(place: Path, tmp_path: Path) -> None:
+    found = assemble(configuration(place, {}), tmp_path)
+    with pytest.raises(ConfigurationError, match=r"'text_encoder\.\*' matches nothing that is trained"):
+        Run(found.objective, configuration(place, {}))

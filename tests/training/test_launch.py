@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training import recipe_files as recipes
-from impasto.training.assemble import open_data
+from impasto.training.assemble import open_data, open_source
+from impasto.training.configuration import SourceSettings
+from impasto.training.data.sample import Sample
 from impasto.training.launch import launch, preview
 from impasto.training.objectives.autoencoder import images_of, latent_moments
 
@@ -155,7 +158,6 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
 
 
 def test_another_program_adds_sources_and_checks(place: Path, tmp_path: Path) -> None:
-    from impasto.training.assemble import open_source
     from impasto.training.configuration import SourceSettings
 
     given: list[dict[str, Any]] = []
@@ -247,3 +249,19 @@ def test_an_adapter_needs_no_more_than_eight_images(name: str) -> None:
     wanted = recipes.read(name).validation
     assert wanted is not None
     assert wanted.count <= 4
+
+
+def test_the_weight_of_a_source_that_a_program_adds_counts() -> None:
+    class Made:
+        def __len__(self) -> int:
+            return 3
+
+        def size(self, index: int) -> tuple[int, int]:
+            return 16, 16
+
+        def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+            return Sample(torch.zeros(3, *target), weight=3.0)
+
+    source = open_source(SourceSettings(kind="made", weight=0.5), {"made": lambda options: Made()})
+    assert (len(source), source.size(0)) == (3, (16, 16))
+    assert source.read(0, (16, 16), np.random.default_rng(0)).weight == 1.5

@@ -76,6 +76,39 @@ WRONG: dict[str, tuple[str, str]] = {
         "{data: {sources: [{kind: cache, path: x}]}, models: {text_encoder: {train: true}}}",
         "a cache has the features of a frozen text encoder",
     ),
+    "a frozen transformer": ("models: {transformer: {train: false}}", "models.transformer.train: .* trains it"),
+    "a trained autoencoder": ("models: {vae: {train: true}}", "models.vae.train: .* does not train it"),
+    "an adapter and a trained text encoder": (
+        "{adapter: {rank: 2}, models: {text_encoder: {train: true}}}",
+        "give adapter.text_encoder_rank",
+    ),
+    "an adapter of an autoencoder": (
+        "{adapter: {rank: 2}, objective: {kind: autoencoder}}",
+        "adapter: autoencoder trains none",
+    ),
+    "GLM-Image with another autoencoder": (
+        "{models: {family: glm-image, pipeline: x, vae: {start_from: y}}, objective: {kind: flow-matching}}",
+        "models.vae: glm-image has that of models.pipeline",
+    ),
+    "one beta": ("optimizer: {betas: [0.9]}", "optimizer: muon has 2 betas, not 1"),
+    "the confidence of AdamW": ("optimizer: {name: adamw, betas: [0.9, 0.99, 0.9]}", "adamw has 2 betas, not 3"),
+    "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps is not one of came's"),
+    "a caption of a cache": (
+        "data: {sources: [{kind: cache, path: x, caption: y}]}",
+        "data.sources.0: caption has no effect on a source of the kind cache",
+    ),
+    "masks of shards": ("data: {sources: [{kind: shards, path: x, mask_suffix: _m}]}", "mask_suffix has no effect"),
+    "crops of scenes": ("data: {sources: [{kind: scenes, crop: centre}]}", "crop has no effect .* scenes"),
+    "a cache for an autoencoder": (
+        "{data: {sources: [{kind: cache, path: x}]}, objective: {kind: autoencoder}}",
+        "a cache has no images",
+    ),
+    "a cache and a folder": ("data: {sources: [{kind: cache, path: x}, {path: y}]}", "cannot be in one batch"),
+    "generated images to validate on": (
+        "validation: {source: {path: x, caption: y, generate: {count: 3}}}",
+        "validation: source.generate",
+    ),
+    "a seed that is too large": (f"seed: {2**63}", "seed: .*less than"),
     "not a number": ("optimizer: {rate: .nan}", "optimizer.rate"),
 }
 
@@ -145,3 +178,26 @@ def test_differences_are_named_by_their_keys() -> None:
     one = {"steps": 1, "optimizer": {"rate": 1, "eps": 0}, "only": 3}
     other = {"steps": 1, "optimizer": {"rate": 2, "eps": 0}}
     assert differences(one, other) == {"optimizer.rate": (1, 2), "only": (3, None)}
+
+
+def test_recipes_follow_their_sources() -> None:
+    read = {name: recipes.read(name) for name in recipes.recipes()}
+    for name, recipe in read.items():
+        few = recipe.data.batch_size <= 8 and recipe.objective.kind != "autoencoder"  # which has no timesteps
+        assert (recipe.guard.spike == 0) == few, name
+        if recipe.adapter is not None and few and recipe.validation is not None:
+            assert recipe.validation.count <= 4, name  # so that a folder of 8 images is enough
+        if recipe.data.base == 2048:
+            assert recipe.validation is not None
+            assert recipe.validation.count <= 32, name  # 50 MB each
+    for name in (
+        "pixart-alpha-256",
+        "pixart-alpha-512",
+        "pixart-alpha-1024",
+        "pixart-alpha-align",
+        "dreambooth",
+        "lcm",
+    ):
+        assert read[name].optimizer.eps == 1e-10, name
+    ratio = {name: recipe.data.sources[0].real_prompt_ratio for name, recipe in read.items()}
+    assert [ratio[f"pixart-alpha-{stage}"] for stage in ("256", "align", "512", "1024")] == [1, 0, 1, 1]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import InputError
-from ..pipelines.glm_image_stages import latent_statistics
+from ..errors import ConfigurationError, InputError
+from ..pipelines.glm_image_stages import latent_statistics, shift_of
 from .adapters import add_adapters
-from .components import Components, load
+from .components import FAMILIES, Components, load
 from .configuration import (
     OWN_KINDS,
     AutoencoderSettings,
@@ -124,6 +125,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
             components.text_encoder,
             settings.prior_dropout,
             settings.spread,
+            shift=partial(shift_of, components.scheduler.config),
         )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
@@ -198,6 +200,11 @@ def open_data(
     if wanted is not None and wanted.source is not None:
         held = open_source(wanted.source, kinds, settings.max_broken, indices)
     caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
+    for cache in caches:
+        assert isinstance(configuration.objective, Denoising)
+        tokens = configuration.objective.tokens or FAMILIES[configuration.models.family].text_tokens
+        cache.check_settings(buckets, tokens, configuration.objective.clean_captions)
+        cache.check_text_encoder(caches[0])
     if wanted is not None and held is None:
         opened, held = hold_out(opened, wanted.count)
     given = [source.share for source in settings.sources]
@@ -227,12 +234,18 @@ def open_source(
 ) -> Source:
     """One source of samples."""
     if settings.kind in kinds:
-        return kinds[settings.kind](settings.options)
+        source = kinds[settings.kind](settings.options)
+        return source if settings.weight == 1 else Weighted(source, settings.weight)
     if settings.kind not in OWN_KINDS:
         raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
     assert settings.path is not None
     if settings.kind == "cache":
-        return CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        cache = CachedSource(Path(settings.path), settings.real_prompt_ratio, settings.weight)
+        for name in ("crop", "flip"):
+            wanted, stored = getattr(settings, name), getattr(cache.settings, name)
+            if wanted not in (stored, SourceSettings.model_fields[name].default):
+                raise ConfigurationError(f"{name} of the cache {cache.folder} is {stored}, not {wanted}; leave it out")
+        return cache
     reading = Reading(
         Views(settings.crop, settings.flip),
         caption=settings.caption,
@@ -247,6 +260,26 @@ def open_source(
     if settings.kind == "shards":
         return ShardSource(settings.path, reading, index)
     return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix, index)
+
+
+class Weighted:
+    """A source whose samples have other weights."""
+
+    def __init__(self, source: Source, weight: float):
+        self.source, self.weight = source, weight
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(index)
+
+    def name(self, index: int) -> str:
+        return name_of(self.source, index) or f"sample {index}"
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        sample = self.source.read(index, target, rng)
+        return replace(sample, weight=self.weight * sample.weight)
 
 
 class Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from ..models.pixart.model import PixArtTransformer2DModel
 from ..pipelines.image_files import save_image
 from ..pipelines.loading import load_component
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
+from ..transforms.quantize import Method, quantize
 from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings, TextEncoderSettings
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
 from .start import start_stage
+
+FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
 
 
 @dataclass
@@ -91,7 +95,7 @@ def load(configuration: Configuration, device: torch.device) -> Components:
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components({"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}[models.family])
+    found = Components(FAMILIES[models.family])
     reader = _Reader(configuration, device)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
@@ -120,11 +124,10 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     """
     models = configuration.models
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
-    for name, trained in (("vae", models.vae.train), ("text_encoder", models.text_encoder.train or adapted)):
-        if trained:
-            raise ConfigurationError(f"the {name} is trained here, so what it encodes changes and cannot be cached")
+    if models.text_encoder.train or adapted:
+        raise ConfigurationError("the text_encoder is trained here, so what it encodes changes and cannot be cached")
     reader = _Reader(configuration, device)
-    found = Components(ALPHA if models.family == "alpha" else SIGMA)
+    found = Components(FAMILIES[models.family])
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         found.tokenizer = reader.tokenizer()
@@ -133,10 +136,15 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     return found
 
 
+_METHODS: dict[str, Method] = {"int8": "int8-weight-only", "nf4": "nf4"}
+
+
 class _Reader:
     def __init__(self, configuration: Configuration, device: torch.device):
         self.models, self.device = configuration.models, device
         self.adapter, self.seed = configuration.adapter, configuration.seed
+        self.generates = configuration.samples is not None or bool(configuration.checks)
+        self.generates |= any(source.generate is not None for source in configuration.data.sources)
         self.dtype = working_dtype(configuration.precision, device)
         self.pipeline: Path | None = None
         if self.models.pipeline is not None:
@@ -166,7 +174,13 @@ class _Reader:
             model = start_stage(PixArtTransformer2DModel, folder, settings.config, seed=self.seed).to(dtype)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        return model.to(self.device)
+        return self.placed(model)
+
+    def placed(self, transformer: Any) -> Any:
+        """On the device, quantized if an adapter is trained on such weights: then it is never there as a whole."""
+        if self.adapter is not None and self.adapter.base != "plain":
+            quantize(transformer, _METHODS[self.adapter.base], keep_originals=False, device=self.device)
+        return transformer.to(self.device)
 
     def vae(self, settings: ComponentSettings, trained: bool) -> Any:
         folder = self.folder("vae", settings)
@@ -194,12 +208,14 @@ class _Reader:
         transformer = GlmImageTransformer2DModel.from_pretrained(source, dtype=dtype, **settings.config)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype).to(
-            self.device
-        )
-        for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor"):
-            setattr(found, name, getattr(pipe, name))
+        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype)
+        found.tokenizer, found.scheduler, found.processor = pipe.tokenizer, pipe.scheduler, pipe.processor
+        found.transformer = self.placed(transformer)
+        found.vae, found.text_encoder = pipe.vae.to(self.device), pipe.text_encoder.to(self.device)
         found.prior = pipe.vision_language_encoder
+        # Training tokenizes images; only generating them needs the language model, most of the prior.
+        for part in [found.prior] if self.generates else [found.prior.model.visual, found.prior.model.vqmodel]:
+            part.to(self.device)
 
     def tokenizer(self) -> Any:
         from ..checkpoints.foreign.from_transformers import load_reader

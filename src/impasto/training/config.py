@@ -45,14 +45,25 @@ class OptimizerSettings(Section):
         rate: the highest learning rate, as it is used: nothing rescales it.
         rates: other highest rates, by patterns of names: {"text_encoder.*": 1e-5}; the first that matches counts.
         weight_decay: not of vectors.
+        betas: of the first and the second moments; with ``came``, also of the confidence.
+        eps: not of ``came``, which has its own.
     """
 
     name: Literal["adamw", "muon", "came", "prodigy", "adamw-8bit"] = "adamw"
     rate: Positive = 1e-4
     rates: dict[str, NotNegative] = {}
     weight_decay: NotNegative = 0.01
-    betas: tuple[Share, ...] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.9, 0.999)
     eps: NotNegative = 1e-8
+
+    @model_validator(mode="after")
+    def _used(self) -> OptimizerSettings:
+        counts = (2, 3) if self.name == "came" else (2,)
+        if len(self.betas) not in counts:
+            raise ValueError(f"{self.name} has {' or '.join(map(str, counts))} betas, not {len(self.betas)}")
+        if self.name == "came" and self.eps != type(self).model_fields["eps"].default:
+            raise ValueError("eps is not one of came's settings; leave it out")
+        return self
 
 
 class ScheduleSettings(Section):
@@ -123,7 +134,7 @@ class Settings(Section):
     """
 
     steps: Count
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     micro_batch: Count | None = None

@@ -58,7 +58,7 @@ class FlowMatchingSettings(Section):
 
     Attributes:
         prior_dropout: the share of images trained without their prior tokens, for guidance.
-        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+        spread: standard deviation of the logits of the times (2403.03206, section 3.1).
     """
 
     kind: Literal["flow-matching"]
@@ -114,13 +114,13 @@ class ComponentSettings(Section):
     Attributes:
         start_from: a folder or hub id of the model, or of a pipeline that has it; a new one, unless given.
         config: of a new model; of a stored one, what replaces its own.
-        train: whether it is trained.
+        train: whether it is trained; unless given, as the objective has it.
         gradient_checkpointing: recompute its blocks in the backward pass, to save memory.
     """
 
     start_from: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
-    train: bool = False
+    train: bool | None = None
     gradient_checkpointing: bool = False
 
     @property
@@ -139,7 +139,7 @@ class ModelSettings(Section):
 
     family: Literal["alpha", "sigma", "glm-image"] = "sigma"
     pipeline: str | None = None
-    transformer: ComponentSettings = ComponentSettings(train=True)
+    transformer: ComponentSettings = ComponentSettings()
     vae: ComponentSettings = ComponentSettings()
     text_encoder: ComponentSettings = ComponentSettings()
     tokenizer: str | None = None
@@ -147,6 +147,20 @@ class ModelSettings(Section):
 
 
 OWN_KINDS = ("folder", "shards", "cache")
+_CONTENT = ("caption", "needs_caption", "background", "metadata", "mask_suffix")
+#: Settings that a kind of source does not have, and those that kinds of other programs do not have.
+_NOT_OF: dict[str, tuple[str, ...]] = {"folder": (), "shards": ("metadata", "mask_suffix"), "cache": _CONTENT}
+_NOT_OF_OTHERS = ("path", "crop", "flip", "real_prompt_ratio", *_CONTENT)
+#: The models that an objective trains, and those that it can train.
+_TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text-to-image": (("transformer",), ("text_encoder",)),
+    "lcm": (("transformer",), ("text_encoder",)),
+    "dmd": (("transformer",), ("text_encoder",)),
+    "flow-matching": (("transformer",), ()),
+    "autoencoder": (("vae",), ()),
+    "text-encoder": (("text_encoder",), ()),
+    "textual-inversion": ((), ()),
+}
 
 
 class SourceSettings(Section):
@@ -160,6 +174,7 @@ class SourceSettings(Section):
         share: of this source in an epoch, in any unit, in place of ``repeats``: of all sources, or of none.
         weight: of each sample's loss.
         crop: which part of an image that is larger than its bucket: ``random``, ``centre``, or a number of fixed crops.
+            A cache has its own crop and flip; if given, they have to be the same.
         flip: whether half of the samples are mirrored.
         caption: of every image, in place of captions from files.
         metadata: a .jsonl or .json file of captions, if it is not one of those found by themselves.
@@ -192,6 +207,10 @@ class SourceSettings(Section):
             raise ValueError("generate is for a folder with a caption, which is the prompt")
         if self.kind in OWN_KINDS and self.options:
             raise ValueError(f"options are for kinds other than {', '.join(OWN_KINDS)}")
+        fields = type(self).model_fields
+        for name in _NOT_OF.get(self.kind, _NOT_OF_OTHERS):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect on a source of the kind {self.kind}; leave it out")
         return self
 
 
@@ -229,6 +248,8 @@ class DataSettings(Section):
             raise ValueError("give a share for each source, or for none")
         if any(given) and any(source.repeats is not None for source in self.sources):
             raise ValueError("share and repeats contradict each other; give one of them")
+        if len({source.kind == "cache" for source in self.sources}) > 1:
+            raise ValueError("samples of a cache and others cannot be in one batch; cache all of the sources, or none")
         return self
 
 
@@ -238,7 +259,7 @@ class AdapterSettings(Section):
     Attributes:
         rank: of the transformer's.
         text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
-        alpha: its scale is alpha / rank; equal to the rank unless given.
+        alpha: its scale is alpha / rank, of rsLoRA alpha / sqrt(rank); equal to the rank unless given.
         targets: the layers, by the last parts of their names.
         base: the weights under it: as loaded, or quantized.
     """
@@ -268,6 +289,12 @@ class ValidationSettings(Section):
     count: Count = 64
     batch_size: Count | None = None
     source: SourceSettings | None = None
+
+    @model_validator(mode="after")
+    def _not_generated(self) -> ValidationSettings:
+        if self.source is not None and self.source.generate is not None:
+            raise ValueError("source.generate: images are generated for training alone; leave it out")
+        return self
 
 
 class SampleSettings(Section):
@@ -332,7 +359,9 @@ class Configuration(Settings):
         cached = any(source.kind == "cache" for source in self._sources)
         if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
-        if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):
+        if cached and not isinstance(self.objective, Denoising):
+            raise ValueError(f"a cache has no images, which the objective {self.objective.kind} needs; name the images")
+        if self.adapter is not None and self.objective.kind not in ("text-to-image", "flow-matching", "lcm"):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
         if self.data.pack_pixels is not None:
             raise ValueError("data.pack_pixels: no objective takes batches of mixed sizes yet; leave it out")
@@ -348,4 +377,23 @@ class Configuration(Settings):
                 raise ValueError(f"checkpoints.best: {self.objective.kind} measures {', '.join(measured)}, not {best}")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_used(self) -> Configuration:
+        models, kind = self.models, self.objective.kind
+        trained, possible = _TRAINED[kind]
+        for name in ("transformer", "vae", "text_encoder"):
+            train = getattr(models, name).train
+            if train and name not in (*trained, *possible):
+                raise ValueError(f"models.{name}.train: the objective {kind} does not train it; leave it out")
+            if train is False and name in trained and self.adapter is None:
+                raise ValueError(
+                    f"models.{name}.train: the objective {kind} trains it; leave it out, or train an adapter"
+                )
+        if self.adapter is not None and models.text_encoder.train:
+            raise ValueError("models.text_encoder.train: under an adapter it is frozen; give adapter.text_encoder_rank")
+        for name in ("vae", "text_encoder", "tokenizer", "scheduler") if models.family == "glm-image" else ():
+            if getattr(models, name) != getattr(ModelSettings(), name):
+                raise ValueError(f"models.{name}: glm-image has that of models.pipeline; leave it out")
         return self

@@ -138,7 +138,7 @@ def _check(run: Run, check: Check | None, folder: Path, step: int, reporter: Rep
 def _recompiled(shapes: int) -> contextlib.AbstractContextManager[None]:
     """Blocks may be compiled for so many shapes of images, each with several sizes of micro-batches."""
     config = torch._dynamo.config
-    most = max(config.recompile_limit, 4 * shapes)
+    most = max(config.recompile_limit, 8 * shapes)
     total = max(config.accumulated_recompile_limit, 8 * most)
     patch: Any = config.patch
     return patch(recompile_limit=most, accumulated_recompile_limit=total)  # type: ignore[no-any-return]

@@ -80,6 +80,28 @@ def test_a_cache_of_other_models_is_refused(place: Path, tmp_path: Path, capsys:
         launch(cached(place, out, **{"models.vae.start_from": tmp_path / "other" / "vae"}), tmp_path / "run")
 
 
+def test_a_cache_of_other_settings_is_refused(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    assert run("cache", str(place / "config.yaml"), str(out), "--device", "cpu") == 0
+    for change, message in (
+        ({"objective.tokens": 7}, "tokens 300, and here it is 7"),
+        ({"objective.clean_captions": True}, "with clean False"),
+        ({"data.max_upscale": 1.5}, "with max_upscale 2.0"),
+        ({"data.max_crop": 0.3}, "with max_crop 0.5"),
+        ({"data.sizes": [[16, 32]]}, r"sizes \[\[16, 16\]\], and here it is \[\[16, 32\]\]"),
+        ({"data.sources.0.crop": 2}, "crop of the cache .* is 3, not 2"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            launch(cached(place, out, **change), tmp_path / "run")
+    other = tmp_path / "other"
+    tiny_text_encoder(seed=5).save_pretrained(other / "encoder" / "text_encoder")
+    start = f"models.text_encoder.start_from={other / 'encoder' / 'text_encoder'}"
+    assert run("cache", str(place / "config.yaml"), str(other / "cache"), "--device", "cpu", "--set", start) == 0
+    held = f"{{count: 4, source: {{kind: cache, path: {other / 'cache'}}}}}"
+    with pytest.raises(ConfigurationError, match="different text encoders"):
+        launch(cached(place, out, validation=held), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

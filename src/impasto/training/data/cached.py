@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...checks import finite, shown
 from ...errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
+from .buckets import Buckets
 from .captions import Captions
 from .sample import Sample
 from .views import Views
@@ -159,6 +160,39 @@ class CachedSource:
                     f"the cache {self.folder} was made with another {name}, or in another precision; name that one, or "
                     f"make the cache again"
                 )
+
+    def check_settings(self, buckets: Buckets, tokens: int, clean: bool) -> None:
+        """Check that it was made for these buckets and this reading of captions.
+
+        Raises:
+            ConfigurationError: it was made for others.
+        """
+        wanted = {
+            "sizes": sorted(map(list, buckets.sizes)),
+            "max_upscale": buckets.max_upscale,
+            "max_crop": buckets.max_crop,
+            "tokens": tokens,
+            "clean": clean,
+        }
+        for name, value in wanted.items():
+            stored = getattr(self.settings, name)
+            if (sorted(stored) if name == "sizes" else stored) != value:
+                raise ConfigurationError(
+                    f"the cache {self.folder} was made with {name} {shown(stored)}, and here it is {shown(value)}; use "
+                    f"the same, or make the cache again"
+                )
+
+    def check_text_encoder(self, other: CachedSource) -> None:
+        """Check that another cache has features of the same text encoder, which may not be loaded.
+
+        Raises:
+            ConfigurationError: it was made with another one.
+        """
+        if self.settings.text_encoder != other.settings.text_encoder:
+            raise ConfigurationError(
+                f"the caches {self.folder} and {other.folder} were made with different text encoders, or in different "
+                f"precisions; make one of them again"
+            )
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         """The stored posterior of one view, and the stored features of one caption.

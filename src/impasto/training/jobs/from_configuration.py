@@ -45,7 +45,8 @@ def cache_jobs(
     if any(source.kind == "cache" for source in settings.sources):
         raise ConfigurationError("a source is a cache already; name the images")
     buckets = buckets_of(settings)
-    sources = [open_source(source, kinds, settings.max_broken, out / "sizes") for source in settings.sources]
+    plain = [source.model_copy(update={"weight": 1.0}) for source in settings.sources]  # weights are not stored
+    sources = [open_source(source, kinds, settings.max_broken, out / "sizes") for source in plain]
     for source in sources:
         settings_for(source, buckets, autoencoder="", text_encoder="", tokens=1, clean=False, dtype=dtype, chunk=chunk)
     models = load_encoders(configuration, device)

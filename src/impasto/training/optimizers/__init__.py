@@ -24,7 +24,15 @@ def make_optimizers(named: Mapping[str, Tensor], settings: OptimizerSettings) ->
     """The optimizers of named parameters, whose groups have a ``peak``: the highest rate of their parameters.
 
     ``muon`` gets the matrices inside blocks, and AdamW the rest. Vectors have no weight decay.
+
+    Raises:
+        ConfigurationError: a pattern of ``rates`` that no name matches.
     """
+    for pattern in settings.rates:
+        if not fnmatch.filter(named, pattern):
+            raise ConfigurationError(
+                f"optimizer.rates: {pattern!r} matches nothing that is trained, such as {next(iter(named), None)!r}"
+            )
     hidden: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for name, parameter in named.items():
