@@ -18,6 +18,7 @@ from torch import nn
 from impasto.errors import ConfigurationError, InputError, OutputError
 from impasto.training import checkpoints
 from impasto.training.config import OptimizerSettings, Settings
+from impasto.training.distributed.processes import Processes
 from impasto.training.guard import DivergedError
 from impasto.training.loop import train
 from impasto.training.masters import Masters
@@ -253,6 +254,15 @@ def test_the_best_checkpoint_is_kept(which: str, best: int, tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"checkpoints\.best: there is no value 'psnr'; there are .*loss"):
         run(nn.Linear(3, 1), tmp_path / "other", 2, checkpoints={"best": "psnr"})
     assert list(checkpoints.found(tmp_path / "other")) == [2]  # nothing is lost
+
+
+def test_processes_that_see_other_data_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, data, model = Processes(rank=1), steps_alone(8), nn.Linear(3, 1)
+    data.order = SimpleNamespace(fingerprint="own", in_buckets={})  # type: ignore[attr-defined]
+    monkeypatch.setattr(processes, "shared", lambda value: "another")
+    objective = Of(model, lambda step, random: model(random.normal([8, 3])).square().mean(1))
+    with pytest.raises(InputError, match="rank 1 sees other data than rank 0"):
+        train(objective, data, plain(1), tmp_path, processes=processes)
 
 
 def test_blocks_may_be_compiled_for_all_shapes_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
