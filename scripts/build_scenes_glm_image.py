@@ -491,7 +491,7 @@ def train_transformer(out: Path, steps: int) -> None:
     initialize(model)
     folder = out / "transformer"
     data = ByStep(functools.partial(latents.batch, 64, 0.3, text))
-    train(FlowMatching(model), data, muon_settings(steps), folder)
+    train(FlowMatching(model, spread=2.2), data, muon_settings(steps), folder)
     model.save_pretrained(folder / "model")
 
 

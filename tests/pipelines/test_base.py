@@ -307,7 +307,7 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
     monkeypatch.setattr(
         loading.hub, "resolve", lambda model, *, allow_patterns, **_: asked.extend(allow_patterns) or own_folder
     )
-    source = loading.Source("owner/name", None, "fp16", None, None, None, False, None)
+    source = loading.Source("owner/name", None, "fp16", None, {})
     index = source.read_index("PixArtSigmaPipeline")
     source.fetch(index, COMPONENTS, "PixArtSigmaPipeline")
     assert "vae/diffusion_pytorch_model.fp16.bin" in asked
@@ -315,9 +315,7 @@ def test_pickled_weights_are_asked_for_where_there_are_no_others(
     assert "transformer/diffusion_pytorch_model.fp16.bin" not in asked
     assert "transformer/diffusion_pytorch_model.safetensors" not in asked
     asked.clear()
-    loading.Source("owner/name", None, None, False, None, None, False, None).fetch(
-        index, COMPONENTS, "PixArtSigmaPipeline"
-    )
+    loading.Source("owner/name", None, None, False, {}).fetch(index, COMPONENTS, "PixArtSigmaPipeline")
     assert not any(pattern.endswith(".safetensors") for pattern in asked)
     monkeypatch.undo()
     pipe = PixArtSigmaPipeline.from_pretrained(own_folder)

@@ -156,11 +156,11 @@ def test_it_reads_slightly_imperfect_images() -> None:
 
 def test_an_image_reads_the_same_in_every_form_and_company() -> None:
     images, _ = renders()
-    one = images[0]
+    one = images[1]
     image = Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy())
     alone = read(one[None])[0]
     assert read([image]) == read([(one * 255).round().byte()]) == [alone]
-    assert read(images[:8])[0] == alone
+    assert read(images[:8])[1] == alone
 
 
 def test_other_sizes_are_read() -> None:

@@ -43,7 +43,7 @@ def test_a_run_that_a_signal_ended_has_its_exit_status(
     monkeypatch.setattr(launching, "launch", lambda *arguments: int(number))
     outcome = call("train", "lora", "--output", tmp_path)
     assert outcome.exit_code == status
-    assert "--resume continues" in outcome.stderr
+    assert outcome.stderr.endswith(f"impasto train {tmp_path}/configuration.yaml --output {tmp_path} --resume\n")
 
 
 @pytest.mark.parametrize(

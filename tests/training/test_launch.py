@@ -139,6 +139,10 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
         launch(configuration(place), tmp_path / "parts")
     with pytest.raises(CheckpointError, match=r"optimizer\.rate=0\.003, and here it is 0\.001"):
         launch(configuration(place, optimizer={"rate": 1e-3}), tmp_path / "parts", resume=True)
+    kept = recipes.read(str(tmp_path / "parts" / "configuration.yaml"))
+    assert kept == configuration(place)  # also after what was refused
+    with pytest.raises(CheckpointError, match=r"the data is not that of .*step-00000004: .*validation\.count"):
+        launch(configuration(place, validation={"count": 8}), tmp_path / "parts", resume=True)
     longer = configuration(place, steps=8, log_every=1)
     launch(longer, tmp_path / "parts", resume=True)
     seconds = [row["seconds"] for row in rows(tmp_path / "parts")]
@@ -216,6 +220,35 @@ def test_a_dry_run_shows_data_memory_and_time_and_writes_nothing(place: Path, tm
         assert float(numbers[name].removesuffix(" MiB")) == pytest.approx(times * 4 * count / 2**20, abs=0.06), name
     assert "images/s" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_generates_no_class_images(place: Path, tmp_path: Path) -> None:
+    generated = {"path": str(tmp_path / "class"), "caption": "a photo of a dog", "generate": {"count": 12}}
+    data = {"sources": [{"path": str(place / "images")}, generated], "batch_size": 8, "sizes": [[16, 16]]}
+    text = preview(configuration(place, data=data), tmp_path / "run")
+    assert "16 x 16: 44 images" in text
+    assert f"12 class images will be generated in {tmp_path / 'class'}" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("best", "objective", "validation", "message"),
+    [
+        ("validation", {"kind": "text-to-image"}, None, "validation needs a validation"),
+        ("validation", {"kind": "lcm"}, {"count": 4}, "lcm measures distance, not validation"),
+        ("psnr", {"kind": "text-to-image"}, {"count": 4}, "text-to-image measures validation, not psnr"),
+    ],
+)
+def test_the_best_value_has_to_be_measured(best: str, objective: Any, validation: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"checkpoints\.best: {message}"):
+        configuration(Path(), checkpoints={"best": best}, objective=objective, validation=validation)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "glm-image-lora"])
+def test_an_adapter_needs_no_more_than_eight_images(name: str) -> None:
+    wanted = recipes.read(name).validation
+    assert wanted is not None
+    assert wanted.count <= 4
 
 
 def test_the_weight_of_a_source_that_a_program_adds_counts() -> None:

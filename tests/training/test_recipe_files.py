@@ -178,3 +178,26 @@ def test_differences_are_named_by_their_keys() -> None:
     one = {"steps": 1, "optimizer": {"rate": 1, "eps": 0}, "only": 3}
     other = {"steps": 1, "optimizer": {"rate": 2, "eps": 0}}
     assert differences(one, other) == {"optimizer.rate": (1, 2), "only": (3, None)}
+
+
+def test_recipes_follow_their_sources() -> None:
+    read = {name: recipes.read(name) for name in recipes.recipes()}
+    for name, recipe in read.items():
+        few = recipe.data.batch_size <= 8 and recipe.objective.kind != "autoencoder"  # which has no timesteps
+        assert (recipe.guard.spike == 0) == few, name
+        if recipe.adapter is not None and few and recipe.validation is not None:
+            assert recipe.validation.count <= 4, name  # so that a folder of 8 images is enough
+        if recipe.data.base == 2048:
+            assert recipe.validation is not None
+            assert recipe.validation.count <= 32, name  # 50 MB each
+    for name in (
+        "pixart-alpha-256",
+        "pixart-alpha-512",
+        "pixart-alpha-1024",
+        "pixart-alpha-align",
+        "dreambooth",
+        "lcm",
+    ):
+        assert read[name].optimizer.eps == 1e-10, name
+    ratio = {name: recipe.data.sources[0].real_prompt_ratio for name, recipe in read.items()}
+    assert [ratio[f"pixart-alpha-{stage}"] for stage in ("256", "align", "512", "1024")] == [1, 0, 1, 1]

@@ -16,6 +16,7 @@ from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.glm_image import GlmImagePipeline
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as Schedule
+from impasto.training import components
 from impasto.training import recipe_files as recipes
 from impasto.training.configuration import Configuration
 from impasto.training.launch import launch
@@ -125,6 +126,29 @@ def test_glm_image(name: str, glm_image: Path) -> None:
     else:
         stored = GlmImageTransformer2DModel.from_pretrained(glm_image / name / "result" / "transformer")
         assert stored.num_parameters() == pipe.transformer.num_parameters()
+
+
+def test_only_what_trains_is_on_the_device(glm_image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = small("glm-image-lora", glm_image).model_dump(mode="json")
+    wanted["models"]["pipeline"], wanted["precision"] = str(glm_image / "glm"), "float32"
+    quantized = []
+
+    def quantize(module: Any, method: str, *, keep_originals: bool, device: torch.device) -> None:
+        quantized.append((module.device.type, method, keep_originals, device.type))
+
+    monkeypatch.setattr(components, "quantize", quantize)
+    found = components.load(recipes.checked(wanted, "test"), torch.device("meta"))
+    assert quantized == [("cpu", "nf4", False, "meta")]  # never whole on the device
+    placed = [found.transformer, found.vae, found.text_encoder, found.prior.model.visual, found.prior.model.vqmodel]
+    assert {parameter.device.type for part in placed for parameter in part.parameters()} == {"meta"}
+    assert found.prior.model.language_model.device.type == found.prior.lm_head.weight.device.type == "cpu"
+    class_images = {"path": "class", "caption": "a cube", "generate": {"count": 2}}
+    for key, value in (
+        ("samples", {"prompts": ["a red cube"]}),
+        ("data", {**wanted["data"], "sources": [class_images]}),
+    ):
+        found = components.load(recipes.checked({**wanted, key: value}, "test"), torch.device("meta"))
+        assert found.prior.model.language_model.device.type == "meta", key
 
 
 def test_the_tokens_of_an_image_are_those_of_a_reference(glm_image: Path) -> None:

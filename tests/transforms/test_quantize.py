@@ -372,6 +372,14 @@ def test_quantized_projections_are_not_fused() -> None:
     assert torch.equal(output(model), expected)
 
 
+def test_layers_are_quantized_to_another_device() -> None:
+    pytest.importorskip("torchao")
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    quantize(model, "int8-weight-only", keep_originals=False, device=torch.device("meta"))
+    assert [p.device.type for p in model.parameters()] == ["meta", "meta", "cpu", "cpu"]
+    assert type(model.to("meta")[0]) is QuantizedLinear
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(InputError, match="no method 'int3'; use one of int8-weight-only"):
         quantize(tiny_transformer(), "int3")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,9 +49,11 @@ def train(
     if dry_run:
         say(preview(configuration, folder, OWN_SOURCES, CHECKS))
         return
+    say(f"the run is in {folder}: log.jsonl has its progress")
     stopped = launch(configuration, folder, resume, OWN_SOURCES, CHECKS)
     if stopped is not None:
-        say(f"ended by a signal; impasto train {config} --resume continues", error=True)
+        again = ["impasto", "train", str(folder / "configuration.yaml"), "--output", str(folder), "--resume"]
+        say(f"ended by a signal; it goes on with: {shlex.join(again)}", error=True)
         raise typer.Exit(128 + stopped)
     say(f"the result is {folder / 'result'}")
 

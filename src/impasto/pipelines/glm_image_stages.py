@@ -6,7 +6,8 @@ Shapes: P prompts, B images, M text tokens, N image tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -124,10 +125,21 @@ def shifted(scheduler: Any, schedule: Schedule, tokens: int) -> dict[str, Any]:
     evenly = np.linspace(total, 1.0, schedule.steps + 1)[:-1]
     times = np.asarray(evenly if schedule.timesteps is None else schedule.timesteps).astype(np.int64).astype(np.float32)
     levels = times / total if schedule.sigmas is None else np.asarray(schedule.sigmas, dtype=np.float32)
-    base = config.get("base_image_seq_len", 256)
-    mu = config.get("max_shift", 0.75) * (tokens / base) ** 0.5 + config.get("base_shift", 0.25)
-    arguments = {"timesteps": times.tolist(), "sigmas": levels.tolist(), "mu": mu}
+    arguments = {"timesteps": times.tolist(), "sigmas": levels.tolist(), "mu": _mu(config, tokens)}
     return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def shift_of(config: Mapping[str, Any], tokens: int) -> float:
+    """By how much a flow-matching scheduler of this config shifts the noise levels of an image."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    mu = _mu(config, tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _mu(config: Mapping[str, Any], tokens: int) -> float:
+    base = config.get("base_image_seq_len", 256)
+    return float(config.get("max_shift", 0.75) * (tokens / base) ** 0.5 + config.get("base_shift", 0.25))
 
 
 def encode_contexts(

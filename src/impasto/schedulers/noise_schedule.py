@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from ..checks import shown
 from ..errors import ConfigurationError, InputError
 
 Array = NDArray[Any]
+Levels = TypeVar("Levels", Array, Tensor)
 #: The longest list of timesteps or noise levels that is accepted.
 MOST_NUMBERS = 100_000
 
@@ -180,7 +181,7 @@ def chosen_spacing(config: Config, *others: str) -> str | None:
     return chosen[0] if chosen else None
 
 
-def shifted(sigmas: Array, shift: float) -> Array:
+def shifted(sigmas: Levels, shift: float) -> Levels:
     """Sigmas in [0, 1] of a straight path, shifted towards noise (arXiv 2403.03206, eq. 23)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 

@@ -12,12 +12,10 @@ from ..checkpoints.adapters.file import AdapterDefaults
 from ..transforms.adapters.injection import add
 from ..transforms.adapters.layers import peft
 from ..transforms.adapters.saving import save
-from ..transforms.quantize import Method, quantize
 from .components import Components
 from .configuration import AdapterSettings
 
 NAME = "default"
-_METHODS: dict[str, Method] = {"int8": "int8-weight-only", "nf4": "nf4"}
 
 
 def add_adapters(settings: AdapterSettings, models: Components, seed: int) -> None:
@@ -28,10 +26,8 @@ def add_adapters(settings: AdapterSettings, models: Components, seed: int) -> No
 
     Raises:
         InputError: a model has no layer of the names in ``targets``.
-        MissingDependencyError: peft or a library of quantization is missing.
+        MissingDependencyError: peft is missing.
     """
-    if settings.base != "plain":
-        quantize(models.transformer, _METHODS[settings.base], keep_originals=False)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         add(models.transformer, adapter_config(settings, settings.rank, settings.targets), NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigurationError, InputError
-from ..pipelines.glm_image_stages import latent_statistics
+from ..pipelines.glm_image_stages import latent_statistics, shift_of
 from .adapters import add_adapters
 from .components import FAMILIES, Components, load
 from .configuration import (
@@ -27,6 +28,7 @@ from .configuration import (
 )
 from .data.buckets import Buckets, sizes_of
 from .data.cached import CachedSource
+from .data.faults import Faults
 from .data.folders import FolderSource
 from .data.images import Reading
 from .data.loader import Data
@@ -35,7 +37,7 @@ from .data.sample import Sample, Source, name_of
 from .data.shards import ShardSource
 from .data.views import Views
 from .distributed.processes import ALONE, Processes
-from .further_objectives import make_class_images, make_further, needs_class_images, routing_of
+from .further_objectives import lacking, make_class_images, make_further, needs_class_images, planned, routing_of
 from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.autoencoder import Autoencoder
 from .objectives.base import Objective
@@ -70,6 +72,7 @@ def assemble(
     checks: Mapping[str, Check] | None = None,
     processes: Processes = ALONE,
     indices: Path | None = None,
+    writes: bool = True,
 ) -> Assembled:
     """Load the models and open the data of a configuration.
 
@@ -78,6 +81,7 @@ def assemble(
         sources, checks: further kinds of sources, and measures of a pipeline, by name.
         processes: those that train together.
         indices: a folder that keeps the sizes of images, so that they are not measured each time.
+        writes: whether images of classes are generated; else others stand for those that are missing.
 
     Raises:
         InputError, ConfigurationError, CheckpointError: something that the configuration names does not exist or fit.
@@ -86,10 +90,10 @@ def assemble(
     if unknown:
         raise InputError(f"checks: there is no {unknown[0]!r}; there are {', '.join(checks or {}) or 'none'}")
     components: Components | None = None
-    if needs_class_images(configuration):
+    if writes and needs_class_images(configuration):
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
-    data, validation, caches = open_data(configuration, sources or {}, indices)
+    data, validation, caches = open_data(configuration, sources or {}, indices, writes)
     components = components or load(configuration, processes.device)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
@@ -121,6 +125,7 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
             components.text_encoder,
             settings.prior_dropout,
             settings.spread,
+            shift=partial(shift_of, components.scheduler.config),
         )
     if isinstance(settings, TextEncoderSettings):
         return _text_encoder(configuration.seed, settings, components)
@@ -176,16 +181,21 @@ def texts_of(settings: Denoising, models: Components, static: bool = False) -> T
 
 
 def open_data(
-    configuration: Configuration, kinds: Mapping[str, MakeSource], indices: Path | None = None
+    configuration: Configuration, kinds: Mapping[str, MakeSource], indices: Path | None = None, writes: bool = True
 ) -> tuple[Data, Validation | None, list[CachedSource]]:
     """The training data, the validation data if there is any, and those sources of both that are caches.
 
     Args:
-        indices: as of ``assemble``.
+        indices, writes: as of ``assemble``.
     """
     settings, wanted = configuration.data, configuration.validation
     buckets = buckets_of(settings)
-    opened = [open_source(source, kinds, settings.max_broken, indices) for source in settings.sources]
+    opened = [
+        planned(source, settings)
+        if not writes and lacking(source)
+        else open_source(source, kinds, settings.max_broken, indices)
+        for source in settings.sources
+    ]
     held: Source | None = None
     if wanted is not None and wanted.source is not None:
         held = open_source(wanted.source, kinds, settings.max_broken, indices)
@@ -206,7 +216,9 @@ def open_data(
     data = Data(order, opened, settings.workers, settings.max_broken)
     if wanted is None or held is None:
         return data, None, caches
-    return data, Validation.read(held, buckets, wanted.count, wanted.batch_size), caches
+    at_once = wanted.batch_size or configuration.micro_batch or 16
+    faults = data.faults if wanted.source is None else Faults("validation", settings.max_broken, len(held))
+    return data, Validation.read(held, buckets, wanted.count, at_once, faults), caches
 
 
 def buckets_of(settings: DataSettings) -> Buckets:

@@ -22,6 +22,7 @@ from ..models.pixart.model import PixArtTransformer2DModel
 from ..pipelines.image_files import save_image
 from ..pipelines.loading import load_component
 from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
+from ..transforms.quantize import Method, quantize
 from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings, TextEncoderSettings
 from .masters import working_dtype
 from .objectives.text_to_image import initialize
@@ -135,10 +136,15 @@ def load_encoders(configuration: Configuration, device: torch.device) -> Compone
     return found
 
 
+_METHODS: dict[str, Method] = {"int8": "int8-weight-only", "nf4": "nf4"}
+
+
 class _Reader:
     def __init__(self, configuration: Configuration, device: torch.device):
         self.models, self.device = configuration.models, device
         self.adapter, self.seed = configuration.adapter, configuration.seed
+        self.generates = configuration.samples is not None or bool(configuration.checks)
+        self.generates |= any(source.generate is not None for source in configuration.data.sources)
         self.dtype = working_dtype(configuration.precision, device)
         self.pipeline: Path | None = None
         if self.models.pipeline is not None:
@@ -168,7 +174,13 @@ class _Reader:
             model = start_stage(PixArtTransformer2DModel, folder, settings.config, seed=self.seed).to(dtype)
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        return model.to(self.device)
+        return self.placed(model)
+
+    def placed(self, transformer: Any) -> Any:
+        """On the device, quantized if an adapter is trained on such weights: then it is never there as a whole."""
+        if self.adapter is not None and self.adapter.base != "plain":
+            quantize(transformer, _METHODS[self.adapter.base], keep_originals=False, device=self.device)
+        return transformer.to(self.device)
 
     def vae(self, settings: ComponentSettings, trained: bool) -> Any:
         folder = self.folder("vae", settings)
@@ -196,12 +208,14 @@ class _Reader:
         transformer = GlmImageTransformer2DModel.from_pretrained(source, dtype=dtype, **settings.config)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype).to(
-            self.device
-        )
-        for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "processor"):
-            setattr(found, name, getattr(pipe, name))
+        pipe = GlmImagePipeline.from_pretrained(self.pipeline, transformer=transformer, dtype=self.dtype)
+        found.tokenizer, found.scheduler, found.processor = pipe.tokenizer, pipe.scheduler, pipe.processor
+        found.transformer = self.placed(transformer)
+        found.vae, found.text_encoder = pipe.vae.to(self.device), pipe.text_encoder.to(self.device)
         found.prior = pipe.vision_language_encoder
+        # Training tokenizes images; only generating them needs the language model, most of the prior.
+        for part in [found.prior] if self.generates else [found.prior.model.visual, found.prior.model.vqmodel]:
+            part.to(self.device)
 
     def tokenizer(self) -> Any:
         from ..checkpoints.foreign.from_transformers import load_reader

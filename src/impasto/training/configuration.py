@@ -58,7 +58,7 @@ class FlowMatchingSettings(Section):
 
     Attributes:
         prior_dropout: the share of images trained without their prior tokens, for guidance.
-        spread: scale of the logits of the noise levels (2403.03206, section 3.1).
+        spread: standard deviation of the logits of the times (2403.03206, section 3.1).
     """
 
     kind: Literal["flow-matching"]
@@ -225,7 +225,8 @@ class DataSettings(Section):
         max_crop: an image that would lose more than this share of its area is dropped.
         pack_pixels: batches of mixed sizes, up to this many pixels.
         workers: processes that read ahead.
-        max_broken: how many samples may turn out to be broken: below 1 a share, else a number.
+        max_broken: how many samples may turn out to be broken: below 1 a share of all, else a number. Each process
+            counts those that it reads.
     """
 
     sources: Annotated[list[SourceSettings], Field(min_length=1)]
@@ -258,7 +259,7 @@ class AdapterSettings(Section):
     Attributes:
         rank: of the transformer's.
         text_encoder_rank: of the text encoder's, if it gets one. ``optimizer.rates`` can give it a rate of its own.
-        alpha: its scale is alpha / rank; equal to the rank unless given.
+        alpha: its scale is alpha / rank, of rsLoRA alpha / sqrt(rank); equal to the rank unless given.
         targets: the layers, by the last parts of their names.
         base: the weights under it: as loaded, or quantized.
     """
@@ -282,11 +283,11 @@ class ValidationSettings(Section):
 
     Attributes:
         count: of images. They are held out from the training data, unless there is a source of their own.
-        batch_size: of them at once.
+        batch_size: of them at once; as ``micro_batch``, unless given.
     """
 
     count: Count = 64
-    batch_size: Count = 16
+    batch_size: Count | None = None
     source: SourceSettings | None = None
 
     @model_validator(mode="after")
@@ -305,6 +306,15 @@ class SampleSettings(Section):
     guidance_scale: NotNegative = 4.5
     height: Count | None = None
     width: Count | None = None
+
+
+#: What validation measures, by the kind of the objective; of the others "validation".
+MEASURES = {
+    "autoencoder": ("psnr",),
+    "text-encoder": ("validation", "validation_right"),
+    "lcm": ("distance",),
+    "dmd": ("distance",),
+}
 
 
 class Configuration(Settings):
@@ -359,6 +369,12 @@ class Configuration(Settings):
             raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
         if self.models.family == "glm-image" and self.models.pipeline is None:
             raise ValueError("models.pipeline must be given for glm-image")
+        best, measured = self.checkpoints.best, MEASURES.get(self.objective.kind, ("validation",))
+        if not self.checks and best in ("validation", "validation_right", "psnr", "distance"):
+            if self.validation is None:
+                raise ValueError(f"checkpoints.best: {best} needs a validation, or leave it out")
+            if best not in measured:
+                raise ValueError(f"checkpoints.best: {self.objective.kind} measures {', '.join(measured)}, not {best}")
         if self.adapter is not None and self.export == "pipeline":
             raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
         return self

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .assemble import Assembled
 from .configuration import Configuration
+from .further_objectives import lacking
 from .optimizers.state import state_tensors
 from .run import Run
 
@@ -29,6 +30,9 @@ def describe(configuration: Configuration, assembled: Assembled) -> str:
     for (height, width), count in sorted(order.in_buckets.items()):
         lines.append(f"  {height} x {width}: {count} images")
     lines += [f"  left out: {count} {reason}" for reason, count in order.dropped.items()]
+    for source in configuration.data.sources:
+        if count := lacking(source):
+            lines.append(f"  {count} class images will be generated in {source.path}")
     lines.append(f"  {order.samples_per_epoch} samples and {order.steps_in(0)} steps in an epoch")
     lines.append(f"  {configuration.steps} steps: {configuration.steps / order.steps_in(0):.3g} epochs")
 

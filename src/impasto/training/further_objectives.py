@@ -8,9 +8,10 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..transforms.token_routing import TokenRouting, route_tokens
 from .components import Components
-from .configuration import Configuration, TextToImageSettings
+from .configuration import Configuration, DataSettings, SourceSettings, TextToImageSettings
+from .data.sample import Source
 from .distributed.processes import Processes
-from .jobs.class_images import generate_class_images
+from .jobs.class_images import PlannedImages, generate_class_images, missing_images
 from .objective_settings import DmdSettings, LcmSettings, TextualInversionSettings
 from .objectives.distillation import Distillation
 from .objectives.dmd import DistributionMatching
@@ -73,12 +74,29 @@ def needs_class_images(configuration: Configuration) -> bool:
     return any(source.generate is not None for source in configuration.data.sources)
 
 
+def lacking(source: SourceSettings) -> int:
+    """The number of images that will be generated for a source."""
+    if source.generate is None or source.path is None:
+        return 0
+    return len(missing_images(Path(source.path), source.generate.count))
+
+
+def planned(source: SourceSettings, data: DataSettings) -> Source:
+    """A source that stands for one whose images will be generated."""
+    assert source.generate is not None
+    return PlannedImages(source.caption or "", source.generate.count, _class_image_size(data))
+
+
+def _class_image_size(data: DataSettings) -> tuple[int, int]:
+    if data.base is not None:
+        return data.base, data.base
+    assert data.sizes is not None
+    return data.sizes[0]
+
+
 def make_class_images(configuration: Configuration, models: Components, processes: Processes) -> None:
     """Generate the images that folders of classes lack, each process its share, with the models as they are."""
-    sizes = configuration.data.sizes
-    base = configuration.data.base
-    size = (base, base) if base is not None else sizes[0] if sizes else None
-    assert size is not None
+    size = _class_image_size(configuration.data)
     for source in configuration.data.sources:
         if source.generate is None:
             continue

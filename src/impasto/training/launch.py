@@ -53,10 +53,15 @@ def launch(
         if processes.is_main:
             for reason, count in assembled.data.order.dropped.items():
                 logger.warning("%d images are left out: %s", count, reason)
-            make_folder(folder)
-            write_file(folder / "configuration.yaml", text_of(configuration))
+
+        def started() -> None:
+            if processes.is_main:
+                make_folder(folder)
+                write_file(folder / "configuration.yaml", text_of(configuration))
+
         try:
-            stopped = train(assembled.objective, assembled.data, configuration, folder, assembled.check, processes)
+            parts = (assembled.objective, assembled.data, configuration, folder, assembled.check, processes)
+            stopped = train(*parts, started)
             if stopped is None and processes.is_main:
                 _export(configuration, assembled, folder / "result")
         finally:
@@ -72,7 +77,7 @@ def preview(
 ) -> str:
     """Data, memory and time of a run, in lines; nothing is written. For one process."""
     with joined("none") as processes:
-        assembled = assemble(configuration, folder, sources, checks, processes)
+        assembled = assemble(configuration, folder, sources, checks, processes, writes=False)
         try:
             return describe(configuration, assembled)
         finally:

@@ -10,12 +10,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import checkpoints
 from .config import Settings
+from .data.order import Order
 from .distributed.processes import ALONE, Processes
 from .guard import signals
 from .objectives.base import Data, Objective
@@ -32,6 +35,7 @@ def train(
     folder: Path,
     check: Check | None = None,
     processes: Processes = ALONE,
+    started: Callable[[], None] | None = None,
 ) -> int | None:
     """Train in place, resuming from the last checkpoint in ``folder`` if there is one.
 
@@ -42,6 +46,7 @@ def train(
         check: called before each checkpoint with the number of steps done, while what is trained holds its averages;
             its result is logged. All processes call it, with the same result.
         processes: all of which call this, with the same objective.
+        started: called when the state in ``folder``, if any, has been accepted.
 
     Returns:
         None, or the signal, SIGTERM or SIGINT, after which the run ended early, with a checkpoint.
@@ -50,13 +55,23 @@ def train(
         CheckpointError: the state is damaged or belongs to another training run.
         DivergedError: too many steps in a row were not finite.
         OutputError: a checkpoint or the log cannot be written.
+        InputError: ``checkpoints.best`` is not measured, or processes see other data.
     """
-    run = Run(objective, settings, processes)
+    order: Order | None = getattr(data, "order", None)
+    run = Run(objective, settings, processes, "" if order is None else order.fingerprint)
+    if processes.shared(run.data) != run.data:
+        raise InputError(
+            f"rank {processes.rank} sees other data than rank 0; give all machines the same files under the same paths"
+        )
     last = processes.shared(checkpoints.latest(folder))
     start = 0 if last is None else run.load(last)
+    if started is not None:
+        started()
     stopped = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
+        if settings.compile:
+            stack.enter_context(_recompiled(1 if order is None else len(order.in_buckets)))
         for block in objective.blocks if settings.compile else ():
             block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
             stack.callback(delattr, block, "forward")
@@ -86,12 +101,26 @@ def train(
                 write = functools.partial(run.save, step=done)
                 keep = settings.checkpoints.keep
                 checkpoints.save(folder, done, write, keep, run.best_step, processes)
+                if stopped is None and settings.checkpoints.best not in (None, *values):
+                    raise InputError(
+                        f"checkpoints.best: there is no value {settings.checkpoints.best!r}; there are "
+                        f"{', '.join(values)}. The checkpoint of step {done} is saved: resume with another one"
+                    )
                 reporter.restart_clock()
             if stopped is not None:
                 break
     run.finish()
     objective.eval()
     return stopped
+
+
+def _recompiled(shapes: int) -> contextlib.AbstractContextManager[None]:
+    """Blocks may be compiled for so many shapes of images, each with several sizes of micro-batches."""
+    config = torch._dynamo.config
+    most = max(config.recompile_limit, 4 * shapes)
+    total = max(config.accumulated_recompile_limit, 8 * most)
+    patch: Any = config.patch
+    return patch(recompile_limit=most, accumulated_recompile_limit=total)  # type: ignore[no-any-return]
 
 
 class Means:

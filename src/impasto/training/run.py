@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import shown, whole_number
-from ..errors import CheckpointError, ConfigurationError, InputError
+from ..errors import CheckpointError, ConfigurationError
 from .config import Settings, differences
 from .distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
 from .distributed.processes import ALONE, Processes
@@ -38,10 +39,13 @@ class Run:
     """The mutable state of a training run. From here on, what is trained computes in the precision of ``settings``.
 
     Of several processes, each has this state, or with FSDP its shards of the tensors.
+
+    Args:
+        data: the fingerprint of the order of the data, which may not change within a run; "" if there is none.
     """
 
-    def __init__(self, objective: Objective, settings: Settings, processes: Processes = ALONE):
-        self.objective, self.settings, self.processes = objective, settings, processes
+    def __init__(self, objective: Objective, settings: Settings, processes: Processes = ALONE, data: str = ""):
+        self.objective, self.settings, self.processes, self.data = objective, settings, processes, data
         self.device = next(objective.parameters()).device
         dtype = working_dtype(settings.precision, self.device)
         processes.parallel = chosen(objective, processes)
@@ -116,17 +120,11 @@ class Run:
         return values
 
     def note_best(self, step: int, values: Mapping[str, float]) -> None:
-        """Remember the step with the best value so far, if one is wanted.
-
-        Raises:
-            InputError: no such value is measured.
-        """
+        """Remember the step with the best value so far, if one is wanted. NaN and infinity are not."""
         wanted = self.settings.checkpoints
-        if wanted.best is None:
+        value = values.get(wanted.best or "", math.nan)
+        if not math.isfinite(value):
             return
-        if wanted.best not in values:
-            raise InputError(f"checkpoints.best: there is no value {wanted.best!r}; there are {', '.join(values)}")
-        value = values[wanted.best]
         better = value < self.best_value if wanted.best_is == "lowest" else value > self.best_value
         if self.best_step is None or better:
             self.best_step, self.best_value = step, value
@@ -150,6 +148,7 @@ class Run:
         """Write the state after ``step`` steps into a folder."""
         state = {
             "step": step,
+            "data": self.data,
             "guard": self.guard.state(),
             "scaler": self.scaler.state_dict(),
             "best": None if self.best_step is None else [self.best_step, self.best_value],
@@ -167,6 +166,11 @@ class Run:
         state = read_state(folder)
         step = whole_number(f"'step' of {folder}", state.get("step"), least=0, error=CheckpointError)
         self._compare(state.get("settings"), folder)
+        if state.get("data") != self.data:
+            raise CheckpointError(
+                f"the data is not that of {folder}: samples were added, removed, renamed or resized, or others are "
+                f"held out (validation.count); restore them, or start another run in another folder"
+            )
         self.guard.restore(state.get("guard"))
         try:
             best = state["best"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..errors import ConfigurationError, InputError
@@ -34,7 +35,14 @@ KEPT = {
 }
 
 
-def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_originals: bool = True) -> Quantization:
+def quantize(
+    module: Any,
+    method: Method,
+    *,
+    skip: Sequence[str] = (),
+    keep_originals: bool = True,
+    device: torch.device | None = None,
+) -> Quantization:
     """Replace the linear layers of a module, such as ``pipe.transformer``, by quantized ones. For inference only.
 
     - ``"int8-weight-only"``: half the memory of bfloat16 weights; products in the dtype of the activations.
@@ -58,6 +66,8 @@ def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_orig
             "transformer_blocks.0", "attn2".
         keep_originals: keep the original weights in host memory, so that quantization can be undone and the module
             saved. Without them host memory is saved too; the module can still be moved.
+        device: of the quantized layers; that of their weights unless given. So a module in host memory never has to be
+            on the device as a whole: quantize to the device, then move the rest there.
 
     Returns:
         a handle: ``remove()`` restores the original layers bit by bit, and so does leaving its ``with`` block.
@@ -81,8 +91,8 @@ def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_orig
     refuse_conflicts(module, QuantizedLinear)
     scheme = SCHEMES[method]()
     chosen = list(_chosen(module, scheme, skip))
-    for device, dtype in {(layer.weight.device, layer.weight.dtype) for _, _, _, layer in chosen}:
-        scheme.check(device, dtype)
+    for target, dtype in {(device or layer.weight.device, layer.weight.dtype) for _, _, _, layer in chosen}:
+        scheme.check(target, dtype)
     chosen = [place for place in chosen if all(size % scheme.multiple == 0 for size in place[3].weight.shape)]
     if not chosen:
         raise ConfigurationError(
@@ -102,7 +112,7 @@ def quantize(module: Any, method: Method, *, skip: Sequence[str] = (), keep_orig
     made: dict[nn.Linear, QuantizedLinear] = {}  # a layer in two places is one layer
     for _, parent, key, layer in chosen:
         if layer not in made:
-            made[layer] = QuantizedLinear(layer, scheme, keep_originals)
+            made[layer] = QuantizedLinear(layer, scheme, keep_originals, device)
         parent._modules[key] = made[layer]
     return Quantization(module, method, tuple(name for name, _, _, _ in chosen))
 

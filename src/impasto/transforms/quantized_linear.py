@@ -192,6 +192,7 @@ class QuantizedLinear(nn.Linear, Change):
         original: the layer. On an accelerator its weights are moved to host memory.
         scheme: how to quantize it.
         keep: whether to keep the original.
+        device: of the quantized weights; the original's unless given.
     """
 
     change = "quantized"
@@ -201,13 +202,13 @@ class QuantizedLinear(nn.Linear, Change):
     factors: Tensor
     levels: Tensor
 
-    def __init__(self, original: nn.Linear, scheme: Scheme, keep: bool):
+    def __init__(self, original: nn.Linear, scheme: Scheme, keep: bool, device: torch.device | None = None):
         nn.Module.__init__(self)  # a linear layer to peft, without memory for a weight that is replaced
         self.in_features, self.out_features = original.in_features, original.out_features
         self.scheme = scheme
         self._dtype = original.weight.dtype
         self._has_bias = original.bias is not None
-        self._fill(original, original.weight.device)
+        self._fill(original, device or original.weight.device)
         # In a list it is no submodule: it is not moved, not counted and not in the state dict.
         self._kept = [original] if keep else []
         if keep and original.weight.device.type not in ("cpu", "meta"):

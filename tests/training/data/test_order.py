@@ -165,3 +165,27 @@ def test_what_is_refused() -> None:
         Order([source(3)], BUCKETS, 1, repeats=[0])
     with pytest.raises(ConfigurationError, match="batch size"):
         Order([source(3)], BUCKETS, 0)
+
+
+def test_the_fingerprint_is_of_all_that_the_batches_depend_on() -> None:
+    class Named(Sizes):
+        names = "ab"
+
+        def name(self, index: int) -> str:
+            return self.names[index]
+
+    sizes = [(70, 70), (40, 160)]
+    original = Order([Named(sizes)], BUCKETS, 8).fingerprint
+    assert Order([Named(sizes)], BUCKETS, 8).fingerprint == original
+    renamed = Named(sizes)
+    renamed.names = "ac"
+    others = [
+        Order([renamed], BUCKETS, 8),
+        Order([Named([(70, 70), (160, 40)])], BUCKETS, 8),
+        Order([Named(sizes[:1])], BUCKETS, 8),
+        Order([Named(sizes), Named(sizes)], BUCKETS, 8),
+        Order([Named(sizes)], BUCKETS, 4),
+        Order([Named(sizes)], BUCKETS, 8, seed=1),
+        Order([Named(sizes)], BUCKETS, 8, repeats=[2]),
+    ]
+    assert len({original, *(order.fingerprint for order in others)}) == 8

@@ -29,6 +29,9 @@ def work(way: str) -> str:
     """Steps that all ranks take together, until rank 1 leaves in its way."""
     try:
         with joined(gone=1.5) as processes:
+            if way == "exports":
+                time.sleep(4.0 if processes.is_main else 0.0)
+                return "finished"
             for step in range(10_000):
                 if processes.rank == 1 and step == 3:
                     if way == "raises":
@@ -85,7 +88,7 @@ def continued(way: str, folder: Path, processes: Processes = ALONE) -> int | Non
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    started = {way: start(work, folder / way, way) for way in ("raises", "killed", "stopped")}
+    started = {way: start(work, folder / way, way) for way in ("raises", "killed", "stopped", "exports")}
     begin = time.monotonic()
     while started["stopped"][0].is_alive() and time.monotonic() < begin + 60:
         time.sleep(0.05)
@@ -108,6 +111,10 @@ def test_a_killed_rank_stops_the_others(found: dict[str, list[Any]]) -> None:
 
 def test_a_rank_that_hangs_ends_the_others(found: dict[str, list[Any]]) -> None:
     assert found["stopped"] == [1, -signal.SIGKILL]
+
+
+def test_the_others_wait_for_a_rank_that_works_alone_at_the_end(found: dict[str, list[Any]]) -> None:
+    assert found["exports"] == ["finished", "finished"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,9 @@ from PIL import Image
 
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.glm_image.prior import target_offsets
+from impasto.pipelines.glm_image_stages import shift_of, shifted
+from impasto.pipelines.request import Schedule
+from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
@@ -26,7 +29,7 @@ from impasto.training.objectives.visual_codebook import (
     tokenize,
 )
 
-from ...tiny_glm import TRANSFORMER, prior_parts
+from ...tiny_glm import SCHEDULER, TRANSFORMER, prior_parts
 from ..runs import rows, settings
 
 # --- the codebook ---
@@ -235,3 +238,28 @@ def test_a_transformer_learns_from_tokens_and_references(
     train(FlowMatching(again), data, plan, tmp_path)
     for name, value in transformer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_times_are_logit_normal() -> None:
+    objective = FlowMatching(GlmImageTransformer2DModel(**TRANSFORMER), spread=1.5)
+    timesteps, levels = objective.times((torch.arange(20_000) + 0.5) / 20_000, 4)
+    logits = levels.double().logit()
+    assert float(logits.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(logits.std()) == pytest.approx(1.5, rel=5e-3)
+    assert float((logits.abs() < 1.5).double().mean()) == pytest.approx(0.6827, abs=2e-3)  # of a normal distribution
+    torch.testing.assert_close(timesteps, 1000 * levels - 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3}]
+)
+def test_timesteps_and_noise_levels_are_those_of_sampling(changes: dict[str, Any]) -> None:
+    schedule = FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **changes})
+    tokens, steps = 4096, 10
+    schedule.set_timesteps(**shifted(schedule, Schedule(steps, None, None), tokens))
+    shift = partial(shift_of, schedule.config)
+    objective = FlowMatching(GlmImageTransformer2DModel(**TRANSFORMER), shift=shift)
+    share = torch.special.ndtr((schedule.timesteps / 1000).clamp(max=0.95).logit())
+    timesteps, levels = objective.times(share, tokens)
+    torch.testing.assert_close(timesteps[1:], schedule.timesteps[1:] - 1, rtol=0, atol=1e-2)
+    torch.testing.assert_close(levels[1:], schedule.sigmas[1:-1], rtol=0, atol=1e-4)

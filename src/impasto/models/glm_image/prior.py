@@ -93,8 +93,8 @@ def generate_prior(
     ids = torch.stack([doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
         return PriorTokens(ids)
-    doubled = [prompt.grids * prompt.grids.new_tensor([1, 2, 2]) for prompt in read]
-    return PriorTokens(ids, [prompt.image_tokens for prompt in read], doubled)
+    grids = [prompt.grids * prompt.grids.new_tensor([1, 2, 2]) for prompt in read]
+    return PriorTokens(ids, [prompt.image_tokens for prompt in read], grids)
 
 
 class _Read(NamedTuple):

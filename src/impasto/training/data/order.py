@@ -12,6 +12,7 @@ step.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -24,7 +25,7 @@ import numpy as np
 from ...checks import finite, whole_number
 from ...errors import ConfigurationError, InputError
 from .buckets import REASONS, Buckets
-from .sample import Source, cuts
+from .sample import Source, cuts, name_of
 
 _KEPT_EPOCHS = 2
 _STREAM, _EPOCH = 3, 4  # what Philox's numbers are for; randomness.py has the others
@@ -75,6 +76,7 @@ class Order:
     Attributes:
         dropped: how many samples were dropped, by reason, over all sources.
         in_buckets: how many samples each bucket has, over all sources, before repeats.
+        fingerprint: a hash of all that the batches depend on: settings, and the samples' names and buckets.
 
     Raises:
         InputError: nothing is left to train on.
@@ -116,9 +118,19 @@ class Order:
         if not sources:
             raise InputError("there is nothing to train on; name at least one source")
         self._repeats = _repeats([len(kept) for kept in self._kept], repeats, shares)
+        self.fingerprint = self._fingerprint(sources)
         self._plans: dict[int, _Plan] = {}
         #: The first step of each epoch, as far as known.
         self._starts = [0]
+
+    def _fingerprint(self, sources: Sequence[Source]) -> str:
+        found = hashlib.sha256()
+        given = (self.seed, self.batch_size, self.pack_pixels, self.buckets.sizes, list(map(str, self._repeats)))
+        found.update(repr(given).encode())
+        for source, bins in zip(sources, self._bins):
+            found.update(repr([len(bins), [name_of(source, i) for i in range(len(bins))]]).encode())
+            found.update(bins.astype("<i8").tobytes())
+        return found.hexdigest()
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of a step, from 0 on."""

@@ -174,6 +174,7 @@ def joined(
     watch = _connect(rank, count, kind, gone)
     try:
         yield Processes(rank, count, kind, parallel, local_count, watch, shards)
+        dist.barrier()  # the others may wait for one that exports; and the store lives as long as its process
     except Exception as error:
         raise _explained(error, rank, watch) from error
     except BaseException as error:  # SystemExit: the processes have agreed to stop
@@ -182,7 +183,6 @@ def joined(
         watch.stop()
         raise
     watch.stop()
-    dist.barrier()  # the store lives as long as its process
     dist.destroy_process_group()
 
 

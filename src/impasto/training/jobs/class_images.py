@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...checks import finite, whole_number
@@ -20,6 +21,7 @@ from ...errors import InputError
 from ...files import make_folder
 from ...pipelines.image_files import GenerationSettings, save_image
 from ..data.listing import EXTENSIONS
+from ..data.sample import Sample
 
 logger = logging.getLogger("impasto")
 
@@ -83,10 +85,26 @@ def generate_class_images(
     return len(missing)
 
 
+class PlannedImages:
+    """A source as large as the folder will be, of grey images: a run can be measured before they are generated."""
+
+    def __init__(self, caption: str, count: int, size: tuple[int, int]):
+        self.caption, self.count, self._size = caption, count, size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._size
+
+    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+        return Sample(image=torch.zeros(3, *target), caption=self.caption, size=self._size)
+
+
 def missing_images(folder: Path, count: int) -> Sequence[int]:
     """The numbers of the images that have to be generated, so that a folder has ``count`` images."""
     generated, others = set(), 0
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         found = re.fullmatch(r"class_(\d{5,})\.png", path.name)
         if found:
             generated.add(int(found[1]))

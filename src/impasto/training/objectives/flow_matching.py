@@ -5,7 +5,7 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.glm_image.model import GlmImageTransformer2DModel
-from ...schedulers import process
+from ...schedulers import noise_schedule, process
 from ..randomness import Randomness
 from .base import Loss, Objective, Tensors
 
@@ -47,12 +47,15 @@ def initialize(transformer: GlmImageTransformer2DModel) -> None:
 
 
 class FlowMatching(Objective):
-    """The error of the predicted velocity, at logit-normal noise levels (2403.03206, section 3.1).
+    """The error of the predicted velocity at logit-normal times u in (0, 1) (2403.03206, section 3.1).
+
+    As in sampling, the transformer is given T u - 1, and the noise level σ is u shifted by the number of image tokens.
 
     Args:
         pixels: image pixels along a side of a latent pixel.
         drop: the share of images trained without prior tokens, for guidance.
-        spread: the scale of the logits of the levels.
+        spread: the standard deviation of logit u.
+        shift: of the sampler's noise levels, by the number of image tokens.
     """
 
     def __init__(
@@ -61,27 +64,28 @@ class FlowMatching(Objective):
         pixels: int = 8,
         timesteps: int = 1000,
         drop: float = 0.1,
-        spread: float = 1.2,
+        spread: float = 1.0,
+        shift: Callable[[int], float] = lambda tokens: 1.0,
     ):
         super().__init__()
         self.transformer, self.pixels, self.timesteps = transformer, pixels, timesteps
-        self.drop, self.spread = drop, spread
+        self.drop, self.spread, self.shift = drop, spread, shift
 
     def forward(self, batch: Tensors, random: Randomness) -> Loss:
         x0, prior_token_ids, text, reference, mask = batch.values
         transformer, count = self.transformer, len(x0)
-        # Stratified levels: the same spread in every batch.
+        height, width = x0.shape[-2:]
+        # Stratified times: the same spread in every batch.
         share = random.stratified(count).to(x0.device)
-        sigma = process.per_sample((self.spread * share.clamp(1e-4, 1 - 1e-4).logit()).sigmoid(), x0)
+        timestep, sigma = self.times(share, height * width // transformer.config["patch_size"] ** 2)
+        sigma = process.per_sample(sigma, x0)
         noise = random.normal(x0.shape).to(x0.device)
         xt = process.add_noise(x0, noise, 1 - sigma, sigma)
         target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
         drop = random.uniform([count]).to(x0.device) < self.drop
-        height, width = x0.shape[-2:]
         size = x0.new_tensor([[height * self.pixels, width * self.pixels]], dtype=torch.float32)
         text = text.to(transformer.dtype)
         context = transformer.encode_context(text, mask, prior_token_ids, drop, height, width)
-        timestep = sigma.flatten() * self.timesteps - 1
         modulation = transformer.modulate(timestep, size, torch.zeros_like(size))
         references = None
         if reference is not None:
@@ -99,6 +103,11 @@ class FlowMatching(Objective):
             for i in range(4)  # least noise first
         }
         return Loss(errors, bands)
+
+    def times(self, share: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The transformer's timesteps and the noise levels, each [B], of uniform numbers [B] for images of N tokens."""
+        u = (self.spread * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).sigmoid()
+        return self.timesteps * u - 1, noise_schedule.shifted(u, self.shift(tokens))
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

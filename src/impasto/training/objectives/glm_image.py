@@ -5,7 +5,7 @@ The transformer is conditioned on an image's own tokens of the prior, and on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ class GlmImageFlowMatching(FlowMatching):
         drop: float = 0.1,
         spread: float = 1.0,
         most_bytes: int = 2048,
+        shift: Callable[[int], float] = lambda tokens: 1.0,
     ):
         pixels = 8 if latents.vae is None else 2 ** (len(latents.vae.config["block_out_channels"]) - 1)
-        super().__init__(transformer, pixels, drop=drop, spread=spread)
+        super().__init__(transformer, pixels, drop=drop, spread=spread, shift=shift)
         self.latents, self.prior, self.text_encoder = latents, prior, text_encoder
         self.processor, self.tokenizer, self.most_bytes = processor, tokenizer, most_bytes
         for frozen in (latents.vae, prior, text_encoder):
@@ -98,8 +99,9 @@ def image_tokens(prior: Any, processor: Any, images: Tensor) -> Tensor:
     levels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     arrays = [image.permute(1, 2, 0).cpu().numpy() for image in levels]
     given: Mapping[str, Tensor] = processor.image_processor(arrays, do_resize=False, return_tensors="pt")
-    grids = given["image_grid_thw"].to(prior.device)
-    features = prior.get_image_features(given["pixel_values"].to(prior.device, prior.dtype), grids).pooler_output
+    tower = prior.model.visual  # the language model may be elsewhere
+    grids = given["image_grid_thw"].to(tower.device)
+    features = prior.get_image_features(given["pixel_values"].to(tower.device, tower.dtype), grids).pooler_output
     maps = features[0].ndim == 3  # older versions of transformers give tokens
     found = prior.get_image_tokens(features) if maps else prior.get_image_tokens(torch.cat(list(features)), grids)
     each = found.flatten().view(len(images), rows * columns)

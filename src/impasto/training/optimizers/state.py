@@ -58,11 +58,20 @@ def group_numbers(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[dict
     """What optimizers remember in their groups, such as Prodigy its estimate of the distance."""
     return [
         [
-            {k: v for k, v in group.items() if k not in _OF_SETTINGS and type(v) in (int, float) and math.isfinite(v)}
+            {
+                name: float(value) if isinstance(value, Tensor) else value
+                for name, value in group.items()
+                if _kept(name, value)
+            }
             for group in optimizer.param_groups
         ]
         for optimizer in optimizers
     ]
+
+
+def _kept(name: str, value: Any) -> bool:
+    number = type(value) in (int, float) or (isinstance(value, Tensor) and value.numel() == 1)
+    return name not in _OF_SETTINGS and number and math.isfinite(value)
 
 
 def restore_group_numbers(optimizers: Sequence[torch.optim.Optimizer], stored: Any) -> None:
@@ -73,4 +82,9 @@ def restore_group_numbers(optimizers: Sequence[torch.optim.Optimizer], stored: A
     """
     for optimizer, groups in zip(optimizers, stored, strict=True):
         for group, numbers in zip(optimizer.param_groups, groups, strict=True):
-            group.update({name: type(group[name])(value) for name, value in numbers.items() if name in group})
+            for name, value in numbers.items():
+                former = group.get(name)
+                if isinstance(former, Tensor):
+                    former.fill_(value)
+                elif former is not None:
+                    group[name] = type(former)(value)

@@ -1,0 +1,41 @@
+"""The components of the bundled model's second edition that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import impasto.scenes.source
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.scenes.source import ScenesSource
+from impasto.training import recipe_files as recipes
+from impasto.training.objectives.autoencoder import psnr
+
+FOLDER = Path(impasto.scenes.source.__file__).parent / "second" / "vae"
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    source = ScenesSource(6, 77, [(256, 256)])
+    read = [source.read(index, (256, 256), np.random.default_rng(index)).image for index in range(6)]
+    return torch.stack([image for image in read if image is not None])
+
+
+@torch.no_grad()
+def test_the_autoencoder_is_small_and_reconstructs_unseen_scenes(images: Tensor) -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 2_000_000
+    assert AutoencoderKL.from_pretrained(FOLDER, dtype="auto").dtype == torch.float16
+    vae = AutoencoderKL.from_pretrained(FOLDER)
+    recipe = recipes.read("scenes-autoencoder").models.vae.config
+    assert {name: vae.config[name] for name in recipe} == recipe
+    latents = torch.cat([vae.encode(image[None]).latent_dist.mode() for image in images])  # [B, 16, 32, 32]
+    assert latents.shape == (6, 16, 32, 32)
+    reconstructions = torch.cat([vae.decode(each[None]).sample for each in latents])
+    assert psnr(images, reconstructions) >= 33
+    scaled = (latents * vae.config["scaling_factor"]).transpose(0, 1).flatten(1)
+    assert scaled.mean(1).abs().max() < 0.6  # of six images; the mean and the deviation of many are 0 and 1
+    assert 0.3 < float(scaled.std(1).min()) <= float(scaled.std(1).max()) < 2
