@@ -189,6 +189,14 @@ def test_what_a_cache_says_is_not_trusted(
         CachedSource(tmp_path / "cache")
 
 
+def test_a_caption_without_features_is_a_broken_sample(tmp_path: Path, rendered: Path) -> None:
+    shutil.copytree(rendered, tmp_path / "cache")
+    path = tmp_path / "cache" / "index-1-of-1.jsonl"
+    path.write_text(path.read_text().replace("cube 0", "cube 9"))
+    with pytest.raises(InputError, match=r"chunk-000000.safetensors lacks tensors of '0'"):
+        CachedSource(tmp_path / "cache").read(0, (16, 16), np.random.default_rng(0))
+
+
 def test_broken_images_are_left_out_of_training_as_if_live(tmp_path: Path) -> None:
     source = folder(tmp_path / "data")
     path = tmp_path / "data" / "2.png"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...checks import finite, shown, whole_number
@@ -214,12 +214,17 @@ class CachedSource:
         if record["bucket"] != list(target):
             raise InputError(f"{record['name']} was cached for {record['bucket']}, not {list(target)}; cache it again")
         prefix = f"{index}.{view.number}."
-        with self._open(self._chunks[index]) as file:
-            own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            tensors = {name: file.get_tensor(prefix + name) for name in own}
-            text = None if caption is None else file.get_tensor(text_key(caption)).float()
+        try:
+            with self._open(self._chunks[index]) as file:
+                own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+                tensors = {name: file.get_tensor(prefix + name) for name in own}
+                text = None if caption is None else file.get_tensor(text_key(caption)).float()
+            posterior = tensors["mean"].float(), tensors["std"].float()
+        except (SafetensorError, KeyError) as error:
+            path = self.folder / self._chunks[index]
+            raise InputError(f"{path} lacks tensors of {shown(record['name'])}: {error}; cache it again") from error
         return Sample(
-            posterior=(tensors["mean"].float(), tensors["std"].float()),
+            posterior=posterior,
             caption=caption,
             text=text,
             size=self.size(index),
