@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,19 @@ def sync_folder(folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EINVAL):  # write-only folders; some network disks
                 raise
+
+
+def publish_folder(complete: Path, target: Path) -> None:
+    """Give a folder of complete files its name, which stands for nothing, an old folder, or all of the new one.
+
+    Both are in the same folder. All that is written is on the disk before the name is.
+    """
+    for path in complete.iterdir():
+        sync(path)
+    sync_folder(complete)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(complete, target)
+    sync_folder(target.parent)
 
 
 def lock(descriptor: int, path: Path, end: float | None, *, exclusive: bool = True) -> None:

@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "sync", full)
+    monkeypatch.setattr(checkpoints, "publish_folder", full)
     with pytest.raises(OutputError, match=r"step 6 was not saved, and the last one is .*step-00000004: No space left"):
         spoiled(tmp_path, 8, set(), checkpoints={"every": 2})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]

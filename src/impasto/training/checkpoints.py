@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 
 from ..checkpoints.stored import load_pickle
 from ..errors import CheckpointError, OutputError
-from ..files import append_line, make_folder, sync, sync_folder, write_file
+from ..files import append_line, make_folder, publish_folder, write_file
 from .distributed.processes import ALONE, Processes
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -68,13 +67,8 @@ def save(
         try:
             write(temporary)
             with processes.together():
-                for path in temporary.iterdir() if processes.is_main else ():
-                    sync(path)
                 if processes.is_main:
-                    sync_folder(temporary)
-                    shutil.rmtree(target, ignore_errors=True)
-                    os.rename(temporary, target)
-                    sync_folder(parent)
+                    publish_folder(temporary, target)
         except BaseException:
             if processes.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
