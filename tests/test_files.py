@@ -231,10 +231,20 @@ def test_only_files_are_replaced(tmp_path: Path, kind: str) -> None:
     assert not path.is_file()
 
 
-def test_half_a_line_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "write", lambda descriptor, data: len(data) - 1)
+def test_half_a_line_is_an_error_and_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "log", os.write
+    files.append_line(path, "one")
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-3]))
     with pytest.raises(OutputError, match="No space left"):
-        files.append_line(tmp_path / "log", "text")
+        files.append_line(path, "two, which is longer")
+    monkeypatch.undo()
+    assert path.read_text() == "one\n"
+    path.write_text("one\n" + "h" * 100_000)  # what a power failure left
+    files.append_line(path, "three")
+    assert path.read_text() == "one\nthree\n"
+    path.write_text("half")
+    files.append_line(path, "four")
+    assert path.read_text() == "four\n"
 
 
 # --- folders ---

@@ -135,20 +135,41 @@ def remove_abandoned(folder: Path, pattern: str = ".impasto-*.tmp") -> None:
 def append_line(path: str | os.PathLike[str], line: str) -> None:
     """Append a line to a log in one write, so that a killed process leaves no partial line. The folder must exist.
 
+    What a full disk or a power failure left of a line is removed.
+
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
     path = plain_path(path)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            lock(descriptor, path, deadline())
+            size = _end_of_lines(descriptor)
             data = f"{line}\n".encode()
             if os.write(descriptor, data) < len(data):
+                os.ftruncate(descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
+
+
+def _end_of_lines(descriptor: int, block: int = 1 << 16) -> int:
+    """Cut off what follows the last newline of an open file, and return its size."""
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - block)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        found = os.read(descriptor, end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)
+    return end
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from impasto.errors import ConfigurationError, InputError, OutputError
 from impasto.training import checkpoints
 from impasto.training.config import OptimizerSettings, Settings
+from impasto.training.distributed.processes import Processes
 from impasto.training.guard import DivergedError
 from impasto.training.loop import train
 from impasto.training.masters import Masters
@@ -255,6 +256,15 @@ def test_the_best_checkpoint_is_kept(which: str, best: int, tmp_path: Path) -> N
     assert list(checkpoints.found(tmp_path / "other")) == [2]  # nothing is lost
 
 
+def test_processes_that_see_other_data_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, data, model = Processes(rank=1), steps_alone(8), nn.Linear(3, 1)
+    data.order = SimpleNamespace(fingerprint="own", in_buckets={})  # type: ignore[attr-defined]
+    monkeypatch.setattr(processes, "shared", lambda value: "another")
+    objective = Of(model, lambda step, random: model(random.normal([8, 3])).square().mean(1))
+    with pytest.raises(InputError, match="rank 1 sees other data than rank 0"):
+        train(objective, data, plain(1), tmp_path, processes=processes)
+
+
 def test_blocks_may_be_compiled_for_all_shapes_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     config = torch._dynamo.config
@@ -270,6 +280,33 @@ def test_blocks_may_be_compiled_for_all_shapes_of_the_data(tmp_path: Path, monke
     train(Of(model, loss), data, plain(1, compile=True), tmp_path)
     assert seen[0] >= 2 * 40
     assert config.recompile_limit == before
+
+
+def test_a_checkpoint_is_saved_before_it_is_measured(tmp_path: Path) -> None:
+    def start(folder: Path, killed: int | None) -> None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def check(step: int) -> dict[str, float]:
+            if step == killed:
+                raise KeyboardInterrupt
+            return {"error": float(model.weight.abs().sum())}
+
+        objective = Of(model, lambda step, random: (model(random.normal([8, 3])) - 1).square().mean(1))
+        plan = plain(6, log_every=4, checkpoints={"every": 3, "keep": 1, "best": "error", "best_is": "highest"})
+        train(objective, steps_alone(8), plan, folder, check)
+
+    start(tmp_path / "whole", None)
+    for killed in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "parts", killed)
+        assert max(checkpoints.found(tmp_path / "parts")) == killed
+    start(tmp_path / "parts", None)
+    assert values(tmp_path / "parts") == values(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "whole") if "error" in row] == [3, 6]
+    states = [(checkpoints.latest(tmp_path / name) / "state.json").read_text() for name in ("parts", "whole")]  # type: ignore[operator]
+    assert states[0] == states[1]
+    assert list(checkpoints.found(tmp_path / "parts")) == list(checkpoints.found(tmp_path / "whole"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def kill_at_random(tmp_path: Path, name: str, times: int) -> None:
 
     def step_of(folder: Path) -> int:
         step = folder / "step"
-        return int(step.read_text() or 0) if step.exists() else 0
+        return int(step.read_text() or -1) if step.exists() else -1
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     process = start(whole)

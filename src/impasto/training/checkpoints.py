@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..checkpoints.stored import load_pickle
 from ..errors import CheckpointError, OutputError
 from ..files import append_line, make_folder, publish_folder, write_file
 from .distributed.processes import ALONE, Processes
+from .distributed.storage import replace_state
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -78,11 +79,30 @@ def save(
         last = latest(folder)
         rest = f"the last one is {last}" if last is not None else "there is no earlier one"
         raise OutputError(f"the checkpoint of step {step} was not saved, and {rest}: {reason}") from error
-    for other, path in list(found(folder).items())[:-keep] if processes.is_main else ():
-        if other != best:
+    if processes.is_main:
+        _remove_old(folder, keep, best)
+    return target
+
+
+def amend(
+    folder: Path, step: int, state: Mapping[str, Any], keep: int, best: int | None = None, processes: Processes = ALONE
+) -> None:
+    """Replace the state, without its tensors, in the checkpoint of a step; then remove old ones, as ``save`` does.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with processes.together():
+        if processes.is_main:
+            replace_state(folder / "checkpoints" / f"step-{step:08d}", state)
+            _remove_old(folder, keep, best)
+
+
+def _remove_old(folder: Path, keep: int, best: int | None) -> None:
+    for step, path in list(found(folder).items())[:-keep]:
+        if step != best:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
-    return target
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

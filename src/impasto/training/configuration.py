@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .config import Count, NotNegative, Positive, Section, Settings, Share
 from .objective_settings import (
+    MEASURES,
     ClassImageSettings,
     Denoising,
     DmdSettings,
@@ -306,15 +307,6 @@ class SampleSettings(Section):
     guidance_scale: NotNegative = 4.5
     height: Count | None = None
     width: Count | None = None
-
-
-#: What validation measures, by the kind of the objective; of the others "validation".
-MEASURES = {
-    "autoencoder": ("psnr",),
-    "text-encoder": ("validation", "validation_right"),
-    "lcm": ("distance",),
-    "dmd": ("distance",),
-}
 
 
 class Configuration(Settings):

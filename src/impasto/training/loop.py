@@ -43,8 +43,9 @@ def train(
 
     Args:
         objective: what it trains computes in ``settings.precision`` meanwhile.
-        check: called before each checkpoint with the number of steps done, while what is trained holds its averages;
-            its result is logged. All processes call it, with the same result.
+        check: called after each checkpoint with the number of steps done, while what is trained holds its averages;
+            its result is logged. All processes call it, with the same result. A run that was killed meanwhile calls it
+            first when it resumes.
         processes: all of which call this, with the same objective.
         started: called when the state in ``folder``, if any, has been accepted.
 
@@ -76,10 +77,14 @@ def train(
             block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
             stack.callback(delattr, block, "forward")
         noted = stack.enter_context(signals())
+        if run.unchecked is not None and processes.is_main:
+            checkpoints.trim_log(folder / "log.jsonl", start - 1)  # its line comes with the check
         reporter = Reporter(folder, settings, start, run.device, processes.is_main)
         stack.callback(reporter.close)
         objective.train()
         means = Means()
+        if run.unchecked is not None:
+            _check(run, check, folder, start, reporter)
         for step in range(start, settings.steps):
             batch = data.batch(step, processes.rank, processes.count)
             loss, parts = run.gradients(batch)
@@ -91,22 +96,21 @@ def train(
             stopped = processes.highest(noted.received or 0) or None  # of any process
             saves = done % settings.checkpoints.every == 0 or done == settings.steps or stopped is not None
             if saves or done % settings.log_every == 0:  # the window is not part of the state
-                values = means.take(processes)
-                if saves and stopped is None:
-                    values |= {} if check is None else run.checked(check, done)
-                    run.note_best(done, values)
                 rates = {"rate": settings.optimizer.rate * settings.share(step), "skipped": float(run.guard.skipped)}
-                reporter.line(done, {**rates, **values})
-            if saves:
-                write = functools.partial(run.save, step=done)
-                keep = settings.checkpoints.keep
-                checkpoints.save(folder, done, write, keep, run.best_step, processes)
-                if stopped is None and settings.checkpoints.best not in (None, *values):
-                    raise InputError(
-                        f"checkpoints.best: there is no value {settings.checkpoints.best!r}; there are "
-                        f"{', '.join(values)}. The checkpoint of step {done} is saved: resume with another one"
-                    )
-                reporter.restart_clock()
+                values = {**rates, **means.take(processes)}
+                if saves and stopped is None and check is not None:  # which may take long
+                    run.unchecked = values
+                    _save(run, folder, done)
+                    _check(run, check, folder, done, reporter)
+                    stopped = processes.highest(noted.received or 0) or None
+                else:
+                    if saves and stopped is None:
+                        run.note_best(done, values)
+                    reporter.line(done, values)
+                    if saves:
+                        _save(run, folder, done)
+                if saves:
+                    reporter.restart_clock()
             if stopped is not None:
                 break
     run.finish()
@@ -114,10 +118,27 @@ def train(
     return stopped
 
 
+def _save(run: Run, folder: Path, step: int) -> None:
+    write = functools.partial(run.save, step=step)
+    checkpoints.save(folder, step, write, run.settings.checkpoints.keep, run.best_step, run.processes)
+    if run.unchecked is None:
+        run.require_best()
+
+
+def _check(run: Run, check: Check | None, folder: Path, step: int, reporter: Reporter) -> None:
+    """Measure the checkpoint of a step, log it, and note in the checkpoint that this is done, and the best one."""
+    values = {**(run.unchecked or {}), **({} if check is None else run.checked(check, step))}
+    run.note_best(step, values)
+    reporter.line(step, values)
+    run.unchecked = None
+    checkpoints.amend(folder, step, run.state(step), run.settings.checkpoints.keep, run.best_step, run.processes)
+    run.require_best()
+
+
 def _recompiled(shapes: int) -> contextlib.AbstractContextManager[None]:
     """Blocks may be compiled for so many shapes of images, each with several sizes of micro-batches."""
     config = torch._dynamo.config
-    most = max(config.recompile_limit, 4 * shapes)
+    most = max(config.recompile_limit, 8 * shapes)
     total = max(config.accumulated_recompile_limit, 8 * most)
     patch: Any = config.patch
     return patch(recompile_limit=most, accumulated_recompile_limit=total)  # type: ignore[no-any-return]

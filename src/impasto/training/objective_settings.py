@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 from .config import Count, NotNegative, Positive, Section, Share
 
 Timestep = Annotated[int, Field(ge=0)]
+#: What validation measures, by the kind of the objective; of the others "validation".
+MEASURES = {
+    "autoencoder": ("psnr",),
+    "text-encoder": ("validation", "validation_right"),
+    "lcm": ("distance",),
+    "dmd": ("distance",),
+}
 
 
 class TokenRoutingSettings(Section):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import shown, whole_number
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, InputError
 from .config import Settings, differences
 from .distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
 from .distributed.processes import ALONE, Processes
@@ -64,6 +64,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.best_step: int | None = None
         self.best_value = 0.0
+        self.measures: Mapping[str, float] | None = None  # of the last checkpoint
+        #: The line of the log of a checkpoint that is saved and not yet measured.
+        self.unchecked: dict[str, float] | None = None
 
     def gradients(self, batch: AnyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the gradients of the mean loss over the global batch to those of the masters; return the loss and parts.
@@ -122,12 +125,26 @@ class Run:
     def note_best(self, step: int, values: Mapping[str, float]) -> None:
         """Remember the step with the best value so far, if one is wanted. NaN and infinity are not."""
         wanted = self.settings.checkpoints
+        self.measures = values
         value = values.get(wanted.best or "", math.nan)
         if not math.isfinite(value):
             return
         better = value < self.best_value if wanted.best_is == "lowest" else value > self.best_value
         if self.best_step is None or better:
             self.best_step, self.best_value = step, value
+
+    def require_best(self) -> None:
+        """Check that the value is measured by which a checkpoint is the best.
+
+        Raises:
+            InputError: it is not.
+        """
+        best, measures = self.settings.checkpoints.best, self.measures
+        if best is not None and measures is not None and best not in measures:
+            raise InputError(
+                f"checkpoints.best: there is no value {best!r}; there are {', '.join(measures)}. The checkpoint is "
+                f"saved: resume with another one"
+            )
 
     def finish(self) -> None:
         """Leave the averages in what was trained; with FSDP, whole ones in the main process alone."""
@@ -144,9 +161,9 @@ class Run:
         found |= {f"ema.{name}": tensor for name, tensor in averages.items()}
         return found | state_tensors(self.optimizers, self.masters.named)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the state after ``step`` steps into a folder."""
-        state = {
+    def state(self, step: int) -> dict[str, Any]:
+        """The state after ``step`` steps without its tensors, as JSON can hold it."""
+        return {
             "step": step,
             "data": self.data,
             "guard": self.guard.state(),
@@ -154,8 +171,12 @@ class Run:
             "best": None if self.best_step is None else [self.best_step, self.best_value],
             "optimizers": group_numbers(self.optimizers),
             "settings": self.settings.model_dump(mode="json"),
+            "unchecked": self.unchecked,
         }
-        write_tensors(folder, self._tensors(), state, self.processes)
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write the state after ``step`` steps into a folder."""
+        write_tensors(folder, self._tensors(), self.state(step), self.processes)
 
     def load(self, folder: Path) -> int:
         """Load a state and return its number of steps.
@@ -175,9 +196,11 @@ class Run:
         try:
             best = state["best"]
             self.best_step, self.best_value = (None, 0.0) if best is None else (int(best[0]), float(best[1]))
+            unchecked = state["unchecked"]
+            self.unchecked = None if unchecked is None else {str(k): float(v) for k, v in unchecked.items()}
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{folder} is damaged ({error}); delete it to continue from the one before"
             ) from error

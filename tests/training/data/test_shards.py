@@ -134,3 +134,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", {"0.png": b"", "0.PNG": b""})
     with pytest.raises(InputError, match=r"it has '0.PNG' twice"):
         ShardSource(tmp_path, Reading(max_broken=0))
+
+
+def test_shards_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    content = png(smooth_image(8, 8))
+    for name in ("a", "b"):
+        write_shard(tmp_path / name / "0.tar", {"x.png": content, "x.txt": name.encode()})
+    source = ShardSource(tmp_path)
+    assert [source.name(i) for i in range(2)] == ["a/0.tar/x", "b/0.tar/x"]
+    assert [source.captions(i).short for i in range(2)] == [("a",), ("b",)]
+
+
+def test_a_mask_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = png(smooth_image(8, 8)), png(smooth_image(64, 64))
+    write_shard(tmp_path / "0.tar", {"x.png": small, "x.mask.png": large, "x.txt": b"a red cube"})
+    monkeypatch.setattr(module, "MAX_FILE_BYTES", len(small))
+    with pytest.raises(InputError, match=r"a file of x in .*0\.tar has [\d,]+ bytes, and at most"):
+        ShardSource(tmp_path).read(0, (8, 8), rng())

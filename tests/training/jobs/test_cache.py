@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,47 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         source.read(damaged[0], tuple(source._records[damaged[0]]["bucket"]), np.random.default_rng(0))
     assert run(job(folder(tmp_path / "data"), tmp_path / "cache"))["written"] == 1  # it is made again
     index = tmp_path / "cache" / "index-1-of-1.jsonl"
+    with index.open("ab") as file:
+        file.write(b'{"file": "chunk-9')  # what a full disk left of a line
+    assert len(CachedSource(tmp_path / "cache")) == 8
+    index.write_bytes(index.read_bytes().removesuffix(b'{"file": "chunk-9'))
     index.write_bytes(index.read_bytes() + b'{"file": 3}\n')
     with pytest.raises(CheckpointError, match=r"index-1-of-1.jsonl, line 6, is damaged"):
         CachedSource(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        ("cache.json", '"samples": 4', '"samples": "a"', "is not that of a cache of this version"),
+        ("cache.json", '"samples": 4', '"samples": 10000000000000', "lacks 9999999999996 of its"),
+        ("cache.json", '"samples": 4', '"samples": 3', "the sample 3 in the index"),
+        ("cache.json", '"max_crop": 0.5', '"max_crop": "x"', "is not that of a cache of this version"),
+        ("cache.json", '"crop": "centre"', '"crop": -1', "is not that of a cache of this version"),
+        ("index-1-of-1.jsonl", '"crops": [[0, 0]]', '"crops": []', "the sample 0 in the index"),
+        ("index-1-of-1.jsonl", '"crops": [[0, 0]]', '"crops": [0]', "line 2, is damaged"),
+        ("index-1-of-1.jsonl", '"index": 0', '"index": "0"', "line 2, is damaged"),
+        ("index-1-of-1.jsonl", '"bucket": [16, 16]', '"bucket": 3', "line 2, is damaged"),
+        ("index-1-of-1.jsonl", '"captions": [["cube 0"], []]', '"captions": [[0], []]', "line 2, is damaged"),
+    ],
+)
+def test_what_a_cache_says_is_not_trusted(
+    tmp_path: Path, rendered: Path, name: str, before: str, after: str, message: str
+) -> None:
+    shutil.copytree(rendered, tmp_path / "cache")
+    path = tmp_path / "cache" / name
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    with pytest.raises(CheckpointError, match=message):
+        CachedSource(tmp_path / "cache")
+
+
+def test_a_caption_without_features_is_a_broken_sample(tmp_path: Path, rendered: Path) -> None:
+    shutil.copytree(rendered, tmp_path / "cache")
+    path = tmp_path / "cache" / "index-1-of-1.jsonl"
+    path.write_text(path.read_text().replace("cube 0", "cube 9"))
+    with pytest.raises(InputError, match=r"chunk-000000.safetensors lacks tensors of '0'"):
+        CachedSource(tmp_path / "cache").read(0, (16, 16), np.random.default_rng(0))
 
 
 def test_broken_images_are_left_out_of_training_as_if_live(tmp_path: Path) -> None:
@@ -184,6 +223,14 @@ class Rendered:
         image = torch.full((3, *target), index / 4)
         labels, extra = torch.full((2, 8, 8), index), {"prior_token_ids": torch.arange(index)}
         return Sample(image, caption=f"cube {index}", labels=labels, extra=extra, weight=2.0)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of it."""
+    folder = tmp_path_factory.mktemp("rendered") / "cache"
+    run(job(Rendered(), folder))
+    return folder
 
 
 def test_any_source_can_be_cached_and_in_half_the_space(tmp_path: Path) -> None:

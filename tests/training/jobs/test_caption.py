@@ -127,6 +127,8 @@ def test_a_killed_job_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "metadata.jsonl").read_text() == before
     with pytest.raises(ConfigurationError, match=r"unfinished job with other settings.*'model': 'a'"):
         caption_folder(tmp_path, count, settings={"model": "b"}, overwrite=True)
+    with (tmp_path / PARTIAL).open("a") as file:
+        file.write('{"file_name": "4.png", "den')  # what a full disk left of a line
     shown: list[int] = []
     caption_folder(tmp_path, count, settings={"model": "a"}, batch_size=2, overwrite=True, done=shown.append)
     records = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from impasto.errors import InputError
+from impasto.schedulers.ddim import DDIMScheduler
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -210,3 +211,10 @@ def test_a_masked_loss_is_the_mean_over_the_mask(objective: DiffusionLoss) -> No
         torch.testing.assert_close(a, b)
     empty = objective(output, x0, noise, xt, t, torch.zeros_like(mask))
     assert not empty.mse.any()
+
+
+def test_no_epsilon_where_a_schedule_ends_in_pure_noise() -> None:
+    betas = DDIMScheduler(rescale_betas_zero_snr=True).betas
+    with pytest.raises(InputError, match="ends in pure noise"):
+        DiffusionLoss(betas, "epsilon")
+    assert DiffusionLoss(betas, "v_prediction").weights("min-snr").isfinite().all()

@@ -176,6 +176,19 @@ def test_stored_features_are_those_of_the_encoder() -> None:
         Texts(None, None, tokens=8)(stored, dropped)
 
 
+def test_an_image_without_a_caption_has_the_stored_features_of_the_empty_one() -> None:
+    empty = torch.randn(1, 32)
+    texts, kept = Texts(None, None, tokens=8, empty=empty), torch.zeros(2, dtype=torch.bool)
+    row = torch.randn(3, 32)
+    mixed = texts([Sample(caption="a red cube", text=row), Sample()], kept)
+    assert torch.equal(mixed.embeds[0], row)
+    assert torch.equal(mixed.embeds[1, :1], empty)
+    assert mixed.mask.sum(1).tolist() == [3, 1]
+    assert torch.equal(texts([Sample(), Sample()], kept).embeds, empty.expand(2, 1, 32))
+    with pytest.raises(InputError, match="others do not"):
+        texts([Sample(caption="a red cube", text=row), Sample(caption="blue")], kept)
+
+
 def test_about_the_share_of_captions_is_dropped() -> None:
     parts = models()
     seen: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tests.tiny import tiny_transformer, tiny_vae
 from tests.tiny_adapters import DIALECTS
 from tests.tiny_glm import TRANSFORMER
@@ -288,8 +290,6 @@ HOSTILE: dict[str, tuple[dict[str, Tensor], str]] = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_damaged_adapters_are_refused(case: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = tiny_transformer()
     layers = list(model.modules())
     tensors, words = HOSTILE[case]
@@ -312,10 +312,19 @@ def test_damaged_adapters_are_refused(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_damaged_headers_are_refused(header: dict[str, str], words: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(PAIR, tmp_path / "x.safetensors", header)
     with pytest.raises(CheckpointError, match=words):
+        tiny_transformer().load_lora_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("rank", [-4, "4"])
+def test_a_rank_that_is_none_is_refused(rank: Any, tmp_path: Path) -> None:
+    written = DIALECTS["lycoris_lokr"]({"transformer": tiny_transformer(), "text_encoder": nn.Module()}).tensors
+    tensors = {name: tensor for name, tensor in written.items() if not name.endswith("alpha")}
+    config = {"transformer.peft_type": "LOKR", "transformer.r": rank, "transformer.alpha": 2}
+    header = {"lora_adapter_metadata": json.dumps({**config, "transformer.use_rslora": True})}
+    save_file(tensors, tmp_path / "x.safetensors", header)
+    with pytest.raises(CheckpointError, match="r must be a finite number"):
         tiny_transformer().load_lora_adapter(tmp_path / "x.safetensors")
 
 

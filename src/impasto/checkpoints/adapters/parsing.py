@@ -184,7 +184,7 @@ def scaled(layer: FoundLayer, given: float | None, settings: Settings | None, wh
         source, alpha = settings.source, stored
         if layer.kind in ("lokr", "loha"):
             number = _pattern(content.get("rank_pattern"), layer.name, where) or content.get("r") or number
-            number = _checked(number, f"{where}: r")
+            number = finite(f"{where}: r", number, 0, _LARGEST_ALPHA, above=0, error=CheckpointError)
         if content.get("use_rslora") is True:
             number = math.sqrt(number)
     elif layer.dialect.alpha is not None:

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...checks import finite, shown
+from ...checks import finite, shown, whole_number
 from ...errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
-from .buckets import Buckets
+from .buckets import Buckets, sizes_of
 from .captions import Captions
 from .sample import Sample
 from .views import Views
@@ -81,6 +81,8 @@ def read_settings(folder: Path) -> CacheSettings:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         settings = CacheSettings(**values)
+        whole_number("samples", settings.samples, least=0)
+        Buckets(sizes_of(settings.sizes), settings.max_upscale, settings.max_crop)
         if settings.version != _VERSION or Views(settings.crop, settings.flip).count is None:  # type: ignore[arg-type]
             raise ValueError(f"version {settings.version}")
     except FileNotFoundError as error:
@@ -110,20 +112,23 @@ class CachedSource:
         self.real_prompt_ratio = finite("real_prompt_ratio", real_prompt_ratio, 0, 1, error=ConfigurationError)
         self.weight = finite("weight", weight, 0, error=ConfigurationError)
         self.views = Views(self.settings.crop, self.settings.flip)  # type: ignore[arg-type]
-        self._records: list[dict[str, Any]] = [{}] * self.settings.samples
-        self._chunks: list[str] = [""] * self.settings.samples
         self._checksums: dict[str, str] = {}
+        found: dict[int, tuple[dict[str, Any], str]] = {}
         for line in read_index(folder):
-            for record in line["samples"]:
-                self._records[record["index"]] = record
-                self._chunks[record["index"]] = line["file"]
+            found |= {record["index"]: (record, line["file"]) for record in line["samples"]}
             self._checksums[line["file"]] = line["sha256"]
-        missing = self._chunks.count("")
+        for index, (record, _) in found.items():
+            views = 0 if record["bucket"] is None or record.get("broken") else self.views.count
+            if index >= self.settings.samples or (views and len(record["crops"]) != views):
+                raise CheckpointError(f"the sample {index} in the index of {folder} does not fit its {SETTINGS}")
+        missing = self.settings.samples - len(found)
         if missing:
             raise CheckpointError(
                 f"the cache {folder} lacks {missing} of its {self.settings.samples} samples; complete it by running "
                 f"impasto cache again"
             )
+        self._records = [found[index][0] for index in range(len(found))]
+        self._chunks = [found[index][1] for index in range(len(found))]
         self._checked: set[str] = set()
         with self._open(EMPTY) as file:
             self.empty: Tensor = file.get_tensor("text").float()
@@ -209,12 +214,17 @@ class CachedSource:
         if record["bucket"] != list(target):
             raise InputError(f"{record['name']} was cached for {record['bucket']}, not {list(target)}; cache it again")
         prefix = f"{index}.{view.number}."
-        with self._open(self._chunks[index]) as file:
-            own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-            tensors = {name: file.get_tensor(prefix + name) for name in own}
-            text = None if caption is None else file.get_tensor(text_key(caption)).float()
+        try:
+            with self._open(self._chunks[index]) as file:
+                own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+                tensors = {name: file.get_tensor(prefix + name) for name in own}
+                text = None if caption is None else file.get_tensor(text_key(caption)).float()
+            posterior = tensors["mean"].float(), tensors["std"].float()
+        except (SafetensorError, KeyError) as error:
+            path = self.folder / self._chunks[index]
+            raise InputError(f"{path} lacks tensors of {shown(record['name'])}: {error}; cache it again") from error
         return Sample(
-            posterior=(tensors["mean"].float(), tensors["std"].float()),
+            posterior=posterior,
             caption=caption,
             text=text,
             size=self.size(index),
@@ -244,10 +254,10 @@ def read_index(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of all indices of a cache, by whichever process.
 
     Raises:
-        CheckpointError: a line is damaged, other than one that was not written to its end.
+        CheckpointError: a line is damaged, other than a last one that was not written to its end.
     """
     for path in sorted(folder.glob("index-*.jsonl")):
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line) if line else None
                 if record is not None:
@@ -263,8 +273,12 @@ def _check_line(record: Mapping[str, Any]) -> None:
     valid = isinstance(record["file"], str) and "/" not in record["file"] and isinstance(record["sha256"], str)
     for sample in record["samples"]:
         height, width = sample["size"]
-        valid = valid and int(sample["index"]) >= 0 and height > 0 and width > 0
-        valid = valid and isinstance(sample["name"], str) and len(sample["captions"]) == 2
+        whole_number("index", sample["index"], least=0)
+        valid = valid and height > 0 and width > 0 and isinstance(sample["name"], str)
+        places = [*sample["crops"], *([] if sample["bucket"] is None else [sample["bucket"]])]
+        valid = valid and all(isinstance(place, list) and len(place) == 2 for place in places)
+        short, long = sample["captions"]
+        valid = valid and all(isinstance(caption, str) for caption in (*short, *long))
     if not valid:
         raise ValueError("not a line of an index")
 

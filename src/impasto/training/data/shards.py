@@ -61,6 +61,8 @@ class ShardSource(ImageSource):
         reading = reading or Reading()
         self._shards = _find(shards)
         self.damaged = Faults("the shards", reading.max_broken, len(self._shards))
+        folder = shards if isinstance(shards, str | os.PathLike) and Path(shards).is_dir() else None
+        names = [path.name if folder is None else path.relative_to(folder).as_posix() for path in self._shards]
         index = None if index is None else Path(index)
         stored = {} if index is None else _read_index(index)
         self._members: list[_Member] = []
@@ -77,7 +79,7 @@ class ShardSource(ImageSource):
                     append_line(index, scanned.line())
                 for entry in scanned.entries:
                     members.append(_Member(number, entry))
-                    found.append((f"{path.name}/{entry.key}", entry.captions, entry.size))
+                    found.append((f"{names[number]}/{entry.key}", entry.captions, entry.size))
         if not found:
             raise InputError("the shards have no samples with an image")
         by_name: dict[str, _Member] = {}
@@ -103,6 +105,11 @@ class ShardSource(ImageSource):
 
     def _content(self, member: _Member, span: _Span) -> io.BytesIO:
         path = self._shards[member.shard]
+        if span.length > MAX_FILE_BYTES:
+            raise InputError(
+                f"a file of {member.entry.key} in {path} has {span.length:,} bytes, and at most {MAX_FILE_BYTES:,} are "
+                f"read"
+            )
         try:
             with path.open("rb") as file:
                 file.seek(span.start)

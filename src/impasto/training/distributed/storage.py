@@ -64,6 +64,15 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
             write_file(folder / STATE, json.dumps(content, indent=1))
 
 
+def replace_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Replace what ``write_tensors`` stored as ``state``, completely or not at all.
+
+    Raises:
+        OutputError: the disk is full or the file cannot be written.
+    """
+    write_file(folder / STATE, json.dumps({**_contents(folder), "state": state}, indent=1))
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """What ``write_tensors`` stored as ``state``.
 

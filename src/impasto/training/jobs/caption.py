@@ -157,7 +157,10 @@ def _read_partial(path: Path, settings: dict[str, Any]) -> dict[str, str]:
         append_line(path, json.dumps({"settings": settings}))
         return {}
     finished: dict[str, str] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
+    lines = path.read_bytes().split(b"\n")[:-1]  # a last one that was not written to its end does not count
+    if not lines:
+        append_line(path, json.dumps({"settings": settings}))
+    for number, line in enumerate(lines):
         try:
             record = json.loads(line)
             if number == 0:

@@ -31,6 +31,10 @@ class DiffusionLoss:
         betas: [T], the noise schedule.
         prediction_type: ``epsilon`` or ``v_prediction``, as in a scheduler's config.
         pixel_scale: half the distance between adjacent data values, for the likelihood at t = 0.
+
+    Raises:
+        InputError: another prediction, or ``epsilon`` with a schedule that ends in pure noise, where it says nothing
+            about the image.
     """
 
     def __init__(self, betas: Tensor, prediction_type: str = "epsilon", pixel_scale: float = 1.0 / 255.0):
@@ -40,6 +44,11 @@ class DiffusionLoss:
         self.pixel_scale = pixel_scale
         self.steps = len(betas)
         self.alphas_cumprod = (1.0 - betas.double()).cumprod(0)
+        if prediction_type == "epsilon" and float(self.alphas_cumprod[-1]) < 1e-8:
+            raise InputError(
+                "the noise schedule ends in pure noise (rescale_betas_zero_snr), where noise says nothing about the "
+                "image; predict v_prediction"
+            )
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         self.posterior = process.posterior(self.alphas_cumprod, previous)
         # The variance is 0 at t = 0 and replaced by that at t = 1, as in 2102.09672.

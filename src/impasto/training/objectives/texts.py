@@ -44,7 +44,8 @@ class Texts:
 
     def __call__(self, samples: Sequence[Sample], dropped: Tensor) -> Text:
         """Features of the captions, where ``dropped`` [B] of the empty one, including its mask."""
-        if any(sample.text is not None for sample in samples):
+        without = self.encoder is None and not any(sample.caption for sample in samples)
+        if without or any(sample.text is not None for sample in samples):
             return self._stored(samples, dropped)
         if self.encoder is None or self.tokenizer is None:
             raise InputError("the samples have captions, and there is no text encoder; give one, or cache the features")
@@ -80,7 +81,8 @@ class Texts:
     def _stored(self, samples: Sequence[Sample], dropped: Tensor) -> Text:
         rows = []
         for sample, drop in zip(samples, dropped.tolist()):
-            row = self._empty() if drop else sample.text
+            has_none = sample.text is None and not sample.caption
+            row = self._empty() if drop or has_none else sample.text
             if row is None:
                 raise InputError("some samples of a batch have stored text features and others do not; cache them all")
             rows.append(row[: self.tokens])
@@ -94,8 +96,8 @@ class Texts:
         if self.empty is None:
             if self.encoder is None:
                 raise InputError(
-                    "caption_dropout needs the features of the empty caption, which are not stored; cache them again, "
-                    "give a text encoder, or set caption_dropout to 0"
+                    "caption_dropout and images without captions need the features of the empty caption, which are not "
+                    "stored; cache them again, or give a text encoder"
                 )
             self.empty = self.features([""])[0]
         return self.empty
