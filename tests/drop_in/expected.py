@@ -26,3 +26,6 @@ EXPECTED_DIFFERENT: dict[str, str] = {
     **{f"{p}.from_pretrained(dtype)": "`dtype=` is `torch_dtype=`" for p in _PIPELINES},
     **{f"{p}.enable_group_offload(offload_to_disk_path)": "`offload_to_disk_path` works" for p in _PIPELINES},
 }
+
+#: Those in which diffusers is wrong by chance: which of its components' files is left depends on timing.
+BY_CHANCE = {name for name in EXPECTED_DIFFERENT if "offload_to_disk_path" in name}

@@ -21,7 +21,7 @@ import impasto
 
 from . import generated
 from .building import Make, comparable, difference
-from .expected import EXPECTED_DIFFERENT
+from .expected import BY_CHANCE, EXPECTED_DIFFERENT
 from .idioms import IDIOMS, Idiom, all_idioms
 
 DIFFERENCES = Path(__file__).parents[2] / "docs" / "differences.md"
@@ -94,6 +94,7 @@ def test_what_works_there_works_here(outcomes: dict[str, Outcome]) -> None:
 def test_listed_differences_are_true_and_documented(outcomes: dict[str, Outcome]) -> None:
     text = " ".join(DIFFERENCES.read_text().split())
     assert not [n for n in EXPECTED_DIFFERENT if n not in outcomes], "no such idiom"
-    assert not [n for n in EXPECTED_DIFFERENT if outcomes[n].difference is None], "these agree: take them out"
+    agreeing = {name for name in EXPECTED_DIFFERENT if outcomes[name].difference is None}
+    assert not agreeing - BY_CHANCE, "these agree: take them out"
     assert not [n for n in EXPECTED_DIFFERENT if not outcomes[n].deliberate], "these are faults"
     assert not [n for n, reason in EXPECTED_DIFFERENT.items() if reason not in text], "reasons not in the docs"
