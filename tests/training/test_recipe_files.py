@@ -70,6 +70,12 @@ WRONG: dict[str, tuple[str, str]] = {
         "data: {sources: [{kind: folder}]}",
         "data.sources.0: .*folder needs its path",
     ),
+    "packed batches": ("data: {pack_pixels: 1000}", "data.pack_pixels: no objective takes"),
+    "GLM-Image without its objective": ("models: {family: glm-image, pipeline: x}", "belong together"),
+    "a cache and a trained text encoder": (
+        "{data: {sources: [{kind: cache, path: x}]}, models: {text_encoder: {train: true}}}",
+        "a cache has the features of a frozen text encoder",
+    ),
     "not a number": ("optimizer: {rate: .nan}", "optimizer.rate"),
 }
 

@@ -324,6 +324,8 @@ class Configuration(Settings):
             raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
         if self.adapter is not None and isinstance(self.objective, DmdSettings | TextualInversionSettings):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
+        if self.data.pack_pixels is not None:
+            raise ValueError("data.pack_pixels: no objective takes batches of mixed sizes yet; leave it out")
         if (self.models.family == "glm-image") != isinstance(self.objective, FlowMatchingSettings):
             raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
         if self.models.family == "glm-image" and self.models.pipeline is None:
