@@ -273,7 +273,7 @@ def test_nothing_happens_if_the_block_raises(folder: Path) -> None:
 def test_a_full_disk_leaves_the_old_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
 ) -> None:
-    """Or, once it is committed, the new one: whoever comes next finishes it."""
+    """Or, once it is committed, the new one: the next process finishes it."""
     with monkeypatch.context() as patch:
         Full(patch, call).after = after
         try:

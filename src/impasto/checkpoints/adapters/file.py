@@ -1,4 +1,4 @@
-"""Read an adapter file, whoever wrote it."""
+"""Read an adapter file, by any writer."""
 
 from __future__ import annotations
 

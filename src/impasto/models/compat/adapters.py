@@ -45,7 +45,7 @@ class AdapterMethods:
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load an adapter from a file, a folder, the hub or a state dict, whoever wrote it, and make it the active one.
+        """Load an adapter from a file, a folder, the hub or a state dict of any writer, and make it the active one.
 
         Args:
             prefix: accepted without effect: names show which component they are for.

@@ -43,7 +43,7 @@ class LoraFiles(Components):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load an adapter, whoever wrote it, into the components that it is for, and make it the active one there.
+        """Load an adapter of any writer into the components that it is for, and make it the active one there.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder, a hub id, ``builtin:NAME``, or a state dict.
