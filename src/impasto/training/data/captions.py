@@ -32,7 +32,7 @@ class Captions:
         return self.short + self.long
 
     def choose(self, rng: np.random.Generator, real_prompt_ratio: float) -> str | None:
-        """A short caption with the probability ``real_prompt_ratio``, else a long one; what there is if one is missing.
+        """A short caption with probability ``real_prompt_ratio``, else a long one; if one is missing, the other.
 
         It always draws two numbers, so that what is drawn after them does not depend on the captions.
         """

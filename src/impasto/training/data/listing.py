@@ -45,7 +45,7 @@ def list_folder(folder: Path, metadata: Path | None = None, mask_suffix: str | N
         InputError: no such folder, no image in it, or captions that cannot be read; the message has the line.
     """
     if not folder.is_dir():
-        raise InputError(f"the folder of images {folder} does not exist")
+        raise InputError(f"the folder of images {folder} does not exist; set data.sources to folders that do")
     candidates = [folder / METADATA, *(folder / name for name in _ORIGINAL_JSON)]
     metadata = metadata or next((path for path in candidates if path.is_file()), None)
     if metadata is None:
