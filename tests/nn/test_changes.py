@@ -183,3 +183,11 @@ def test_caches_and_compiled_calls_are_undone_in_any_order(order: tuple[int, ...
         torch.testing.assert_close(predict(model), expected)
     assert CALL not in vars(block)
     torch.compiler.reset()
+
+
+def test_a_forward_that_training_has_compiled_counts_as_compiled() -> None:
+    block = nn.Linear(2, 2)
+    block.forward = torch.compile(block.forward, dynamic=False)
+    assert changes.is_compiled(block)
+    del block.forward
+    assert not changes.is_compiled(block)

@@ -72,10 +72,6 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "packed batches": ("data: {pack_pixels: 1000}", "data.pack_pixels: no objective takes"),
     "GLM-Image without its objective": ("models: {family: glm-image, pipeline: x}", "belong together"),
-    "a cache and a trained text encoder": (
-        "{data: {sources: [{kind: cache, path: x}]}, models: {text_encoder: {train: true}}}",
-        "a cache has the features of a frozen text encoder",
-    ),
     "a frozen transformer": ("models: {transformer: {train: false}}", "models.transformer.train: .* trains it"),
     "a trained autoencoder": ("models: {vae: {train: true}}", "models.vae.train: .* does not train it"),
     "an adapter and a trained text encoder": (

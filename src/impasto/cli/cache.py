@@ -28,6 +28,9 @@ def cache(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at once.")] = 8,
     threads: Annotated[int, typer.Option(metavar="N", help="That read images ahead.")] = 4,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda by default, else cpu.")] = None,
+    latents_only: Annotated[
+        bool, typer.Option("--latents-only", help="Leave out features of captions: the text encoder is trained.")
+    ] = False,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster ('auto', or local: start one).")
     ] = None,
@@ -45,7 +48,7 @@ def cache(
     from ..training import recipe_files
 
     configuration = recipe_files.read(config, changes or [])
-    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "threads": threads}
+    options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "threads": threads, "texts": not latents_only}
     if ray is not None:
         if part != (1, 1):
             raise InputError("--shard and --ray contradict each other: Ray divides the work itself")

@@ -177,7 +177,7 @@ def adapters_in_force(module: nn.Module) -> tuple[Any, ...]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the calls of a module are compiled, by us or by its ``compile()``."""
-    calls = _chain(vars(module).get(CALL))
+    calls = [*_chain(vars(module).get(CALL)), vars(module).get("forward")]
     return any(
         getattr(call, "change", "") == "compiled" or hasattr(call, "_torchdynamo_orig_callable") for call in calls
     )

@@ -17,6 +17,8 @@ from .renderer import SUPERSAMPLING, GeometryBuffer, shade, trace, trace_layout
 from .world import FRAMES, Scene, is_held_out, recolour, sample_arrangement, with_adapter_words
 
 SAMPLE_STREAM = 40_509  # first word of the random seeds; others are in evaluate.py
+WORDING_STREAM = 40_510
+WORDINGS = 8  # of a caption in a cache
 KINDS = ("ordinary", "adapter")
 
 
@@ -93,6 +95,11 @@ class ScenesSource:
                 scene = with_adapter_words(scene, attempts)
             if not is_held_out(scene):
                 return scene
+
+    def wordings(self, index: int) -> tuple[str, ...]:
+        """Some captions of a sample, for a cache; ``read`` words one with its own random numbers."""
+        scene, rng = self.scene(index), np.random.default_rng([WORDING_STREAM, self.seed, index])
+        return tuple(dict.fromkeys(caption(scene, rng) for _ in range(WORDINGS)))
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> SceneSample:
         """Render a sample.

@@ -94,7 +94,9 @@ def assemble(
         components = load(configuration, processes.device)
         make_class_images(configuration, components, processes)
     data, validation, caches = open_data(configuration, sources or {}, indices, writes)
-    components = components or load(configuration, processes.device)
+    cached = all(source.kind == "cache" for source in configuration.sources)
+    texts_are_stored = cached and all(cache.settings.has_texts for cache in caches)
+    components = components or load(configuration, processes.device, texts_are_stored)
     for cache in caches:
         cache.check_models(components.vae, components.text_encoder)
     if configuration.adapter is not None:
@@ -205,6 +207,11 @@ def open_data(
         tokens = configuration.objective.tokens or FAMILIES[configuration.models.family].text_tokens
         cache.check_settings(buckets, tokens, configuration.objective.clean_captions)
         cache.check_text_encoder(caches[0])
+        if cache.settings.has_texts and configuration.trains_texts:
+            raise ConfigurationError(
+                f"the cache {cache.folder} has the features of a frozen text encoder: do not train it, or make a cache "
+                f"of latents alone (--latents-only)"
+            )
     if wanted is not None and held is None:
         opened, held = hold_out(opened, wanted.count)
     given = [source.share for source in settings.sources]

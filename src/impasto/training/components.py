@@ -85,7 +85,7 @@ class Components:
                 save_image(image, folder / f"step-{step:08d}-{i}.png")
 
 
-def load(configuration: Configuration, device: torch.device) -> Components:
+def load(configuration: Configuration, device: torch.device, texts_are_stored: bool = False) -> Components:
     """Load or make the models of a run.
 
     New weights depend on the seed alone.
@@ -106,7 +106,7 @@ def load(configuration: Configuration, device: torch.device) -> Components:
             reader.glm_image(found)
             return found
         found.tokenizer = reader.tokenizer()
-        if not configuration.reads_caches_alone:
+        if configuration.uses_pipeline or not texts_are_stored:
             found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer)
         if isinstance(configuration.objective, TextEncoderSettings):
             return found
@@ -116,22 +116,26 @@ def load(configuration: Configuration, device: torch.device) -> Components:
     return found
 
 
-def load_encoders(configuration: Configuration, device: torch.device) -> Components:
-    """The same autoencoder, text encoder and tokenizer alone, frozen: what a cache is made with.
+def load_encoders(configuration: Configuration, device: torch.device, texts: bool = True) -> Components:
+    """The same autoencoder, and with ``texts`` text encoder and tokenizer, frozen: what a cache is made with.
 
     Raises:
         ConfigurationError: one of them is trained.
     """
     models = configuration.models
     adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
-    if models.text_encoder.train or adapted:
-        raise ConfigurationError("the text_encoder is trained here, so what it encodes changes and cannot be cached")
+    if texts and (models.text_encoder.train or adapted):
+        raise ConfigurationError(
+            "the text_encoder is trained here, so what it encodes changes and cannot be cached; cache latents alone "
+            "(--latents-only)"
+        )
     reader = _Reader(configuration, device)
     found = Components(FAMILIES[models.family])
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
-        found.tokenizer = reader.tokenizer()
-        found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer).requires_grad_(False).eval()
+        if texts:
+            found.tokenizer = reader.tokenizer()
+            found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer).requires_grad_(False).eval()
         found.vae = reader.vae(models.vae, trained=False).requires_grad_(False).eval()
     return found
 

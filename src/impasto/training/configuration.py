@@ -336,21 +336,25 @@ class Configuration(Settings):
     export: Literal["trained", "pipeline"] = "trained"
 
     @property
-    def _sources(self) -> list[SourceSettings]:
+    def sources(self) -> list[SourceSettings]:
+        """Those of the training and the validation data."""
         held = self.validation.source if self.validation else None
         return [*self.data.sources, *([held] if held else [])]
 
     @property
-    def reads_caches_alone(self) -> bool:
-        """Whether nothing in the run needs a text encoder, as all features are stored."""
-        uses_pipeline = self.samples is not None or bool(self.checks) or self.export == "pipeline"
-        return not uses_pipeline and all(source.kind == "cache" for source in self._sources)
+    def uses_pipeline(self) -> bool:
+        """Whether the run generates images or writes a pipeline, and so needs all models."""
+        return self.samples is not None or bool(self.checks) or self.export == "pipeline"
+
+    @property
+    def trains_texts(self) -> bool:
+        """Whether the text encoder changes."""
+        adapted = self.adapter is not None and self.adapter.text_encoder_rank is not None
+        return bool(self.models.text_encoder.train) or adapted
 
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
-        cached = any(source.kind == "cache" for source in self._sources)
-        if cached and (self.models.text_encoder.train or (self.adapter and self.adapter.text_encoder_rank)):
-            raise ValueError("a cache has the features of a frozen text encoder: do not train it, or use the images")
+        cached = any(source.kind == "cache" for source in self.sources)
         if cached and not isinstance(self.objective, Denoising):
             raise ValueError(f"a cache has no images, which the objective {self.objective.kind} needs; name the images")
         if self.adapter is not None and self.objective.kind not in ("text-to-image", "flow-matching", "lcm"):

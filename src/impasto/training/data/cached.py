@@ -1,4 +1,4 @@
-"""A cache of encoded samples: what a frozen autoencoder and a frozen text encoder make of a source, on disk.
+"""A cache of encoded samples: what frozen models make of a source, on disk.
 
     cache.json                 what was cached, and how: ``CacheSettings``
     chunk-000000.safetensors   tensors of consecutive samples: "12.0.mean" and "12.0.std" of sample 12's view 0, ...
@@ -6,7 +6,8 @@
 
 The samples are those of the source, in its order, so training from a cache forms the same batches. A view is a crop,
 mirrored or not (``views.Views``). The mean and deviation of the posterior are stored, not a sample of it, and features
-of all captions, so training from a cache chooses what training from images would.
+of all captions, so training from a cache chooses what training from images would. A cache of latents alone has no
+features: its captions are encoded in training, so the text encoder may be trained.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class CacheSettings:
         samples: of the source.
         sizes: the buckets.
         crop, flip: the views of each image.
-        autoencoder, text_encoder: ``fingerprint``s of the models.
+        autoencoder, text_encoder: ``fingerprint``s of the models; "" for the latter if only latents are stored.
         tokens, clean: how captions were tokenized.
         dtype: of the stored tensors.
         chunk: samples of a file.
@@ -62,6 +63,11 @@ class CacheSettings:
     dtype: str = "float32"
     chunk: int = 32
     version: int = _VERSION
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether features of the captions are stored."""
+        return self.text_encoder != ""
 
     def differences(self, other: CacheSettings) -> list[str]:
         """The names of the values that differ."""
@@ -101,7 +107,7 @@ class CachedSource:
 
     Attributes:
         settings: what the cache depends on.
-        empty: [M, D], features of the empty caption.
+        empty: [M, D], features of the empty caption; None if only latents are stored.
 
     Raises:
         CheckpointError: no cache, an incomplete one, or one whose index is damaged.
@@ -130,8 +136,10 @@ class CachedSource:
         self._records = [found[index][0] for index in range(len(found))]
         self._chunks = [found[index][1] for index in range(len(found))]
         self._checked: set[str] = set()
-        with self._open(EMPTY) as file:
-            self.empty: Tensor = file.get_tensor("text").float()
+        self.empty: Tensor | None = None
+        if self.settings.has_texts:
+            with self._open(EMPTY) as file:
+                self.empty = file.get_tensor("text").float()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -160,7 +168,7 @@ class CachedSource:
             ("autoencoder", vae, self.settings.autoencoder),
             ("text encoder", text_encoder, self.settings.text_encoder),
         ):
-            if model is not None and fingerprint(model) != stored:
+            if model is not None and stored and fingerprint(model) != stored:
                 raise ConfigurationError(
                     f"the cache {self.folder} was made with another {name}, or in another precision; name that one, or "
                     f"make the cache again"
@@ -176,9 +184,8 @@ class CachedSource:
             "sizes": sorted(map(list, buckets.sizes)),
             "max_upscale": buckets.max_upscale,
             "max_crop": buckets.max_crop,
-            "tokens": tokens,
-            "clean": clean,
         }
+        wanted |= {"tokens": tokens, "clean": clean} if self.settings.has_texts else {}
         for name, value in wanted.items():
             stored = getattr(self.settings, name)
             if (sorted(stored) if name == "sizes" else stored) != value:
@@ -191,8 +198,13 @@ class CachedSource:
         """Check that another cache has features of the same text encoder, which may not be loaded.
 
         Raises:
-            ConfigurationError: it was made with another one.
+            ConfigurationError: it was made with another one, or one of them has latents alone.
         """
+        if self.settings.has_texts != other.settings.has_texts:
+            raise ConfigurationError(
+                f"of the caches {self.folder} and {other.folder}, one has latents alone and the other one texts too; "
+                f"make one of them again"
+            )
         if self.settings.text_encoder != other.settings.text_encoder:
             raise ConfigurationError(
                 f"the caches {self.folder} and {other.folder} were made with different text encoders, or in different "
@@ -200,7 +212,7 @@ class CachedSource:
             )
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
-        """The stored posterior of one view, and the stored features of one caption.
+        """The stored posterior of one view, and one caption, with its features if they are stored.
 
         Raises:
             InputError: the image could not be read when it was cached, its chunk is damaged, or ``target`` is another
@@ -218,7 +230,8 @@ class CachedSource:
             with self._open(self._chunks[index]) as file:
                 own = {name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
                 tensors = {name: file.get_tensor(prefix + name) for name in own}
-                text = None if caption is None else file.get_tensor(text_key(caption)).float()
+                has_none = caption is None or not self.settings.has_texts
+                text = None if has_none else file.get_tensor(text_key(caption or "")).float()
             posterior = tensors["mean"].float(), tensors["std"].float()
         except (SafetensorError, KeyError) as error:
             path = self.folder / self._chunks[index]

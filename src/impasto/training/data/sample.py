@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from .captions import Captions
+
 
 @dataclass
 class Sample:
@@ -50,6 +52,15 @@ def name_of(source: Source, index: int) -> str | None:
     """The name of a sample, if its source has a method ``name``; for messages."""
     name = getattr(source, "name", None)
     return str(name(index)) if callable(name) else None
+
+
+def captions_of_sample(source: Source, index: int) -> Captions | None:
+    """All captions of a sample, if its source has a method ``captions``, or ``wordings`` for short ones alone."""
+    if callable(captions := getattr(source, "captions", None)):
+        found: Captions = captions(index)
+        return found
+    wordings = getattr(source, "wordings", None)
+    return Captions(tuple(wordings(index))) if callable(wordings) else None
 
 
 @dataclass

@@ -25,9 +25,10 @@ from ...errors import ConfigurationError, InputError
 from ...files import append_line, make_folder, write_file
 from ..data.buckets import Buckets
 from ..data.cached import EMPTY, SETTINGS, CacheSettings, read_index, read_settings, text_key
+from ..data.captions import Captions
 from ..data.faults import Faults
 from ..data.images import ImageSource
-from ..data.sample import Sample, Source
+from ..data.sample import Sample, Source, captions_of_sample, name_of
 from ..data.views import Views
 from ..randomness import reading_generator
 
@@ -42,11 +43,11 @@ class Encoders:
 
     Attributes:
         posterior: samples with images of one size -> mean and deviation, each [B, C, h, w], float32.
-        features: captions -> [M, D] of each, of its real tokens, float32.
+        features: captions -> [M, D] of each, of its real tokens, float32; None: only latents are stored.
     """
 
     posterior: Callable[[list[Sample]], tuple[Tensor, Tensor]]
-    features: Callable[[list[str]], list[Tensor]]
+    features: Callable[[list[str]], list[Tensor]] | None
 
 
 class Job:
@@ -105,8 +106,9 @@ class Job:
         return sum(min(size, self.settings.samples - number * size) for number in chunks)
 
     def write_empty(self) -> str:
-        """Write the features of the empty caption, and return their line of the index."""
-        return self._write(EMPTY, {"text": self.encoders.features([""])[0]}, [])
+        """Write the features of the empty caption, if texts are stored, and return their line of the index."""
+        features = self.encoders.features
+        return self._write(EMPTY, {} if features is None else {"text": features([""])[0]}, [])
 
     def write_chunk(self, number: int) -> str:
         """Encode and write a chunk, and return its line of the index.
@@ -126,18 +128,18 @@ class Job:
                 for batch in _batches(group, self.batch_size):
                     self._encode(batch, records, tensors)
         captions = dict.fromkeys(c for record in records.values() for texts in record["captions"] for c in texts)
-        for texts in _batches(captions, 8 * self.batch_size):
-            for caption, features in zip(texts, self.encoders.features(texts)):
-                tensors[text_key(caption)] = features
+        if self.encoders.features is not None:
+            for texts in _batches(captions, 8 * self.batch_size):
+                for caption, features in zip(texts, self.encoders.features(texts)):
+                    tensors[text_key(caption)] = features
         return self._write(_file(number), tensors, list(records.values()))
 
     def _record(self, index: int) -> dict[str, Any]:
         bucket = list(self.buckets.sizes[self._bins[index]]) if self._bins[index] >= 0 else None
         record = {"index": index, "size": list(self.source.size(index)), "bucket": bucket, "crops": []}
-        if isinstance(self.source, ImageSource):
-            captions = self.source.captions(index)
-            return record | {"name": self.source.name(index), "captions": [captions.short, captions.long]}
-        return record | {"name": str(index), "captions": [(), ()]}
+        captions = captions_of_sample(self.source, index) or Captions()
+        name = name_of(self.source, index) or str(index)
+        return record | {"name": name, "captions": [captions.short, captions.long]}
 
     def _read(self, index: int) -> tuple[int, list[Sample] | str]:
         """All views of a sample, or why it is broken."""
@@ -161,7 +163,7 @@ class Job:
             if isinstance(view, str):
                 records[index]["broken"] = view
                 self.faults.add(records[index]["name"], view)
-        good = [(index, number, view) for index, number, view in batch if isinstance(view, Sample)]
+        good = [(index, number, view) for index, number, view in batch if not isinstance(view, str)]
         if not good:
             return
         means, deviations = self.encoders.posterior([sample for _, _, sample in good])
@@ -175,10 +177,9 @@ class Job:
                 tensors[f"{prefix}labels"] = sample.labels
             tensors |= {f"{prefix}extra.{name}": value for name, value in sample.extra.items()}
             if not isinstance(self.source, ImageSource):
-                records[index] |= {
-                    "captions": [[sample.caption] if sample.caption else [], []],
-                    "weight": sample.weight,
-                }
+                records[index]["weight"] = sample.weight
+                if captions_of_sample(self.source, index) is None:
+                    records[index]["captions"] = [[sample.caption] if sample.caption else [], []]
 
     def _write(self, name: str, tensors: dict[str, Tensor], samples: list[dict[str, Any]]) -> str:
         stored = {key: _stored(value, self.dtype) for key, value in sorted(tensors.items())}

@@ -27,12 +27,14 @@ def cache_jobs(
     batch_size: int = 8,
     threads: int = 4,
     chunk: int = 32,
+    texts: bool = True,
 ) -> list[Job]:
     """A job for each source of the training data, with the frozen models of the configuration.
 
     Args:
         out: the folder of the cache; with several sources, that of the i-th is ``out/i``, from 1 on.
         kinds: further kinds of sources, by name.
+        texts: whether features of the captions are stored; without them the text encoder may be one that is trained.
 
     Raises:
         ConfigurationError: the text encoder is trained, crops are random, or there is a cache of other settings.
@@ -49,14 +51,14 @@ def cache_jobs(
     sources = [open_source(source, kinds, settings.max_broken, out / "sizes") for source in plain]
     for source in sources:
         settings_for(source, buckets, autoencoder="", text_encoder="", tokens=1, clean=False, dtype=dtype, chunk=chunk)
-    models = load_encoders(configuration, device)
-    texts = texts_of(objective, models)
-    encoders = Encoders(Latents(models.vae.config, models.vae).posterior, texts.features)
+    models = load_encoders(configuration, device, texts)
+    reader = texts_of(objective, models)
+    encoders = Encoders(Latents(models.vae.config, models.vae).posterior, reader.features if texts else None)
     common = {
         "autoencoder": fingerprint(models.vae),
-        "text_encoder": fingerprint(models.text_encoder),
-        "tokens": texts.tokens,
-        "clean": texts.clean,
+        "text_encoder": fingerprint(models.text_encoder) if texts else "",
+        "tokens": reader.tokens if texts else 1,
+        "clean": reader.clean and texts,
         "dtype": dtype,
         "chunk": chunk,
     }
