@@ -78,4 +78,6 @@ class StubGeneration:
 
 def _image(job: Job, step: int) -> RawImage:
     colour = hashlib.sha256(f"{job.prompt} {job.seed} {step}".encode("utf-8", "replace")).digest()[:3]
-    return RawImage(job.width, job.height, colour * (job.width * job.height))
+    pasted = job.given.images[0] if job.given and job.given.padding is not None else job
+    width, height = pasted.width, pasted.height
+    return RawImage(width, height, colour * (width * height))
