@@ -166,7 +166,7 @@ def save_image(
 
 
 def encode_image(image: Image.Image, kind: str, settings: GenerationSettings | None, quality: int = 95) -> bytes:
-    """The file of an image as ``save_image`` writes it; ``kind`` is PNG, JPEG or WEBP, ``quality`` that of the latter."""
+    """The file of an image as ``save_image`` writes it; ``kind`` is PNG, JPEG or WEBP."""
     options: dict[str, Any] = {}
     # Lone surrogates (from undecodable command lines) cannot be written in any encoding.
     text = settings.to_text().encode("utf-8", "replace").decode("utf-8") if settings else None
