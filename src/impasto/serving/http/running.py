@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from fastapi import Request
@@ -88,7 +88,7 @@ async def finish(generation: Generation, watch: Callable[[Event], None] | None =
     raise ApiError("the server failed; its log has the reason", status=500)
 
 
-async def events_of(generation: Generation) -> AsyncIterator[Event]:
+async def events_of(generation: Generation) -> AsyncGenerator[Event, None]:
     """The events of a job, which is cancelled if nobody reads on."""
     ended = False
     try:
