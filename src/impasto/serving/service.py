@@ -57,6 +57,8 @@ class ServedModel:
         schedulers: the names that it takes.
         edits, masks: whether it takes images to edit, and masks.
         created: Unix time.
+        most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
+        most_images: how many images an edit takes.
     """
 
     name: str
@@ -72,6 +74,8 @@ class ServedModel:
     edits: bool
     masks: bool
     created: int
+    most_side: int = 0
+    most_images: int = 1
 
 
 class Generation(Protocol):
