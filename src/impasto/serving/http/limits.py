@@ -29,7 +29,7 @@ class Limits:
             return
         body = _Body(self, scope, receive)
         try:
-            await self.app(scope, body.receive, _Sender(send, self.settings.send_seconds).send)
+            await self.app(scope, body.receive, send)
         finally:
             self.buffered -= body.size
 
@@ -80,23 +80,6 @@ class _Body:
             message = await self._next()
             seen += len(message.get("body", b""))
             self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
-
-
-class _Sender:
-    """Sends an answer, and gives up on a client that does not read it."""
-
-    def __init__(self, send: Send, seconds: float):
-        self._send, self.seconds = send, seconds
-
-    async def send(self, message: Message) -> None:
-        try:
-            await asyncio.wait_for(self._send(message), self.seconds)
-        except TimeoutError:
-            raise ClientTooSlowError from None
-
-
-class ClientTooSlowError(Exception):
-    """The client does not read its answer; its connection is closed."""
 
 
 async def answer_error(send: Send, message: str, status: int, headers: dict[str, str] | None = None) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -104,7 +104,7 @@ async def finish(generation: Generation, watch: Callable[[Event], None] | None =
     raise ApiError("the server failed; its log has the reason", status=500)
 
 
-async def events_of(generation: Generation) -> AsyncIterator[Event]:
+async def events_of(generation: Generation) -> AsyncGenerator[Event, None]:
     """The events of a job, which is cancelled if nobody reads on."""
     ended = False
     try:

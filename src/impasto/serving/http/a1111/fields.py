@@ -141,9 +141,8 @@ def _is_off(arguments: Any) -> bool:
 
 def schema_of(fields: Mapping[str, Kind]) -> dict[str, Any]:
     """The OpenAPI description of a body with these fields."""
-    properties: dict[str, Schema] = {
-        name: {"anyOf": [kind.schema(), {"type": "null"}]} for name, kind in fields.items()
-    }
+    null = {"type": "null"}
+    properties: dict[str, Schema] = {name: {"anyOf": [kind.schema(), null]} for name, kind in fields.items()}
     properties |= {name: {"enum": [None, False, 0, "", "None"]} for name in _OFF}
     properties["alwayson_scripts"] = {"anyOf": [{"type": "object", "maxProperties": 0}, null]}
     schema: Schema = {"type": "object", "properties": properties}
