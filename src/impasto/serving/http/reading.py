@@ -210,7 +210,7 @@ class Reader:
         form, data = self._schema(True), self._schema(True)
         most = max(model.most_images for model in self.context.service.models.values())
         file = {"type": "string", "format": "binary", "contentMediaType": "image/png"}
-        text = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"}
+        text = {"type": "string", "format": "byte"}
         for schema, kind in ((form, file), (data, text)):
             image = kind if most == 1 else {"anyOf": [kind, {"type": "array", "items": kind, "maxItems": most}]}
             schema["properties"] |= {"image": image, "mask": kind}
