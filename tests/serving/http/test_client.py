@@ -199,7 +199,8 @@ def test_a_client_that_leaves_a_stream_ends_its_job():
     service = StubService(seconds=0.05)
     body = {"prompt": "a", "num_inference_steps": 200, "stream": True}
     with running(service) as served, httpx.stream("POST", f"{served.url}/v1/images/generations", json=body) as answer:
-        assert next(answer.iter_text()).startswith(': progress {"step": 0, "steps": 200')
+        texts = answer.iter_text()
+        assert next(texts).startswith(': progress {"step": 0, "steps": 200')
         assert service.unfinished
         answer.close()
         until(lambda: not service.unfinished)

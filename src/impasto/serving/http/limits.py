@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+MAX_HEADER_BYTES = 32 << 10
+
+
 class Limits:
     """An ASGI application around another: bodies are bounded in bytes and time, one alone and all together.
 
@@ -26,6 +29,9 @@ class Limits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            await answer_error(send, "the headers are too large", 431)
             return
         body = _Body(self, scope, receive)
         try:

@@ -20,11 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ...errors import ConfigurationError
 from ..service import Service
 from .errors import error_body
+from .limits import MAX_HEADER_BYTES
 from .settings import HttpSettings
 
 logger = logging.getLogger("impasto.serve")
 
-MAX_HEADER_BYTES = 32 << 10
 MAX_CONNECTIONS = 1000
 MIN_RATE = 1024  # bytes a second that a client must read
 
