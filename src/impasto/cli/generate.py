@@ -105,6 +105,7 @@ def generate(
 
     family = family_of(class_name)
     chosen_adapters, defaults = pipelines.choose_adapters(lora or [])
+    adapter_names = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in chosen_adapters)
     steps = defaults.steps or family.steps if steps is None else steps
     if guidance_scale is None:
         guidance_scale = family.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale

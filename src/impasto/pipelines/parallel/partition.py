@@ -100,4 +100,5 @@ class Partition:
         """The reverse: [T, H / P, d] -> [t, H, d]."""
         count, own = self.group.count, len(self.own)
         received = self.group.exchange(x.index_select(0, self._by_rank), self.counts, [own] * count)
-        return received.unflatten(0, (count, own)).movedim(0, 1).flatten(1, 2)  # [t, P, H / P, d] -> [t, H, d]
+        by_rank: Tensor = received.unflatten(0, (count, own))  # [P, t, H / P, d]
+        return by_rank.movedim(0, 1).flatten(1, 2)
