@@ -54,6 +54,9 @@ docs: $(STAMP)
 
 TRAIN = $(BIN)/impasto train $(1) --output $(SCENES)/$(2) --resume
 FROM = --set models.$(1).start_from=$(SCENES)/$(2)
+# Scenes are rendered and encoded once; what is there is not made again.
+ENCODE = $(BIN)/impasto cache $(1) $(SCENES)/latents-$(1) --latents-only --dtype float16
+LATENTS = --set 'data.sources.0={kind: cache, path: $(SCENES)/latents-$(1)}'
 PREVIOUS = --set models.pipeline=$(SCENES)/$(1)/result $(call FROM,text_encoder,$(1)/result) $(call FROM,transformer,$(1)/result)
 
 # A file of each finished stage, so that the next `make scenes` skips it.
@@ -65,16 +68,20 @@ $(SCENES)/text-encoder/result/text_encoder/config.json: | $(STAMP)
 	$(call TRAIN,scenes-text-encoder,text-encoder)
 
 $(SCENES)/128/result/model_index.json: $(SCENES)/vae/config.json $(SCENES)/text-encoder/result/text_encoder/config.json
-	$(call TRAIN,scenes-128,128) $(call FROM,vae,vae) $(call FROM,text_encoder,text-encoder/result)
+	$(call ENCODE,scenes-128) $(call FROM,vae,vae)
+	$(call TRAIN,scenes-128,128) $(call FROM,vae,vae) $(call FROM,text_encoder,text-encoder/result) $(call LATENTS,scenes-128)
 
 $(SCENES)/256/result/model_index.json: $(SCENES)/128/result/model_index.json
-	$(call TRAIN,scenes-256,256) $(call PREVIOUS,128)
+	$(call ENCODE,scenes-256) $(call PREVIOUS,128)
+	$(call TRAIN,scenes-256,256) $(call PREVIOUS,128) $(call LATENTS,scenes-256)
 
 $(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.json
-	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256)
+	$(call ENCODE,scenes-multiaspect) $(call PREVIOUS,256)
+	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256) $(call LATENTS,scenes-multiaspect)
 
 $(SCENES)/lcm/result: $(SCENES)/multiaspect/result/model_index.json
-	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result $(call LATENTS,scenes-lcm)
 
 scenes: $(SCENES)/lcm/result
 	@echo "The model is $(CURDIR)/$(SCENES)/multiaspect/result"

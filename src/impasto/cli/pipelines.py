@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import shown
 from ..errors import CheckpointError, ResourceError
 from ..memory.inspection import resolve_pipeline
+from ..registry import SOLVERS
 from .options import DType, Solver
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
     from ..pipelines.adapters import ChosenAdapter
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
-SOLVERS = {
-    Solver.DPM: "DPMSolverMultistepScheduler",
-    Solver.DDIM: "DDIMScheduler",
-    Solver.DDPM: "DDPMScheduler",
-    Solver.LCM: "LCMScheduler",
-}
 
 
 def resolve(model: str) -> tuple[Path, str]:
@@ -84,14 +79,14 @@ def load(
     if budget is None:
         pipe.to(device)
     if solver is not None:
-        pipe.scheduler = getattr(impasto, SOLVERS[solver]).from_config(pipe.scheduler.config)
+        pipe.scheduler = getattr(impasto, SOLVERS[solver.value]).from_config(pipe.scheduler.config)
     return pipe
 
 
 def solver_name(scheduler: Any) -> str:
     """The value of ``--scheduler`` for a scheduler; the name of its class if there is none."""
     name = type(scheduler).__name__
-    return next((solver.value for solver, class_name in SOLVERS.items() if class_name == name), name)
+    return next((solver for solver, class_name in SOLVERS.items() if class_name == name), name)
 
 
 def choose_adapters(given: list[str]) -> tuple[list[ChosenAdapter], AdapterDefaults]:

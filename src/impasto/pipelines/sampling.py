@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn.changes import unwrapped
 from ..nn.precision import adapt
+from ..schedulers.process import predicted_original
 from .compat.calls import Call, call_back, calling
 from .inputs import check_tensor
 from .request import Request
@@ -87,9 +88,11 @@ class Run:
     takes_original: bool = False  # the scheduler's x_0 instead of its next sample
     start: int = 0  # the steps before it are left out (image to image)
     known: Known | None = None
+    watched: bool = False  # whether the next step also estimates the image that it leads to
 
     def __post_init__(self) -> None:
         self.index, self.end = self.start, len(self.scheduler.timesteps)
+        self.estimate: Tensor | None = None  # of the last step that was watched: latents [B, C, h, w] without noise
         own = getattr(unwrapped(self.transformer), "step_cache", None)  # enabled on the transformer itself
         self.interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache or own
         self.guide(self.guidance_scale)
@@ -158,11 +161,25 @@ def take_step(run: Run, predicted: Tensor) -> None:
     if scale > 1.0:
         negative, positive = predicted.chunk(2)
         predicted = negative + scale * (positive - negative)  # classifier-free guidance (2207.12598)
+    if run.watched:
+        run.estimate = estimated(run, predicted)
     result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
     run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
     run.index += 1
     if run.known is not None:
         run.latents = run.known.blend(run.scheduler, run.latents, run.index)
+
+
+def estimated(run: Run, predicted: Tensor) -> Tensor:
+    """The latents [B, C, h, w] of the image that a prediction of the next step implies."""
+    config = getattr(run.scheduler, "config", {})
+    one, zero = (
+        value(run.latents[:1, :1, :1, :1], dtype=torch.float32) for value in (torch.ones_like, torch.zeros_like)
+    )
+    alpha, sigma = (noised(run.scheduler, x, noise, run.index) for x, noise in ((one, zero), (zero, one)))
+    x, kind = run.latents.float(), config.get("prediction_type", "flow_prediction")
+    original = predicted_original(kind, predicted.float(), x, alpha, sigma).to(run.latents.dtype)
+    return original if run.known is None else torch.lerp(run.known.latents, original, run.known.mask)
 
 
 def predict(run: Run) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +57,8 @@ class ServedModel:
         schedulers: the names that it takes.
         edits, masks: whether it takes images to edit, and masks.
         created: Unix time.
+        most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
+        most_images: how many images an edit takes.
     """
 
     name: str
@@ -72,6 +74,8 @@ class ServedModel:
     edits: bool
     masks: bool
     created: int
+    most_side: int = 0
+    most_images: int = 1
 
 
 class Generation(Protocol):
@@ -79,7 +83,7 @@ class Generation(Protocol):
 
     job: Job
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """Its events; the last one is Finished or Failed. To be called once."""
         ...
 
