@@ -101,7 +101,9 @@ class Record:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_records(path: Path, model: ServedModel, seed: int = 0, check: Callable[[Record], None] | None = None) -> list[Record]:
+def read_records(
+    path: Path, model: ServedModel, seed: int = 0, check: Callable[[Record], None] | None = None
+) -> list[Record]:
     """The records of a file of JSON lines.
 
     Args:
@@ -139,7 +141,7 @@ def read_records(path: Path, model: ServedModel, seed: int = 0, check: Callable[
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise InputError(f"{path} has records that cannot be used. {'; '.join(faults[:_LISTED])}{more}")
     if not records:
-        raise InputError(f"{path} has no records; write a line such as {{\"prompt\": \"a red cube\"}} for each image")
+        raise InputError(f'{path} has no records; write a line such as {{"prompt": "a red cube"}} for each image')
     if len(records) > _MOST_RECORDS:
         raise InputError(f"{path} has {len(records):,} records, and at most {_MOST_RECORDS:,} are taken; divide it")
     return records
@@ -164,7 +166,10 @@ def _record(
     for name in given:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)
-            raise InputError(f"it has {shown(name)}" + (f"; did you mean {near[0]}?" if near else f": fields are {', '.join(FIELDS)}"))
+            raise InputError(
+                f"it has {shown(name)}"
+                + (f"; did you mean {near[0]}?" if near else f": fields are {', '.join(FIELDS)}")
+            )
     given = {name: value for name, value in given.items() if value is not None}
     prompt = text("prompt", given.get("prompt"), MAX_CHARACTERS)
     if not prompt.strip():
@@ -174,7 +179,9 @@ def _record(
     if images and not model.edits:
         raise InputError(f"it has an image, and {model.name} edits none")
     if (mask is not None or "strength" in given) and not (images and model.masks):
-        raise InputError("it has a mask or a strength " + ("but no image" if model.masks else f"and {model.name} takes none"))
+        raise InputError(
+            "it has a mask or a strength " + ("but no image" if model.masks else f"and {model.name} takes none")
+        )
     if len(images) > 1 and model.masks:
         raise InputError(f"it has {len(images)} images, and {model.name} edits one")
     sizes = [measure_image(image) for image in images]
@@ -227,7 +234,11 @@ def _size(given: Mapping[str, Any], usual: tuple[int, int]) -> tuple[int, int]:
 
 def _list(name: str, given: Any) -> list[str]:
     values = [] if given is None else [given] if isinstance(given, str) else given
-    if not isinstance(values, list) or len(values) > 16 or not all(isinstance(value, str) and value for value in values):
+    if (
+        not isinstance(values, list)
+        or len(values) > 16
+        or not all(isinstance(value, str) and value for value in values)
+    ):
         raise InputError(f"its {name} is {shown(given)}; it is a path, or a list of up to 16")
     return values
 
