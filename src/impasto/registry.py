@@ -29,6 +29,13 @@ _MODULES = {
     "LCMScheduler": "schedulers.lcm",
     "FlowMatchEulerDiscreteScheduler": "schedulers.flow_match_euler",
 }
+#: The solvers of PixArt, by the names that commands and requests use.
+SOLVERS = {
+    "dpm++": "DPMSolverMultistepScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "lcm": "LCMScheduler",
+}
 _ROLES = {
     "tokenizer": TOKENIZERS,
     "text_encoder": ("T5EncoderModel",),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import shown
 from ..errors import CheckpointError, ResourceError
 from ..memory.inspection import resolve_pipeline
+from ..registry import SOLVERS
 from .options import DType, Solver
 
 if TYPE_CHECKING:
@@ -17,14 +21,9 @@ if TYPE_CHECKING:
     from ..checkpoints.adapters.file import AdapterDefaults
     from ..memory.plan import Budget
     from ..pipelines.adapters import ChosenAdapter
+    from ..training.distributed.processes import Processes
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
-SOLVERS = {
-    Solver.DPM: "DPMSolverMultistepScheduler",
-    Solver.DDIM: "DDIMScheduler",
-    Solver.DDPM: "DDPMScheduler",
-    Solver.LCM: "LCMScheduler",
-}
 
 
 def resolve(model: str) -> tuple[Path, str]:
@@ -46,6 +45,18 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise ResourceError("the device meta computes nothing; choose cpu or cuda")
     return device
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[Processes | None]:
+    """The processes that torchrun has started; None if this one is alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield None
+        return
+    from ..training.distributed.processes import joined
+
+    with joined("auto", device) as together:
+        yield together
 
 
 def choose_dtype(name: DType, device: torch.device) -> torch.dtype:
@@ -84,14 +95,14 @@ def load(
     if budget is None:
         pipe.to(device)
     if solver is not None:
-        pipe.scheduler = getattr(impasto, SOLVERS[solver]).from_config(pipe.scheduler.config)
+        pipe.scheduler = getattr(impasto, SOLVERS[solver.value]).from_config(pipe.scheduler.config)
     return pipe
 
 
 def solver_name(scheduler: Any) -> str:
     """The value of ``--scheduler`` for a scheduler; the name of its class if there is none."""
     name = type(scheduler).__name__
-    return next((solver.value for solver, class_name in SOLVERS.items() if class_name == name), name)
+    return next((solver for solver, class_name in SOLVERS.items() if class_name == name), name)
 
 
 def choose_adapters(given: list[str]) -> tuple[list[ChosenAdapter], AdapterDefaults]:

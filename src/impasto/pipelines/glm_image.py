@@ -35,7 +35,7 @@ from .glm_image_stages import (
 )
 from .images import ImageProcessor
 from .latents import unscaled
-from .request import read_schedule
+from .request import Schedule, read_schedule
 from .sampling import DenoisingStep, Run, denoising_steps, drive, own_scheduler, step_options
 
 
@@ -337,31 +337,46 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
             num_inference_steps, timesteps, sigmas, guidance_scale, generator, crops_coords_top_left: as in the call.
         """
         schedule, guidance_scale = read_schedule(self, locals(), both=True), inputs.guidance(guidance_scale)
-        corner = inputs.corner(crops_coords_top_left)
+        options: dict[str, Any] = {"generator": generator, "corner": inputs.corner(crops_coords_top_left)}
+        given = (noise, embeds, prior_token_ids, references, schedule, guidance_scale)
+        return denoising_steps(self, partial(self.begin, *given, **options))
 
-        def begin() -> Run:
-            transformer, device = self._require("transformer"), self.device
-            rows, columns = noise.shape[-2:]
-            tokens = rows * columns // transformer.config["patch_size"] ** 2
-            scheduler = own_scheduler(self.scheduler, device, **shifted(self.scheduler, schedule, tokens))
-            size = torch.tensor([[rows * self.vae_scale_factor, columns * self.vae_scale_factor]], device=device)
-            crop = torch.tensor([corner], device=device)
-            prior = prior_token_ids.to(device)
-            return Run(
-                self,
-                transformer,
-                self._replaying(transformer),
-                scheduler,
-                noise.to(device, torch.float32),  # [B, C, h, w]
-                embeds,
-                guidance_scale,
-                encode=partial(encode_contexts, transformer, prior, references, rows, columns),
-                # The model counts timesteps from 0, the schedule from 1.
-                modulation=transformer.modulate(scheduler.timesteps.to(device) - 1, size.float(), crop.float()),
-                options=step_options(scheduler, generator=generator),
-            )
+    def begin(
+        self,
+        noise: Tensor,
+        embeds: GlyphEmbeds,
+        prior_token_ids: Tensor,
+        references: GlmImageReferences | None,
+        schedule: Schedule,
+        guidance_scale: float,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        corner: tuple[int, int] = (0, 0),
+    ) -> Run:
+        """The run of such a loop before its first step, for ``sampling.advance``, which takes several at a time.
 
-        return denoising_steps(self, begin)
+        The transformer has to be in place: ``with pipe.using("transformer"):``.
+        """
+        transformer, device = self._require("transformer"), self.device
+        rows, columns = noise.shape[-2:]
+        tokens = rows * columns // transformer.config["patch_size"] ** 2
+        scheduler = own_scheduler(self.scheduler, device, **shifted(self.scheduler, schedule, tokens))
+        size = torch.tensor([[rows * self.vae_scale_factor, columns * self.vae_scale_factor]], device=device)
+        crop = torch.tensor([corner], device=device)
+        prior = prior_token_ids.to(device)
+        return Run(
+            self,
+            transformer,
+            self._replaying(transformer),
+            scheduler,
+            noise.to(device, torch.float32),  # [B, C, h, w]
+            embeds,
+            guidance_scale,
+            encode=partial(encode_contexts, transformer, prior, references, rows, columns),
+            # The model counts timesteps from 0, the schedule from 1.
+            modulation=transformer.modulate(scheduler.timesteps.to(device) - 1, size.float(), crop.float()),
+            options=step_options(scheduler, generator=generator),
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

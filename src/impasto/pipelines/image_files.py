@@ -300,7 +300,14 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     Raises:
         InputError: the file is not a readable image, or holds no settings.
     """
-    image = load_image(path)
+    text = settings_text(load_image(path))
+    if text is None:
+        raise InputError(f"{shown(str(path), 200)} holds no generation settings")
+    return GenerationSettings.from_text(text)
+
+
+def settings_text(image: Image.Image) -> str | None:
+    """The text of the settings in an image that was read from a file; None if it holds none."""
     text = image.info.get("parameters")
     comment = _user_comment(image)
     if text is None and isinstance(comment, bytes):
@@ -308,6 +315,4 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
             text = comment[len(_UNICODE) :].decode("utf-16-be", "replace")
         else:
             text = comment.removeprefix(_ASCII).decode("utf-8", "replace")
-    if not isinstance(text, str):
-        raise InputError(f"{shown(str(path), 200)} holds no generation settings")
-    return GenerationSettings.from_text(text)
+    return text if isinstance(text, str) else None

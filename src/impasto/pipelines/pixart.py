@@ -30,7 +30,7 @@ from .images import PixArtImageProcessor
 from .latents import unscaled
 from .learned_tokens import concepts_of
 from .prompts import EncodedTexts, encode_texts, prepare
-from .request import read_pixart, read_schedule, read_texts
+from .request import Schedule, read_pixart, read_schedule, read_texts
 from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
 
 logger = logging.getLogger("impasto")
@@ -257,38 +257,55 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         """
         schedule, guidance_scale = read_schedule(self, locals()), inputs.guidance(guidance_scale)
         schedule = schedule if edit is None else schedule.at(edit.strength)
+        options: dict[str, Any] = {"eta": eta, "generator": generator, "edit": edit}
+        return denoising_steps(self, partial(self.begin, noise, embeds, schedule, guidance_scale, **options))
 
-        def begin() -> Run:
-            transformer, device = self._require("transformer"), self.device
-            call = self._replaying(transformer)
-            multiple = 1
-            if call is not transformer:  # a captured CUDA graph, which serves texts of several lengths
-                from .compiling import TEXT_MULTIPLE as multiple
-            model = transformer
-            if not _is_staged(transformer):
-                from .foreign_stages import ForeignStages
+    def begin(
+        self,
+        noise: Tensor,
+        embeds: PromptEmbeds,
+        schedule: Schedule,
+        guidance_scale: float,
+        *,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        edit: Edit | None = None,
+    ) -> Run:
+        """The run of such a loop before its first step, for ``sampling.advance``, which takes several at a time.
 
-                model = call = ForeignStages(transformer, call)
-            start = schedule.skipped * getattr(self.scheduler, "order", 1)
-            scheduler = own_scheduler(self.scheduler, device, start, **schedule.arguments)
-            latents, known = first_latents(scheduler, noise.to(device, model.dtype), edit, start)  # [B, C, h, w]
-            return Run(
-                self,
-                transformer,
-                call,
-                scheduler,
-                latents,
-                embeds,
-                guidance_scale,
-                encode=partial(_encode_contexts, model, device, multiple),
-                modulation=model.modulate(scheduler.timesteps.to(device), self._conditions(latents)),
-                options=step_options(scheduler, eta=eta, generator=generator),
-                takes_original=self.family.single_step_takes_original and schedule.steps == 1,
-                start=start,
-                known=known,
-            )
+        The transformer has to be in place: ``with pipe.using("transformer"):``.
 
-        return denoising_steps(self, begin)
+        Args:
+            schedule: the steps; those that an edit leaves out are left out already.
+        """
+        transformer, device = self._require("transformer"), self.device
+        call = self._replaying(transformer)
+        multiple = 1
+        if call is not transformer:  # a captured CUDA graph, which serves texts of several lengths
+            from .compiling import TEXT_MULTIPLE as multiple
+        model = transformer
+        if not _is_staged(transformer):
+            from .foreign_stages import ForeignStages
+
+            model = call = ForeignStages(transformer, call)
+        start = schedule.skipped * getattr(self.scheduler, "order", 1)
+        scheduler = own_scheduler(self.scheduler, device, start, **schedule.arguments)
+        latents, known = first_latents(scheduler, noise.to(device, model.dtype), edit, start)  # [B, C, h, w]
+        return Run(
+            self,
+            transformer,
+            call,
+            scheduler,
+            latents,
+            embeds,
+            guidance_scale,
+            encode=partial(_encode_contexts, model, device, multiple),
+            modulation=model.modulate(scheduler.timesteps.to(device), self._conditions(latents)),
+            options=step_options(scheduler, eta=eta, generator=generator),
+            takes_original=self.family.single_step_takes_original and schedule.steps == 1,
+            start=start,
+            known=known,
+        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

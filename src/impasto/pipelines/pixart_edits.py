@@ -63,7 +63,7 @@ class PixArtEditPipeline(PixArtPipeline):
         if isinstance(arguments["prompt"], str):
             arguments = {**arguments, "prompt": [arguments["prompt"]] * len(originals)}
         request = read_pixart(self, PromptEmbeds._fields, arguments, originals.canvas)
-        batch, prompts = request.shape[0], request.shape[0] // request.texts.images_per_prompt
+        prompts = request.shape[0] // request.texts.images_per_prompt
         if len(originals) not in (1, prompts):
             raise InputError(
                 f"there are {len(originals)} images for {prompts} prompts; give one for all, or one for each"
@@ -74,21 +74,23 @@ class PixArtEditPipeline(PixArtPipeline):
         self._warn_of_mixtures()
         with torch.no_grad(), self._calling(request.guidance_scale):
             embeds = PromptEmbeds(*self.encode_prompt(**request.texts.of_pixart))
-            repeats = batch // len(originals)
-            latents = originals.to_encode()
-            if originals.latents:
-                latents = latents.repeat_interleave(repeats, dim=0)
-            else:
-                latents = self.encode_images(latents, request.generators, repeats)
-                self._check_output("vae", latents)
-            mask = originals.latent_masks(*request.shape[2:])
-            edit = Edit(
-                latents, arguments["strength"], None if mask is None else mask.repeat_interleave(repeats, dim=0)
-            )
+            edit = self.encode_edit(originals, request, arguments["strength"])
             noise = self._noise(request, self.transformer.dtype)
             loop = self.denoise(noise, embeds, eta=request.eta, edit=edit, **request.denoising)
-            images = self._finish_edit(drive(self, loop, latents, request), request, originals)
+            images = self._finish_edit(drive(self, loop, edit.latents, request), request, originals)
         return ImagePipelineOutput(images) if arguments["return_dict"] else (images,)
+
+    def encode_edit(self, originals: Originals, request: Request, strength: float) -> Edit:
+        """What the loop starts from, encoded with the request's generators, before they generate the noise."""
+        repeats = request.shape[0] // len(originals)
+        latents = originals.to_encode()
+        if originals.latents:
+            latents = latents.repeat_interleave(repeats, dim=0)
+        else:
+            latents = self.encode_images(latents, request.generators, repeats)
+            self._check_output("vae", latents)
+        mask = originals.latent_masks(*request.shape[2:])
+        return Edit(latents, strength, None if mask is None else mask.repeat_interleave(repeats, dim=0))
 
     def _finish_edit(
         self, latents: Tensor, request: Request, originals: Originals

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..nn.changes import unwrapped
+from ..nn.changes import of, unwrapped
 from ..nn.precision import adapt
+from ..schedulers.process import predicted_original
 from .compat.calls import Call, call_back, calling
 from .inputs import check_tensor
 from .request import Request
@@ -87,9 +88,11 @@ class Run:
     takes_original: bool = False  # the scheduler's x_0 instead of its next sample
     start: int = 0  # the steps before it are left out (image to image)
     known: Known | None = None
+    watched: bool = False  # whether the next step also estimates the image that it leads to
 
     def __post_init__(self) -> None:
         self.index, self.end = self.start, len(self.scheduler.timesteps)
+        self.estimate: Tensor | None = None  # of the last step that was watched: latents [B, C, h, w] without noise
         own = getattr(unwrapped(self.transformer), "step_cache", None)  # enabled on the transformer itself
         self.interval, self.cache = self.pipe.guidance_interval, self.pipe.step_cache or own
         self.guide(self.guidance_scale)
@@ -113,6 +116,11 @@ class Run:
     def can_share(self) -> bool:
         """Whether the next step may share a forward pass: without a step cache, and not of a captured graph."""
         return self.cache is None and self.call is self.transformer is unwrapped(self.transformer)
+
+    @property
+    def divides(self) -> bool:
+        """Whether processes divide the rows of a call, so that both halves of guidance are to be in one."""
+        return self.can_share and any(change.change == "parallel" for change in of(self.transformer))
 
     @property
     def guided(self) -> bool:
@@ -147,7 +155,8 @@ def advance(runs: Sequence[Run]) -> None:
         groups.setdefault(id(run.transformer) if run.can_share else id(run), []).append(run)
     for group in groups.values():
         with group[0].pipe.placement.using(group[0].transformer):
-            predictions = [predict(group[0])] if len(group) == 1 else predict_together(group)
+            alone = len(group) == 1 and not group[0].divides
+            predictions = [predict(group[0])] if alone else predict_together(group)
         for run, predicted in zip(group, predictions, strict=True):
             take_step(run, predicted)
 
@@ -158,11 +167,25 @@ def take_step(run: Run, predicted: Tensor) -> None:
     if scale > 1.0:
         negative, positive = predicted.chunk(2)
         predicted = negative + scale * (positive - negative)  # classifier-free guidance (2207.12598)
+    if run.watched:
+        run.estimate = estimated(run, predicted)
     result = run.scheduler.step(predicted, t, run.latents, **run.options, return_dict=False)
     run.latents = result[1 if run.takes_original and len(result) > 1 else 0]
     run.index += 1
     if run.known is not None:
         run.latents = run.known.blend(run.scheduler, run.latents, run.index)
+
+
+def estimated(run: Run, predicted: Tensor) -> Tensor:
+    """The latents [B, C, h, w] of the image that a prediction of the next step implies."""
+    config = getattr(run.scheduler, "config", {})
+    one, zero = (
+        value(run.latents[:1, :1, :1, :1], dtype=torch.float32) for value in (torch.ones_like, torch.zeros_like)
+    )
+    alpha, sigma = (noised(run.scheduler, x, noise, run.index) for x, noise in ((one, zero), (zero, one)))
+    x, kind = run.latents.float(), config.get("prediction_type", "flow_prediction")
+    original = predicted_original(kind, predicted.float(), x, alpha, sigma).to(run.latents.dtype)
+    return original if run.known is None else torch.lerp(run.known.latents, original, run.known.mask)
 
 
 def predict(run: Run) -> Tensor:

@@ -41,7 +41,8 @@ class Job:
     Attributes:
         id: unique in the server.
         model: the name of a served model.
-        width, height: of the result, in pixels.
+        width, height: of the result, in pixels. With ``given.padding``, of what is generated around the mask; the
+            result then has the size of the given image.
         seed: of the noise; the image depends on it, and not on what is generated at the same time.
         scheduler: "dpm++", "ddim", "ddpm" or "lcm"; None: the model's.
         previews: how many images of intermediate steps are wanted, evenly spread.

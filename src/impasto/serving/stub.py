@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from .job import Event, Failed, Finished, Job, Preview, Progress, RawImage
 from .service import Generation, QueueFullError, ServedModel, UnavailableError
@@ -59,7 +59,7 @@ class StubGeneration:
         self.cancelled = True
         self.service.unfinished.pop(self.job.id, None)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         job, shown, seconds = self.job, 0, self.service.seconds
         try:
             for step in range(job.steps + 1):
@@ -78,4 +78,6 @@ class StubGeneration:
 
 def _image(job: Job, step: int) -> RawImage:
     colour = hashlib.sha256(f"{job.prompt} {job.seed} {step}".encode("utf-8", "replace")).digest()[:3]
-    return RawImage(job.width, job.height, colour * (job.width * job.height))
+    pasted = job.given.images[0] if job.given and job.given.padding is not None else job
+    width, height = pasted.width, pasted.height
+    return RawImage(width, height, colour * (width * height))
