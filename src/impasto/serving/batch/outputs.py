@@ -64,9 +64,7 @@ class Shards:
         InputError: a shard is shorter than the manifest says.
     """
 
-    def __init__(
-        self, folder: Path, part: tuple[int, int], lines: Iterable[Mapping[str, Any]], size: int = PER_SHARD
-    ):
+    def __init__(self, folder: Path, part: tuple[int, int], lines: Iterable[Mapping[str, Any]], size: int = PER_SHARD):
         self.folder, self.part, self.size = folder, part, size
         self.number, self.count, self.end = 0, 0, 0  # of the open shard: which one, samples, bytes
         ends: dict[str, tuple[int, int]] = {}
