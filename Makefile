@@ -16,7 +16,7 @@ SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test lint types format scenes
+.PHONY: help demo test lint types format docs scenes
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make docs    the documentation as a site, in out/docs"
 	@echo "make scenes  train the bundled model's second edition in runs/scenes (hours)"
 	@echo "Each of them first builds .venv if it is missing or older than pyproject.toml."
 
@@ -46,6 +47,10 @@ types: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet . out/docs
+	@echo "The site is $(CURDIR)/out/docs/index.html"
 
 TRAIN = $(BIN)/impasto train $(1) --output $(SCENES)/$(2) --resume
 FROM = --set models.$(1).start_from=$(SCENES)/$(2)

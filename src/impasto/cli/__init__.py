@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, caption, convert, evaluate, generate, info, pipelines, serve, train
+from . import batch, cache, caption, convert, evaluate, generate, info, pipelines, serve, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(train.train)
 app.command()(cache.cache)
 app.command()(caption.caption)
 app.command()(serve.serve)
+app.command()(batch.batch)
 
 
 def _print_version(wanted: bool) -> None:

@@ -63,6 +63,11 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
+    """The mask at this size. Other filters than this one would mark pixels far from its edges."""
+    return mask if mask.size == (width, height) else mask.resize((width, height), Image.Resampling.BOX)
+
+
 def raw(image: Image.Image) -> RawImage:
     """An image as it crosses processes, transparency on white."""
     rgb = to_rgb(image)
@@ -151,5 +156,5 @@ def given_images(
     if padding is None and model.most_images == 1:
         whole = width, height
     found = [raw(fit(images[0], *whole)), *(raw(fit(image, *size_for(model, *image.size))) for image in images[1:])]
-    levels = None if mask is None else fit(mask, *whole).tobytes()
+    levels = None if mask is None else fit_mask(mask, *whole).tobytes()
     return GivenImages(tuple(found), levels, strength, padding), width, height
