@@ -21,4 +21,5 @@ def image(level: int) -> bytes:
 
 images = strategies.integers(0, 255).map(image)
 schemathesis.openapi.media_type("image/png", images)
+schemathesis.openapi.format("binary", images)
 schemathesis.openapi.format("byte", images.map(lambda content: base64.b64encode(content).decode()))
