@@ -25,7 +25,8 @@ class GivenImages:
         images: one for PixArt; for GLM-Image one or several references.
         mask: 255 where the image is repainted, 0 where it is kept: width * height bytes, or None for image to image.
         strength: how much may change, above 0, at most 1.
-        padding: generate only what surrounds the mask, with so many pixels on each side, and paste it back; None: all.
+        padding: generate only what surrounds the mask, with so many pixels on each side, at the size of the job, and
+            paste it back: the result has the size of the given image. None: all.
     """
 
     images: tuple[RawImage, ...]

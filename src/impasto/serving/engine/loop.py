@@ -27,8 +27,6 @@ from .stages import Begun, Stages
 
 logger = logging.getLogger("impasto")
 
-#: Images that begin in one turn: their texts are encoded in one batch.
-BEGIN_AT_ONCE = 8
 #: Images of one size that are decoded in one batch.
 DECODE_AT_ONCE = 4
 
@@ -188,10 +186,10 @@ class Engine:
             )
             entries = [self.active[each.id] for each in chosen]
             new = [entry for entry in entries if entry.begun is None]
-            later = {id(entry) for entry in new[BEGIN_AT_ONCE:]}
+            later = {id(entry) for entry in new[self.stages.at_once :]}
             entries = [entry for entry in entries if id(entry) not in later]
             if self._switch(entries):
-                self._begin(new[:BEGIN_AT_ONCE])
+                self._begin(new[: self.stages.at_once])
             ready = [entry for entry in entries if entry.job.id in self.active]
             if ready:
                 self.level = max(self.level, ready[0].candidate.served)

@@ -147,6 +147,8 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
     # Both come to the whole group of processes when the server is to end. It decides when the engine does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Its warnings quote prompts, which logs of a server do not.
+    logger.addFilter(lambda record: record.module != "prompts")
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
     try:
