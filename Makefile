@@ -16,7 +16,7 @@ SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test lint types format scenes
+.PHONY: help demo test lint types format docs scenes
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
+	@echo "make docs    the documentation as a site, in out/docs"
 	@echo "make scenes  train the bundled model's second edition in runs/scenes (hours)"
 	@echo "Each of them first builds .venv if it is missing or older than pyproject.toml."
 
@@ -47,8 +48,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet . out/docs
+	@echo "The site is $(CURDIR)/out/docs/index.html"
+
 TRAIN = $(BIN)/impasto train $(1) --output $(SCENES)/$(2) --resume
 FROM = --set models.$(1).start_from=$(SCENES)/$(2)
+# Scenes are rendered and encoded once; what is there is not made again.
+ENCODE = $(BIN)/impasto cache $(1) $(SCENES)/latents-$(1) --latents-only --dtype float16
+LATENTS = --set 'data.sources.0={kind: cache, path: $(SCENES)/latents-$(1)}'
 PREVIOUS = --set models.pipeline=$(SCENES)/$(1)/result $(call FROM,text_encoder,$(1)/result) $(call FROM,transformer,$(1)/result)
 
 # A file of each finished stage, so that the next `make scenes` skips it.
@@ -60,16 +68,20 @@ $(SCENES)/text-encoder/result/text_encoder/config.json: | $(STAMP)
 	$(call TRAIN,scenes-text-encoder,text-encoder)
 
 $(SCENES)/128/result/model_index.json: $(SCENES)/vae/config.json $(SCENES)/text-encoder/result/text_encoder/config.json
-	$(call TRAIN,scenes-128,128) $(call FROM,vae,vae) $(call FROM,text_encoder,text-encoder/result)
+	$(call ENCODE,scenes-128) $(call FROM,vae,vae)
+	$(call TRAIN,scenes-128,128) $(call FROM,vae,vae) $(call FROM,text_encoder,text-encoder/result) $(call LATENTS,scenes-128)
 
 $(SCENES)/256/result/model_index.json: $(SCENES)/128/result/model_index.json
-	$(call TRAIN,scenes-256,256) $(call PREVIOUS,128)
+	$(call ENCODE,scenes-256) $(call PREVIOUS,128)
+	$(call TRAIN,scenes-256,256) $(call PREVIOUS,128) $(call LATENTS,scenes-256)
 
 $(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.json
-	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256)
+	$(call ENCODE,scenes-multiaspect) $(call PREVIOUS,256)
+	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256) $(call LATENTS,scenes-multiaspect)
 
 $(SCENES)/lcm/result: $(SCENES)/multiaspect/result/model_index.json
-	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/multiaspect/result
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result $(call LATENTS,scenes-lcm)
 
 scenes: $(SCENES)/lcm/result
 	@echo "The model is $(CURDIR)/$(SCENES)/multiaspect/result"

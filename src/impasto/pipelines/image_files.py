@@ -159,13 +159,14 @@ def save_image(
     if not isinstance(image, Image.Image):
         raise InputError(f"save_image takes a PIL image, not a {type(image).__name__}")
     try:
-        content = _encode(image, _FORMATS[path.suffix.lower()], settings)
+        content = encode_image(image, _FORMATS[path.suffix.lower()], settings)
     except (ValueError, OSError) as error:
         raise OutputError(f"{path} cannot be written as {path.suffix}: {error}; try .png") from error
     write_file(path, content, overwrite=overwrite)
 
 
-def _encode(image: Image.Image, kind: str, settings: GenerationSettings | None) -> bytes:
+def encode_image(image: Image.Image, kind: str, settings: GenerationSettings | None, quality: int = 95) -> bytes:
+    """The file of an image as ``save_image`` writes it; ``kind`` is PNG, JPEG or WEBP."""
     options: dict[str, Any] = {}
     # Lone surrogates (from undecodable command lines) cannot be written in any encoding.
     text = settings.to_text().encode("utf-8", "replace").decode("utf-8") if settings else None
@@ -175,7 +176,7 @@ def _encode(image: Image.Image, kind: str, settings: GenerationSettings | None) 
             chunks.add_text("parameters", text)
         options["pnginfo"] = chunks
     else:
-        options.update(quality=95, **({"subsampling": 0} if kind == "JPEG" else {}))  # no chroma subsampling
+        options.update(quality=quality, **({"subsampling": 0} if kind == "JPEG" else {}))  # no chroma subsampling
         if image.mode not in ("RGB", "L") and (kind == "JPEG" or image.mode != "RGBA"):
             image = image.convert("RGB")
         if text is not None:
@@ -299,7 +300,14 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
     Raises:
         InputError: the file is not a readable image, or holds no settings.
     """
-    image = load_image(path)
+    text = settings_text(load_image(path))
+    if text is None:
+        raise InputError(f"{shown(str(path), 200)} holds no generation settings")
+    return GenerationSettings.from_text(text)
+
+
+def settings_text(image: Image.Image) -> str | None:
+    """The text of the settings in an image that was read from a file; None if it holds none."""
     text = image.info.get("parameters")
     comment = _user_comment(image)
     if text is None and isinstance(comment, bytes):
@@ -307,6 +315,4 @@ def read_settings(path: str | os.PathLike[str]) -> GenerationSettings:
             text = comment[len(_UNICODE) :].decode("utf-16-be", "replace")
         else:
             text = comment.removeprefix(_ASCII).decode("utf-8", "replace")
-    if not isinstance(text, str):
-        raise InputError(f"{shown(str(path), 200)} holds no generation settings")
-    return GenerationSettings.from_text(text)
+    return text if isinstance(text, str) else None

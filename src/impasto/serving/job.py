@@ -25,8 +25,7 @@ class GivenImages:
         images: one for PixArt; for GLM-Image one or several references.
         mask: 255 where the image is repainted, 0 where it is kept: width * height bytes, or None for image to image.
         strength: how much may change, above 0, at most 1.
-        padding: generate only what surrounds the mask, with so many pixels on each side, at the size of the job, and
-            paste it back: the result has the size of the given image. None: all.
+        padding: generate only what surrounds the mask, with so many pixels on each side, and paste it back; None: all.
     """
 
     images: tuple[RawImage, ...]
@@ -42,8 +41,10 @@ class Job:
     Attributes:
         id: unique in the server.
         model: the name of a served model.
-        width, height: of the result, in pixels.
+        width, height: of the result, in pixels. With ``given.padding``, of what is generated around the mask; the
+            result then has the size of the given image.
         seed: of the noise; the image depends on it, and not on what is generated at the same time.
+        adapters: by their served names.
         scheduler: "dpm++", "ddim", "ddpm" or "lcm"; None: the model's.
         previews: how many images of intermediate steps are wanted, evenly spread.
         deadline: ``time.time()`` after which nobody waits any more.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ImpastoError
 from .job import Event, Job
+from .stats import Stats
 
 
 class RefusedError(ImpastoError):
@@ -57,6 +58,8 @@ class ServedModel:
         schedulers: the names that it takes.
         edits, masks: whether it takes images to edit, and masks.
         created: Unix time.
+        most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
+        most_images: how many images an edit takes.
     """
 
     name: str
@@ -72,6 +75,8 @@ class ServedModel:
     edits: bool
     masks: bool
     created: int
+    most_side: int = 0
+    most_images: int = 1
 
 
 class Generation(Protocol):
@@ -79,7 +84,7 @@ class Generation(Protocol):
 
     job: Job
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncGenerator[Event, None]:
         """Its events; the last one is Finished or Failed. To be called once."""
         ...
 
@@ -104,6 +109,11 @@ class Service(Protocol):
     @property
     def adapters(self) -> Mapping[str, str]:
         """The files of adapters that requests may name, by name. Clients never name files."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """What it counts, for metrics."""
         ...
 
     @property

@@ -1,0 +1,113 @@
+"""Who may call the server: keys, and web pages of other origins."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from ...errors import ConfigurationError
+from .limits import answer_error
+from .settings import HttpSettings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+MIN_KEY = 16  # characters
+#: Paths that need a key if there are any. The content of images is found by ids that are keys themselves.
+_PROTECTED = re.compile(r"/(v1|sdapi|metrics)(/|$)")
+_CONTENT = re.compile(r"/v1/images/[^/]+/content")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file: one a line; empty lines, and those that begin with #, are none.
+
+    Raises:
+        ConfigurationError: the file cannot be read, has no key, or one that is too short or no plain ASCII.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > 1 << 20:
+            raise ConfigurationError(f"{path} is not a file of keys; give a file with one key a line")
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or "it is not UTF-8"
+        raise ConfigurationError(f"{path} cannot be read: {reason}") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigurationError(f"{path} has no key; write one a line, such as {os.urandom(18).hex()}")
+    for number, line in enumerate(lines, 1):
+        if line in keys and not re.fullmatch(rf"[!-~]{{{MIN_KEY},1000}}", line):
+            raise ConfigurationError(
+                f"{path}, line {number}: a key has {MIN_KEY} or more ASCII characters and no spaces"
+            )
+    return keys
+
+
+class Guard:
+    """An ASGI application around another: refuses those who have no key, and web pages of foreign origins."""
+
+    def __init__(self, app: ASGIApp, settings: HttpSettings):
+        self.app, self.settings = app, settings
+        self.keys = [_digest(key) for key in settings.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        path: str = scope["path"]
+        if not self._knows_host(headers.get(b"host", "")):
+            await answer_error(send, "the server is not addressed by this name; see impasto serve --host", 421)
+        elif not self._knows_origin(headers):
+            await answer_error(send, "web pages of this origin may not call the server; see --allow-origin", 403)
+        elif self.keys and _PROTECTED.match(path) and not (_CONTENT.fullmatch(path) or scope["method"] == "OPTIONS"):
+            if self._has_key(headers.get(b"authorization", "")):
+                await self.app(scope, receive, send)
+                return
+            kind = 'Basic realm="impasto"' if path.startswith("/sdapi") else "Bearer"
+            message = "a key is needed, and the request has none that is known; send it as Authorization: Bearer KEY"
+            await answer_error(send, message, 401, {"WWW-Authenticate": kind})
+        else:
+            await self.app(scope, receive, send)
+
+    def _has_key(self, authorization: str) -> bool:
+        """Whether one of the keys is there. All are compared, in a time that does not depend on them."""
+        scheme, _, value = authorization.partition(" ")
+        given = [value.strip()]
+        if scheme.lower() == "basic":
+            try:
+                decoded = base64.b64decode(value, validate=True).decode("utf-8")
+            except (binascii.Error, ValueError):
+                return False
+            given = [decoded, decoded.partition(":")[2]]
+        elif scheme.lower() != "bearer":
+            return False
+        return _any_equal([_digest(one) for one in given], self.keys)
+
+    def _knows_host(self, host: str) -> bool:
+        hosts = self.settings.hosts
+        return hosts is None or re.sub(r":\d*$", "", host).strip("[]").lower() in hosts
+
+    def _knows_origin(self, headers: dict[bytes, str]) -> bool:
+        origin = headers.get(b"origin")
+        if origin is None or origin in self.settings.origins or "*" in self.settings.origins:
+            return True
+        try:
+            return urlsplit(origin).netloc.lower() == headers.get(b"host", "").lower()
+        except ValueError:
+            return False
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
+def _any_equal(given: Sequence[bytes], known: Sequence[bytes]) -> bool:
+    return sum(hmac.compare_digest(one, key) for one in given for key in known) > 0

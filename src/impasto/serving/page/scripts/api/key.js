@@ -1,0 +1,42 @@
+// The key of a server that asks for one: kept for this tab, sent to this server.
+
+import { byId, complain } from "../dom.js";
+
+const NAME = "impasto-key";
+
+export const authorization = () => {
+  const key = sessionStorage.getItem(NAME);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+};
+
+/** Ask for the key; `wrong`: the one that was given is not valid. */
+export function askForKey(wrong) {
+  sessionStorage.removeItem(NAME);
+  const [dialog, field] = [byId("key-dialog"), byId("key")];
+  complain(field, wrong ? "This key is not valid." : null);
+  field.value = "";
+  if (!dialog.open) dialog.showModal();
+  field.focus();
+  return new Promise((resolve) => {
+    byId("key-form").onsubmit = (event) => {
+      const key = field.value.trim();
+      if (!/^[\x21-\x7e]+$/.test(key)) {
+        event.preventDefault();
+        complain(field, "Type the key.");
+        return;
+      }
+      sessionStorage.setItem(NAME, key);
+      resolve();
+    };
+  });
+}
+
+export function startKey() {
+  byId("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+  byId("forget-key").addEventListener("click", () => {
+    sessionStorage.removeItem(NAME);
+    location.reload();
+  });
+}
+
+export const showForget = () => { byId("forget-key").hidden = !sessionStorage.getItem(NAME); };

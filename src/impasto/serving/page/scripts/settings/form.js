@@ -1,0 +1,185 @@
+// The form: what the person chooses, and what is wrong with it.
+
+import { byId, complain, el } from "../dom.js";
+import { chooseAdapters, chosenAdapters, listAdapters } from "./adapters.js";
+import { ASPECTS, sizeOf, sizeProblem } from "./sizes.js";
+
+const STORED = "impasto-settings";
+const MOST_SEED = 0xffffffff;
+const SCHEDULERS = { "dpm++": "DPM++", ddim: "DDIM", ddpm: "DDPM", lcm: "LCM" };
+
+export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+
+export class SettingsForm {
+  /** `changed()` is called after every change that the person makes. */
+  constructor(changed) {
+    this.models = [];
+    this.lastSeed = null;
+    this.changed = () => {
+      this.#remember();
+      changed();
+    };
+    byId("settings").addEventListener("input", () => this.changed());
+    byId("model").addEventListener("change", () => this.#takeModel(true));
+    for (const name of ["width", "height"]) byId(name).addEventListener("input", () => this.#showAspect());
+    for (const name of ["steps", "guidance"]) this.#pair(byId(name), byId(`${name}-range`));
+    byId("swap").addEventListener("click", () => {
+      [byId("width").value, byId("height").value] = [byId("height").value, byId("width").value];
+      this.#showAspect();
+      this.changed();
+    });
+    byId("seed-random").addEventListener("click", () => this.#setSeed(""));
+    byId("seed-reuse").addEventListener("click", () => this.#setSeed(this.lastSeed));
+    byId("reset").addEventListener("click", () => {
+      this.write({ ...this.#defaults(this.models[0]), prompt: "", negative: "", seed: "", adapters: [], count: 1, format: "png" });
+      this.changed();
+    });
+  }
+
+  get model() {
+    return this.models.find(({ id }) => id === byId("model").value) ?? this.models[0];
+  }
+
+  /** Take what the server serves, and what the person chose last time. */
+  start(models, adapters) {
+    this.models = models;
+    const stored = localStorage.getItem(STORED);
+    byId("model").replaceChildren(...models.map(({ id, family }) => new Option(family ? `${id} (${family})` : id, id)));
+    listAdapters(adapters, (adapter) => {
+      if (adapter) this.#takeAdapter(adapter);
+      this.changed();
+    });
+    this.#takeModel(true);
+    try {
+      this.write(JSON.parse(stored) ?? {});
+    } catch {
+      localStorage.removeItem(STORED);
+    }
+  }
+
+  /** The settings, with an empty seed if it is to be random. */
+  read() {
+    return {
+      prompt: byId("prompt").value.trim(),
+      negative: byId("negative").value.trim(),
+      model: byId("model").value,
+      width: Number(byId("width").value),
+      height: Number(byId("height").value),
+      steps: Number(byId("steps").value),
+      guidance: Number(byId("guidance").value),
+      scheduler: byId("scheduler").value,
+      seed: byId("seed").value.trim(),
+      adapters: chosenAdapters(),
+      count: Number(byId("count").value),
+      format: byId("format").value,
+    };
+  }
+
+  /** Show settings; those that are missing, or that this server does not know, stay as they are. */
+  write(settings) {
+    if (this.models.some(({ id }) => id === settings.model) && settings.model !== byId("model").value) {
+      byId("model").value = settings.model;
+      this.#takeModel(true);
+    }
+    const fields = ["prompt", "negative", "width", "height", "steps", "guidance", "seed"];
+    for (const name of fields) if (known(settings[name])) byId(name).value = settings[name];
+    for (const name of ["scheduler", "count", "format"]) {
+      const options = [...byId(name).options].map((option) => option.value);
+      if (options.includes(String(settings[name]))) byId(name).value = settings[name];
+    }
+    if (Array.isArray(settings.adapters)) chooseAdapters(settings.adapters);
+    for (const name of ["steps", "guidance"]) byId(`${name}-range`).value = byId(name).value;
+    this.#showAspect();
+    this.#remember();
+  }
+
+  /** Whether all is well; if not, problems are shown and the first one has the focus. `size`: whether size counts. */
+  check(size = true) {
+    const settings = this.read();
+    const problems = [
+      ["prompt", settings.prompt ? null : "Describe the image."],
+      ["width", size ? sizeProblem(settings.width, settings.height, this.model) : null],
+      ["steps", whole(byId("steps").value, 1, this.model.most_steps) ? null : `Give a whole number from 1 to ${this.model.most_steps}.`],
+      ["guidance", real(byId("guidance").value, 0, 100) ? null : "Give a number from 0 to 100."],
+      ["seed", settings.seed === "" || whole(settings.seed, 0, MOST_SEED) ? null : `Give a whole number from 0 to ${MOST_SEED}, or nothing.`],
+    ];
+    for (const [name, problem] of problems) complain(byId(name), problem);
+    const first = problems.find(([, problem]) => problem);
+    if (!first) return true;
+    if (byId("more").contains(byId(first[0]))) byId("more").open = true;
+    byId(first[0]).focus();
+    return false;
+  }
+
+  /** What "Reuse last" gives. */
+  used(seed) {
+    this.lastSeed = seed;
+    byId("seed-reuse").disabled = false;
+  }
+
+  #setSeed(seed) {
+    byId("seed").value = seed;
+    complain(byId("seed"), null);
+    this.changed();
+  }
+
+  #pair(number, range) {
+    range.addEventListener("input", () => { number.value = range.value; });
+    number.addEventListener("input", () => { range.value = number.value; });
+  }
+
+  #defaults(model) {
+    const { id, width, height, steps, guidance_scale: guidance, scheduler } = model;
+    return { model: id, width, height, steps, guidance, scheduler };
+  }
+
+  /** The model has changed: its schedulers and sizes, and its own values. */
+  #takeModel(defaults) {
+    const model = this.model;
+    byId("scheduler-field").hidden = model.schedulers.length < 2;
+    byId("scheduler").replaceChildren(...model.schedulers.map((name) => new Option(SCHEDULERS[name] ?? name, name)));
+    byId("aspects").replaceChildren(...ASPECTS.map((aspect) => this.#aspect(aspect)));
+    for (const name of ["width", "height"]) byId(name).step = model.multiple;
+    byId("steps").max = model.most_steps;
+    if (defaults) this.write({ ...this.#defaults(model), model: undefined });
+  }
+
+  /** An adapter that was trained for other values than the model's brings them along. */
+  #takeAdapter({ steps, guidance_scale: guidance, scheduler }) {
+    this.write({ steps, guidance, scheduler });
+  }
+
+  #aspect(aspect) {
+    const [name, across, down] = aspect;
+    const radio = el("input", { type: "radio", name: "aspect", value: name });
+    const shape = el("span", { class: "shape" });
+    const unit = 20 / Math.max(across, down);
+    shape.style.width = `${across * unit}px`;
+    shape.style.height = `${down * unit}px`;
+    radio.addEventListener("change", () => {
+      const { width, height } = sizeOf(aspect, this.model);
+      [byId("width").value, byId("height").value] = [width, height];
+      complain(byId("width"), null);
+      this.changed();
+    });
+    return el("label", {}, radio, el("span", { class: "choice" }, shape, name));
+  }
+
+  #showAspect() {
+    const { width, height } = this.read();
+    for (const radio of document.getElementsByName("aspect")) {
+      const size = sizeOf(ASPECTS.find(([name]) => name === radio.value), this.model);
+      radio.checked = size.width === width && size.height === height;
+    }
+  }
+
+  #remember() {
+    const settings = this.read();
+    localStorage.setItem(STORED, JSON.stringify(settings));
+    byId("summary").textContent = `${settings.width} × ${settings.height} · ${settings.steps} steps`;
+  }
+}
+
+const known = (value) => value !== null && value !== undefined;
+const whole = (text, least, most) => /^\d{1,15}$/.test(text) && Number(text) >= least && Number(text) <= most;
+const real = (text, least, most) => text !== "" && Number.isFinite(Number(text)) && Number(text) >= least && Number(text) <= most;

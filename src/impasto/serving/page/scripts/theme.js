@@ -1,0 +1,26 @@
+// Light or dark: as the system is, until the person chooses.
+
+import { byId } from "./dom.js";
+
+const system = matchMedia("(prefers-color-scheme: dark)");
+const ORDER = ["system", "light", "dark"];
+
+const chosen = () => (ORDER.includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : "system");
+
+function show() {
+  const choice = chosen();
+  const dark = choice === "dark" || (choice === "system" && system.matches);
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  const label = `Theme: ${choice}`;
+  byId("theme").setAttribute("aria-label", label);
+  byId("theme").title = label;
+}
+
+export function startTheme() {
+  show();
+  system.addEventListener("change", show);
+  byId("theme").addEventListener("click", () => {
+    localStorage.setItem("theme", ORDER[(ORDER.indexOf(chosen()) + 1) % ORDER.length]);
+    show();
+  });
+}

@@ -1,0 +1,66 @@
+"""``/v1`` in the same process, over a service without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from impasto.serving.http.app import create_app
+from impasto.serving.http.settings import HttpSettings
+from impasto.serving.stub import StubService
+
+
+def call(method: str, path: str, service: StubService | None = None, settings: HttpSettings | None = None, **more: Any):
+    """One request to an application of its own."""
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(service or StubService(), settings), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **more)
+
+    return asyncio.run(send())
+
+
+def image_of(item: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+
+
+def test_images_have_the_seeds_that_follow_the_first_one():
+    answer = call("POST", "/v1/images/generations", json={"prompt": "a cat", "n": 3, "seed": 7, "size": "48x32"})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert [item["seed"] for item in body["data"]] == [7, 8, 9]
+    images = [image_of(item) for item in body["data"]]
+    assert {image.size for image in images} == {(48, 32)}
+    assert len({image.getpixel((0, 0)) for image in images}) == 3
+    assert body["size"] == "48x32"
+    assert body["usage"]["output_tokens"] == 3 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "prompt", "prompt is missing"),
+        ({"prompt": " "}, "prompt", "empty"),
+        ({"prompt": "a", "promt": 1}, "promt", "did you mean prompt"),
+        ({"prompt": "a", "n": 11}, "n", "from 1 to 10"),
+        ({"prompt": "a", "n": True}, "n", "whole number"),
+        ({"prompt": "a", "size": "2048x8"}, "size", "1 to 1024"),
+        ({"prompt": "a", "response_format": "url"}, "response_format", "b64_json"),
+        ({"prompt": "a", "stream": True, "n": 2}, "n", "one image"),
+        ({"prompt": "a", "lora": [{"name": "styl"}]}, "lora", "did you mean style"),
+    ],
+)
+def test_what_cannot_be_used_is_named(body: dict[str, Any], param: str, message: str):
+    answer = call("POST", "/v1/images/generations", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
