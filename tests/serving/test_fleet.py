@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 
 from impasto.errors import CheckpointError, InputError, ResourceError
 from impasto.pipelines.adapters import ChosenAdapter
+from impasto.serving import fleet as fleets
 from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.loop import Tally
 from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
 from impasto.serving.fleet import Fleet
 from impasto.serving.job import Event, Failed, Finished, Job, Progress, RawImage
+from impasto.serving.served import Known, look_at
 from impasto.serving.service import Generation, QueueFullError, TooLargeError, UnavailableError
 
 from ..tiny import write_pipeline
@@ -29,6 +32,16 @@ PIXEL = RawImage(1, 1, b"abc")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_pipeline(tmp_path_factory.mktemp("served") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleets, "look_at", look_at_once)
+
+
+@lru_cache
+def look_at_once(*arguments: Any) -> Known:
+    return look_at(*arguments)
 
 
 class FakeEngine:

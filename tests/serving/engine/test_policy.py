@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from impasto.serving.engine.costs import StepCosts, interpolated
+from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.policy import OVERTAKEN, PATIENCE, Candidate, admit, charge, choose
 from impasto.serving.engine.simulation import (
     SCENES_AVX2,
@@ -135,12 +135,3 @@ def test_a_4k_image_and_thumbnails_do_not_starve_each_other() -> None:
     assert slowest <= 2 * step + PATIENCE * 9 * 20 * alone
     typical = percentile(sorted(request.latency for request in thumbnails), 90)
     assert typical < step  # most of them do not notice it
-
-
-def test_costs_between_and_beyond_what_was_measured() -> None:
-    points = ((100, 1.0), (200, 1.5), (400, 4.0))
-    assert [interpolated(points, n) for n in (50, 100, 150, 300, 700)] == pytest.approx([1.0, 1.0, 1.25, 2.75, 7.0])
-    costs = StepCosts(points, points, quadratic=1e-4, measured=100)
-    assert costs.seconds((100, 100)) == pytest.approx(1.5)
-    assert costs.seconds((200,)) == pytest.approx(1.5 + 1e-4 * (200**2 - 100**2))
-    assert costs.job_seconds(100, 2, 10) == pytest.approx(15.0)

@@ -35,8 +35,10 @@ class StepCosts:
         """
         if not tokens:
             return 0.0
-        points = self.uniform if min(tokens) == max(tokens) else self.packed
-        attention = sum(max(0, each * each - self.measured * self.measured) for each in tokens)
+        most, attention = max(tokens), 0
+        if most > self.measured:
+            attention = sum(each * each - self.measured * self.measured for each in tokens if each > self.measured)
+        points = self.uniform if min(tokens) == most else self.packed
         return interpolated(points, sum(tokens)) + self.quadratic * attention
 
     def job_seconds(self, tokens: int, halves: int, steps: int) -> float:

@@ -100,7 +100,7 @@ class Engine:
     ):
         self.stages, self.adapters, self.costs = Stages(pipe), AdapterSwitch(pipe), costs
         self.most_running, self.need, self.room, self.most_tokens = most_running, need, room, most_tokens
-        self.choose, self.clock = choose, clock
+        self.choose, self.clock, self.device = choose, clock, pipe.device
         self.waiting: deque[Entry] = deque()
         self.active: dict[str, Entry] = {}
         self.decoding: deque[Decoding] = deque()
@@ -147,8 +147,7 @@ class Engine:
         chosen = self._choose()
         if chosen:
             self._step(chosen)
-        spent = self.clock() - start if chosen else float("inf")
-        self._decode(spent)
+        self._decode(self.clock() - start if chosen else 0.0)
         self.tally.running, self.tally.waiting = len(self.entries) - len(self.waiting), len(self.waiting)
         return self.events, self.tally
 
@@ -277,6 +276,8 @@ class Engine:
         before = [run.index for run in runs]
         try:
             advance(runs)
+            if self.device.type == "cuda":  # else it would run ahead of what is on the device
+                torch.cuda.synchronize(self.device)
         except Exception as error:
             if len(runs) == 1:
                 self._fail_by(entries[0], error)

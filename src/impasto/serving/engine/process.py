@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import ImpastoError
-from ..job import Event, Job
+from ..job import Event, Failed, Job
 from .costs import StepCosts
-from .loop import Engine, Tally
+from .loop import Engine, Tally, reason_of
 
 logger = logging.getLogger("impasto")
 
@@ -165,7 +165,11 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
             messages.append(incoming.get())
         for message in messages:
             if isinstance(message, Job):
-                engine.add(message)
+                try:
+                    engine.add(message)
+                except Exception as error:
+                    logger.exception("job %s cannot be used", message.id)
+                    connection.send(Turn([Failed(message.id, *reason_of(error))], Tally()))
             elif isinstance(message, Cancel):
                 engine.cancel(message.id)
         if not engine.idle:
