@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from impasto.cli.serve import allowed_hosts, announcement, bounded, pairs
+from impasto.cli.serve import allowed_hosts, announcement, bounded, pairs, run
 from impasto.errors import ConfigurationError, InputError
+from impasto.serving.http.app import create_app
 from impasto.serving.http.keys import read_keys
-from impasto.serving.http.server import bind
+from impasto.serving.http.server import bind, make_server
 from impasto.serving.http.settings import HttpSettings
-from impasto.serving.stub import SCENES
+from impasto.serving.stub import SCENES, StubService
 
 
 def test_pairs():
@@ -80,43 +81,44 @@ def test_what_is_printed_is_a_command():
     assert "k" * 20 not in keyed
 
 
-_SERVER = """
-import asyncio
-from impasto.cli.serve import run
-from impasto.serving.http.app import create_app
-from impasto.serving.http.server import bind, make_server
-from impasto.serving.http.settings import HttpSettings
-from impasto.serving.stub import StubService
-
 class Fleet(StubService):
-    async def start(self):
+    """Takes a while for each step, and can be started and closed."""
+
+    closed = False
+
+    async def start(self) -> None:
         pass
 
-    async def close(self):
-        print("closed", flush=True)
-
-bound, fleet, settings = bind("127.0.0.1", 0), Fleet(seconds=0.05), HttpSettings()
-server = make_server(create_app(fleet, settings), fleet, settings)
-asyncio.run(run(fleet, server, bound, [str(bound.getsockname()[1])]))
-"""
+    async def close(self) -> None:
+        self.closed = True
 
 
-def test_sigterm_ends_the_server_when_accepted_images_are_done(tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    server = subprocess.Popen([sys.executable, "-c", _SERVER], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        with httpx.stream("POST", f"{url}/v1/images/generations", json={"prompt": "a", "stream": True}) as answer:
-            lines = answer.iter_lines()
-            assert next(lines).startswith(": progress")
-            server.send_signal(signal.SIGTERM)
-            while httpx.get(f"{url}/ready").status_code == 200:
-                time.sleep(0.01)
-            assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "b"}).status_code == 503
-            assert "event: image_generation.completed" in list(lines)
-        assert server.wait(20) == 0
-        assert server.stdout.read() == "closed\n"
-    finally:
-        server.kill()
-        server.wait()
+def test_sigterm_ends_the_server_when_accepted_images_are_done():
+    fleet, settings, found = Fleet(seconds=0.05), HttpSettings(), list[object]()
+    bound = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server = make_server(create_app(fleet, settings), fleet, settings)
+
+    def ask() -> None:
+        try:
+            with httpx.Client(base_url=url, timeout=60) as client:
+                body = {"prompt": "a", "stream": True, "num_inference_steps": 30}
+                with client.stream("POST", "/v1/images/generations", json=body) as answer:
+                    lines = answer.iter_lines()
+                    found.append(next(lines))
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    while fleet.ready:
+                        time.sleep(0.005)
+                    with httpx.Client(timeout=60) as other:
+                        found.append(other.post(f"{url}/v1/images/generations", json={"prompt": "b"}).status_code)
+                    found.append("event: image_generation.completed" in list(lines))
+        finally:
+            server.end()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    asyncio.run(run(fleet, server, bound, []))  # signals arrive in the main thread
+    thread.join(30)
+    assert found[1:] == [503, True]
+    assert str(found[0]).startswith(": progress")
+    assert fleet.closed
