@@ -46,7 +46,7 @@ class EngineSpec:
     budget: int | None = None
     limited: bool = False
     costs: StepCosts | None = None
-    seconds: float = 3.0
+    seconds: float = 4.0
     most_running: int = 64
 
 
