@@ -16,10 +16,17 @@ from impasto.serving.stub import SCENES, StubService
 
 from .surfing import DESKTOP, GLM, Site, ready, serving
 
-OFFLINE = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run --force-color-profile=srgb"
-).split()
+OFFLINE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--force-color-profile=srgb",
+]
+
+
 def find_browser() -> str | None:
     return os.environ.get("IMPASTO_BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -77,5 +84,3 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 def page(site: Site, visit: Callable[..., Any]) -> Any:
     """The page on a desktop, ready."""
     return ready(visit(site))
-
-

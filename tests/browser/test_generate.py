@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from .surfing import DESKTOP, PHONE, colour_of, finished, generate, near, ready, serving, stub_colour
 
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.serving.http.settings import HttpSettings
 from impasto.serving.stub import SCENES, StubService
+
+from .surfing import DESKTOP, PHONE, colour_of, finished, generate, near, ready, serving, stub_colour
 
 pytestmark = pytest.mark.browser
 

@@ -166,11 +166,7 @@ def generate(
                 model=model,
                 extra={
                     **({"Denoising strength": str(edit["strength"])} if edit else {}),
-                    **(
-                        {"Lora": "; ".join(f"{x.name} {x.weight:g}" for x in chosen_adapters)}
-                        if chosen_adapters
-                        else {}
-                    ),
+                    **({"Lora": adapter_names} if chosen_adapters else {}),
                     "Dtype": str(chosen_dtype).removeprefix("torch."),
                     "Version": pipelines.version(),
                 },

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ...checks import (
 from ...errors import ImpastoError, InputError
 from ...pipelines.adapters import ChosenAdapter
 from ...pipelines.image_files import measure_image
+from ...pipelines.request import Schedule
+from ...transforms.adapters import locate
 from ..service import ServedModel
 
 FIELDS = (
@@ -101,15 +103,12 @@ class Record:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_records(
-    path: Path, model: ServedModel, seed: int = 0, check: Callable[[Record], None] | None = None
-) -> list[Record]:
+def read_records(path: Path, model: ServedModel, seed: int = 0) -> list[Record]:
     """The records of a file of JSON lines.
 
     Args:
         model: whose defaults hold.
         seed: of the first record, if it has none; record i has ``seed + i``.
-        check: of a record for this model; raises InputError.
 
     Raises:
         InputError: the file cannot be read, or records cannot be used: the first few are listed, with their lines.
@@ -128,8 +127,6 @@ def read_records(
                     if record.id in known:
                         raise InputError(f"its id {shown(record.id)} is that of line {known[record.id]} too")
                     known[record.id] = number
-                    if check is not None:
-                        check(record)
                     records.append(record)
                 except ImpastoError as error:
                     faults.append(f"line {number}: {error}")
@@ -147,7 +144,7 @@ def read_records(
     return records
 
 
-def _lines(file: Any, path: Path) -> Any:
+def _lines(file: Any, path: Path) -> Iterator[bytes]:
     while line := file.readline(_MOST_LINE + 1):
         if len(line) > _MOST_LINE:
             raise InputError(f"{path} has a line of more than {_MOST_LINE:,} bytes; each record is a line")
@@ -166,10 +163,8 @@ def _record(
     for name in given:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)
-            raise InputError(
-                f"it has {shown(name)}"
-                + (f"; did you mean {near[0]}?" if near else f": fields are {', '.join(FIELDS)}")
-            )
+            hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(FIELDS)}"
+            raise InputError(f"it has {shown(name)}; {hint}")
     given = {name: value for name, value in given.items() if value is not None}
     prompt = text("prompt", given.get("prompt"), MAX_CHARACTERS)
     if not prompt.strip():
@@ -179,15 +174,14 @@ def _record(
     if images and not model.edits:
         raise InputError(f"it has an image, and {model.name} edits none")
     if (mask is not None or "strength" in given) and not (images and model.masks):
-        raise InputError(
-            "it has a mask or a strength " + ("but no image" if model.masks else f"and {model.name} takes none")
-        )
+        why = "but no image" if model.masks else f"and {model.name} takes none"
+        raise InputError(f"it has a mask or a strength {why}")
     if len(images) > 1 and model.masks:
         raise InputError(f"it has {len(images)} images, and {model.name} edits one")
-    sizes = [measure_image(image) for image in images]
-    if mask is not None and measure_image(mask) != sizes[0]:
-        raise InputError(f"its mask is not of the size of its image, {sizes[0][1]} x {sizes[0][0]}")
-    width, height = _size(given, (sizes[0][1], sizes[0][0]) if sizes and model.masks else (model.width, model.height))
+    sizes = [measure_image(image)[::-1] for image in images]  # width and height
+    if mask is not None and measure_image(mask)[::-1] != sizes[0]:
+        raise InputError(f"its mask is not of the size of its image, {sizes[0][0]} x {sizes[0][1]}")
+    width, height = _size(given, sizes[0] if sizes else (model.width, model.height))
     if width * height > model.most_pixels:
         raise InputError(f"{width} x {height} pixels are more than the {model.most_pixels:,} of {model.name}")
     scheduler = given.get("scheduler")
@@ -198,6 +192,10 @@ def _record(
         name = str(name)
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise InputError(f"its id is {shown(name)}; an id is up to 100 letters, digits, - and _")
+    steps = whole_number("num_inference_steps", given.get("num_inference_steps", model.steps), most=MAX_STEPS)
+    strength = finite("strength", given.get("strength", 1.0 if mask is not None else 0.8), above=0.0, most=1.0)
+    if images and model.masks:
+        Schedule(steps, None, None).at(strength)  # leaves at least one step
     return Record(
         index,
         name,
@@ -205,14 +203,14 @@ def _record(
         text("negative_prompt", given.get("negative_prompt", ""), MAX_CHARACTERS),
         width,
         height,
-        whole_number("num_inference_steps", given.get("num_inference_steps", model.steps), most=MAX_STEPS),
+        steps,
         finite("guidance_scale", given.get("guidance_scale", model.guidance_scale), -MAX_GUIDANCE, MAX_GUIDANCE),
         whole_number("seed", given.get("seed", seed + index), 0, 2**63 - 1),
         scheduler,
         tuple(_adapter(source, folder, adapters) for source in _list("lora", given.get("lora"))),
         images,
         mask,
-        finite("strength", given.get("strength", 1.0 if mask is not None else 0.8), above=0.0, most=1.0),
+        strength,
     )
 
 
@@ -234,11 +232,7 @@ def _size(given: Mapping[str, Any], usual: tuple[int, int]) -> tuple[int, int]:
 
 def _list(name: str, given: Any) -> list[str]:
     values = [] if given is None else [given] if isinstance(given, str) else given
-    if (
-        not isinstance(values, list)
-        or len(values) > 16
-        or not all(isinstance(value, str) and value for value in values)
-    ):
+    if not isinstance(values, list) or len(values) > 16 or not all(isinstance(one, str) and one for one in values):
         raise InputError(f"its {name} is {shown(given)}; it is a path, or a list of up to 16")
     return values
 
@@ -260,8 +254,6 @@ def _adapter(source: str, folder: Path, known: dict[str, ChosenAdapter]) -> Chos
         chosen = ChosenAdapter.parse(source)
         here = folder / chosen.source
         chosen = chosen._replace(source=str(here)) if here.exists() else chosen
-        from ...transforms.adapters import locate
-
         locate(chosen.source)
         known[source] = chosen
     return known[source]

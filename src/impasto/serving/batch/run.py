@@ -69,7 +69,8 @@ def missing(records: Iterable[Record], manifest: Manifest, model: str) -> list[R
         line = lines.get(record.id)
         if line is not None and line.done and line.key != record.key(model):
             raise InputError(
-                f"{manifest.folder} has an image {record.id!r} of another model or other settings; choose another folder"
+                f"{manifest.folder} has an image {record.id!r} of another model or other settings; choose another "
+                f"folder"
             )
         if line is None or not line.done:
             found.append(record)
@@ -117,7 +118,7 @@ def run(
                 counts.faults.append(f"{record.id}: {made.error}")
                 if counts.failed > max_errors:
                     raise ResourceError(
-                        f"{counts.failed} images could not be generated, the last one, {record.id}, because: {made.error}"
+                        f"{counts.failed} images could not be generated; the last one, {record.id}: {made.error}"
                     )
             done()
     finally:
