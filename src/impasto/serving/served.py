@@ -15,6 +15,8 @@ from .service import ServedModel
 
 #: The scheduler of GLM-Image, which takes no other one.
 FLOW = "flow"
+#: Reference images of an edit by GLM-Image.
+MOST_REFERENCES = 4
 #: Pixels of an image, whatever the memory: PixArt's 4K.
 MOST_PIXELS = 4096 * 4096
 
@@ -79,6 +81,7 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
         schedulers=(FLOW,) if family is GLM_IMAGE else tuple(SOLVERS),
         edits=True,
         masks=family is not GLM_IMAGE,
+        most_images=MOST_REFERENCES if family is GLM_IMAGE else 1,
         created=int((found.folder / "model_index.json").stat().st_mtime),
     )
     return Known(served, path, class_name, unit, need)

@@ -25,6 +25,7 @@ class Running:
     def __init__(self, service: Any, settings: HttpSettings):
         self.service = service
         self.socket = bind("127.0.0.1", 0)
+        self.socket.listen(128)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server: Server = make_server(create_app(service, settings), service, settings, drain_seconds=20)

@@ -72,7 +72,7 @@ def test_generates_with_extensions(client: openai.OpenAI, served: Running):
     assert text.startswith("a red cube\nNegative prompt: blue\nSteps: 3, Sampler: ddim, CFG scale: 2.0, Seed: 6, ")
     assert "Lora: style 0.5" in text
     job = served.service.submitted[-1]
-    assert (job.scheduler, job.guidance_scale, job.adapters[0]) == ("ddim", 2.0, ("style.safetensors", 0.5))
+    assert (job.scheduler, job.guidance_scale, job.adapters[0]) == ("ddim", 2.0, ("style", 0.5))
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
 
@@ -131,7 +131,7 @@ def test_a_mask_without_transparency_is_repainted_where_it_is_white(client: open
     levels = Image.frombytes("L", (32, 32), job.given.mask)
     assert levels.getpixel((2, 2)) == 255
     assert levels.getpixel((20, 2)) == 0
-    assert job.adapters[0] == ("style.safetensors", 1.0)
+    assert job.adapters[0] == ("style", 1.0)
 
 
 def test_edits_stream(client: openai.OpenAI):
