@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from .pipelines.compat.configs import DiffusionPipeline
     from .pipelines.glm_image import GlmImagePipeline
+    from .pipelines.parallel.parallelize import parallelize
     from .pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
     from .pipelines.pixart_edits import (
         PixArtAlphaImg2ImgPipeline,
@@ -124,6 +125,7 @@ __all__ = [
     "convert",
     "dequantize",
     "guide_between",
+    "parallelize",
     "quantize",
     "to_diffusers",
 ]
@@ -172,6 +174,7 @@ _HOMES = {
     "convert": ".conversion:convert",
     "dequantize": ".transforms.quantize:dequantize",
     "guide_between": ".transforms.guidance_interval:guide_between",
+    "parallelize": ".pipelines.parallel.parallelize:parallelize",
     "quantize": ".transforms.quantize:quantize",
     "to_diffusers": ".interop:to_diffusers",
 }

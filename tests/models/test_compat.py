@@ -389,7 +389,7 @@ def test_switches_without_effect_are_accepted(name: str) -> None:
         getattr(model, f"set_use_{kind}_flash_attention")(True)
         getattr(model, f"disable_{kind}_flash_attention")()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(ConfigurationError, match="fully_shard"):
+    with pytest.raises(ConfigurationError, match="enable_parallelism takes ContextParallelConfig"):
         model.enable_parallelism(config=None)
 
 

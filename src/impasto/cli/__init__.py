@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import cache, caption, convert, evaluate, generate, info, pipelines, train
+from . import batch, cache, caption, convert, evaluate, generate, info, pipelines, serve, train
 from .entry import Commands, say
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command()(convert.convert)
 app.command()(train.train)
 app.command()(cache.cache)
 app.command()(caption.caption)
+app.command()(serve.serve)
+app.command()(batch.batch)
 
 
 def _print_version(wanted: bool) -> None:

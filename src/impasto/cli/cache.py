@@ -43,7 +43,7 @@ def cache(
     whole_number("--batch-size", batch_size, most=MAX_IMAGES)
     whole_number("--threads", threads, most=256)
     whole_number("--actors", actors, most=10_000)
-    part = _shard(shard)
+    part = read_part(shard)
 
     from ..training import recipe_files
 
@@ -70,7 +70,8 @@ def cache(
         say(f"{job.folder}: {job.settings.samples} samples ({chunks}; {counts['broken']} broken samples)")
 
 
-def _shard(text: str) -> tuple[int, int]:
+def read_part(text: str) -> tuple[int, int]:
+    """``--shard I/N``."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shard must be like 1/4, from 1/N to N/N, not {shown(text)}")

@@ -77,6 +77,8 @@ def generate(
 ) -> None:
     """Generate an image of each PROMPT and save it with its settings.
 
+    Under torchrun the processes compute each image together, and the first one saves it.
+
     Several images are saved as 0000.png, 0001.png, ... in the folder --output, after those that are there.
     """
     for prompt in (*prompts, negative_prompt):
@@ -103,6 +105,7 @@ def generate(
 
     family = family_of(class_name)
     chosen_adapters, defaults = pipelines.choose_adapters(lora or [])
+    adapter_names = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in chosen_adapters)
     steps = defaults.steps or family.steps if steps is None else steps
     if guidance_scale is None:
         guidance_scale = family.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
@@ -115,83 +118,90 @@ def generate(
     edit: dict[str, Any] = {}
     if references and family is not GLM_IMAGE:
         class_name, edit = _edit(class_name, references[0], strength, mask)
-    chosen = pipelines.choose_device(device)
-    chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
-    _check_size(folder, family, height, width, references)
-    if files[0] != Path(output):
-        make_folder(Path(output))
-    for file in files:
-        image_files.check_image_path(file)
+    with pipelines.processes(device) as processes:
+        chosen = pipelines.choose_device(device) if processes is None else processes.device
+        seed, writes = (seed, True) if processes is None else (processes.shared(seed), processes.is_main)
+        chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
+        _check_size(folder, family, height, width, references)
+        if files[0] != Path(output):
+            make_folder(Path(output))
+        for file in files:
+            image_files.check_image_path(file)
 
-    if memory_budget is None:
-        pipe = pipelines.load(model, class_name, chosen, chosen_dtype, scheduler)
-    else:
-        from ..memory.plan import Budget
+        if memory_budget is None:
+            pipe = pipelines.load(model, class_name, chosen, chosen_dtype, scheduler)
+        else:
+            from ..memory.plan import Budget
 
-        batch_size, sides = batch_size or 1, (height, width)
-        if references and family is GLM_IMAGE:
-            sides = _generated_sides(height, width, references[0])
-        budget = Budget(memory_budget, chosen, *sides, batch_size)
-        pipe = pipelines.load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
-        assert pipe.plan is not None
-        for line in pipe.plan.lines():
-            say(line, error=True)
-        chosen_dtype = pipe.dtype
-    pipelines.apply(pipe, chosen_adapters)
-    if batch_size is None:
-        base = pipe.transformer.config.get("sample_size", 128) * pipe.vae_scale_factor
-        batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
-    say(f"seed {seed}", error=True)
+            batch_size, sides = batch_size or 1, (height, width)
+            if references and family is GLM_IMAGE:
+                sides = _generated_sides(height, width, references[0])
+            budget = Budget(memory_budget, chosen, *sides, batch_size)
+            pipe = pipelines.load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
+            assert pipe.plan is not None
+            for line in pipe.plan.lines() if writes else ():
+                say(line, error=True)
+            chosen_dtype = pipe.dtype
+        pipelines.apply(pipe, chosen_adapters)
+        if processes is not None:
+            from ..pipelines.parallel.parallelize import parallelize
 
-    def save(image: Image.Image, prompt: str, file: Path, seed: int) -> None:
-        settings = image_files.GenerationSettings(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            sampler=pipelines.solver_name(pipe.scheduler),
-            guidance_scale=guidance_scale,
-            seed=seed,
-            height=image.height,
-            width=image.width,
-            model=model,
-            extra={
-                **({"Denoising strength": str(edit["strength"])} if edit else {}),
-                **({"Lora": "; ".join(f"{x.name} {x.weight:g}" for x in chosen_adapters)} if chosen_adapters else {}),
-                "Dtype": str(chosen_dtype).removeprefix("torch."),
-                "Version": pipelines.version(),
-            },
-        )
-        while True:
-            try:
-                image_files.save_image(image, file, settings, overwrite)
-                break
-            except OutputError:
-                if overwrite or file == Path(output) or not os.path.lexists(file):
-                    raise
-                file = _numbered(file.parent, _next_number(file.parent))  # another process has taken this one
-        say(str(file))
+            parallelize(pipe, guidance=None if guidance_scale > 1 else False)
+        if batch_size is None:
+            base = pipe.transformer.config.get("sample_size", 128) * pipe.vae_scale_factor
+            batch_size = 16 if (height or base) * (width or base) <= 256**2 else 4
+        if writes:
+            say(f"seed {seed}", error=True)
 
-    options: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        # PixArt's default is an empty negative prompt, GLM-Image's is none.
-        "negative_prompt": negative_prompt or (None if family is GLM_IMAGE else ""),
-        **edit,
-    }
-    jobs = list(zip([prompt for prompt in prompts for _ in range(num_images)], files))
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        last = start + len(batch)
-        which = f"image {last}" if len(batch) == 1 else f"images {start + 1} to {last}"
-        # disable=None: no bar unless stderr is a terminal.
-        pipe.set_progress_bar_config(disable=None, desc=f"{which} of {len(jobs)}", leave=False)
-        if references and family is GLM_IMAGE:
-            options["image"] = [references] * len(batch)
-        images = pipelines.run(pipe, [prompt for prompt, _ in batch], seed + start, **options)
-        for i, ((prompt, file), generated) in enumerate(zip(batch, images), start):
-            save(generated, prompt, file, seed + i)
+        def save(image: Image.Image, prompt: str, file: Path, seed: int) -> None:
+            settings = image_files.GenerationSettings(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                steps=steps,
+                sampler=pipelines.solver_name(pipe.scheduler),
+                guidance_scale=guidance_scale,
+                seed=seed,
+                height=image.height,
+                width=image.width,
+                model=model,
+                extra={
+                    **({"Denoising strength": str(edit["strength"])} if edit else {}),
+                    **({"Lora": adapter_names} if chosen_adapters else {}),
+                    "Dtype": str(chosen_dtype).removeprefix("torch."),
+                    "Version": pipelines.version(),
+                },
+            )
+            while True:
+                try:
+                    image_files.save_image(image, file, settings, overwrite)
+                    break
+                except OutputError:
+                    if overwrite or file == Path(output) or not os.path.lexists(file):
+                        raise
+                    file = _numbered(file.parent, _next_number(file.parent))  # another process has taken this one
+            say(str(file))
+
+        options: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            # PixArt's default is an empty negative prompt, GLM-Image's is none.
+            "negative_prompt": negative_prompt or (None if family is GLM_IMAGE else ""),
+            **edit,
+        }
+        jobs = list(zip([prompt for prompt in prompts for _ in range(num_images)], files))
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            last = start + len(batch)
+            which = f"image {last}" if len(batch) == 1 else f"images {start + 1} to {last}"
+            # disable=None: no bar unless stderr is a terminal.
+            pipe.set_progress_bar_config(disable=None if writes else True, desc=f"{which} of {len(jobs)}", leave=False)
+            if references and family is GLM_IMAGE:
+                options["image"] = [references] * len(batch)
+            images = pipelines.run(pipe, [prompt for prompt, _ in batch], seed + start, **options)
+            for i, ((prompt, file), generated) in enumerate(zip(batch, images), start) if writes else ():
+                save(generated, prompt, file, seed + i)
 
 
 def plan_files(output: str, count: int, overwrite: bool = False) -> list[Path]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from ..checkpoints.adapters.file import AdapterDefaults
     from ..memory.plan import Budget
     from ..pipelines.adapters import ChosenAdapter
+    from ..training.distributed.processes import Processes
 
 PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "GlmImagePipeline")
 
@@ -41,6 +45,18 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise ResourceError("the device meta computes nothing; choose cpu or cuda")
     return device
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[Processes | None]:
+    """The processes that torchrun has started; None if this one is alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield None
+        return
+    from ..training.distributed.processes import joined
+
+    with joined("auto", device) as together:
+        yield together
 
 
 def choose_dtype(name: DType, device: torch.device) -> torch.dtype:

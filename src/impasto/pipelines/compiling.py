@@ -23,7 +23,7 @@ class CompiledCall(Change):
 
     change = "compiled"
     undo = "remove() the handle of pipe.compile()"
-    conflicts: ClassVar = ("compiled",)
+    conflicts: ClassVar = ("compiled", "parallel")
 
     def __init__(self, module: nn.Module, options: dict[str, Any]):
         self._call = torch.compile(module._call_impl, **options)

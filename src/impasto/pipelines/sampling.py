@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..nn.changes import unwrapped
+from ..nn.changes import of, unwrapped
 from ..nn.precision import adapt
 from ..schedulers.process import predicted_original
 from .compat.calls import Call, call_back, calling
@@ -118,6 +118,11 @@ class Run:
         return self.cache is None and self.call is self.transformer is unwrapped(self.transformer)
 
     @property
+    def divides(self) -> bool:
+        """Whether processes divide the rows of a call, so that both halves of guidance are to be in one."""
+        return self.can_share and any(change.change == "parallel" for change in of(self.transformer))
+
+    @property
     def guided(self) -> bool:
         """Whether the next step needs the negative half, too."""
         return self.guidance[self.index] > 1.0
@@ -150,7 +155,8 @@ def advance(runs: Sequence[Run]) -> None:
         groups.setdefault(id(run.transformer) if run.can_share else id(run), []).append(run)
     for group in groups.values():
         with group[0].pipe.placement.using(group[0].transformer):
-            predictions = [predict(group[0])] if len(group) == 1 else predict_together(group)
+            alone = len(group) == 1 and not group[0].divides
+            predictions = [predict(group[0])] if alone else predict_together(group)
         for run, predicted in zip(group, predictions, strict=True):
             take_step(run, predicted)
 

@@ -44,6 +44,7 @@ class Job:
         width, height: of the result, in pixels. With ``given.padding``, of what is generated around the mask; the
             result then has the size of the given image.
         seed: of the noise; the image depends on it, and not on what is generated at the same time.
+        adapters: by their served names.
         scheduler: "dpm++", "ddim", "ddpm" or "lcm"; None: the model's.
         previews: how many images of intermediate steps are wanted, evenly spread.
         deadline: ``time.time()`` after which nobody waits any more.

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..errors import ImpastoError
 from .job import Event, Job
+from .stats import Stats
 
 
 class RefusedError(ImpastoError):
@@ -108,6 +109,11 @@ class Service(Protocol):
     @property
     def adapters(self) -> Mapping[str, str]:
         """The files of adapters that requests may name, by name. Clients never name files."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """What it counts, for metrics."""
         ...
 
     @property

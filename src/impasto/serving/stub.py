@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from .job import Event, Failed, Finished, Job, Preview, Progress, RawImage
 from .service import Generation, QueueFullError, ServedModel, UnavailableError
+from .stats import Stats
 
 SCENES = ServedModel(
     name="scenes", family="PixArt-Σ", width=64, height=64, multiple=8, most_pixels=1 << 20, steps=20,
@@ -28,6 +29,7 @@ class StubService:
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self.aliases: Mapping[str, str] = {"dall-e-3": models[0].name}
         self.adapters: Mapping[str, str] = {"style": "style.safetensors"}
+        self.stats = Stats()
         self.ready = True
         self.seconds, self.waiting = seconds, waiting
         self.unfinished: dict[str, StubGeneration] = {}
@@ -37,9 +39,11 @@ class StubService:
         if not self.ready:
             raise UnavailableError("the server is ending; try again in some seconds", 5)
         if len(self.unfinished) + len(jobs) > self.waiting:
+            self.stats.rejected["full"] += len(jobs)
             raise QueueFullError("too many images wait; try again later", 2)
         generations = [StubGeneration(job, self) for job in jobs]
         self.submitted += jobs
+        self.stats.accepted += len(jobs)
         self.unfinished |= {generation.job.id: generation for generation in generations}
         return [*generations]
 
@@ -71,6 +75,8 @@ class StubGeneration:
                     yield Preview(job.id, shown, _image(job, step))
                     shown += 1
                 await asyncio.sleep(seconds)
+            self.service.stats.images += 1
+            self.service.stats.latency.add(job.steps * seconds)
             yield Finished(job.id, _image(job, job.steps), {"denoise": job.steps * seconds})
         finally:
             self.service.unfinished.pop(job.id, None)

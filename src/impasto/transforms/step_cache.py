@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import whole_number
 from ..errors import ConfigurationError, InputError
-from ..nn.changes import CALL, Change, Handle, of, unwrapped
+from ..nn.changes import CALL, Change, Handle, of, refuse_conflicts, unwrapped
 
 Method = Literal["first-block", "interval", "taylor"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -206,6 +206,7 @@ class CachedCall(Change):
     change = "cached"
     undo = "remove() the handle of cache_steps()"
     varies = True
+    conflicts: ClassVar = ("parallel",)
 
     def __init__(self, cache: StepCache, block: nn.Module, index: int, count: int):
         self._cache: StepCache | None = cache
@@ -292,6 +293,8 @@ class StepCache(Handle):
         if [call.block for call in self._calls if call in of(call.block)] == blocks:
             return
         self._detach()
+        for block in blocks:
+            refuse_conflicts(block, CachedCall)
         self._calls = [CachedCall(self, block, i, len(blocks)) for i, block in enumerate(blocks)]
         for call in self._calls:
             call.put(call.block, CALL)

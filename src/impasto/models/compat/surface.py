@@ -75,11 +75,24 @@ class ModelSurface(nn.Module):
         _public("dequantize")(self)
 
     def enable_parallelism(self, *, config: Any = None, cp_plan: Any = None) -> None:
-        """Refused: models are sharded from outside."""
-        raise ConfigurationError(
-            "models are not sharded by a config here: call torch.distributed.fsdp.fully_shard on the blocks and on the "
-            "model, or give each process its own images"
-        )
+        """Sequence-parallel on the processes of torchrun: ``impasto.parallelize(model, sequence=ulysses_degree)``.
+
+        Args:
+            config: an object with ``ulysses_degree`` (diffusers' ``ContextParallelConfig``), or one with it as
+                ``context_parallel_config``.
+            cp_plan: accepted without effect: the model's own plan is used.
+
+        Raises:
+            ConfigurationError: another kind of parallelism.
+        """
+        config = getattr(config, "context_parallel_config", None) or config
+        degree = getattr(config, "ulysses_degree", None)
+        if degree is None or (getattr(config, "ring_degree", None) or 1) != 1:
+            raise ConfigurationError(
+                "enable_parallelism takes ContextParallelConfig(ulysses_degree=...) here; to shard weights, call "
+                "torch.distributed.fsdp.fully_shard on the blocks and on the model"
+            )
+        _public("parallelize")(self, sequence=degree)
 
     # Attention
 

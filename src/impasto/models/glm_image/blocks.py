@@ -130,9 +130,13 @@ class Attention(ProcessedAttention):
         """
         query = apply_rotary(_normalized(self._heads(self.to_q, x)), places.cos, places.sin)  # [B, S, heads, d]
         key, value = self._keys_values(x, places)
-        out = places.attend(query, key, value, past).flatten(-2)  # [B, S, D]
+        out = self.among(query, key, value, places, past).flatten(-2)  # [B, S, D]
         projected: Tensor = self.to_out(out)
         return projected, key.transpose(-3, -2), value.transpose(-3, -2)
+
+    def among(self, query: Tensor, key: Tensor, value: Tensor, places: Places, past: Past) -> Tensor:
+        """Attention of the tokens of each image to one another: [B, S, heads, d], or [T, heads, d] of a mixed batch."""
+        return places.attend(query, key, value, past)
 
     def process(self, x: Tensor, places: Places, past: Past = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The same by the processor; a call that reads references returns no keys and values: nobody refers to it."""

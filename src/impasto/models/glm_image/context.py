@@ -215,6 +215,10 @@ class GlmImageReferences(NamedTuple):
             for key, value in layers
         ]
 
+    def select(self, rows: slice) -> GlmImageReferences:
+        """Those of some rows."""
+        return self._each_layer([self], lambda x: x[0][rows], None if self.bias is None else self.bias[rows])
+
     def seen_by(self, row: int) -> GlmImageReferences | None:
         """Those that one image sees; None if it sees none."""
         places = self.bias_or_zeros()[row, 0, 0].isfinite().nonzero()[:, 0]

@@ -192,11 +192,19 @@ class Attention(ProcessedAttention):
             key, value = project(self._fused, [self.to_k, self.to_v], encoder_hidden_states)
         if self.kv_compression is not None:
             return self._compressed(query, key, value, attention_mask, grids)
-        if isinstance(attention_mask, Layout):
-            wide = torch.float32 if self.upcast else query.dtype
-            q, k, v = (torch.unflatten(x.to(wide), -1, (self.heads, -1)) for x in (query, key, value))  # [T, heads, d]
-            return linear(self.to_out, attention_by_image(q, k, v, attention_mask).to(query.dtype).flatten(1))
-        return self.attend(query, self._split(key), self._split(value), _four(attention_mask))
+        if encoder_hidden_states is not None:
+            assert not isinstance(attention_mask, Layout)
+            return self.attend(query, self._split(key), self._split(value), _four(attention_mask))
+        wide = torch.float32 if self.upcast else query.dtype
+        q, k, v = (torch.unflatten(x.to(wide), -1, (self.heads, -1)) for x in (query, key, value))  # [B, N, heads, d]
+        return linear(self.to_out, self.among(q, k, v, attention_mask).to(query.dtype).flatten(-2))
+
+    def among(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Layout | None) -> Tensor:
+        """Attention of image tokens to those of their image: [B, N, heads, d], or [T, heads, d] with a layout."""
+        if isinstance(mask, Layout):
+            return attention_by_image(query, key, value, mask)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, heads, N, d] each
+        return attention(q, k, v, _four(mask)).transpose(1, 2)
 
     def _compressed(
         self,

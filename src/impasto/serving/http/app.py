@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from ..service import Service
 from . import errors
+from .a1111.routes import a1111_router
 from .context import Context
 from .document import describe
 from .errors import ApiError
@@ -61,6 +62,7 @@ def create_app(service: Service, settings: HttpSettings | None = None) -> FastAP
     errors.install(app)
     metrics = Metrics(service)
     app.include_router(openai_router(context))
+    app.include_router(a1111_router(context))
     if storage is not None:
         app.include_router(_content_router(storage))
     app.include_router(_health_router(service, metrics))

@@ -56,8 +56,8 @@ class Context:
         return max(longest_side(one) for one in ([model] if model else self.service.models.values()))
 
     def adapters(self, chosen: list[tuple[str, float]]) -> tuple[tuple[ChosenAdapter, ...], AdapterDefaults]:
-        """Adapters by their served names and weights, and how to generate with them."""
-        found = tuple(ChosenAdapter(self.service.adapters[name], weight) for name, weight in chosen)
+        """Adapters by their served names, which engines resolve, and how to generate with them."""
+        found = tuple(ChosenAdapter(name, weight) for name, weight in chosen)
         return found, next(
             (one for one in map(self._defaults_of, found) if one != AdapterDefaults()), AdapterDefaults()
         )
@@ -65,7 +65,8 @@ class Context:
     def _defaults_of(self, adapter: ChosenAdapter) -> AdapterDefaults:
         if adapter.source not in self._defaults:
             try:
-                self._defaults[adapter.source] = adapter_defaults([adapter])
+                file = self.service.adapters[adapter.source]
+                self._defaults[adapter.source] = adapter_defaults([ChosenAdapter(file)])
             except CheckpointError as error:  # reported when it is applied
                 logger.warning("%s", error)
                 self._defaults[adapter.source] = AdapterDefaults()

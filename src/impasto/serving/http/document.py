@@ -160,7 +160,15 @@ def _answers(context: Context) -> dict[str, Schema]:
         | {name: {"type": "array", "items": text} for name in ("aliases", "schedulers")}
         | {"guidance_scale": {"type": "number"}, "edits": {"type": "boolean"}, "masks": {"type": "boolean"}}
     )
-    adapter = _object({"id": text, "object": {"const": "adapter"}})
+    adapter = _object(
+        {
+            "id": text,
+            "object": {"const": "adapter"},
+            "steps": {"type": ["integer", "null"]},
+            "guidance_scale": {"type": ["number", "null"]},
+            "scheduler": optional,
+        }
+    )
     models = _object(
         {
             "object": {"const": "list"},

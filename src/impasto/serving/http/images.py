@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import base64
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 
 from PIL import Image
 
 from ...pipelines.image_files import GenerationSettings, encode_image
-from ..job import Job, RawImage
+from ..image_settings import settings_of
+from ..job import RawImage
 from .settings import HttpSettings
+
+__all__ = ["base64_text", "encode", "settings_of"]
 
 #: By the names of ``output_format``.
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 DEFAULT_QUALITY = 95
-
-
-def settings_of(job: Job, sampler: str) -> GenerationSettings:
-    """How the image of a job was generated."""
-    extra = {}
-    if job.given is not None:
-        extra["Denoising strength"] = f"{job.given.strength:g}"
-    if job.adapters:
-        extra["Lora"] = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in job.adapters)
-    return GenerationSettings(
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        steps=job.steps,
-        sampler=job.scheduler or sampler,
-        guidance_scale=job.guidance_scale,
-        seed=job.seed,
-        height=job.height,
-        width=job.width,
-        model=job.model,
-        extra=extra | {"Version": _version()},
-    )
 
 
 def encode(
@@ -62,10 +42,3 @@ def encode(
 def base64_text(content: bytes) -> str:
     """A file in JSON."""
     return base64.b64encode(content).decode("ascii")
-
-
-def _version() -> str:
-    try:
-        return f"impasto {installed_version('impasto')}"
-    except PackageNotFoundError:
-        return "impasto"

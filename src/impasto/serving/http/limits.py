@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+MAX_HEADER_BYTES = 32 << 10
+
+
 class Limits:
     """An ASGI application around another: bodies are bounded in bytes and time, one alone and all together.
 
@@ -27,9 +30,12 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            await answer_error(send, "the headers are too large", 431)
+            return
         body = _Body(self, scope, receive)
         try:
-            await self.app(scope, body.receive, _Sender(send, self.settings.send_seconds).send)
+            await self.app(scope, body.receive, send)
         finally:
             self.buffered -= body.size
 
@@ -80,23 +86,6 @@ class _Body:
             message = await self._next()
             seen += len(message.get("body", b""))
             self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
-
-
-class _Sender:
-    """Sends an answer, and gives up on a client that does not read it."""
-
-    def __init__(self, send: Send, seconds: float):
-        self._send, self.seconds = send, seconds
-
-    async def send(self, message: Message) -> None:
-        try:
-            await asyncio.wait_for(self._send(message), self.seconds)
-        except TimeoutError:
-            raise ClientTooSlowError from None
-
-
-class ClientTooSlowError(Exception):
-    """The client does not read its answer; its connection is closed."""
 
 
 async def answer_error(send: Send, message: str, status: int, headers: dict[str, str] | None = None) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from ...checks import printable
+from .. import stats
 from ..service import Service
 from .running import ClientLeftError
 
 if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("impasto.serve")
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+_PROBES = ("/health", "/ready", "/metrics")
 CLIENT_LEFT = 499  # as nginx counts them
 
 
@@ -26,23 +31,14 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self, service: Service):
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "impasto_http_requests",
-            "Requests by path and status.",
-            ["path", "method", "status"],
-            registry=self.registry,
-        )
+        self.registry = here = CollectorRegistry()
+        labels = ["path", "method", "status"]
+        self.requests = Counter("impasto_http_requests", "Requests by path and status.", labels, registry=here)
         self.seconds = Histogram(
-            "impasto_http_request_seconds",
-            "Until the answer is sent.",
-            ["path"],
-            buckets=_SECONDS,
-            registry=self.registry,
+            "impasto_http_request_seconds", "Until the answer is sent.", ["path"], buckets=_SECONDS, registry=here
         )
-        self.open = Gauge("impasto_http_requests_open", "Requests without a complete answer.", registry=self.registry)
-        ready = Gauge("impasto_ready", "Whether requests are accepted.", registry=self.registry)
-        ready.set_function(lambda: float(service.ready))
+        self.open = Gauge("impasto_http_requests_open", "Requests without a complete answer.", registry=here)
+        here.register(_Engines(service))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -52,6 +48,55 @@ class Metrics:
     def layer(self) -> Callable[[ASGIApp], ASGIApp]:
         """An ASGI application around another, which counts and logs requests, without their contents."""
         return lambda app: _Layer(app, self)
+
+
+class _Engines(Collector):
+    """What the service counts, as metrics."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        found = self.service.stats
+        for name, what, number in (
+            ("ready", "Whether requests are accepted.", int(self.service.ready)),
+            ("images_running", "Images that are being generated.", found.running),
+            ("images_waiting", "Accepted images that are not begun.", found.waiting),
+            ("batch_tokens", "Tokens of the last step, with both halves of guidance.", found.batch_tokens),
+        ):
+            yield GaugeMetricFamily(f"impasto_{name}", what, number)
+        for name, what, number in (
+            ("steps", "Forward passes.", found.steps),
+            ("image_steps", "Steps of images, several of which share a forward pass.", found.image_steps),
+            ("images_accepted", "Accepted images.", found.accepted),
+            ("engine_restarts", "Engines that died and were started again.", found.restarts),
+        ):
+            yield CounterMetricFamily(f"impasto_{name}", what, number)
+        outcomes = {"finished": found.images, "cancelled": found.cancelled, "failed": found.failed}
+        yield _by("images", "Images by outcome.", "outcome", outcomes)
+        yield _by("images_rejected", "Images that were not accepted.", "reason", found.rejected)
+        yield _by("stage_seconds", "Seconds of engines in a stage; wait: of all images.", "stage", found.seconds)
+        yield _histogram("image_seconds", "From acceptance to the image.", found.latency)
+        yield _histogram("first_step_seconds", "From acceptance to the first step.", found.first_step)
+        models = GaugeMetricFamily("impasto_model_loaded", "Whether a model is loaded.", labels=["model"])
+        for model in self.service.models:
+            models.add_metric([model], int(model in found.models))
+        yield models
+
+
+def _by(name: str, what: str, label: str, numbers: dict[str, int] | dict[str, float]) -> Metric:
+    family = CounterMetricFamily(f"impasto_{name}", what, labels=[label])
+    for value, number in numbers.items():
+        family.add_metric([value], number)
+    return family
+
+
+def _histogram(name: str, what: str, found: stats.Histogram) -> Metric:
+    total, buckets = 0, []
+    for bound, count in zip([*map(str, stats.BOUNDS), "+Inf"], found.counts, strict=True):
+        total += count
+        buckets.append((bound, float(total)))
+    return HistogramMetricFamily(f"impasto_{name}", what, buckets=buckets, sum_value=found.sum)
 
 
 class _Layer:
@@ -78,11 +123,10 @@ class _Layer:
         finally:
             self.metrics.open.dec()
             seconds = time.monotonic() - start
-            route = getattr(
-                scope.get("route"), "path", "other"
-            )  # unknown paths are not labels, which are never forgotten
+            route = getattr(scope.get("route"), "path", "other")  # labels are never forgotten
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
             self.metrics.requests.labels(route, method, str(status)).inc()
             self.metrics.seconds.labels(route).observe(seconds)
             path = printable(scope["path"])[:200]
-            logger.info("%s %s %d %.0f ms", method, path, status, 1000 * seconds)
+            level = logging.DEBUG if path in _PROBES else logging.INFO  # they come every few seconds
+            logger.log(level, "%s %s %d %.0f ms", method, path, status, 1000 * seconds)

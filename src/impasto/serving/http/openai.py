@@ -43,7 +43,7 @@ def openai_router(context: Context) -> APIRouter:
     async def list_models() -> Response:
         """The models that are served, with what they take, and the adapters."""
         models = [_describe(context, model) for model in context.service.models.values()]
-        adapters = [{"id": name, "object": "adapter"} for name in context.service.adapters]
+        adapters = [_describe_adapter(context, name) for name in context.service.adapters]
         return JSONResponse({"object": "list", "data": models, "adapters": adapters})
 
     @router.get("/models/{model}")
@@ -77,6 +77,18 @@ def _describe(context: Context, model: ServedModel) -> dict[str, Any]:
         "edits": model.edits,
         "masks": model.masks,
         "most_images": model.most_images,
+    }
+
+
+def _describe_adapter(context: Context, name: str) -> dict[str, Any]:
+    """An adapter as clients see it: how to generate with it, where it says so."""
+    _, defaults = context.adapters([(name, 1.0)])
+    return {
+        "id": name,
+        "object": "adapter",
+        "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale,
+        "scheduler": defaults.scheduler,
     }
 
 

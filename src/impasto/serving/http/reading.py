@@ -86,7 +86,7 @@ class Reader:
 
     async def generation(self, request: Request) -> ImageRequest:
         """Of ``/v1/images/generations``. Raises ApiError."""
-        return self._request(read_fields(self.fields, await self._json(request)), None)
+        return self._request(read_fields(self.fields, await read_json(self.context, request)), None)
 
     async def edit(self, request: Request) -> ImageRequest:
         """Of ``/v1/images/edits``: a form, or JSON with images as base64 or data URIs. Raises ApiError."""
@@ -94,20 +94,11 @@ class Reader:
             texts, files = await self._form(request)
             given = read_fields(self.edit_fields, texts, form=True)
         else:
-            body = await self._json(request, f"{_FORM} or application/json")
+            body = await read_json(self.context, request, f"{_FORM} or application/json")
             files = {name: _listed_files(name, body.pop(name, None)) for name in ("image", "mask")}
             given = read_fields(self.edit_fields, body)
         edit = await self._decoded(files, given)
         return await self.context.decode(self._request, given, edit)
-
-    async def _json(self, request: Request, expected: str = "application/json") -> dict[str, Any]:
-        if _media_type(request) != "application/json":
-            raise ApiError(f"the Content-Type must be {expected}", status=415)
-        body = await request.body()
-        found = parse_json(body) if len(body) < 100_000 else await self.context.decode(parse_json, body)
-        if not isinstance(found, dict):
-            raise ApiError("the body must be a JSON object")
-        return found
 
     async def _form(self, request: Request) -> tuple[dict[str, str], dict[str, list[bytes]]]:
         """The texts and files of a form."""
@@ -245,6 +236,17 @@ class Reader:
                 "required": ["stream", "n"],
             },
         }
+
+
+async def read_json(context: Context, request: Request, expected: str = "application/json") -> dict[str, Any]:
+    """The object in the body of a request. Raises ApiError and InputError."""
+    if _media_type(request) != "application/json":
+        raise ApiError(f"the Content-Type must be {expected}", status=415)
+    body = await request.body()
+    found = parse_json(body) if len(body) < 100_000 else await context.decode(parse_json, body)
+    if not isinstance(found, dict):
+        raise ApiError("the body must be a JSON object")
+    return found
 
 
 def _media_type(request: Request) -> str:

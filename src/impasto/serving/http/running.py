@@ -6,8 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -16,6 +17,7 @@ from ..service import Generation, Service
 from .errors import ApiError, of_failure
 
 logger = logging.getLogger("impasto.serve")
+T = TypeVar("T")
 
 
 class ClientLeftError(Exception):
@@ -52,16 +54,30 @@ async def generate(
         ApiError: one of them failed.
         ClientLeftError: the client has left.
     """
-    generations = service.submit(jobs)
-    pending = {asyncio.ensure_future(finish(generation, watch)): generation for generation in generations}
+    return await gather(request, service.submit(jobs), lambda generation: finish(generation, watch))
+
+
+async def gather(
+    request: Request, generations: Sequence[Generation], wait: Callable[[Generation], Coroutine[Any, Any, T]]
+) -> list[T]:
+    """What ``wait`` makes of each accepted job; if one raises, or the client leaves, all others are cancelled.
+
+    Args:
+        request: whose body has been read.
+
+    Raises:
+        ClientLeftError: the client has left.
+    """
+    pending = {asyncio.ensure_future(wait(generation)): generation for generation in generations}
     order = list(pending)
     left = asyncio.ensure_future(disconnected(request))
     try:
         waiting = set(order)
         while waiting:
             done, _ = await asyncio.wait({*waiting, left}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {left}:
-                task.result()
+            for task in order:
+                if task in done:
+                    task.result()
             waiting -= done
             if left in done and waiting:
                 raise ClientLeftError
@@ -88,7 +104,7 @@ async def finish(generation: Generation, watch: Callable[[Event], None] | None =
     raise ApiError("the server failed; its log has the reason", status=500)
 
 
-async def events_of(generation: Generation) -> AsyncIterator[Event]:
+async def events_of(generation: Generation) -> AsyncGenerator[Event, None]:
     """The events of a job, which is cancelled if nobody reads on."""
     ended = False
     try:

@@ -130,8 +130,9 @@ def given_images(
     """What a job edits, at the size of the result, and the width and height of the result.
 
     Args:
-        mask: grey, white where it is repainted, of the size of the first image or of any other.
-        size: width and height; None: those of the first image, scaled down to what the model generates.
+        mask: grey, white where it is repainted, of any size.
+        size: width and height; None: those of the first image, scaled down to what the model generates. With
+            ``padding``, of what is generated around the mask; None: the model's.
 
     Raises:
         InputError: the model cannot edit these.
@@ -142,11 +143,13 @@ def given_images(
         raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
     if len(images) > model.most_images:
         raise InputError(f"there are {len(images)} images, and {model.name} takes at most {model.most_images}")
-    width, height = size or size_for(model, *images[0].size)
+    if padding is not None and mask is None:
+        raise InputError("padding_mask_crop is for edits with a mask; give one, or leave it out")
+    whole = size_for(model, *images[0].size)
+    width, height = size or (whole if padding is None else (model.width, model.height))
     check_size(model, width, height)
-    if model.most_images == 1:
-        found = [raw(fit(images[0], width, height))]
-    else:
-        found = [raw(fit(image, *size_for(model, *image.size))) for image in images]
-    levels = None if mask is None else fit(mask, width, height).tobytes()
+    if padding is None and model.most_images == 1:
+        whole = width, height
+    found = [raw(fit(images[0], *whole)), *(raw(fit(image, *size_for(model, *image.size))) for image in images[1:])]
+    levels = None if mask is None else fit(mask, *whole).tobytes()
     return GivenImages(tuple(found), levels, strength, padding), width, height

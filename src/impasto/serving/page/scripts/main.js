@@ -91,7 +91,7 @@ async function start() {
   if (unfinished || !form.models.length) return;
   const shots = await shotsOf();
   if (!shots) return;
-  const cards = stage.show(shots, mode);
+  const cards = stage.place(shots, mode);
   const { top } = byId("results").getBoundingClientRect();
   if (top > innerHeight * 0.7) byId("results").scrollIntoView({ behavior: "smooth", block: "start" });
   await run(cards);
@@ -133,12 +133,17 @@ byId("settings").addEventListener("keydown", (event) => {
 byId("cancel-all").addEventListener("click", () => stage.cancel());
 byId("notice-close").addEventListener("click", () => { byId("notice").hidden = true; });
 
+/** An edited image has the size of the original, unless it is a reference. */
+function showSize() {
+  byId("size-group").hidden = mode === "edit" && !edit.takesReferences;
+}
+
 // --- files: an image to edit on the Edit tab, elsewhere settings ---
 
 async function restore(file) {
   const found = await readSettings(file);
   if (!found) return notify("This file holds no settings of a generated image.");
-  form.write({ ...found, seed: found.seed ?? "", scheduler: found.extra?.Scheduler ?? found.sampler, adapters: [] });
+  form.write({ ...found, seed: found.seed ?? "", scheduler: found.sampler });
   form.changed();
   return notify("Settings restored from the image.");
 }
@@ -174,7 +179,10 @@ addEventListener("drop", (event) => {
 
 // --- start ---
 
-byId("model").addEventListener("change", () => edit.fit());
+byId("model").addEventListener("change", () => {
+  edit.fit();
+  showSize();
+});
 startTheme();
 startKey();
 if (matchMedia("(max-width: 899px)").matches) byId("more").open = false;
@@ -182,8 +190,8 @@ if (matchMedia("(max-width: 899px)").matches) byId("more").open = false;
 choose = startTabs((chosen) => {
   mode = chosen;
   [byId("empty-title").textContent, byId("empty-text").textContent] = EMPTY[mode];
-  byId("size-group").hidden = mode === "edit" && form.models.length > 0 && !edit.takesReferences;
-  byId("empty").hidden = byId("results").children.length > 0;
+  showSize();
+  stage.show(mode);
   if (mode === "compare" && form.models.length) compare.enter();
   showRunning();
 });

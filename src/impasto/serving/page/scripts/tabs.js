@@ -14,6 +14,7 @@ export function startTabs(changed) {
       tabs[i].tabIndex = name === mode ? 0 : -1;
       if (name === mode && focus) tabs[i].focus();
     });
+    byId("workspace").dataset.mode = mode;
     byId("workspace").setAttribute("aria-labelledby", `tab-${mode}`);
     for (const section of document.querySelectorAll("[data-modes]")) {
       section.hidden = !section.dataset.modes.split(" ").includes(mode);

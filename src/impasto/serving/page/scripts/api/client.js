@@ -10,8 +10,7 @@ const TRIES = 20;
 /** What the server serves: {models, adapters}. */
 export async function catalogue() {
   const answer = await (await send("v1/models", {})).json();
-  const models = answer.data.filter((model) => !model.alias_of);
-  return { models, adapters: answer.adapters ?? [] };
+  return { models: answer.data, adapters: answer.adapters ?? [] };
 }
 
 /**
@@ -25,7 +24,7 @@ export async function generate(settings, given, signal, watch) {
   for await (const event of events(response)) {
     const kind = event.type ?? "";
     if (event.error) throw new ApiError(event.error.message ?? "The server could not generate the image.");
-    if (kind.endsWith(".progress")) watch.progress({ step: event.step, steps: event.steps, secondsLeft: event.seconds_left });
+    if (kind === "progress") watch.progress({ step: event.step, steps: event.steps, secondsLeft: event.seconds_left });
     else if (kind.endsWith(".partial_image")) watch.preview(imageOf(event));
     else if (kind.endsWith(".completed")) return { blob: imageOf(event), seed: event.seed ?? settings.seed };
   }
@@ -41,20 +40,19 @@ function bodyOf(settings, given) {
     num_inference_steps: settings.steps,
     guidance_scale: settings.guidance,
     seed: Number(settings.seed),
-    scheduler: settings.scheduler,
     output_format: settings.format,
     stream: true,
     partial_images: PREVIEWS,
-    progress: true,
   };
+  if (settings.scheduler) fields.scheduler = settings.scheduler;
   const adapters = settings.adapters.map(({ name, weight }) => ({ name, weight }));
   if (!given) {
-    if (adapters.length) fields.adapters = adapters;
+    if (adapters.length) fields.lora = adapters;
     return { body: JSON.stringify(fields), headers: { "Content-Type": "application/json" } };
   }
   const form = new FormData();
   for (const [name, value] of Object.entries(fields)) form.append(name, String(value));
-  if (adapters.length) form.append("adapters", JSON.stringify(adapters));
+  if (adapters.length) form.append("lora", JSON.stringify(adapters));
   const several = given.references.length > 0;
   for (const image of [given.image, ...given.references]) form.append(several ? "image[]" : "image", image, "image.png");
   if (given.mask) form.append("mask", given.mask, "mask.png");

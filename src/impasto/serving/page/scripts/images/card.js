@@ -160,22 +160,28 @@ export const fileName = (settings) => `impasto-${settings.seed}.${settings.forma
 export class Stage {
   constructor(actions) {
     this.actions = actions;
-    this.cards = [];
+    this.cards = {}; // by mode
   }
 
-  /** Show a card for each shot instead of what is there, without running them. */
-  show(shots, mode) {
-    for (const card of this.cards) card.forget();
-    this.cards = shots.map((shot) => new Card(shot, this.actions));
+  /** New cards for a mode, one for each shot, which are not running yet. */
+  place(shots, mode) {
+    for (const card of this.cards[mode] ?? []) card.forget();
+    this.cards[mode] = shots.map((shot) => new Card(shot, this.actions));
+    this.show(mode);
+    return this.cards[mode];
+  }
+
+  /** Show the cards of a mode. */
+  show(mode) {
+    const cards = this.cards[mode] ?? [];
     const list = byId("results");
     list.dataset.mode = mode;
-    list.dataset.columns = String(mode === "grid" ? 0 : shots.length);
-    list.replaceChildren(...this.cards.map((card) => card.element));
-    byId("empty").hidden = shots.length > 0;
-    return this.cards;
+    list.dataset.columns = String(mode === "grid" ? 0 : cards.length);
+    list.replaceChildren(...cards.map((card) => card.element));
+    byId("empty").hidden = cards.length > 0;
   }
 
   cancel() {
-    for (const card of this.cards) card.cancel();
+    for (const card of Object.values(this.cards).flat()) card.cancel();
   }
 }

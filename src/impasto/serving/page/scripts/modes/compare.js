@@ -1,7 +1,7 @@
 // Two settings: the form shows those of one image at a time.
 
 import { announce, byId } from "../dom.js";
-import { differences } from "../settings/facts.js";
+import { differences, inWords } from "../settings/facts.js";
 
 export class Compare {
   constructor(form) {
@@ -35,13 +35,13 @@ export class Compare {
     this.#show();
   }
 
-  /** Settings and title of both images. Prompts that the other side lacks are the form's business. */
+  /** Both images: their settings, and in the title where they differ. */
   shots(seedOf) {
     this.update();
     const { A, B } = this.sides;
     const shared = seedOf("");
     return [["A", A], ["B", B]].map(([title, settings]) => ({
-      title: `Image ${title}`,
+      title: [`Image ${title}`, ...inWords(settings, differences(A, B))].join(" · "),
       settings: { ...settings, seed: settings.seed || shared },
     }));
   }

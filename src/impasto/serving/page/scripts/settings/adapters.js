@@ -2,13 +2,14 @@
 
 import { byId, el } from "../dom.js";
 
-/** Show the adapters `[{id}]`; `changed()` is called when the person changes one. */
+/** Show adapters; `changed(adapter)` is called when the person switches one on, `changed()` after other changes. */
 export function listAdapters(adapters, changed) {
   byId("adapters").hidden = adapters.length === 0;
-  byId("adapter-list").replaceChildren(...adapters.map(({ id }) => row(id, changed)));
+  byId("adapter-list").replaceChildren(...adapters.map((adapter) => row(adapter, changed)));
 }
 
-function row(id, changed) {
+function row(adapter, changed) {
+  const { id } = adapter;
   const box = el("input", { type: "checkbox", value: id });
   const value = el("output", {}, "1.00");
   const weight = el("input", {
@@ -21,7 +22,7 @@ function row(id, changed) {
   for (const input of [box, weight]) {
     input.addEventListener("input", () => {
       show();
-      changed();
+      changed(input === box && box.checked ? adapter : undefined);
     });
   }
   show();

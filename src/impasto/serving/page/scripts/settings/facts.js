@@ -16,6 +16,20 @@ export function factsOf(settings) {
   return facts.filter(([, value]) => value !== "" && value !== undefined && value !== null).map(([name, value]) => [name, String(value)]);
 }
 
+/** Those of the settings that fit into a line. */
+export function inWords(settings, names) {
+  const words = {
+    model: settings.model,
+    steps: `${settings.steps} steps`,
+    guidance: `guidance ${settings.guidance}`,
+    scheduler: settings.scheduler,
+    seed: `seed ${settings.seed}`,
+    size: `${settings.width} × ${settings.height}`,
+    adapters: settings.adapters.map(({ name, weight }) => `${name} ${weight}`).join(", ") || "no adapter",
+  };
+  return names.filter((name) => name in words).map((name) => words[name]);
+}
+
 /** The names of the settings in which two differ. */
 export function differences(one, other) {
   const names = { prompt: "prompt", negative: "negative prompt", model: "model", steps: "steps", guidance: "guidance",

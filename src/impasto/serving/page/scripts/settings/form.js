@@ -43,11 +43,15 @@ export class SettingsForm {
   /** Take what the server serves, and what the person chose last time. */
   start(models, adapters) {
     this.models = models;
+    const stored = localStorage.getItem(STORED);
     byId("model").replaceChildren(...models.map(({ id, family }) => new Option(family ? `${id} (${family})` : id, id)));
-    listAdapters(adapters, this.changed);
+    listAdapters(adapters, (adapter) => {
+      if (adapter) this.#takeAdapter(adapter);
+      this.changed();
+    });
     this.#takeModel(true);
     try {
-      this.write(JSON.parse(localStorage.getItem(STORED)) ?? {});
+      this.write(JSON.parse(stored) ?? {});
     } catch {
       localStorage.removeItem(STORED);
     }
@@ -95,7 +99,7 @@ export class SettingsForm {
     const problems = [
       ["prompt", settings.prompt ? null : "Describe the image."],
       ["width", size ? sizeProblem(settings.width, settings.height, this.model) : null],
-      ["steps", whole(byId("steps").value, 1, 200) ? null : "Give a whole number from 1 to 200."],
+      ["steps", whole(byId("steps").value, 1, this.model.most_steps) ? null : `Give a whole number from 1 to ${this.model.most_steps}.`],
       ["guidance", real(byId("guidance").value, 0, 100) ? null : "Give a number from 0 to 100."],
       ["seed", settings.seed === "" || whole(settings.seed, 0, MOST_SEED) ? null : `Give a whole number from 0 to ${MOST_SEED}, or nothing.`],
     ];
@@ -132,10 +136,17 @@ export class SettingsForm {
   /** The model has changed: its schedulers and sizes, and its own values. */
   #takeModel(defaults) {
     const model = this.model;
+    byId("scheduler-field").hidden = model.schedulers.length < 2;
     byId("scheduler").replaceChildren(...model.schedulers.map((name) => new Option(SCHEDULERS[name] ?? name, name)));
     byId("aspects").replaceChildren(...ASPECTS.map((aspect) => this.#aspect(aspect)));
     for (const name of ["width", "height"]) byId(name).step = model.multiple;
+    byId("steps").max = model.most_steps;
     if (defaults) this.write({ ...this.#defaults(model), model: undefined });
+  }
+
+  /** An adapter that was trained for other values than the model's brings them along. */
+  #takeAdapter({ steps, guidance_scale: guidance, scheduler }) {
+    this.write({ steps, guidance, scheduler });
   }
 
   #aspect(aspect) {

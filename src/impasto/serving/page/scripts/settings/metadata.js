@@ -121,8 +121,14 @@ export function parse(text) {
     height: size ? Number(size[2]) : null,
     model: entries.Model ?? null,
     sampler: entries.Sampler ?? null,
-    extra: entries,
+    adapters: adaptersOf(entries.Lora),
   };
+}
+
+/** "style 0.8; other 1" */
+function adaptersOf(text = "") {
+  const found = text.split("; ").map((part) => /^(.+) (-?[\d.]+)$/.exec(part)).filter(Boolean);
+  return found.map(([, name, weight]) => ({ name, weight: Number(weight) }));
 }
 
 function entriesOf(line) {

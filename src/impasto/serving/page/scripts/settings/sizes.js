@@ -9,7 +9,7 @@ export function sizeOf([, across, down], model) {
   const area = Math.min(model.width * model.height, model.most_pixels);
   const round = (side) => Math.max(model.multiple, Math.round(side / model.multiple) * model.multiple);
   let [width, height] = [round(Math.sqrt((area * across) / down)), round(Math.sqrt((area * down) / across))];
-  while (width * height > model.most_pixels) {
+  while (width * height > model.most_pixels || Math.max(width, height) > model.most_side) {
     if (width >= height) width -= model.multiple;
     else height -= model.multiple;
   }
@@ -20,6 +20,7 @@ export function sizeOf([, across, down], model) {
 export function sizeProblem(width, height, model) {
   if (![width, height].every((side) => Number.isInteger(side) && side >= 1)) return "Give width and height in pixels.";
   if (Math.min(width, height) < model.multiple) return `Each side needs at least ${model.multiple} pixels.`;
+  if (Math.max(width, height) > model.most_side) return `Each side has at most ${model.most_side} pixels.`;
   if (width * height > model.most_pixels) {
     const side = Math.floor(Math.sqrt(model.most_pixels));
     return `This model generates at most ${model.most_pixels.toLocaleString("en")} pixels, such as ${side} × ${side}.`;
@@ -29,7 +30,7 @@ export function sizeProblem(width, height, model) {
 
 /** The nearest size that the model can generate without resizing. */
 export function fitted(width, height, model) {
-  const scale = Math.min(1, Math.sqrt(model.most_pixels / (width * height)));
+  const scale = Math.min(1, Math.sqrt(model.most_pixels / (width * height)), model.most_side / Math.max(width, height));
   const round = (side) => Math.max(model.multiple, Math.floor((side * scale) / model.multiple) * model.multiple);
   return { width: round(width), height: round(height) };
 }

@@ -1,0 +1,1 @@
+"""Thousands of prompts from a file, to images and a manifest."""

@@ -1,0 +1,98 @@
+"""A batch on Ray Data: actors hold the model and generate, this process stores the images and writes the manifest.
+
+The model, adapters and images to edit have to be on a disk that all machines of the cluster see under the same path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...errors import MissingDependencyError, ResourceError
+from ..engine.process import EngineSpec, make_engine
+from .generate import by_engine
+from .records import Record
+from .run import Generate, Made
+
+
+class Worker:
+    """An actor: an engine, loaded once."""
+
+    def __init__(self, spec: EngineSpec, scheduler: str, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)  # Ray gives an actor one
+        self.generate = by_engine(make_engine(spec), spec.name, scheduler, spec.most_running)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Pickled records -> their numbers, images (none if there is an error), seconds and errors."""
+        records = [pickle.loads(content) for content in batch["record"].tolist()]
+        made = list(self.generate(records))
+        return {
+            "index": [each.record.index for each in made],
+            "png": [each.png for each in made],
+            "seconds": [each.seconds for each in made],
+            "error": [each.error or "" for each in made],
+        }
+
+
+def require_ray() -> Any:
+    """The library.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        ray: Any = importlib.import_module("ray")
+        importlib.import_module("ray.data")
+    except ImportError as error:
+        raise MissingDependencyError("--ray needs Ray: pip install 'impasto[ray]'") from error
+    return ray
+
+
+def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Generate:
+    """What generates the images of records on a Ray cluster. Work of actors and machines that end is done again.
+
+    Args:
+        address: of the cluster; "auto" finds a running one, "local" starts one in this machine.
+        actors: at most; each takes a GPU, unless the device of ``spec`` is "cpu".
+        spec: of the engines.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+    """
+    ray = require_ray()
+
+    def generate(records: Sequence[Record]) -> Iterator[Made]:
+        import torch
+
+        device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            ray.init(address=None if address == "local" else address, log_to_driver=False)
+        except Exception as error:
+            raise ResourceError(f"there is no Ray cluster at {address!r}: {type(error).__name__}: {error}") from error
+        try:
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+            threads = max(1, min(cores, int(ray.cluster_resources().get("CPU", 1)) // actors))
+            by_index = {record.index: record for record in records}
+            batches = -(-len(records) // spec.most_running)
+            rows = ray.data.from_items([{"record": pickle.dumps(record)} for record in records]).map_batches(
+                Worker,
+                fn_constructor_args=(replace(spec, device=device), scheduler, threads),
+                batch_size=spec.most_running,
+                concurrency=(1, min(actors, batches)),
+                num_gpus=1 if device.startswith("cuda") else 0,
+            )
+            for row in rows.iter_rows():
+                yield Made(by_index[row["index"]], row["png"], row["seconds"], row["error"] or None)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise ResourceError(f"a Ray actor has failed: {type(cause).__name__}: {str(cause)[:600]}") from error
+        finally:
+            ray.shutdown()
+
+    return generate

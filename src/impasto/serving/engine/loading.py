@@ -1,0 +1,142 @@
+"""What an engine does before its first job: load a pipeline, measure its steps, find out how much fits its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator
+
+from ...family import GLM_IMAGE, family_of
+from ...memory.estimate import Workload, base_memory
+from ...memory.inspection import inspect_model
+from ...memory.plan import Budget
+from ...nn.machine import CPU, default_device, fast_dtype, free_memory, require_device
+from ...pipelines.glm_image import GlyphEmbeds
+from ...pipelines.pixart import PromptEmbeds
+from ...pipelines.request import Schedule
+from ...pipelines.sampling import Run, advance
+from ...registry import pipeline_class
+from ..job import Job
+from .costs import StepCosts, measure
+
+if TYPE_CHECKING:
+    from .process import EngineSpec
+
+#: Tokens of the text that steps are measured with.
+TEXT_TOKENS = 20
+#: The part of the free memory that a server without a budget uses.
+SHARE_OF_FREE = 0.8
+
+
+def device_of(spec: EngineSpec) -> torch.device:
+    """The device that was named, or CUDA if this machine has it, else the CPU."""
+    if spec.device is not None:
+        return require_device(spec.device)
+    device = default_device()
+    return device if device.type == "cuda" else CPU
+
+
+def load_pipeline(spec: EngineSpec) -> Any:
+    """The pipeline of a model for text to image, on its device."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    device = device_of(spec)
+    dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
+    cls = pipeline_class(spec.class_name)
+    if spec.limited and spec.budget is not None:
+        pipe = cls.from_pretrained(spec.path, dtype=dtype, memory_budget=Budget(spec.budget, device))
+    else:
+        pipe = cls.from_pretrained(spec.path, dtype=dtype or fast_dtype(device))
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]:
+    """Bytes that a job takes while it runs, and bytes for all that run, after the model is loaded."""
+    found, device = inspect_model(spec.path), device_of(spec)
+    names = {name: str(component.dtype).removeprefix("torch.") for name, component in _models(pipe).items()}
+
+    def need(job: Job) -> int:
+        side = pipe.transformer.config["sample_size"] * pipe.vae_scale_factor
+        load = Workload(found, device, job.height or side, job.width or side)
+        return sum(load.work(found.components[name], names[name], names[name]) for name in ("transformer", "vae"))
+
+    known: dict[tuple[int, int], int] = {}
+
+    def remembered(job: Job) -> int:
+        size = (job.height, job.width)
+        if size not in known:
+            if len(known) > 4096:
+                known.clear()
+            known[size] = need(job)
+        return known[size]
+
+    if spec.limited and spec.budget is not None:
+        room = spec.budget - base_memory(device)
+    else:
+        room = int(SHARE_OF_FREE * free_memory(device))
+    return remembered, max(room, 0)
+
+
+def _models(pipe: Any) -> dict[str, Any]:
+    return {name: pipe.components[name] for name in ("transformer", "vae")}
+
+
+# --- what steps cost ---
+
+
+@torch.no_grad()
+def measure_costs(pipe: Any, seconds: float) -> StepCosts:
+    """Measure steps of guided images of the model's size and of smaller ones."""
+    config = pipe.transformer.config
+    side = config["sample_size"] // config["patch_size"]
+    half, even = max(1, side // 2), 2 if family_of(type(pipe).__name__) is GLM_IMAGE else 1
+    sides = [max(even, value // even * even) for value in (side, half, side + half)]
+    sizes = [(sides[0], sides[0]), (sides[1], sides[0]), (sides[1], sides[1]), (sides[2], sides[0])]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    kept: dict[tuple[int, tuple[int, int]], Run] = {}
+
+    def step(batch: Sequence[tuple[int, int]]) -> None:
+        runs = []
+        for place in enumerate(batch):
+            if place not in kept:
+                kept[place] = dummy_run(pipe, *place[1])
+            runs.append(kept[place])
+        for run in runs:
+            if run.index >= run.end:
+                kept.clear()
+                return step(batch)
+        advance(runs)
+        if pipe.device.type == "cuda":
+            torch.cuda.synchronize(pipe.device)
+        return None
+
+    return measure(step, sizes, width, seconds=seconds)
+
+
+def dummy_run(pipe: Any, rows: int, columns: int) -> Run:
+    """The run of an unguided image of so many tokens, of noise and of a text that says nothing."""
+    config, device = pipe.transformer.config, pipe.device
+    size = [side * config["patch_size"] for side in (rows, columns)]
+    noise = torch.randn(1, config["in_channels"], *size, generator=Generator().manual_seed(0))
+    schedule = Schedule(20, None, None)
+    if family_of(type(pipe).__name__) is GLM_IMAGE:
+        text = torch.randn(1, TEXT_TOKENS, config["text_embed_dim"]).to(device, pipe.transformer.dtype)
+        prior = torch.zeros(1, rows * columns, dtype=torch.long, device=device)
+        with pipe.using("transformer"):
+            run = pipe.begin(noise, GlyphEmbeds(text), prior, None, schedule, 1.0)
+        assert isinstance(run, Run)
+        return run
+    channels = config.get("caption_channels") or config["cross_attention_dim"]
+    text = torch.randn(1, TEXT_TOKENS, channels).to(device, pipe.transformer.dtype)
+    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long, device=device)
+    embeds = PromptEmbeds(text, mask)
+    with pipe.using("transformer"):
+        run = pipe.begin(noise, embeds, schedule, 1.0)
+    assert isinstance(run, Run)
+    return run

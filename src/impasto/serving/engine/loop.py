@@ -1,0 +1,383 @@
+"""The engine of one model: images join its steps when they come, and leave when they are done.
+
+``tick`` is one turn: what was cancelled ends, images begin, one step is taken by those that the policy chooses, and
+latents that wait are decoded for about as long as the step took. A driver of ``sampling.advance``, without threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError, ResourceError
+from ...pipelines.sampling import advance
+from ..job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Reason
+from . import policy
+from .adapting import AdapterSwitch
+from .costs import StepCosts
+from .policy import Candidate
+from .stages import Begun, Stages
+
+logger = logging.getLogger("impasto")
+
+#: Images that begin in one turn: their texts are encoded in one batch.
+BEGIN_AT_ONCE = 8
+#: Images of one size that are decoded in one batch.
+DECODE_AT_ONCE = 4
+
+
+@dataclass
+class Tally:
+    """What one turn did, for ``Stats``."""
+
+    running: int = 0
+    waiting: int = 0
+    batch_tokens: int = 0  # of the step; 0: none was taken
+    image_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+
+@dataclass(eq=False)
+class Entry:
+    """An image on its way."""
+
+    job: Job
+    candidate: Candidate
+    came: float  # by the engine's clock
+    need: int  # bytes
+    begun: Begun | None = None
+    started: float = 0.0  # when it left the queue
+    denoised: float = 0.0  # when its last step was done
+    text: float = 0.0  # seconds
+    cancelled: bool = False
+    due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
+    previews: int = 0  # that were put in the queue of the decoder
+
+    @property
+    def begun_now(self) -> Begun:
+        assert self.begun is not None
+        return self.begun
+
+
+@dataclass
+class Decoding:
+    """Latents that wait for the decoder."""
+
+    entry: Entry
+    latents: Tensor  # [1, C, h, w]
+    number: int | None  # of the preview; None: the image itself
+
+
+class Engine:
+    """Generates the images of one model.
+
+    Args:
+        pipe: a PixArt or GLM-Image pipeline for text to image, in place on its device.
+        costs: what steps cost.
+        most_running: images that have begun and are not done.
+        need: bytes that a job takes while it runs.
+        room: bytes for all running ones.
+        most_tokens: of a shared forward pass.
+        choose: the policy; another one to compare it with.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        costs: StepCosts,
+        *,
+        most_running: int = 64,
+        need: Callable[[Job], int] = lambda job: 0,
+        room: int = 0,
+        most_tokens: int = 1 << 16,
+        choose: Callable[..., list[Candidate]] = policy.choose,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.stages, self.adapters, self.costs = Stages(pipe), AdapterSwitch(pipe), costs
+        self.most_running, self.need, self.room, self.most_tokens = most_running, need, room, most_tokens
+        self.choose, self.clock = choose, clock
+        self.waiting: deque[Entry] = deque()
+        self.active: dict[str, Entry] = {}
+        self.decoding: deque[Decoding] = deque()
+        self.entries: dict[str, Entry] = {}  # all of them, by the ids of their jobs
+        self.events: list[Event] = []
+        self.level = 0.0  # where new images join: what the last leader had been served
+        self.switching = 0.0  # seconds of the last change of adapters
+        self.overtaken = 0
+        self.tally = Tally()
+
+    # --- what comes from outside ---
+
+    def add(self, job: Job) -> None:
+        """Accept a job; its events come from ``tick``."""
+        tokens = self.stages.tokens_of(job)
+        halves = 2 if job.guidance_scale > 1.0 else 1
+        candidate = Candidate(job.id, job.adapters, (tokens,) * halves, shares=self.stages.shares)
+        entry = Entry(job, candidate, self.clock(), self.need(job))
+        self.entries[job.id] = entry
+        self.waiting.append(entry)
+
+    def cancel(self, id: str) -> None:
+        """End a job at the next step."""
+        if id in self.entries:
+            self.entries[id].cancelled = True
+
+    @property
+    def idle(self) -> bool:
+        return not self.entries
+
+    # --- one turn ---
+
+    @torch.no_grad()
+    def tick(self) -> tuple[list[Event], Tally]:
+        """One turn: at most one step of each image.
+
+        Returns:
+            what has happened, in order, and the counts of this turn.
+        """
+        self.events, self.tally = [], Tally()
+        self._end_unwanted()
+        self._admit()
+        start = self.clock()
+        chosen = self._choose()
+        if chosen:
+            self._step(chosen)
+        spent = self.clock() - start if chosen else float("inf")
+        self._decode(spent)
+        self.tally.running, self.tally.waiting = len(self.entries) - len(self.waiting), len(self.waiting)
+        return self.events, self.tally
+
+    def _end_unwanted(self) -> None:
+        now = time.time()
+        for entry in [*self.entries.values()]:
+            if entry.cancelled:
+                self._fail(entry, "cancelled", "the client has cancelled it")
+            elif entry.job.deadline is not None and now > entry.job.deadline:
+                self._fail(entry, "deadline", "the image was not done in time")
+
+    def _admit(self) -> None:
+        free = self.most_running - len(self.active)
+        if not self.waiting or free <= 0:
+            return
+        first = self.waiting[0]
+        # An image that is alone is let in: whether it fits at all was decided before it was accepted.
+        room = max(self.room - sum(each.need for each in self.active.values()), 0 if self.active else first.need)
+        found = policy.admit([each.need for each in self.waiting], self.overtaken, room)[:free]
+        begin = [self.waiting[i] for i in found]
+        self.overtaken = 0 if first in begin else self.overtaken + len(begin)
+        for entry in begin:
+            self.waiting.remove(entry)
+            entry.candidate.served = self.level
+            entry.started = self.clock()
+            self.active[entry.job.id] = entry
+            self.tally.seconds["wait"] = self.tally.seconds.get("wait", 0.0) + entry.started - entry.came
+
+    def _choose(self) -> list[Entry]:
+        """The images of the next step, ready for it."""
+        candidates = [entry.candidate for entry in self.active.values()]
+        while candidates:
+            chosen = self.choose(
+                candidates, self.costs.seconds, self.most_tokens, self.adapters.current, self.switching
+            )
+            entries = [self.active[each.id] for each in chosen]
+            new = [entry for entry in entries if entry.begun is None]
+            later = {id(entry) for entry in new[BEGIN_AT_ONCE:]}
+            entries = [entry for entry in entries if id(entry) not in later]
+            if self._switch(entries):
+                self._begin(new[:BEGIN_AT_ONCE])
+            ready = [entry for entry in entries if entry.job.id in self.active]
+            if ready:
+                self.level = max(self.level, ready[0].candidate.served)
+                return ready
+            candidates = [entry.candidate for entry in self.active.values()]
+        return []
+
+    def _switch(self, entries: Sequence[Entry]) -> bool:
+        """Bring the adapters of these images in force; if that fails, so do they."""
+        adapters, start = entries[0].job.adapters, self.clock()
+        if adapters == self.adapters.current:
+            return True
+        try:
+            self.adapters.use(adapters)
+        except Exception as error:
+            for entry in [each for each in self.active.values() if each.job.adapters == adapters]:
+                self._fail_by(entry, error)
+            return False
+        self.switching = self.clock() - start
+        return True
+
+    def _begin(self, entries: Sequence[Entry]) -> None:
+        """Encode the texts of images, and make their runs."""
+        if not entries:
+            return
+        start = self.clock()
+        texts = [text for entry in entries for text in self.stages.texts_of(entry.job)]
+        try:
+            encoded = self.stages.encode_texts(texts, self.adapters.current)
+        except Exception as error:
+            if len(entries) == 1:
+                self._fail_by(entries[0], error)
+            else:  # find the one
+                for entry in entries:
+                    self._begin([entry])
+            return
+        for entry in entries:
+            try:
+                entry.begun = self.stages.begin(entry.job, encoded)
+            except Exception as error:
+                self._fail_by(entry, error)
+                continue
+            run = entry.begun.run
+            steps, previews = run.end - run.start, entry.job.previews
+            at = {round((i + 1) * steps / (previews + 1)) for i in range(previews)}
+            entry.due = deque(sorted(step for step in at if 0 < step < steps))
+            self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
+        spent = self.clock() - start
+        self._count("text", spent)
+        for entry in entries:
+            entry.text = spent
+
+    def _step(self, entries: list[Entry]) -> None:
+        start = self.clock()
+        for entry in entries:
+            run = entry.begun_now.run
+            run.watched = bool(entry.due) and run.index - run.start + 1 == entry.due[0]
+        self._advance(entries)
+        entries = [entry for entry in entries if entry.job.id in self.active]
+        spent = self.clock() - start
+        self._count("denoise", spent)
+        if not entries:
+            return
+        policy.charge([entry.candidate for entry in entries], spent)
+        self.tally.batch_tokens = sum(sum(entry.candidate.tokens) for entry in entries)
+        self.tally.image_steps = len(entries)
+        for entry in entries:
+            run = entry.begun_now.run
+            step, steps = run.index - run.start, run.end - run.start
+            self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
+            if run.watched and run.estimate is not None:
+                entry.due.popleft()
+                self.decoding.append(Decoding(entry, run.estimate, entry.previews))
+                entry.previews += 1
+                run.watched, run.estimate = False, None
+            if run.index >= run.end:
+                entry.denoised = self.clock()
+                del self.active[entry.job.id]
+                self.decoding.append(Decoding(entry, run.latents, None))
+                run.halves.clear()  # the rest of what it took
+
+    def _advance(self, entries: Sequence[Entry]) -> None:
+        """One step of all; if that fails, of each by itself, so that only the ones that cannot go on fail."""
+        runs = [entry.begun_now.run for entry in entries]
+        before = [run.index for run in runs]
+        try:
+            advance(runs)
+        except Exception as error:
+            if len(runs) == 1:
+                self._fail_by(entries[0], error)
+                return
+            logger.warning("a shared step failed, and is taken one by one: %s", error)
+            for entry, index in zip(entries, before):
+                if entry.begun_now.run.index == index:
+                    self._advance([entry])
+
+    # --- decoding ---
+
+    def _decode(self, seconds: float) -> None:
+        """Decode what waits, in batches of one size: at least one, and no more once ``seconds`` are spent."""
+        start = self.clock()
+        while self.decoding:
+            first = self.decoding[0]
+            alike = [each for each in self.decoding if _alike(each, first)][:DECODE_AT_ONCE]
+            for each in alike:
+                self.decoding.remove(each)
+            self._decode_batch(alike)
+            if self.clock() - start >= seconds:
+                break
+        self._count("decode", self.clock() - start)
+
+    def _decode_batch(self, batch: Sequence[Decoding]) -> None:
+        try:
+            images = self.stages.decode([each.entry.begun_now for each in batch], [each.latents for each in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail_by(batch[0].entry, error)
+            else:
+                for each in batch:
+                    self._decode_batch([each])
+            return
+        for each, image in zip(batch, images, strict=True):
+            self._decoded(each, image)
+
+    def _decoded(self, done: Decoding, image: RawImage | Exception) -> None:
+        entry, id = done.entry, done.entry.job.id
+        if id not in self.entries:
+            return
+        if isinstance(image, Exception):
+            self._fail_by(entry, image)
+        elif done.number is not None:
+            self.events.append(Preview(id, done.number, image))
+        else:
+            now = self.clock()
+            seconds = {
+                "wait": entry.started - entry.came,
+                "text": entry.text,
+                "denoise": entry.denoised - entry.started - entry.text,
+                "decode": now - entry.denoised,
+            }
+            self._forget(entry)
+            self.events.append(Finished(id, image, seconds))
+
+    # --- ends ---
+
+    def _fail_by(self, entry: Entry, error: Exception) -> None:
+        reason, message = reason_of(error)
+        if reason == "engine":
+            logger.error("job %s failed", entry.job.id, exc_info=error)
+        self._fail(entry, reason, message)
+
+    def _fail(self, entry: Entry, reason: Reason, message: str) -> None:
+        if entry.job.id in self.entries:
+            self._forget(entry)
+            self.events.append(Failed(entry.job.id, reason, message))
+
+    def _forget(self, entry: Entry) -> None:
+        self.entries.pop(entry.job.id, None)
+        self.active.pop(entry.job.id, None)
+        if entry in self.waiting:
+            self.waiting.remove(entry)
+        self.decoding = deque(each for each in self.decoding if each.entry is not entry)
+
+    # --- estimates ---
+
+    def _seconds_left(self, entry: Entry) -> float:
+        """At the speed that it has gone at so far; before its first step, by the costs."""
+        run = entry.begun_now.run
+        done, left = run.index - run.start, run.end - run.index
+        if done:
+            return (self.clock() - entry.started) / done * left
+        return left * self.costs.seconds([t for each in self.active.values() for t in each.candidate.tokens])
+
+    def _count(self, stage: str, seconds: float) -> None:
+        self.tally.seconds[stage] = self.tally.seconds.get(stage, 0.0) + seconds
+
+
+def _alike(one: Decoding, other: Decoding) -> bool:
+    same_size = one.latents.shape == other.latents.shape
+    return same_size and one.latents.dtype == other.latents.dtype
+
+
+def reason_of(error: Exception) -> tuple[Reason, str]:
+    """Why a job failed, for its client. What went wrong inside is for the log."""
+    if isinstance(error, InputError):
+        return "input", str(error)
+    if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
+        return "resources", "the image did not fit the memory; try a smaller one, or try again later"
+    return "engine", "the image could not be generated because of a fault of the server"

@@ -1,0 +1,188 @@
+"""An engine in a process of its own, and the messages between it and the server.
+
+The process ends when the other end of its pipe is closed, so it never outlives the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ...errors import ImpastoError
+from ..job import Event, Job
+from .costs import StepCosts
+from .loop import Engine, Tally
+
+logger = logging.getLogger("impasto")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine serves, and within what.
+
+    Attributes:
+        path: a folder, a hub id, or the id of a bundled model.
+        class_name: of its pipeline.
+        device, dtype: names; None: CUDA or the CPU, and the dtype in which it computes fastest.
+        budget: bytes that the engine may take; it chooses dtypes and placement.
+        limited: whether that is a limit that was given, or what is free.
+        costs: recorded ones; None: they are measured.
+        seconds: of measuring, about.
+    """
+
+    name: str
+    path: str
+    class_name: str
+    device: str | None = None
+    dtype: str | None = None
+    budget: int | None = None
+    limited: bool = False
+    costs: StepCosts | None = None
+    seconds: float = 3.0
+    most_running: int = 64
+
+
+# --- messages to an engine: a Job, or one of these ---
+
+
+@dataclass(frozen=True)
+class Cancel:
+    id: str
+
+
+# --- messages from an engine ---
+
+
+@dataclass(frozen=True)
+class Ready:
+    """It is loaded."""
+
+    costs: StepCosts
+
+
+@dataclass(frozen=True)
+class Broken:
+    """It cannot be loaded; the process ends."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What has happened in one turn."""
+
+    events: list[Event]
+    tally: Tally
+
+
+class EngineProcess:
+    """The server's end of an engine.
+
+    Args:
+        receive: called with each message, and with None once the process has ended, in a thread.
+    """
+
+    def __init__(self, spec: EngineSpec, receive: Callable[[EngineProcess, Any], None]):
+        context = multiprocessing.get_context("spawn")
+        self.spec, self.receive = spec, receive
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(theirs, spec), name=f"impasto {spec.name}", daemon=True)
+        self.process.start()
+        theirs.close()
+        # The pipe may be full while the engine computes: nobody waits for it but this thread.
+        self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._send, name=f"to {spec.name}", daemon=True).start()
+        threading.Thread(target=self._receive, name=f"from {spec.name}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        pid = self.process.pid
+        assert pid is not None
+        return pid
+
+    def send(self, message: Job | Cancel) -> None:
+        self.outgoing.put(message)
+
+    def kill(self) -> None:
+        """End it now; ``receive`` is called with None."""
+        self.process.kill()
+
+    def _send(self) -> None:
+        while (message := self.outgoing.get()) is not None:
+            try:
+                self.connection.send(message)
+            except OSError:  # it has ended, which the other thread sees
+                return
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                message = self.connection.recv()
+            except (EOFError, OSError):
+                break
+            except Exception as error:  # half a message of a process that was killed
+                logger.error("a message of the engine of %s cannot be read: %s", self.spec.name, error)
+                self.process.kill()
+                break
+            self.receive(self, message)
+        self.process.join()
+        self.outgoing.put(None)
+        self.connection.close()
+        self.receive(self, None)
+
+
+# --- in the process ---
+
+
+def run_engine(connection: Connection, spec: EngineSpec) -> None:
+    """The program of an engine's process."""
+    # Both come to the whole group of processes when the server is to end. It decides when the engine does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
+    try:
+        engine = make_engine(spec)
+    except Exception as error:
+        if not isinstance(error, ImpastoError):
+            logger.exception("%s cannot be loaded", spec.name)
+        connection.send(Broken(str(error) or type(error).__name__))
+        return
+    connection.send(Ready(engine.costs))
+    while True:
+        messages = [incoming.get()] if engine.idle else []
+        while not incoming.empty():
+            messages.append(incoming.get())
+        for message in messages:
+            if isinstance(message, Job):
+                engine.add(message)
+            elif isinstance(message, Cancel):
+                engine.cancel(message.id)
+        if not engine.idle:
+            connection.send(Turn(*engine.tick()))
+
+
+def _listen(connection: Connection, incoming: queue.SimpleQueue[Any]) -> None:
+    while True:
+        try:
+            incoming.put(connection.recv())
+        except (EOFError, OSError):  # the server has ended, or wants this to end
+            os._exit(0)
+
+
+def make_engine(spec: EngineSpec) -> Engine:
+    """Load a model, and measure what its steps cost."""
+    from .loading import load_pipeline, measure_costs, memory_need
+
+    pipe = load_pipeline(spec)
+    costs = spec.costs or measure_costs(pipe, spec.seconds)
+    need, room = memory_need(pipe, spec)
+    return Engine(pipe, costs, need=need, room=room, most_running=spec.most_running)

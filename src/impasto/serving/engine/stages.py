@@ -1,0 +1,288 @@
+"""From a job to a run and from latents to pixels: what comes before and after the steps of an image.
+
+Jobs of one pipeline share its components; each has a run of its own, with its own seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Generator, Tensor
+
+from ...family import GLM_IMAGE, PRIOR_PIXELS, family_of
+from ...nn.changes import unwrapped
+from ...pipelines.compat.calls import Call
+from ...pipelines.edit_inputs import Originals, read_originals, resize
+from ...pipelines.glm_image import GlyphEmbeds
+from ...pipelines.glm_image_inputs import read_glm_image
+from ...pipelines.glm_image_stages import run_prior
+from ...pipelines.images import ImageProcessor
+from ...pipelines.pixart import PromptEmbeds
+from ...pipelines.request import Request, read_pixart
+from ...pipelines.resolution import bins_for, nearest_bin, resize_and_crop
+from ...pipelines.sampling import Run
+from ...registry import SOLVERS, class_of, pipeline_class
+from ..job import GivenImages, Job, RawImage
+
+#: Embeddings of prompts that are kept, the latest ones.
+KEPT_TEXTS = 256
+#: Height and width in pixels; None: the model's.
+Sides = tuple[int | None, int | None]
+
+
+@dataclass
+class Begun:
+    """An image that has begun."""
+
+    job: Job
+    pipe: Any
+    request: Request
+    run: Run
+    originals: Originals | None = None  # of an edit
+
+
+class Stages:
+    """What turns jobs of one pipeline into runs, and their latents into images.
+
+    Args:
+        pipe: a PixArt or GLM-Image pipeline for text to image.
+    """
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.family = family_of(type(pipe).__name__)
+        self.pipes: dict[tuple[str, str | None], Any] = {}
+        self.texts: OrderedDict[Hashable, Tensor] = OrderedDict()  # embeddings [tokens, channels], the latest last
+
+    # --- sizes ---
+
+    @property
+    def shares(self) -> bool:
+        """Whether runs may share a forward pass."""
+        pipe = self.pipe
+        own = getattr(unwrapped(pipe.transformer), "step_cache", None)
+        return pipe.step_cache is None and own is None and pipe.transformer is unwrapped(pipe.transformer)
+
+    def tokens_of(self, job: Job) -> int:
+        """Tokens of a job's image in the transformer."""
+        config, factor = self.pipe.transformer.config, int(self.pipe.vae_scale_factor)
+        side, unit = config["sample_size"] * factor, config["patch_size"] * factor
+        height, width = (given or side for given in self._sides(job))
+        bins = None if self.family is GLM_IMAGE else bins_for(side)
+        if bins is not None:
+            height, width = nearest_bin(height, width, bins)
+        return int(max(1, height // unit) * max(1, width // unit))
+
+    # --- texts ---
+
+    def texts_of(self, job: Job) -> list[str]:
+        """What has to be encoded for a job."""
+        return [job.prompt, job.negative_prompt] if job.guidance_scale > 1.0 else [job.prompt]
+
+    def encode_texts(self, texts: Sequence[str], adapters: Hashable = ()) -> dict[str, Tensor]:
+        """Embeddings [tokens, channels] of texts; those that are not kept are encoded in one batch.
+
+        Args:
+            adapters: those that are in force; they may change the text encoder.
+        """
+        new = [text for text in dict.fromkeys(texts) if (adapters, text) not in self.texts]
+        if new:
+            for text, embeds in zip(new, self._encode(new), strict=True):
+                self.texts[adapters, text] = embeds
+        found = {}
+        for text in dict.fromkeys(texts):
+            self.texts.move_to_end((adapters, text))
+            found[text] = self.texts[adapters, text]
+        while len(self.texts) > KEPT_TEXTS:
+            self.texts.popitem(last=False)
+        return found
+
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        if self.family is GLM_IMAGE:
+            # One at a time: the texts of a batch are padded, which changes the last digits.
+            return [self.pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0] for text in texts]
+        encoded = self.pipe.encode_prompt(texts, do_classifier_free_guidance=False, clean_caption=True)
+        embeds, mask = encoded[:2]
+        return [row[: int(kept.sum())].clone() for row, kept in zip(embeds, mask)]
+
+    def _embeds(self, job: Job, encoded: Mapping[str, Tensor]) -> Any:
+        rows = [encoded[text][None] for text in self.texts_of(job)]
+        if self.family is GLM_IMAGE:
+            return GlyphEmbeds(*rows)
+        most = max(row.shape[1] for row in rows)
+        padded = [F.pad(row, (0, 0, 0, most - row.shape[1])) for row in rows]
+        masks = [torch.arange(most, device=row.device)[None] < row.shape[1] for row in rows]
+        both = [x for pair in zip(padded, (mask.long() for mask in masks)) for x in pair]
+        return PromptEmbeds(*both)
+
+    # --- the run ---
+
+    @torch.no_grad()
+    def begin(self, job: Job, encoded: Mapping[str, Tensor]) -> Begun:
+        """The run of a job, before its first step.
+
+        Args:
+            encoded: what ``encode_texts`` returned for its texts.
+
+        Raises:
+            InputError: the job cannot be used.
+        """
+        embeds = self._embeds(job, encoded)
+        return self._begin_glm_image(job, embeds) if self.family is GLM_IMAGE else self._begin_pixart(job, embeds)
+
+    def _begin_pixart(self, job: Job, embeds: PromptEmbeds) -> Begun:
+        given = job.given
+        task = "text-to-image" if given is None else "image-to-image" if given.mask is None else "inpainting"
+        pipe = self._pipe(task, job.scheduler)
+        arguments: dict[str, Any] = {"generator": [Generator().manual_seed(job.seed)]}
+        height, width = self._sides(job)
+        if given is not None:
+            arguments |= {"image": _tensor(given.images[0]), "strength": given.strength}
+            if given.mask is not None:
+                arguments |= self._masked(job, given)
+        bound = self._arguments(pipe, job, arguments | {"height": height, "width": width})
+        originals = None if given is None else read_originals(pipe, bound)
+        request = read_pixart(pipe, PromptEmbeds._fields, bound, None if originals is None else originals.canvas)
+        edit = None if originals is None else pipe.encode_edit(originals, request, bound["strength"])
+        noise = pipe._noise(request, pipe.transformer.dtype)
+        with pipe.using("transformer"):
+            run = pipe.begin(
+                noise,
+                embeds,
+                request.schedule,
+                request.guidance_scale,
+                eta=request.eta,
+                generator=request.generators,
+                edit=edit,
+            )
+        return Begun(job, pipe, request, run, originals)
+
+    def _begin_glm_image(self, job: Job, embeds: GlyphEmbeds) -> Begun:
+        pipe = self.pipe
+        arguments: dict[str, Any] = {"generator": [Generator().manual_seed(job.seed)]}
+        height, width = self._sides(job)
+        if job.given is not None:
+            arguments["image"] = [to_pil(image) for image in job.given.images]
+        bound = self._arguments(pipe, job, arguments | {"height": height, "width": width})
+        request = read_glm_image(pipe, GlyphEmbeds._fields, bound)
+        texts = request.texts
+        call = Call(pipe, request.guidance_scale)
+        prior = run_prior(pipe, texts.prompts, request.size, request.images, request.generators, 1, call)
+        noise = pipe._noise(request, torch.float32)
+        references = pipe.encode_references(request.images, prior)
+        with pipe.using("transformer"):
+            run = pipe.begin(
+                noise,
+                embeds,
+                prior.prior_token_ids,
+                references,
+                request.schedule,
+                request.guidance_scale,
+                generator=request.generators,
+            )
+        return Begun(job, pipe, request, run)
+
+    def _pipe(self, task: str, scheduler: str | None) -> Any:
+        """The pipeline for a task, with the scheduler of a job; all share their components."""
+        key = (task, scheduler)
+        if key not in self.pipes:
+            cls = pipeline_class(type(self.pipe).__name__, task)
+            own = self.pipe.scheduler
+            chosen: dict[str, Any] = {}
+            if scheduler is not None and SOLVERS[scheduler] != type(own).__name__:
+                chosen["scheduler"] = class_of(SOLVERS[scheduler]).from_config(own.config)
+            self.pipes[key] = cls.from_pipe(self.pipe, **chosen)
+        return self.pipes[key]
+
+    def _arguments(self, pipe: Any, job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call of the pipeline, by name, as the pipeline itself reads them."""
+        own = {
+            "prompt": job.prompt,
+            "negative_prompt": job.negative_prompt if self.family is not GLM_IMAGE else job.negative_prompt or None,
+            "num_inference_steps": job.steps,
+            "guidance_scale": job.guidance_scale,
+            "output_type": "pt",
+        }
+        bound = inspect.signature(pipe.__call__).bind(**own, **given)
+        bound.apply_defaults()
+        return {"kwargs": {}, **bound.arguments}
+
+    def _sides(self, job: Job) -> Sides:
+        """Height and width at which a job is generated, where the pipeline takes no other ones."""
+        if not (job.height and job.width):
+            return (None, None)
+        if self.family is GLM_IMAGE:
+            unit = PRIOR_PIXELS
+        else:
+            config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor
+            if bins_for(config["sample_size"] * factor) is not None:
+                return (job.height, job.width)
+            unit = config["patch_size"] * factor
+        height, width = (max(1, round(side / unit)) * unit for side in (job.height, job.width))
+        return (height, width)
+
+    def _masked(self, job: Job, given: GivenImages) -> dict[str, Any]:
+        """The image and the mask. Without padding they have the size of the result, into which the rest is pasted."""
+        image = given.images[0]
+        assert given.mask is not None
+        pixels, mask = _tensor(image), _mask(given.mask, image)
+        if given.padding is not None:
+            return {"mask_image": mask, "padding_mask_crop": given.padding}
+        if job.height and job.width:
+            pixels, mask = resize(pixels, job.height, job.width), resize(mask, job.height, job.width)
+        return {"image": pixels, "mask_image": mask, "overlay": True}
+
+    # --- images ---
+
+    @torch.no_grad()
+    def decode(self, begun: Sequence[Begun], latents: Sequence[Tensor]) -> list[RawImage | Exception]:
+        """The images of latents [1, C, h, w] of one size; what stands in the way of one is in its place."""
+        pipe = begun[0].pipe
+        found: list[RawImage | Exception] = []
+        for each, decoded in zip(begun, pipe.decode(torch.cat([*latents])).split(1), strict=True):
+            try:
+                pipe._check_output("transformer", latents[len(found)])
+                pipe._check_output("vae", decoded)
+                if not bool(decoded.isfinite().all()):
+                    raise ArithmeticError("the image has NaN or infinite values: the model overflowed")
+                found.append(self._finished(each, ImageProcessor.denormalize(decoded.float())))
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _finished(self, begun: Begun, image: Tensor) -> RawImage:
+        """Pixels [1, 3, H, W] in [0, 1] at the size of generation -> the result."""
+        job, request = begun.job, begun.request
+        if begun.originals is not None:
+            image = begun.originals.finished(image)
+        elif request.final_size is not None:
+            image = resize_and_crop(image, *request.final_size)
+        pasted = job.given is not None and job.given.padding is not None  # the size of the image that was given
+        if job.height and job.width and not pasted and image.shape[-2:] != (job.height, job.width):
+            image = resize_and_crop(image, job.height, job.width)
+        levels = (image[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+        return RawImage(levels.shape[1], levels.shape[0], levels.numpy().tobytes())
+
+
+def to_pil(image: RawImage) -> Image.Image:
+    return Image.frombytes("RGB", (image.width, image.height), image.pixels)
+
+
+def _tensor(image: RawImage) -> Tensor:
+    """[1, 3, H, W] in [0, 1]"""
+    levels = np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, 3)
+    return torch.from_numpy(levels.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+
+
+def _mask(mask: bytes, image: RawImage) -> Tensor:
+    """[1, 1, H, W] in [0, 1]"""
+    levels = np.frombuffer(mask, np.uint8).reshape(1, 1, image.height, image.width)
+    return torch.from_numpy(levels.astype(np.float32) / 255)

@@ -1,0 +1,419 @@
+"""The service of real models: a queue, and an engine in a process of its own for each model that is loaded.
+
+All methods run in one event loop. Threads of the processes hand their messages to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from ..checks import parse_size, shown
+from ..errors import InputError, ResourceError
+from .engine.costs import StepCosts
+from .engine.process import Broken, Cancel, EngineProcess, EngineSpec, Ready, Turn
+from .job import Event, Failed, Finished, Job, Progress
+from .served import Known, look_at
+from .service import Generation, QueueFullError, ServedModel, TooLargeError, UnavailableError
+from .stats import Stats
+
+logger = logging.getLogger("impasto")
+
+#: Seconds after which clients try again, at most: with more, they do not.
+MOST_RETRY_AFTER = 120
+#: How often a job is run if its engine dies.
+ATTEMPTS = 2
+#: Seconds between looks at deadlines of jobs that wait for an engine.
+LOOK = 1.0
+
+
+class FleetGeneration:
+    """An accepted job, and the queue of its events."""
+
+    def __init__(self, job: Job, fleet: Fleet):
+        self.job, self.fleet = job, fleet
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.accepted = time.perf_counter()
+        self.attempts = 0
+        self.begun = self.ended = False
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self.fleet._cancel(self)
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        while True:
+            event = await self.queue.get()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+
+
+class Served:
+    """A model: its engine if it is loaded, what waits for it and what it works on."""
+
+    def __init__(self, known: Known, share: int | None):
+        self.known, self.share = known, share
+        self.name = known.served.name
+        self.state: Literal["absent", "loading", "ready", "closing"] = "absent"
+        self.process: EngineProcess | None = None
+        self.costs: StepCosts | None = None
+        self.pending: deque[FleetGeneration] = deque()  # not sent yet
+        self.sent: dict[str, FleetGeneration] = {}
+        self.used = 0.0
+        self.yields = False  # it gets nothing more, and makes room for another model once it is idle
+        self.error: str | None = None  # why it could not be loaded the last time
+
+
+class Fleet:
+    """Engines for several models; a ``Service``.
+
+    Args:
+        models: paths by name: a folder, a hub id, or the id of a bundled model. The first one is the default.
+        aliases: names of models by other names.
+        adapters: files of adapters by name.
+        device: "cpu", "cuda", ...; None: CUDA if this machine has it.
+        dtype: "float32", "bfloat16" or "float16"; None: the fastest.
+        memory_budget: bytes or such as "8GB" for all models that are loaded; None: what is free.
+        waiting: how many jobs may be unfinished.
+        costs: recorded costs of steps, by model; others are measured when an engine starts.
+
+    Raises:
+        InputError: an alias of a model that there is not, or no model.
+        CheckpointError: a model that cannot be served.
+        ResourceError: the budget is too small for one of them.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        aliases: Mapping[str, str] | None = None,
+        adapters: Mapping[str, str] | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        memory_budget: int | str | None = None,
+        waiting: int = 256,
+        costs: Mapping[str, StepCosts] | None = None,
+    ):
+        from .engine.loading import device_of
+
+        if not models:
+            raise InputError("there is no model to serve; give one")
+        self.device, self.dtype, self.limit = device, dtype, waiting
+        self.budget = None if memory_budget is None else parse_size(memory_budget)
+        where = device_of(EngineSpec("", "", "", device))
+        known = {name: look_at(name, path, where, dtype, self.budget) for name, path in models.items()}
+        shares = {name: self._share_of(each, len(known)) for name, each in known.items()}
+        self.served = {name: Served(each, shares[name]) for name, each in known.items()}
+        self.models: Mapping[str, ServedModel] = {name: each.served for name, each in known.items()}
+        for alias, name in (aliases or {}).items():
+            if name not in self.models:
+                near = difflib.get_close_matches(name, self.models, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.models)}"
+                raise InputError(f"the alias {shown(alias)} is for a model {shown(name)}, which there is not{hint}")
+        self.aliases: Mapping[str, str] = dict(aliases or {})
+        self.adapters: Mapping[str, str] = dict(adapters or {})
+        self.recorded = dict(costs or {})
+        self.stats = Stats()
+        self.draining = self.closed = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.watch: asyncio.Task[None] | None = None
+        self.changed = asyncio.Event()  # set when a job or an engine has changed its state
+
+    def _share_of(self, known: Known, count: int) -> int | None:
+        """The memory of one model's engine."""
+        return None if self.budget is None else min(self.budget, max(known.need, self.budget // count))
+
+    # --- the life of the service ---
+
+    async def start(self) -> None:
+        """Load the default model.
+
+        Raises:
+            ResourceError: it cannot be loaded; the message says why.
+        """
+        self.loop = asyncio.get_running_loop()
+        self.watch = self.loop.create_task(self._watch())
+        default = next(iter(self.served.values()))
+        self._load(default)
+        while default.state == "loading":
+            await self._change()
+        if default.state != "ready":
+            raise ResourceError(f"{default.name} cannot be loaded: {default.error}")
+
+    @property
+    def ready(self) -> bool:
+        """Whether jobs are accepted and the default model is loaded."""
+        return not self.draining and next(iter(self.served.values())).costs is not None
+
+    async def drain(self) -> None:
+        """Accept nothing more, and return when all accepted jobs have ended."""
+        self.draining = True
+        while self.unfinished:
+            await self._change()
+
+    async def close(self) -> None:
+        """End all engines now. Jobs that are not done end with Failed."""
+        self.draining = self.closed = True
+        for served in self.served.values():
+            for generation in [*served.pending, *served.sent.values()]:
+                self._end(served, generation, Failed(generation.job.id, "engine", "the server ends"))
+            if served.process is not None:
+                served.process.kill()
+        while any(served.process is not None for served in self.served.values()):
+            await self._change()
+        if self.watch is not None:
+            self.watch.cancel()
+
+    async def _change(self) -> None:
+        self.changed.clear()
+        await self.changed.wait()
+
+    async def _watch(self) -> None:
+        """End jobs that wait for an engine beyond their deadlines."""
+        while True:
+            await asyncio.sleep(LOOK)
+            now = time.time()
+            for served in self.served.values():
+                for generation in [*served.pending]:
+                    deadline = generation.job.deadline
+                    if deadline is not None and now > deadline:
+                        late = Failed(generation.job.id, "deadline", "the image was not done in time")
+                        self._end(served, generation, late)
+
+    # --- jobs ---
+
+    @property
+    def unfinished(self) -> int:
+        """Accepted jobs that have not ended."""
+        return sum(len(served.pending) + len(served.sent) for served in self.served.values())
+
+    def submit(self, jobs: Sequence[Job]) -> list[Generation]:
+        """Accept all jobs, or none.
+
+        Raises:
+            RefusedError: its subclass says why.
+        """
+        if self.loop is None or self.draining:
+            self.stats.rejected["unavailable"] += len(jobs)
+            what = "ends" if self.draining else "is starting"
+            raise UnavailableError(f"the server {what}; try again in some seconds", 5)
+        for job in jobs:
+            served = self.models[job.model]
+            if (job.width or served.width) * (job.height or served.height) > served.most_pixels:
+                self.stats.rejected["size"] += len(jobs)
+                side = math.isqrt(served.most_pixels)
+                raise TooLargeError(
+                    f"an image of {job.width} x {job.height} pixels does not fit the memory of this server; "
+                    f"at most {side} x {side} do"
+                )
+        if self.unfinished + len(jobs) > self.limit:
+            self.stats.rejected["full"] += len(jobs)
+            raise QueueFullError(
+                f"{self.unfinished} images are waiting or in work, and at most {self.limit} may be; try again later",
+                self.retry_after(len(jobs)),
+            )
+        generations = [FleetGeneration(job, self) for job in jobs]
+        for generation in generations:
+            self.served[generation.job.model].pending.append(generation)
+        self.stats.accepted += len(jobs)
+        self._dispatch()
+        return [*generations]
+
+    def retry_after(self, count: int) -> int:
+        """Seconds until so many places of the queue are free: as long as as many usual jobs of it take."""
+        seconds = [
+            self._seconds(served, each.job)
+            for served in self.served.values()
+            for each in (*served.pending, *served.sent.values())
+        ]
+        mean = sum(seconds) / len(seconds) if seconds else 1.0
+        return max(1, min(MOST_RETRY_AFTER, math.ceil(count * mean)))
+
+    def _seconds(self, served: Served, job: Job) -> float:
+        if served.costs is None:
+            return 1.0
+        halves = 2 if job.guidance_scale > 1.0 else 1
+        return served.costs.job_seconds(served.known.tokens(job.width, job.height), halves, job.steps)
+
+    def _cancel(self, generation: FleetGeneration) -> None:
+        served = self.served[generation.job.model]
+        if generation in served.pending:
+            self._end(served, generation, Failed(generation.job.id, "cancelled", "the client has cancelled it"))
+        elif served.process is not None:
+            served.process.send(Cancel(generation.job.id))
+
+    def _end(self, served: Served, generation: FleetGeneration, event: Finished | Failed) -> None:
+        """The last event of a job."""
+        if generation in served.pending:
+            served.pending.remove(generation)
+        served.sent.pop(generation.job.id, None)
+        if generation.ended:
+            return
+        generation.ended = True
+        if isinstance(event, Finished):
+            self.stats.images += 1
+            self.stats.latency.add(time.perf_counter() - generation.accepted)
+        elif event.reason == "cancelled":
+            self.stats.cancelled += 1
+        else:
+            self.stats.failed += 1
+        generation.queue.put_nowait(event)
+        self._count()
+        self.changed.set()
+
+    # --- engines ---
+
+    def _dispatch(self) -> None:
+        """Send jobs to engines, and load those that have something to do."""
+        order = sorted((s for s in self.served.values() if s.pending), key=lambda s: s.pending[0].accepted)
+        for served in order:
+            if served.state == "ready" and not served.yields:
+                self._send(served)
+            elif served.state == "absent" and self._has_room(served):
+                self._load(served)
+        for served in self.served.values():
+            if served.yields and served.state == "ready" and not served.sent:
+                self._unload(served)
+        self._count()
+
+    def _send(self, served: Served) -> None:
+        assert served.process is not None
+        served.used = time.monotonic()
+        while served.pending:
+            again = served.pending[0].attempts > 0
+            # What was in an engine that died is run one by one: what kills engines then takes nothing with it.
+            if served.sent and (again or any(each.attempts > 1 for each in served.sent.values())):
+                return
+            generation = served.pending.popleft()
+            generation.attempts += 1
+            served.sent[generation.job.id] = generation
+            served.process.send(self._resolved(generation.job))
+
+    def _resolved(self, job: Job) -> Job:
+        """With the files of its adapters in place of their names."""
+        if not job.adapters:
+            return job
+        chosen = tuple(each._replace(source=self.adapters.get(each.source, each.source)) for each in job.adapters)
+        return replace(job, adapters=chosen)
+
+    def _has_room(self, wanted: Served) -> bool:
+        """Whether a model may be loaded; if not, the least recently used ones begin to make room."""
+        loaded = [served for served in self.served.values() if served.state != "absent"]
+        if self.budget is None or wanted.share is None:
+            return True
+        free = self.budget - sum(served.share or 0 for served in loaded)
+        if wanted.share <= free:
+            return True
+        free += sum(served.share or 0 for served in loaded if served.yields or served.state == "closing")
+        for served in sorted(loaded, key=lambda served: (bool(served.sent), served.used)):
+            if wanted.share <= free:
+                break
+            if served.state == "ready" and not served.yields:
+                served.yields = True
+                free += served.share or 0
+        return False
+
+    def _load(self, served: Served) -> None:
+        known = served.known
+        spec = EngineSpec(
+            name=served.name,
+            path=known.path,
+            class_name=known.class_name,
+            device=self.device,
+            dtype=self.dtype,
+            budget=served.share,
+            limited=self.budget is not None,
+            costs=served.costs or self.recorded.get(served.name),  # measured once
+        )
+        served.state, served.error, served.yields = "loading", None, False
+        served.used = time.monotonic()
+        served.process = EngineProcess(spec, self._receive)
+
+    def _unload(self, served: Served) -> None:
+        served.state = "closing"
+        assert served.process is not None
+        served.process.kill()
+
+    def _receive(self, process: EngineProcess, message: Any) -> None:
+        """In a thread of the process."""
+        assert self.loop is not None
+        try:
+            self.loop.call_soon_threadsafe(self._received, process, message)
+        except RuntimeError:  # the loop is closed
+            process.kill()
+
+    def _received(self, process: EngineProcess, message: Any) -> None:
+        served = self.served[process.spec.name]
+        if process is not served.process:
+            return
+        if isinstance(message, Ready):
+            served.state, served.costs = "ready", message.costs
+            self._dispatch()
+        elif isinstance(message, Broken):
+            served.error = message.message
+        elif isinstance(message, Turn):
+            self._take(served, message)
+        elif message is None:
+            self._ended(served)
+        self.changed.set()
+
+    def _take(self, served: Served, turn: Turn) -> None:
+        tally, stats = turn.tally, self.stats
+        if tally.batch_tokens:
+            stats.batch_tokens = tally.batch_tokens
+            stats.steps += 1
+            stats.image_steps += tally.image_steps
+        for stage, seconds in tally.seconds.items():
+            stats.seconds[stage] += seconds
+        for event in turn.events:
+            generation = served.sent.get(event.id)
+            if generation is None:
+                continue
+            if isinstance(event, Finished | Failed):
+                self._end(served, generation, event)
+                continue
+            if isinstance(event, Progress) and not generation.begun:
+                generation.begun = True
+                stats.first_step.add(time.perf_counter() - generation.accepted)
+            generation.queue.put_nowait(event)
+        if any(isinstance(event, Finished | Failed) for event in turn.events):
+            self._dispatch()
+        self._count()
+
+    def _ended(self, served: Served) -> None:
+        """An engine's process has ended: as it should, or not."""
+        expected, was_loading = served.state == "closing" or self.closed, served.state == "loading"
+        served.process, served.state, served.yields = None, "absent", False
+        lost = [*served.sent.values()]
+        served.sent.clear()
+        if not expected:
+            self.stats.restarts += 1
+            logger.error("the engine of %s has ended; %d images were in work", served.name, len(lost))
+            if was_loading:
+                served.error = served.error or "its process ended while it was loaded"
+        for generation in reversed(lost):
+            if generation.attempts >= ATTEMPTS:
+                gone = Failed(generation.job.id, "engine", "the image could not be generated: its engine ended twice")
+                self._end(served, generation, gone)
+            else:
+                served.pending.appendleft(generation)
+        if was_loading:
+            for generation in [*served.pending]:
+                message = f"the model {served.name} cannot be loaded: {served.error}"
+                self._end(served, generation, Failed(generation.job.id, "resources", message))
+        if not self.closed:
+            self._dispatch()
+
+    def _count(self) -> None:
+        stats = self.stats
+        begun = sum(each.begun for served in self.served.values() for each in served.sent.values())
+        stats.running, stats.waiting = begun, self.unfinished - begun
+        stats.models = tuple(name for name, served in self.served.items() if served.state in ("ready", "closing"))

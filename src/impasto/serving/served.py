@@ -1,0 +1,128 @@
+"""What interfaces need to know of a model, from the JSON files and headers of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..checks import MAX_SIDE
+from ..errors import CheckpointError, InputError, ResourceError
+from ..family import ALPHA, GLM_IMAGE, PRIOR_PIXELS, SIGMA, family_of
+from ..memory.inspection import image_size, inspect_model, resolve_pipeline
+from ..registry import SOLVERS
+from .service import ServedModel
+
+#: The scheduler of GLM-Image, which takes no other one.
+FLOW = "flow"
+#: Reference images of an edit by GLM-Image.
+MOST_REFERENCES = 4
+#: Pixels of an image, whatever the memory: PixArt's 4K.
+MOST_PIXELS = 4096 * 4096
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that can be served.
+
+    Attributes:
+        class_name: of its pipeline.
+        unit: pixels per token along a side.
+        need: bytes that an engine takes for one image of the model's size; 0 without a budget.
+    """
+
+    served: ServedModel
+    path: str
+    class_name: str
+    unit: int
+    need: int
+
+    def tokens(self, width: int, height: int) -> int:
+        """About, as the size may be changed to one that the model was trained on."""
+        width, height = width or self.served.width, height or self.served.height
+        return max(1, width // self.unit) * max(1, height // self.unit)
+
+
+def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | None) -> Known:
+    """Read what a model is and what it needs; no weights are loaded.
+
+    Args:
+        device: where it will compute.
+        budget: bytes; None: what is free.
+
+    Raises:
+        CheckpointError: it cannot be served.
+        ResourceError: the budget is too small for an image of its size.
+    """
+    _, class_name = resolve_pipeline(path)
+    found = inspect_model(path)
+    family = family_of(class_name)
+    if family not in (ALPHA, SIGMA, GLM_IMAGE) or not class_name.startswith(("PixArt", "GlmImage")):
+        raise CheckpointError(f"{path} is a {class_name}, which cannot be served")
+    missing = [part for part in ("transformer", "vae", "text_encoder") if part not in found.components]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}, and cannot be served without")
+    side, unit = image_size(found.components["transformer"].config, found.components["vae"].config)
+    scheduler = FLOW
+    if family is not GLM_IMAGE:
+        own = _scheduler_class(found.folder)
+        scheduler = next((solver for solver, cls in SOLVERS.items() if cls == own), "dpm++")
+    need, most = _memory(found, device, dtype, budget, side)
+    served = ServedModel(
+        name=name,
+        family=family.name,
+        width=side,
+        height=side,
+        multiple=PRIOR_PIXELS if family is GLM_IMAGE else unit,
+        most_pixels=most,
+        steps=family.steps,
+        guidance_scale=family.guidance_scale,
+        scheduler=scheduler,
+        schedulers=(FLOW,) if family is GLM_IMAGE else tuple(SOLVERS),
+        edits=True,
+        masks=family is not GLM_IMAGE,
+        most_images=MOST_REFERENCES if family is GLM_IMAGE else 1,
+        created=int((found.folder / "model_index.json").stat().st_mtime),
+    )
+    return Known(served, path, class_name, unit, need)
+
+
+def _scheduler_class(folder: Any) -> str | None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return str(json.loads(path.read_text()).get("_class_name"))
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(found: Any, device: Any, dtype: str | None, budget: int | None, side: int) -> tuple[int, int]:
+    """Bytes for an image of the model's size, and the pixels of the largest image within the budget."""
+    from ..memory.plan import Budget, plan_memory
+    from ..nn.machine import free_memory
+    from .engine.loading import SHARE_OF_FREE
+
+    size = int(SHARE_OF_FREE * free_memory(device)) if budget is None else budget
+    dtypes = {} if dtype is None else dict.fromkeys(found.components, dtype)
+
+    def peak(side: int) -> int | None:
+        """None: it does not fit."""
+        try:
+            return plan_memory(found, Budget(size, device, side, side), dtypes).peak
+        except (ResourceError, InputError):
+            return None
+
+    need = peak(side)
+    if need is None:
+        if budget is None:  # the machine is busy; the model decides when it is loaded
+            return 0, min(side * side, MOST_PIXELS)
+        plan_memory(found, Budget(size, device, side, side), dtypes)  # says what would fit
+        raise ResourceError(f"{found.model} does not fit a budget of {size:,} bytes")
+    most = side
+    while most * 2 <= min(MAX_SIDE, int(MOST_PIXELS**0.5)) and peak(most * 2) is not None:
+        most *= 2
+    for quarter in (7, 6, 5):  # up to a quarter of the next doubling
+        larger = most * quarter // 4
+        if most < 4096 and larger <= 4096 and peak(larger) is not None:
+            most = larger
+            break
+    return need, most * most

@@ -1,0 +1,328 @@
+"""What clients send by mistake or on purpose: the right status and body, and a server that goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from tests.serving.http.running import Running, running
+
+from impasto.serving.stub import StubService
+
+KEY = "0123456789abcdefghij"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Running]:
+    with running(max_body=300_000, max_upload_pixels=1 << 20, receive_seconds=0.4, send_seconds=2.0) as found:
+        yield found
+
+
+@pytest.fixture
+def client(served: Running) -> Iterator[httpx.Client]:
+    """A client; afterwards the server is unharmed."""
+    with httpx.Client(base_url=served.url, timeout=10) as found:
+        yield found
+    assert httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a"}).status_code == 200
+    assert not served.service.unfinished
+
+
+def png(width: int = 64, height: int = 64, mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of few bytes that says that it has side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def check(answer: httpx.Response, status: int, *said: str, param: str | None = None) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for words in said:
+        assert words in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b"null", "JSON object"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"prompt": "a", "guidance_scale": NaN}', "NaN"),
+        (b'{"prompt": "a", "guidance_scale": 1e999}', "guidance_scale"),
+        (b'{"prompt": "\\ud800"}', "Unicode"),
+        (b'{"prompt": "\xff"}', "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "a", "n": 1' + b"0" * 6000 + b"}", ""),
+        (b'{"prompt": "a", "seed": -1}', "seed"),
+        (b'{"prompt": ["a"]}', "prompt"),
+        (b'{"prompt": "a", "lora": "style"}', "lora"),
+        (b'{"prompt": "a", "lora": [{"name": "../../etc/passwd"}]}', "style"),
+        (b'{"prompt": "a", "model": "/etc/passwd"}', ""),
+        (b'{"prompt": "a", "size": "1024x1025"}', "size"),
+        (b'{"prompt": "a", "num_inference_steps": 100000}', "200"),
+        (b'{"prompt": "' + b"a" * 20_001 + b'"}', "20,001"),
+        (b'{"prompt": "a", "\\u001b[31m": 1}', "there is no field"),
+    ],
+)
+def test_json_that_cannot_be_used(client: httpx.Client, content: bytes, said: str):
+    answer = client.post(GENERATIONS, content=content, headers={"Content-Type": "application/json"})
+    check(answer, 404 if b"/etc/passwd" in content and b"model" in content else 400, said)
+    assert "\x1b" not in answer.text
+
+
+def test_other_paths_methods_and_types(client: httpx.Client):
+    check(client.get("/v1/nothing"), 404, "/v1/nothing")
+    check(client.get("/v1/images/../../etc/passwd"), 404)
+    check(client.get("/..%2f..%2fetc/passwd"), 404)
+    answer = client.get(GENERATIONS)
+    check(answer, 405)
+    assert answer.headers["allow"] == "POST"
+    check(client.post(GENERATIONS, content="prompt=a"), 415)
+    check(client.post(GENERATIONS, data={"prompt": "a"}), 415, "application/json")
+    check(client.post(EDITS, content=b"x", headers={"Content-Type": "text/plain"}), 415, "multipart/form-data")
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "param"),
+    [
+        ([], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", b"no image"))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", b""))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", png()[:60]))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", png(200, 200)[:-30]))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", bomb(100_000)))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", bomb(2000)))], {"prompt": "a"}, "image"),
+        ([("image", ("x.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"))], {"prompt": "a"}, "image"),
+        ([("image", ("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"))], {"prompt": "a"}, "image"),
+        ([("image[]", ("1.png", png())), ("image[]", ("2.png", png()))], {"prompt": "a"}, "image"),
+        ([("image", ("x.png", png()))], {}, "prompt"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "n": "two"}, "n"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "strength": "nan"}, "strength"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "strength": "0"}, "strength"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "strenght": "0.5"}, "strenght"),
+        ([("image", ("x.png", png())), ("mask", ("m.png", png(32, 64, "L")))], {"prompt": "a"}, "mask"),
+        ([("image", ("x.png", png())), ("mask", ("m.png", png(mode="L")))], {"prompt": "a"}, "mask"),
+        ([("image", ("x.png", png())), ("mask", ("m.png", b"no"))], {"prompt": "a"}, "mask"),
+        ([("image", ("x.png", png())), ("mask", ("1", png())), ("mask", ("2", png()))], {"prompt": "a"}, "mask"),
+        ([("image", ("x.png", png())), ("prompt", ("p.txt", b"a"))], {}, "prompt"),
+        ([("image", (None, "http://127.0.0.1/x.png"))], {"prompt": "a"}, "image"),
+        ([("image", (None, "file:///etc/passwd"))], {"prompt": "a"}, "image"),
+        ([("image", (None, "/etc/passwd"))], {"prompt": "a"}, "image"),
+    ],
+)
+def test_forms_that_cannot_be_used(client: httpx.Client, files: Any, data: dict[str, str], param: str):
+    if not files:
+        files = [("x", (None, ""))]
+        check(client.post(EDITS, files=files, data=data), 400, "there is no field")
+        return
+    check(client.post(EDITS, files=files, data=data), 400, param=param)
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", "http://127.0.0.1:1/x.png", "data:image/png,abc", 5, ["x", 5], {}])
+def test_json_edits_open_no_path_or_address(client: httpx.Client, value: Any):
+    check(client.post(EDITS, json={"prompt": "a", "image": value}), 400, param="image")
+
+
+def test_hostile_file_names_are_not_used(client: httpx.Client):
+    for name in ("../../../etc/passwd", "a\x00b.png", "x" * 5000, "\r\nX-Injected: 1", "😀.png"):
+        answer = client.post(EDITS, files={"image": (name, png())}, data={"prompt": "a"})
+        assert answer.status_code in (200, 400)
+        assert "x-injected" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"--x",
+        b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na',
+        b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n",
+        b"--y\r\n\r\n--y--",
+        b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 200 + b"--x--\r\n",
+        (b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n1\r\n' * 20) + b"--x--\r\n",
+        b"--x\r\n" + b"X-Header: 1\r\n" * 5000 + b"\r\n--x--\r\n",
+    ],
+)
+def test_truncated_and_malformed_forms(client: httpx.Client, body: bytes):
+    check(client.post(EDITS, content=body, headers={"Content-Type": "multipart/form-data; boundary=x"}), 400)
+    check(client.post(EDITS, content=body, headers={"Content-Type": "multipart/form-data"}), 400)
+
+
+def test_too_large_bodies(client: httpx.Client, served: Running):
+    large = json.dumps({"prompt": "a", "user": "x" * 400_000})
+    headers = {"Content-Type": "application/json"}
+    check(client.post(GENERATIONS, content=large, headers=headers), 413, "300,000")
+    pieces = (large[i : i + 4096].encode() for i in range(0, len(large), 4096))
+    check(client.post(GENERATIONS, content=pieces, headers=headers), 413)
+    check(client.post(EDITS, files={"image": ("x.png", bytes(400_000))}, data={"prompt": "a"}), 413)
+    answer = exchange(served, b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.1 408", b"HTTP/1.1 415")) or b" 413 " in answer[:20]
+
+
+def test_too_much_at_once():
+    with running(max_buffered=1000) as served:
+        answer = httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a" * 2000})
+        check(answer, 503, "too much at once")
+        assert 1 <= int(answer.headers["retry-after"]) <= 120
+        assert httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a"}).status_code == 200
+
+
+def exchange(served: Running, sent: bytes, pause: float = 0.0) -> bytes:
+    """What the server answers to raw bytes until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        try:
+            for piece in [sent] if not pause else [sent[i : i + 1] for i in range(len(sent))]:
+                connection.sendall(piece)
+                time.sleep(pause)
+            found = b""
+            while piece := connection.recv(1 << 16):
+                found += piece
+        except ConnectionError:
+            return b""
+        return found
+
+
+def test_header_bombs(client: httpx.Client, served: Running):
+    many = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 100) for i in range(1000))
+    for headers in (many, b"X: " + b"a" * 100_000 + b"\r\n", b"X: " + b"a" * 100_000):
+        answer = exchange(served, b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n")
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 431")  # it may be reset before it is read
+    answer = exchange(served, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000)
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the headers are too large"
+
+
+def test_what_is_not_http(client: httpx.Client, served: Running):
+    for sent in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET\r\n\r\n", b"\0" * 100 + b"\r\n\r\n"):
+        answer = exchange(served, sent)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_slow_clients_are_disconnected(client: httpx.Client, served: Running):
+    assert exchange(served, b"") == b""  # nothing is sent
+    assert exchange(served, b"GET /health HT") == b""
+    assert exchange(served, b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: 1\r\n" * 20, pause=0.02) == b""
+    start = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    answer = exchange(served, start + b'Content-Length: 100\r\n\r\n{"prompt"')
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request arrives too slowly"
+
+
+def test_a_body_that_never_ends_is_cut_off():
+    with running(receive_seconds=0.5, body_seconds=0.3) as served:
+        start = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        answer = exchange(served, start + b"Content-Length: 1000\r\n\r\n" + b" " * 40, pause=0.01)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
+
+
+def test_slow_readers_are_disconnected(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "impasto.serve")
+    with running(send_seconds=0.4) as served, socket.socket() as connection:
+        served.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        body = json.dumps({"prompt": "a", "n": 10, "size": "512x512", "num_inference_steps": 1})
+        request = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{request}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        end = time.monotonic() + 10
+        while not served.service.submitted or served.server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert "does not read its answer" in caplog.text
+
+
+def test_keys():
+    with running(keys=("another-key-0123456", KEY)) as served, httpx.Client(base_url=served.url) as client:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": f"Bearer {KEY}x"},
+            {"Authorization": KEY},
+            {"Authorization": "Bearer"},
+            {"Authorization": b"Bearer \xff\xfe"},
+            {"Authorization": "Basic !!!"},
+        ):
+            for path in (GENERATIONS, "/v1/anything", "/sdapi/v1/txt2img"):
+                answer = client.post(path, json={"prompt": "a"}, headers=headers)
+                check(answer, 401, "a key is needed")
+                assert answer.headers["www-authenticate"].startswith("Basic" if "sdapi" in path else "Bearer")
+        check(client.get("/metrics"), 401)
+        assert client.get("/health").status_code == 200
+        assert client.post(GENERATIONS, json={"prompt": "a"}, headers={"Authorization": f"Bearer {KEY}"}).is_success
+        assert client.post(GENERATIONS, json={"prompt": "a"}, auth=("anyone", KEY)).is_success
+        assert not served.service.unfinished
+
+
+def test_web_pages_of_other_origins():
+    with running(hosts=("127.0.0.1", "localhost")) as served:
+        url = f"{served.url}{GENERATIONS}"
+        check(httpx.post(url, json={"prompt": "a"}, headers={"Origin": "http://evil.example"}), 403)
+        check(httpx.post(url, json={"prompt": "a"}, headers={"Origin": "null"}), 403)
+        check(httpx.post(url, json={"prompt": "a"}, headers={"Host": "evil.example"}), 421)
+        assert httpx.post(url, json={"prompt": "a"}, headers={"Origin": served.url}).is_success
+        answer = httpx.options(url, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
+        assert "access-control-allow-origin" not in answer.headers
+    with running(origins=("https://app.example",)) as served:
+        url = f"{served.url}{GENERATIONS}"
+        headers = {"Origin": "https://app.example"}
+        answer = httpx.options(url, headers=headers | {"Access-Control-Request-Method": "POST"})
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        answer = httpx.post(url, json={"prompt": "a"}, headers=headers)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+
+
+def test_logs_have_no_prompts(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with running() as served:
+        httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a secret", "n": 0})
+        httpx.post(f"{served.url}{GENERATIONS}?q=secret", json={"prompt": "a secret"})
+        httpx.get(f"{served.url}/%1b%0aforged")
+    assert f"POST {GENERATIONS} 200" in caplog.text
+    assert "secret" not in caplog.text
+    assert "\x1b" not in caplog.text
+    caplog.clear()
+    with running(log_prompts=True) as served:
+        httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a secret"})
+    assert "a secret" in caplog.text
+
+
+class Broken(StubService):
+    """Fails as a fault of the server does."""
+
+    def submit(self, jobs):  # type: ignore[no-untyped-def]
+        raise {"memory": MemoryError(), "fault": KeyError("x")}[jobs[0].prompt]
+
+
+def test_faults_of_the_server_say_nothing_of_its_inside():
+    with running(Broken()) as served:
+        url = f"{served.url}{GENERATIONS}"
+        check(httpx.post(url, json={"prompt": "fault"}), 500, "the server failed")
+        check(httpx.post(url, json={"prompt": "memory"}), 503, "lacks memory")
