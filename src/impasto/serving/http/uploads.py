@@ -138,6 +138,7 @@ def given_images(
         mask: grey, white where it is repainted, of any size.
         size: width and height; None: those of the first image, scaled down to what the model generates. With
             ``padding``, of what is generated around the mask; None: the model's.
+        padding: without effect if there is no mask.
 
     Raises:
         InputError: the model cannot edit these.
@@ -148,8 +149,7 @@ def given_images(
         raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
     if len(images) > model.most_images:
         raise InputError(f"there are {len(images)} images, and {model.name} takes at most {model.most_images}")
-    if padding is not None and mask is None:
-        raise InputError("padding_mask_crop is for edits with a mask; give one, or leave it out")
+    padding = None if mask is None else padding
     whole = size_for(model, *images[0].size)
     width, height = size or (whole if padding is None else (model.width, model.height))
     check_size(model, width, height)
