@@ -66,7 +66,7 @@ class Way:
         return math.ceil(load.per_second * self.seconds / load.busy) + 1
 
     def queue(self, load: Load) -> int:
-        """``--queue`` of one machine: the image that it generates, and those that it begins in ``load.wait`` seconds."""
+        """``--queue`` of one machine: the image that it generates, and what it begins in ``load.wait`` seconds."""
         return 1 + math.floor(load.wait / self.seconds)
 
 
@@ -134,8 +134,9 @@ def tables(load: Load) -> str:
     """The computed part of the page."""
     mean = load.images / DAY
     lines = [
-        f"{load.images:,.0f} images a day are {mean:.1f} a second on average, and {load.per_second:.1f} in the busiest hour. "
-        f"Each machine may work {100 * load.busy:g} % of that hour, one is to spare, and an image may wait {load.wait:g} s.",
+        f"{load.images:,.0f} images a day are {mean:.1f} a second on average, and {load.per_second:.1f} in the busiest "
+        f"hour. Each machine may work {100 * load.busy:g} % of that hour, one is to spare, and an image may wait "
+        f"{load.wait:g} s.",
         "",
         "| | a machine is | seconds per image | images a day at most | machines | `--queue` of each |",
         "|---|---|---|---|---|---|",
