@@ -181,7 +181,9 @@ def test_scripts_put_no_texts_into_markup():
     scripts = {path.name: path.read_text("utf-8") for path in PAGE.rglob("*.js")}
     assert len(scripts) > 15
     for name, script in scripts.items():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", script), name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", script), (
+            name
+        )
     everything = " ".join(path.read_text("utf-8") for path in PAGE.rglob("*") if path.is_file())
     addresses = set(re.findall(r"https?://[^\s)\"']+", everything))
     comments = {line for script in scripts.values() for line in script.splitlines() if line.lstrip().startswith("//")}
