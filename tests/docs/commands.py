@@ -17,7 +17,22 @@ from .names import Checker
 from .pages import ROOT
 
 #: Programs of others, whose arguments are not checked.
-FOREIGN = ("curl", "docker", "podman", "kubectl", "systemctl", "journalctl", "sudo", "ray", "node", "npm", "serve", "cd", "kill", "jq")
+FOREIGN = (
+    "curl",
+    "docker",
+    "podman",
+    "kubectl",
+    "systemctl",
+    "journalctl",
+    "sudo",
+    "ray",
+    "node",
+    "npm",
+    "serve",
+    "cd",
+    "kill",
+    "jq",
+)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -96,7 +111,9 @@ def _python(arguments: list[str]) -> str | None:
     if not source.is_file():
         return f"there is no {arguments[0]}"
     shared = ROOT / "benchmarks" / "measure.py"
-    text = source.read_text(encoding="utf-8") + (shared.read_text(encoding="utf-8") if script.parts[-2:-1] == ("benchmarks",) else "")
+    text = source.read_text(encoding="utf-8") + (
+        shared.read_text(encoding="utf-8") if script.parts[-2:-1] == ("benchmarks",) else ""
+    )
     for word in arguments[1:]:
         option = word.split("=")[0]
         if option.startswith("--") and option != "--help" and f'"{option}"' not in text:

@@ -69,7 +69,9 @@ def test_every_page_is_in_the_tree_once() -> None:
 
 def test_the_tree_is_that_of_the_list() -> None:
     tree_of = runpy.run_path(str(ROOT / "docs" / "site_extension.py"))["tree_of"]
-    text = "# A\n[no](a.md)\n## B\n- [x](b.md), [y](c/d.md#e), [z](https://x.org/f.md)\n## C\n[x](b.md) [g](g.md)\n## D\n"
+    text = (
+        "# A\n[no](a.md)\n## B\n- [x](b.md), [y](c/d.md#e), [z](https://x.org/f.md)\n## C\n[x](b.md) [g](g.md)\n## D\n"
+    )
     assert tree_of(text) == {"B": ["b.md"], "C": ["g.md"]}
 
 
@@ -109,7 +111,9 @@ def test_the_site_builds_without_warnings_and_without_a_network(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     built = sorted(tmp_path.rglob("*.html"))
     assert {f"{page[:-3]}.html" for page in pages()} <= {path.relative_to(tmp_path).as_posix() for path in built}
-    loaded = re.compile(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//')
+    loaded = re.compile(
+        r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//|<link[^>]+rel="stylesheet"[^>]+href="(?:https?:)?//'
+    )
     for path in built:
         assert not loaded.search(path.read_text(encoding="utf-8")), path
     for path in tmp_path.rglob("*.css"):
