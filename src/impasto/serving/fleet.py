@@ -11,9 +11,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
@@ -25,6 +25,7 @@ from .service import Generation, QueueFullError, ServedModel, TooLargeError, Una
 from .stats import Stats
 
 logger = logging.getLogger("impasto")
+Value = TypeVar("Value")
 
 #: Seconds after which clients try again, at most: with more, they do not.
 MOST_RETRY_AFTER = 120
@@ -84,6 +85,7 @@ class Fleet:
         memory_budget: bytes or such as "8GB" for all models that are loaded; None: what is free.
         waiting: how many jobs may be unfinished.
         costs: recorded costs of steps, by model; others are measured when an engine starts.
+        process: what runs an engine.
 
     Raises:
         InputError: an alias of a model that there is not, or no model.
@@ -101,6 +103,7 @@ class Fleet:
         memory_budget: int | str | None = None,
         waiting: int = 256,
         costs: Mapping[str, StepCosts] | None = None,
+        process: Callable[[EngineSpec, Callable[[Any, Any], None]], EngineProcess] = EngineProcess,
     ):
         from .engine.loading import device_of
 
@@ -114,13 +117,10 @@ class Fleet:
         self.served = {name: Served(each, shares[name]) for name, each in known.items()}
         self.models: Mapping[str, ServedModel] = {name: each.served for name, each in known.items()}
         for alias, name in (aliases or {}).items():
-            if name not in self.models:
-                near = difflib.get_close_matches(name, self.models, 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.models)}"
-                raise InputError(f"the alias {shown(alias)} is for a model {shown(name)}, which there is not{hint}")
+            _of(self.models, name, f"model for the alias {shown(alias)}")
         self.aliases: Mapping[str, str] = dict(aliases or {})
         self.adapters: Mapping[str, str] = dict(adapters or {})
-        self.recorded = dict(costs or {})
+        self.recorded, self.run_process = dict(costs or {}), process
         self.stats = Stats()
         self.draining = self.closed = False
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -200,14 +200,17 @@ class Fleet:
 
         Raises:
             RefusedError: its subclass says why.
+            InputError: a model or an adapter that there is not.
         """
+        jobs = [self._resolved(job) for job in jobs]
         if self.loop is None or self.draining:
             self.stats.rejected["unavailable"] += len(jobs)
             what = "ends" if self.draining else "is starting"
             raise UnavailableError(f"the server {what}; try again in some seconds", 5)
         for job in jobs:
             served = self.models[job.model]
-            if (job.width or served.width) * (job.height or served.height) > served.most_pixels:
+            first = served if job.given is None else job.given.images[0]
+            if (job.width or first.width) * (job.height or first.height) > served.most_pixels:
                 self.stats.rejected["size"] += len(jobs)
                 side = math.isqrt(served.most_pixels)
                 raise TooLargeError(
@@ -295,14 +298,14 @@ class Fleet:
             generation = served.pending.popleft()
             generation.attempts += 1
             served.sent[generation.job.id] = generation
-            served.process.send(self._resolved(generation.job))
+            served.process.send(generation.job)
 
     def _resolved(self, job: Job) -> Job:
-        """With the files of its adapters in place of their names."""
-        if not job.adapters:
-            return job
-        chosen = tuple(each._replace(source=self.adapters.get(each.source, each.source)) for each in job.adapters)
-        return replace(job, adapters=chosen)
+        """With the name of the model for an alias, and the files of adapters for their names."""
+        model = self.aliases.get(job.model, job.model)
+        chosen = tuple(each._replace(source=_of(self.adapters, each.source, "adapter")) for each in job.adapters)
+        _of(self.models, model, "model")
+        return replace(job, model=model, adapters=chosen)
 
     def _has_room(self, wanted: Served) -> bool:
         """Whether a model may be loaded; if not, the least recently used ones begin to make room."""
@@ -335,7 +338,7 @@ class Fleet:
         )
         served.state, served.error, served.yields = "loading", None, False
         served.used = time.monotonic()
-        served.process = EngineProcess(spec, self._receive)
+        served.process = self.run_process(spec, self._receive)
 
     def _unload(self, served: Served) -> None:
         served.state = "closing"
@@ -417,3 +420,12 @@ class Fleet:
         begun = sum(each.begun for served in self.served.values() for each in served.sent.values())
         stats.running, stats.waiting = begun, self.unfinished - begun
         stats.models = tuple(name for name, served in self.served.items() if served.state in ("ready", "closing"))
+
+
+def _of(known: Mapping[str, Value], name: str, what: str) -> Value:
+    """The entry of this name."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+        raise InputError(f"there is no {what} {shown(name)}; {hint}")
+    return known[name]

@@ -97,11 +97,14 @@ def _scheduler_class(folder: Any) -> str | None:
 
 def _memory(found: Any, device: Any, dtype: str | None, budget: int | None, side: int) -> tuple[int, int]:
     """Bytes for an image of the model's size, and the pixels of the largest image within the budget."""
+    from ..memory.estimate import PROCESS
     from ..memory.plan import Budget, plan_memory
-    from ..nn.machine import free_memory
+    from ..nn.machine import free_memory, process_memory
     from .engine.loading import SHARE_OF_FREE
 
     size = int(SHARE_OF_FREE * free_memory(device)) if budget is None else budget
+    if device.type == "cpu":
+        size += max(0, process_memory() - PROCESS)  # of this process: the plan is for another one
     dtypes = {} if dtype is None else dict.fromkeys(found.components, dtype)
 
     def peak(side: int) -> int | None:

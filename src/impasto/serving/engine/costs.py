@@ -35,8 +35,10 @@ class StepCosts:
         """
         if not tokens:
             return 0.0
-        points = self.uniform if min(tokens) == max(tokens) else self.packed
-        attention = sum(max(0, each * each - self.measured * self.measured) for each in tokens)
+        most, attention = max(tokens), 0
+        if most > self.measured:
+            attention = sum(each * each - self.measured * self.measured for each in tokens if each > self.measured)
+        points = self.uniform if min(tokens) == most else self.packed
         return interpolated(points, sum(tokens)) + self.quadratic * attention
 
     def job_seconds(self, tokens: int, halves: int, steps: int) -> float:
@@ -45,12 +47,15 @@ class StepCosts:
 
 
 def interpolated(points: Points, tokens: int) -> float:
-    """Seconds of so many tokens: linear between the points and beyond them, but never less than the first point."""
+    """Seconds of so many tokens: linear between the points, and before the first one as there. Beyond the last one with
+    the slope of the whole curve, as that of its end is uncertain."""
     if len(points) == 1:
         return points[0][1] * max(1.0, tokens / points[0][0])
-    right = min(max(bisect_left(points, (tokens, 0.0)), 1), len(points) - 1)
-    (t0, s0), (t1, s1) = points[right - 1], points[right]
-    return max(points[0][1], s0 + (s1 - s0) * (tokens - t0) / (t1 - t0))
+    right = bisect_left(points, (tokens, 0.0))
+    if right == 0:
+        return points[0][1]
+    (t0, s0), (t1, s1) = (points[0], points[-1]) if right == len(points) else points[right - 1 : right + 1]
+    return s1 + (s1 - s0) * (tokens - t1) / (t1 - t0)
 
 
 def ascending(points: Sequence[tuple[int, float]]) -> Points:

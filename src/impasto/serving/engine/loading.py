@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,10 @@ def _models(pipe: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_costs(pipe: Any, seconds: float) -> StepCosts:
-    """Measure steps of guided images of the model's size and of smaller ones."""
+def measure_costs(
+    pipe: Any, seconds: float, clock: Callable[[], float] = time.perf_counter, rounds: int = 3
+) -> StepCosts:
+    """Measure steps of images of the model's size, and of smaller and larger ones packed with them."""
     config = pipe.transformer.config
     side = config["sample_size"] // config["patch_size"]
     half, even = max(1, side // 2), 2 if family_of(type(pipe).__name__) is GLM_IMAGE else 1
@@ -116,7 +119,7 @@ def measure_costs(pipe: Any, seconds: float) -> StepCosts:
             torch.cuda.synchronize(pipe.device)
         return None
 
-    return measure(step, sizes, width, seconds=seconds)
+    return measure(step, sizes, width, seconds=seconds, clock=clock, rounds=rounds)
 
 
 def dummy_run(pipe: Any, rows: int, columns: int) -> Run:

@@ -27,8 +27,6 @@ from .stages import Begun, Stages
 
 logger = logging.getLogger("impasto")
 
-#: Images that begin in one turn: their texts are encoded in one batch.
-BEGIN_AT_ONCE = 8
 #: Images of one size that are decoded in one batch.
 DECODE_AT_ONCE = 4
 
@@ -102,7 +100,7 @@ class Engine:
     ):
         self.stages, self.adapters, self.costs = Stages(pipe), AdapterSwitch(pipe), costs
         self.most_running, self.need, self.room, self.most_tokens = most_running, need, room, most_tokens
-        self.choose, self.clock = choose, clock
+        self.choose, self.clock, self.device = choose, clock, pipe.device
         self.waiting: deque[Entry] = deque()
         self.active: dict[str, Entry] = {}
         self.decoding: deque[Decoding] = deque()
@@ -149,8 +147,7 @@ class Engine:
         chosen = self._choose()
         if chosen:
             self._step(chosen)
-        spent = self.clock() - start if chosen else float("inf")
-        self._decode(spent)
+        self._decode(self.clock() - start if chosen else 0.0)
         self.tally.running, self.tally.waiting = len(self.entries) - len(self.waiting), len(self.waiting)
         return self.events, self.tally
 
@@ -188,10 +185,10 @@ class Engine:
             )
             entries = [self.active[each.id] for each in chosen]
             new = [entry for entry in entries if entry.begun is None]
-            later = {id(entry) for entry in new[BEGIN_AT_ONCE:]}
+            later = {id(entry) for entry in new[self.stages.at_once :]}
             entries = [entry for entry in entries if id(entry) not in later]
             if self._switch(entries):
-                self._begin(new[:BEGIN_AT_ONCE])
+                self._begin(new[: self.stages.at_once])
             ready = [entry for entry in entries if entry.job.id in self.active]
             if ready:
                 self.level = max(self.level, ready[0].candidate.served)
@@ -279,6 +276,8 @@ class Engine:
         before = [run.index for run in runs]
         try:
             advance(runs)
+            if self.device.type == "cuda":  # else it would run ahead of what is on the device
+                torch.cuda.synchronize(self.device)
         except Exception as error:
             if len(runs) == 1:
                 self._fail_by(entries[0], error)

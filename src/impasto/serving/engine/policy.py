@@ -52,18 +52,22 @@ def choose(
         return []
     order = sorted(candidates, key=lambda each: each.served + (0.0 if each.group == group else 10 * switching))
     lead = order[0]
-    chosen, tokens = [lead], list(lead.tokens)
+    chosen, tokens, total = [lead], list(lead.tokens), sum(lead.tokens)
     now = least = cost(tokens)
+    of_one = {lead.tokens: now}
     for other in order[1:]:
         if not (lead.shares and other.shares) or other.group != lead.group:
             continue
-        if sum(tokens) + sum(other.tokens) > most_tokens:
+        if total + sum(other.tokens) > most_tokens:
             continue
-        alone, joint = cost(other.tokens), cost([*tokens, *other.tokens])
+        if other.tokens not in of_one:
+            of_one[other.tokens] = cost(other.tokens)
+        alone, joint = of_one[other.tokens], cost([*tokens, *other.tokens])
         if now + alone < (1 + GAIN) * joint or joint > PATIENCE * len(candidates) * min(least, alone):
             continue
         chosen.append(other)
         tokens += other.tokens
+        total += sum(other.tokens)
         now, least = joint, min(least, alone)
     return chosen
 

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import ImpastoError
-from ..job import Event, Job
+from ..job import Event, Failed, Job
 from .costs import StepCosts
-from .loop import Engine, Tally
+from .loop import Engine, Tally, reason_of
 
 logger = logging.getLogger("impasto")
 
@@ -147,6 +147,8 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
     # Both come to the whole group of processes when the server is to end. It decides when the engine does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Its warnings quote prompts, which logs of a server do not.
+    logger.addFilter(lambda record: record.module != "prompts")
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
     try:
@@ -163,7 +165,11 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
             messages.append(incoming.get())
         for message in messages:
             if isinstance(message, Job):
-                engine.add(message)
+                try:
+                    engine.add(message)
+                except Exception as error:
+                    logger.exception("job %s cannot be used", message.id)
+                    connection.send(Turn([Failed(message.id, *reason_of(error))], Tally()))
             elif isinstance(message, Cancel):
                 engine.cancel(message.id)
         if not engine.idle:

@@ -62,6 +62,11 @@ class Stages:
         self.pipes: dict[tuple[str, str | None], Any] = {}
         self.texts: OrderedDict[Hashable, Tensor] = OrderedDict()  # embeddings [tokens, channels], the latest last
 
+    @property
+    def at_once(self) -> int:
+        """How many images begin in one turn: the prior of GLM-Image takes long."""
+        return 1 if self.family is GLM_IMAGE else 8
+
     # --- sizes ---
 
     @property
@@ -217,16 +222,21 @@ class Stages:
 
     def _sides(self, job: Job) -> Sides:
         """Height and width at which a job is generated, where the pipeline takes no other ones."""
-        if not (job.height and job.width):
-            return (None, None)
-        if self.family is GLM_IMAGE:
+        height, width = job.height, job.width
+        if self.family is GLM_IMAGE:  # always given: otherwise the text of a prompt could ask for any size
             unit = PRIOR_PIXELS
+            if not (height and width):
+                own = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+                first = None if job.given is None else job.given.images[0]
+                height, width = (own, own) if first is None else (first.height, first.width)
+        elif not (height and width):
+            return (None, None)
         else:
             config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor
             if bins_for(config["sample_size"] * factor) is not None:
-                return (job.height, job.width)
+                return (height, width)
             unit = config["patch_size"] * factor
-        height, width = (max(1, round(side / unit)) * unit for side in (job.height, job.width))
+        height, width = (max(1, round(side / unit)) * unit for side in (height, width))
         return (height, width)
 
     def _masked(self, job: Job, given: GivenImages) -> dict[str, Any]:
@@ -268,8 +278,13 @@ class Stages:
         pasted = job.given is not None and job.given.padding is not None  # the size of the image that was given
         if job.height and job.width and not pasted and image.shape[-2:] != (job.height, job.width):
             image = resize_and_crop(image, job.height, job.width)
-        levels = (image[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
-        return RawImage(levels.shape[1], levels.shape[0], levels.numpy().tobytes())
+        return as_raw(image)
+
+
+def as_raw(image: Tensor) -> RawImage:
+    """Pixels [1, 3, H, W] in [0, 1], as they cross processes."""
+    levels = (image[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
+    return RawImage(levels.shape[1], levels.shape[0], levels.numpy().tobytes())
 
 
 def to_pil(image: RawImage) -> Image.Image:

@@ -86,6 +86,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], context: Contex
     responses.pop("422", None)
     protected = bool(context.settings.keys) and path.startswith(("/v1", "/sdapi", "/metrics")) and "content" not in path
     statuses = {403, *(_POST if method == "post" else ()), *_OF_PATH.get(path, ())}
+    statuses |= {400} if any(one["in"] == "query" for one in operation.get("parameters", [])) else set()
     statuses |= ({401} if protected else set()) | (set() if context.settings.hosts is None else {421})
     for status in sorted(statuses):
         content = {} if path.startswith("/sdapi") else {"application/json": {"schema": _reference("Error")}}
@@ -106,9 +107,10 @@ def _complete(path: str, method: str, operation: dict[str, Any], context: Contex
 
 def _contents() -> dict[str, dict[str, Any]]:
     """What routes answer with 200, by media type."""
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
     images = {
         "application/json": {"schema": _reference("Images")},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {"schema": event},
     }
     status = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
     return {

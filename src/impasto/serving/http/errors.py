@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from ...checks import is_out_of_memory, printable
 from ...errors import InputError
@@ -87,8 +88,20 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         message = f"there is no {printable(request.url.path)[:200]} here; /openapi.json has what there is"
     elif error.status_code == 405:
         message = f"{request.method} is not for {printable(request.url.path)[:200]}; see the header Allow"
+        return _answer(request, message, 405, headers={"Allow": ", ".join(_methods(request))})
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     return _answer(request, message, error.status_code, param, code, error.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path takes. Several routes may have it, each for one method."""
+    scope = dict(request.scope)
+    found = []
+    for method in ("GET", "HEAD", "POST"):
+        scope["method"] = method
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
+            found.append(method)
+    return found
 
 
 async def _validation(request: Request, error: Exception) -> JSONResponse:

@@ -20,7 +20,7 @@ from .fields import Adapters, Flag, Kind, Number, OneOf, Schema, Size, Text, Who
 from .images import DEFAULT_QUALITY, MEDIA_TYPES
 from .running import deadline, new_id, random_seed
 
-MAX_SEED = 2**63 - 100  # torch takes up to 2**64 - 1, and image i has the seed + i
+MAX_SEED = 2**53 - 1  # what every reader of JSON has exactly
 _FORM = "multipart/form-data"
 
 
@@ -207,10 +207,10 @@ class Reader:
 
     def edit_body(self) -> dict[str, Any]:
         """The same of ``/v1/images/edits``."""
-        form, data = self._schema(True), self._schema(True)
+        form, data = self._schema(True, form=True), self._schema(True)
         most = max(model.most_images for model in self.context.service.models.values())
         file = {"type": "string", "format": "binary", "contentMediaType": "image/png"}
-        text = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"}
+        text = {"type": "string", "format": "byte"}
         for schema, kind in ((form, file), (data, text)):
             image = kind if most == 1 else {"anyOf": [kind, {"type": "array", "items": kind, "maxItems": most}]}
             schema["properties"] |= {"image": image, "mask": kind}
@@ -219,12 +219,12 @@ class Reader:
         content = {_FORM: {"schema": form, "encoding": encoding}, "application/json": {"schema": data}}
         return {"requestBody": {"required": True, "content": content}}
 
-    def _schema(self, edit: bool) -> Schema:
+    def _schema(self, edit: bool, form: bool = False) -> Schema:
         names = [*self.context.service.models, *self.context.service.aliases]
         properties = {}
         for name, kind in (self.edit_fields if edit else self.fields).items():
             schema = OneOf(tuple(names)).schema() if name == "model" else kind.schema()
-            properties[name] = schema if name == "prompt" else {"anyOf": [schema, {"type": "null"}]}
+            properties[name] = schema if form or name == "prompt" else {"anyOf": [schema, {"type": "null"}]}
         return {
             "type": "object",
             "properties": properties,

@@ -63,6 +63,11 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def fit_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
+    """The mask at this size. Other filters than this one would mark pixels far from its edges."""
+    return mask if mask.size == (width, height) else mask.resize((width, height), Image.Resampling.BOX)
+
+
 def raw(image: Image.Image) -> RawImage:
     """An image as it crosses processes, transparency on white."""
     rgb = to_rgb(image)
@@ -133,6 +138,7 @@ def given_images(
         mask: grey, white where it is repainted, of any size.
         size: width and height; None: those of the first image, scaled down to what the model generates. With
             ``padding``, of what is generated around the mask; None: the model's.
+        padding: without effect if there is no mask.
 
     Raises:
         InputError: the model cannot edit these.
@@ -143,13 +149,12 @@ def given_images(
         raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
     if len(images) > model.most_images:
         raise InputError(f"there are {len(images)} images, and {model.name} takes at most {model.most_images}")
-    if padding is not None and mask is None:
-        raise InputError("padding_mask_crop is for edits with a mask; give one, or leave it out")
+    padding = None if mask is None else padding
     whole = size_for(model, *images[0].size)
     width, height = size or (whole if padding is None else (model.width, model.height))
     check_size(model, width, height)
     if padding is None and model.most_images == 1:
         whole = width, height
     found = [raw(fit(images[0], *whole)), *(raw(fit(image, *size_for(model, *image.size))) for image in images[1:])]
-    levels = None if mask is None else fit(mask, *whole).tobytes()
+    levels = None if mask is None else fit_mask(mask, *whole).tobytes()
     return GivenImages(tuple(found), levels, strength, padding), width, height

@@ -35,7 +35,7 @@ class Files(Kind):
     most: int | None = None
 
     def schema(self) -> Schema:
-        text = {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png", "minLength": 1}
+        text = {"type": "string", "format": "byte", "minLength": 1}
         return text if self.most is None else {"type": "array", "items": text, "minItems": 1, "maxItems": self.most}
 
     def read(self, name: str, value: Any) -> Any:
@@ -121,6 +121,8 @@ def read_known(fields: Mapping[str, Kind], body: Mapping[str, Any]) -> dict[str,
             message = f"{name} is {shown(body[name])}, and this server has {meaning}; leave it out"
             raise ApiError(message, name, code="not_supported")
     scripts = body.get("alwayson_scripts")
+    if scripts is not None and scripts != [] and not isinstance(scripts, dict):
+        raise ApiError(f"alwayson_scripts must be an object, not {shown(scripts)}", "alwayson_scripts")
     for name, script in scripts.items() if isinstance(scripts, dict) else ():
         arguments = script.get("args", []) if isinstance(script, dict) else script
         if not _is_off(arguments):
@@ -139,13 +141,17 @@ def _is_off(arguments: Any) -> bool:
     return first in (False, None) or all(isinstance(one, dict) and _is_off(one) for one in arguments)
 
 
-def schema_of(fields: Mapping[str, Kind]) -> dict[str, Any]:
+def schema_of(context: Context, fields: Mapping[str, Kind]) -> dict[str, Any]:
     """The OpenAPI description of a body with these fields."""
     null = {"type": "null"}
     properties: dict[str, Schema] = {name: {"anyOf": [kind.schema(), null]} for name, kind in fields.items()}
     properties |= {name: {"enum": [None, False, 0, "", "None"]} for name in _OFF}
-    properties["alwayson_scripts"] = {"anyOf": [{"type": "object", "maxProperties": 0}, null]}
+    properties["alwayson_scripts"] = {"anyOf": [{"type": ["object", "array"], "maxProperties": 0, "maxItems": 0}, null]}
     schema: Schema = {"type": "object", "properties": properties}
+    if "batch_size" in fields:
+        most = context.settings.max_images
+        pairs = [{"batch_size": {"maximum": i}, "n_iter": {"maximum": most // i}} for i in range(1, most + 1)]
+        schema["anyOf"] = [{"properties": pair} for pair in pairs]
     if "init_images" in fields:
         properties["init_images"] = fields["init_images"].schema()
         schema["required"] = ["init_images"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,12 @@ def read_given(model: ServedModel, given: dict[str, Any], most_pixels: int) -> t
     radius = (given.get("mask_blur_x", blur), given.get("mask_blur_y", blur))
     found = []
     for image in images:
-        levels = uploads.fit(white, *image.size).filter(ImageFilter.GaussianBlur(radius))
+        levels = uploads.fit_mask(white, *image.size).filter(ImageFilter.GaussianBlur(radius))
         padding = None
         if given.get("inpaint_full_res", True):
             padding = given.get("inpaint_full_res_padding", DEFAULT_PADDING)
         else:
-            image, levels = resized(image, width, height, mode), resized(levels, width, height, mode)
+            image, levels = resized(image, width, height, mode), resized(levels, width, height, mode, uploads.fit_mask)
         if levels.getextrema()[1] == 0:
             raise InputError("the mask selects nothing of what is left of the image; blur it less, or resize otherwise")
         found.append(GivenImages((uploads.raw(image),), levels.tobytes(), strength, padding))
@@ -72,18 +73,23 @@ def _decode(text: str, name: str, most_pixels: int) -> Image.Image:
     return uploads.decode_upload(uploads.from_base64(text, name), name, most_pixels)
 
 
-def resized(image: Image.Image, width: int, height: int, mode: int) -> Image.Image:
+def resized(
+    image: Image.Image,
+    width: int,
+    height: int,
+    mode: int,
+    fit: Callable[[Image.Image, int, int], Image.Image] = uploads.fit,
+) -> Image.Image:
     """The image at this size: stretched, cropped to its centre, or whole with its edges continued."""
-    if mode not in (_CROP, _FILL) or image.size == (width, height):
-        return uploads.fit(image, width, height)
-    choose = max if mode == _CROP else min
-    scale = choose(width / image.width, height / image.height)
+    if mode not in (_CROP, _FILL):
+        return fit(image, width, height)
+    scales = width / image.width, height / image.height
+    scale = max(scales) if mode == _CROP else min(scales)
     if mode == _CROP:
-        wide, high = width / scale, height / scale
-        left, top = (image.width - wide) / 2, (image.height - high) / 2
-        box = (max(0.0, left), max(0.0, top), min(left + wide, image.width), min(top + high, image.height))
-        return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    inner = uploads.fit(image, max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        wide, high = min(image.width, round(width / scale)), min(image.height, round(height / scale))
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        return fit(image.crop((left, top, left + max(1, wide), top + max(1, high))), width, height)
+    inner = fit(image, max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
     left, top = (width - inner.width) // 2, (height - inner.height) // 2
     pixels = np.asarray(inner if inner.mode == "L" else to_rgb(inner))
     borders = [(top, height - inner.height - top), (left, width - inner.width - left), (0, 0)]

@@ -34,12 +34,12 @@ def a1111_router(context: Context) -> APIRouter:
     router, sessions = APIRouter(prefix="/sdapi/v1", tags=["sdapi"]), Sessions(context)
     of_text, of_images = text_fields(context), image_fields(context)
 
-    @router.post("/txt2img", openapi_extra=schema_of(of_text))
+    @router.post("/txt2img", openapi_extra=schema_of(context, of_text))
     async def txt2img(request: Request) -> Response:
         """Generate images of a prompt."""
         return await _answer(context, sessions.of(request), request, "txt2img", of_text)
 
-    @router.post("/img2img", openapi_extra=schema_of(of_images))
+    @router.post("/img2img", openapi_extra=schema_of(context, of_images))
     async def img2img(request: Request) -> Response:
         """Edit images: all of them, or what a mask selects."""
         return await _answer(context, sessions.of(request), request, "img2img", of_images)
@@ -82,7 +82,7 @@ def a1111_router(context: Context) -> APIRouter:
         """The adapters, which prompts name: <lora:NAME:0.8>."""
         return JSONResponse(lists.loras(context))
 
-    @router.post("/png-info", openapi_extra=schema_of({"image": Files()}))
+    @router.post("/png-info", openapi_extra=_PNG_INFO)
     async def png_info(request: Request) -> Response:
         """The settings in an image file."""
         return JSONResponse(await context.decode(_info_of, context, await read_json(context, request)))
@@ -100,6 +100,13 @@ _OPTIONS = {
         "live_previews_enable": {"type": "boolean"},
         "show_progress_every_n_steps": {"type": "integer", "minimum": -1, "maximum": 10_000},
     }}}}}
+}  # fmt: skip
+
+
+_PNG_INFO = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {
+        "type": "object", "properties": {"image": Files().schema()}, "required": ["image"],
+    }}}}
 }  # fmt: skip
 
 

@@ -1,0 +1,374 @@
+"""The engine against other policies, and an image alone against the same one in company.
+
+    python benchmarks/serving.py --simulate [--requests 10000]
+    python benchmarks/serving.py --load [--seconds 60] [--concurrency 8 32] [--dtype float32] [--pixels 64 ... ]
+    python benchmarks/serving.py --company 500 [--dtype float32]
+
+``--load``: closed loop: so many clients, each of which asks for the next image when it has one; five sizes of 64 to 256
+tokens, 10, 20 or 30 steps. The policies take turns of ``--seconds``, ``--rounds`` times, with the same requests.
+``--company``: random requests of all kinds, each alone, and all of them with up to 24 others at a time. No caches.
+On the CPU with one thread, processor time is measured, so that other programs count less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import measure
+from impasto.serving.engine import stages
+from impasto.serving.engine.costs import StepCosts
+from impasto.serving.engine.loading import measure_costs
+from impasto.serving.engine.loop import Engine
+from impasto.serving.engine.policy import Candidate, choose
+from impasto.serving.engine.simulation import (
+    SCENES_AVX2,
+    Policy,
+    Request,
+    first_in_first_out,
+    percentile,
+    same_size,
+    simulate,
+    slowdowns,
+)
+from impasto.serving.job import Failed, Finished, GivenImages, Job, RawImage
+
+POLICIES: dict[str, Policy] = {"fair": choose, "first in, first out": first_in_first_out, "same size": same_size}
+#: Height and width in tokens: 64 to 256.
+SIZES = ((8, 8), (8, 12), (8, 16), (12, 16), (16, 16))
+STEPS = (10, 20, 30)
+PROMPTS = (
+    "a red cube to the left of a blue sphere",
+    "a small green cone in front of a yellow cylinder",
+    "a purple sphere",
+    "two orange cubes under a grey sky",
+)
+
+
+# --- on a simulated clock ---
+
+
+def run_simulation(options: argparse.Namespace) -> None:
+    result: dict[str, Any] = {}
+    for concurrency in options.concurrency:
+        for name, policy in POLICIES.items():
+            rng = random.Random(0)
+            requests = [Request((h * w,) * 2, steps) for h, w, steps in _mix(rng, options.requests)]
+            start = time.process_time()
+            seconds = simulate(requests, SCENES_AVX2, policy, concurrency=concurrency)
+            smallest = [each for each in requests if each.tokens[0] == min(h * w for h, w in SIZES)]
+            result[f"{name}, {concurrency} clients"] = {
+                "images per second": round(len(requests) / seconds, 3),
+                "p95 slowdown": round(percentile(slowdowns(requests, SCENES_AVX2), 95), 1),
+                "p95 slowdown, smallest": round(percentile(slowdowns(smallest, SCENES_AVX2), 95), 1),
+                "seconds to simulate": round(time.process_time() - start, 1),
+            }
+    what = f"{options.requests} simulated requests, recorded costs of the bundled model on AVX2"
+    measure.write("serving-simulated", {"what": what, **result})
+
+
+def _mix(rng: random.Random, count: int) -> list[tuple[int, int, int]]:
+    return [(*rng.choice(SIZES), rng.choice(STEPS)) for _ in range(count)]
+
+
+# --- load ---
+
+
+@dataclass
+class Turn:
+    """What one policy did in its turns."""
+
+    images: int = 0
+    seconds: float = 0.0
+    slowdown: list[float] = field(default_factory=list)
+    smallest: list[float] = field(default_factory=list)
+    steps: list[tuple[list[int], float]] = field(default_factory=list)  # tokens of the images in a step, seconds
+
+
+def load_pipe(options: argparse.Namespace) -> Any:
+    from impasto.memory.inspection import resolve_pipeline
+    from impasto.registry import pipeline_class
+
+    cls = pipeline_class(resolve_pipeline(options.model)[1])
+    pipe = cls.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def choose_clock(device: str) -> Callable[[], float]:
+    """Processor time if there is one thread, else the time of day."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def requests_of(pipe: Any, count: int, seed: int) -> list[Job]:
+    rng, unit, jobs = random.Random(seed), pipe.vae_scale_factor * pipe.transformer.config["patch_size"], []
+    for i, (rows, columns, steps) in enumerate(_mix(rng, count)):
+        jobs.append(
+            Job(
+                str(i),
+                "model",
+                rng.choice(PROMPTS),
+                width=columns * unit * scale_of(pipe),
+                height=rows * unit * scale_of(pipe),
+                steps=steps,
+                seed=rng.randrange(2**32),
+            )
+        )
+    return jobs
+
+
+def scale_of(pipe: Any) -> int:
+    """Sizes grow with the model's: the bundled one has 64 tokens at its own size."""
+    config = pipe.transformer.config
+    return max(1, config["sample_size"] // config["patch_size"] // 16)
+
+
+def serve_for(
+    pipe: Any,
+    costs: StepCosts,
+    policy: Policy,
+    jobs: list[Job],
+    concurrency: int,
+    seconds: float,
+    alone: dict[tuple[int, int, int], float],
+    turn: Turn,
+    clock: Callable[[], float],
+) -> None:
+    """One turn of a closed loop; it ends after so many seconds, and what is in work then does not count."""
+    chosen: list[int] = []
+
+    def recorded(*arguments: Any) -> list[Candidate]:
+        found = policy(*arguments)
+        chosen[:] = [tokens for each in found for tokens in each.tokens]
+        return found
+
+    engine = Engine(pipe, costs, choose=recorded, clock=clock)
+    coming, asked, smallest = iter(jobs), dict[str, tuple[Job, float]](), min(j.width * j.height for j in jobs)
+    start = clock()
+    while clock() - start < seconds:
+        while len(asked) < concurrency:
+            job = next(coming)
+            asked[job.id] = job, clock()
+            engine.add(job)
+        events, tally = engine.tick()
+        if tally.batch_tokens:
+            turn.steps.append(([*chosen], tally.seconds["denoise"]))
+        for event in events:
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Finished):
+                job, at = asked.pop(event.id)
+                turn.images += 1
+                slowdown = (clock() - at) / alone[job.height, job.width, job.steps]
+                turn.slowdown.append(slowdown)
+                if job.width * job.height == smallest:
+                    turn.smallest.append(slowdown)
+    turn.seconds += clock() - start
+
+
+def time_alone(pipe: Any, costs: StepCosts, jobs: list[Job], clock: Callable[[], float]) -> dict[Any, float]:
+    """Seconds of each size and number of steps by itself: linear in the steps, measured at two numbers of them."""
+    found = {}
+    for height, width in sorted({(job.height, job.width) for job in jobs}):
+        seconds = {}
+        for steps in (2, 4, 12):  # the first one warms up
+            engine, start = Engine(pipe, costs, clock=clock), clock()
+            engine.add(Job("alone", "model", PROMPTS[0], width=width, height=height, steps=steps))
+            while not engine.idle:
+                engine.tick()
+            seconds[steps] = clock() - start
+        slope = (seconds[12] - seconds[4]) / 8
+        for steps in STEPS:
+            found[height, width, steps] = seconds[4] + slope * (steps - 4)
+    return found
+
+
+def run_load(options: argparse.Namespace) -> None:
+    pipe, clock = load_pipe(options), choose_clock(options.device)
+    costs = measure_costs(pipe, options.measuring, clock, rounds=5)
+    jobs = requests_of(pipe, 100_000, seed=0)
+    alone = time_alone(pipe, costs, jobs[:1000], clock)
+    result: dict[str, Any] = {}
+    for concurrency in options.concurrency:
+        turns = {name: Turn() for name in POLICIES}
+        for number in range(options.rounds):
+            for name, policy in POLICIES.items():
+                shifted = jobs[number * 20_000 :]
+                serve_for(pipe, costs, policy, shifted, concurrency, options.seconds, alone, turns[name], clock)
+        fair = turns["fair"]
+        rate = {name: turn.images / turn.seconds for name, turn in turns.items()}
+        uniform = replace(costs, packed=costs.uniform)
+        against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
+        result[f"{concurrency} clients"] = {
+            "images": {name: turn.images for name, turn in turns.items()},
+            "images per second": {name: round(value, 4) for name, value in rate.items()},
+            "throughput against": {n: round(rate["fair"] / v, 3) for n, v in rate.items() if n != "fair" and v},
+            "p95 slowdown": {n: _p95(turn.slowdown) for n, turn in turns.items()},
+            "p95 slowdown, smallest": {n: _p95(turn.smallest) for n, turn in turns.items()},
+            "p50 slowdown, smallest": {n: _median(turn.smallest) for n, turn in turns.items()},
+            "packed step against uniform curve, median": _median(against),
+            "packed steps": len(against),
+            "tokens of a step, median": _median([float(sum(tokens)) for tokens, _ in fair.steps]),
+        }
+    name = f"serving-load-{options.dtype}" + ("-gpu" if options.device == "cuda" else "")
+    what = f"closed loop, {options.model}, {options.dtype}, {options.seconds:g} s a turn, {options.rounds} rounds"
+    curves = {"uniform": costs.uniform, "packed": costs.packed}
+    target = measure.write(name, {"what": what, "clock": clock.__name__, "costs": curves, **result})
+    plot(result, costs, target.with_suffix(".png") if options.plot is None else Path(options.plot))
+
+
+def _p95(values: list[float]) -> float | None:
+    return round(percentile(sorted(values), 95), 2) if values else None
+
+
+def _median(values: list[float]) -> float | None:
+    return round(percentile(sorted(values), 50), 3) if values else None
+
+
+def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (rate, slow, curve) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, key, title in (
+        (rate, "images per second", "images per second"),
+        (slow, "p95 slowdown, smallest", "smallest size: p95 of latency / time alone"),
+    ):
+        for i, name in enumerate(POLICIES):
+            values = [found[key][name] or 0 for found in result.values()]
+            axis.bar([x + 0.27 * (i - 1) for x in range(len(values))], values, 0.25, label=name)
+        axis.set_xticks(range(len(result)), list(result))
+        axis.set_title(title, fontsize=10)
+    rate.legend(fontsize=8)
+    for name, points in (("one size", costs.uniform), ("several sizes, packed", costs.packed)):
+        curve.plot(*zip(*points), marker="o", label=name)
+    curve.set_title("seconds of a step by its tokens", fontsize=10)
+    curve.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    print(f"plot in {path}")
+
+
+# --- company ---
+
+
+class ExactImage(RawImage):
+    exact: Tensor
+
+
+def run_company(options: argparse.Namespace) -> None:
+    original = stages.as_raw
+
+    def as_raw(image: Tensor) -> RawImage:
+        raw = original(image)
+        exact = ExactImage(raw.width, raw.height, raw.pixels)
+        object.__setattr__(exact, "exact", image)
+        return exact
+
+    stages.as_raw = as_raw  # type: ignore[assignment]
+    pipe = load_pipe(options)
+    costs = measure_costs(pipe, 1.0)
+    jobs = random_jobs(pipe, options.company, seed=1)
+    engine, coming, rng = Engine(pipe, costs, most_running=24), list(jobs), random.Random(2)
+    company: dict[str, RawImage] = {}
+    shared: list[int] = []
+    while coming or not engine.idle:
+        for _ in range(rng.choice((0, 1, 2, 4)) if len(engine.entries) < 24 else 0):
+            if coming:
+                engine.add(coming.pop(0))
+        if engine.idle:
+            continue
+        company |= _finished(engine)
+        shared.append(engine.tally.image_steps)
+    worst = dict[str, float]()
+    single = Engine(pipe, costs)
+    for job in jobs:
+        single.add(job)
+        found: dict[str, RawImage] = {}
+        while not single.idle:
+            found |= _finished(single)
+        difference = (found[job.id].exact - company[job.id].exact).abs().max().item()  # type: ignore[attr-defined]
+        worst[job.id] = difference
+    ordered = sorted(worst.values())
+    result = {
+        "what": f"{len(jobs)} random requests, each alone and in company, {options.model}, {options.dtype}",
+        "largest pixel difference in [0, 1]": ordered[-1],
+        "in units of 1/255": round(ordered[-1] * 255, 5),
+        "99th percentile": percentile(ordered, 99),
+        "median": percentile(ordered, 50),
+        "images in a step, mean": round(sum(shared) / len(shared), 2),
+        "images in a step, most": max(shared),
+        "worst": next(repr(replace(job, given=None)) for job in jobs if worst[job.id] == ordered[-1]),
+    }
+    measure.write(f"serving-company-{options.dtype}", result)
+
+
+def _finished(engine: Engine) -> dict[str, RawImage]:
+    found = {}
+    for event in engine.tick()[0]:
+        if isinstance(event, Failed):
+            raise RuntimeError(event.message)
+        if isinstance(event, Finished):
+            found[event.id] = event.image
+    return found
+
+
+def random_jobs(pipe: Any, count: int, seed: int) -> list[Job]:
+    """Requests of all kinds: sizes, steps, guidance, schedulers, texts, and edits."""
+    rng, unit, jobs = random.Random(seed), pipe.vae_scale_factor * pipe.transformer.config["patch_size"], []
+    for i, (rows, columns, _) in enumerate(_mix(rng, count)):
+        height, width, given, kind = rows * unit, columns * unit, None, rng.random()
+        if kind < 0.3:
+            mask = bytes([0] * (width * height // 2) + [255] * (width * height - width * height // 2))
+            pixels = RawImage(width, height, rng.randbytes(3 * width * height))
+            given = GivenImages((pixels,), mask if kind < 0.15 else None, rng.choice((0.5, 0.8, 1.0)))
+        jobs.append(
+            Job(
+                str(i),
+                "model",
+                rng.choice(PROMPTS),
+                negative_prompt=rng.choice(("", "a sphere")),
+                width=width,
+                height=height,
+                steps=rng.randint(4, 12),
+                guidance_scale=rng.choice((1.0, 2.0, 4.5)),
+                seed=rng.randrange(2**32),
+                scheduler=rng.choice((None, "ddim", "ddpm")),
+                given=given,
+            )
+        )
+    return jobs
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--load", action="store_true")
+    parser.add_argument("--company", type=int, default=0, metavar="REQUESTS")
+    parser.add_argument("--model", default="builtin:scenes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a turn of a policy")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--measuring", type=float, default=20.0, help="seconds of measuring what steps cost")
+    parser.add_argument("--requests", type=int, default=10_000, help="of a simulation")
+    parser.add_argument("--plot", help="where to write the plot; next to the result if not given")
+    given = parser.parse_args()
+    if not (given.simulate or given.load or given.company):
+        parser.error("give --simulate, --load or --company")
+    if given.simulate:
+        run_simulation(given)
+    if given.load:
+        run_load(given)
+    if given.company:
+        run_company(given)
