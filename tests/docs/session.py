@@ -80,12 +80,7 @@ class Session:
         """Run a command."""
         arguments = [self.replaced(each) for each in arguments]
         if arguments[0] == "generate":
-            arguments += [
-                "--steps",
-                str(STEPS),
-                "--device",
-                "cpu",
-            ]  # of an option that is given twice the last one holds
+            arguments += ["--steps", str(STEPS), "--device", "cpu"]  # the last one of an option holds
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0, result.stderr
 
