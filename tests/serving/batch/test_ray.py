@@ -120,7 +120,11 @@ def test_every_record_once_though_an_actor_and_a_node_are_killed(
         assert np.abs(pixels(tmp_path / line["file"]) - pixels(alone / line["file"])).max() <= 1
 
 
-def test_an_address_without_a_cluster(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(address: str, **options: Any) -> None:
+        raise ConnectionError(f"nobody answers at {address}")
+
+    monkeypatch.setattr(importlib.import_module("ray"), "init", init)
     spec = EngineSpec("tiny", str(tmp_path), "PixArtSigmaPipeline", "cpu")
-    with pytest.raises(ResourceError, match="there is no Ray cluster at"):
-        list(on_ray.by_ray("127.0.0.1:1", 1, spec, "dpm++")(records(1)))
+    with pytest.raises(ResourceError, match="there is no Ray cluster at 'gone:1': ConnectionError: nobody answers"):
+        list(on_ray.by_ray("gone:1", 1, spec, "dpm++")(records(1)))
