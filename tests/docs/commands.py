@@ -17,22 +17,7 @@ from .names import Checker
 from .pages import ROOT
 
 #: Programs of others, whose arguments are not checked.
-FOREIGN = (
-    "curl",
-    "docker",
-    "podman",
-    "kubectl",
-    "systemctl",
-    "journalctl",
-    "sudo",
-    "ray",
-    "node",
-    "npm",
-    "serve",
-    "cd",
-    "kill",
-    "jq",
-)
+FOREIGN = ("curl", "docker", "podman", "kubectl", "systemctl", "journalctl", "sudo", "ray", "node", "cd", "kill", "jq")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -110,10 +95,8 @@ def _python(arguments: list[str]) -> str | None:
     source = script / "__main__.py" if script.is_dir() else script
     if not source.is_file():
         return f"there is no {arguments[0]}"
-    shared = ROOT / "benchmarks" / "measure.py"
-    text = source.read_text(encoding="utf-8") + (
-        shared.read_text(encoding="utf-8") if script.parts[-2:-1] == ("benchmarks",) else ""
-    )
+    shared = [ROOT / "benchmarks" / "measure.py"] if source.parent.name == "benchmarks" else []
+    text = "".join(each.read_text(encoding="utf-8") for each in (source, *shared))
     for word in arguments[1:]:
         option = word.split("=")[0]
         if option.startswith("--") and option != "--help" and f'"{option}"' not in text:

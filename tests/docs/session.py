@@ -51,7 +51,7 @@ def write_adapter(path: Path) -> None:
 
 def write_images(folder: Path) -> None:
     """The images that examples name."""
-    for name in ("lighthouse.jpg", "harbour.jpg", "sign.png"):
+    for name in ("lighthouse.jpg", "harbour.jpg", "sign.png", "cube.png"):
         Image.new("RGB", (64, 64), "teal").save(folder / name)
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 48, 48))
@@ -80,12 +80,7 @@ class Session:
         """Run a command."""
         arguments = [self.replaced(each) for each in arguments]
         if arguments[0] == "generate":
-            arguments += [
-                "--steps",
-                str(STEPS),
-                "--device",
-                "cpu",
-            ]  # of an option that is given twice the last one holds
+            arguments += ["--steps", str(STEPS), "--device", "cpu"]  # the last one of an option holds
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0, result.stderr
 

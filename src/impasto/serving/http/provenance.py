@@ -46,7 +46,7 @@ def make_signer(certificate: Path, key: Path, version: str) -> Signer:
     )
 
     def sign_as(algorithm: str, content: bytes, media_type: str) -> bytes:
-        info = c2pa.C2paSignerInfo(getattr(c2pa.C2paSigningAlg, algorithm), chain, secret, None)
+        info = c2pa.C2paSignerInfo(getattr(c2pa.C2paSigningAlg, algorithm), chain.encode(), secret.encode(), None)
         signed = io.BytesIO()
         with c2pa.Builder(manifest) as builder, c2pa.Signer.from_info(info) as signer:
             builder.sign(signer, media_type, io.BytesIO(content), signed)

@@ -150,8 +150,16 @@ def schema_of(context: Context, fields: Mapping[str, Kind]) -> dict[str, Any]:
     schema: Schema = {"type": "object", "properties": properties}
     if "batch_size" in fields:
         most = context.settings.max_images
-        pairs = [{"batch_size": {"maximum": i}, "n_iter": {"maximum": most // i}} for i in range(1, most + 1)]
-        schema["anyOf"] = [{"properties": pair} for pair in pairs]
+        schema["anyOf"] = [  # the product is bounded
+            {
+                "properties": {
+                    "batch_size": {"maximum": i},
+                    "init_images": {"maxItems": i},
+                    "n_iter": {"maximum": most // i},
+                }
+            }
+            for i in range(1, most + 1)
+        ]
     if "init_images" in fields:
         properties["init_images"] = fields["init_images"].schema()
         schema["required"] = ["init_images"]
