@@ -11,17 +11,20 @@ WORKERS ?= 2
 BIN := .venv/bin
 CORE := .venv/.core
 STAMP := .venv/.installed
+CLUSTER := .venv/.cluster
 # Where `make scenes` works. Each stage resumes where it was interrupted.
 SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test lint types format docs scenes
+.PHONY: help demo test test-browser test-cluster lint types format docs scenes
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    generate an image with the bundled model in out/   (PROMPT='...' for another one)"
 	@echo "make test    the default test run, under ten minutes           (PYTEST_ARGS='tests/nn -x' for some)"
+	@echo "make test-browser    the page in a real browser, under five minutes"
+	@echo "make test-cluster    tests with several processes, and with Ray, which it installs"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
@@ -36,6 +39,19 @@ demo: $(CORE)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
+
+# The page in a real browser: Debian's, if none is there and this user may install it.
+HAS_BROWSER = (test -x "$$IMPASTO_BROWSER" || command -v chromium || command -v google-chrome) >/dev/null
+test-browser: $(STAMP)
+	@$(PIP) --editable '.[test-browser]'
+	@$(HAS_BROWSER) || test "$$(id -u)" != 0 || \
+	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	@$(HAS_BROWSER) || \
+	(echo "Install chromium, or set IMPASTO_BROWSER to the path of a browser that is built on it." >&2; exit 1)
+	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
+
+test-cluster: $(CLUSTER)
+	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -90,6 +106,11 @@ scenes: $(SCENES)/lcm/result
 $(STAMP): $(CORE)
 	@echo "Adding to .venv what tests, training and checks need."
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(CLUSTER): $(STAMP)
+	@echo "Adding to .venv what tests of clusters need."
+	@$(PIP) --editable '.[test-cluster]'
 	@touch $@
 
 $(CORE): pyproject.toml

@@ -39,7 +39,7 @@ from impasto.serving.engine.simulation import (
     simulate,
     slowdowns,
 )
-from impasto.serving.job import Failed, Finished, GivenImages, Job, RawImage
+from impasto.serving.job import Failed, Finished, GivenImages, Job, Progress, RawImage
 
 POLICIES: dict[str, Policy] = {"fair": choose, "first in, first out": first_in_first_out, "same size": same_size}
 #: Height and width in tokens: 64 to 256.
@@ -86,7 +86,8 @@ def _mix(rng: random.Random, count: int) -> list[tuple[int, int, int]]:
 class Turn:
     """What one policy did in its turns."""
 
-    images: int = 0
+    images: int = 0  # finished
+    work: float = 0.0  # seconds that the steps, and so the images, would take one at a time
     seconds: float = 0.0
     slowdown: list[float] = field(default_factory=list)
     smallest: list[float] = field(default_factory=list)
@@ -164,6 +165,9 @@ def serve_for(
         for event in events:
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
+            if isinstance(event, Progress) and event.step:
+                job = asked[event.id][0]
+                turn.work += alone[job.height, job.width, job.steps] / job.steps
             if isinstance(event, Finished):
                 job, at = asked.pop(event.id)
                 turn.images += 1
@@ -204,12 +208,14 @@ def run_load(options: argparse.Namespace) -> None:
                 shifted = jobs[number * 20_000 :]
                 serve_for(pipe, costs, policy, shifted, concurrency, options.seconds, alone, turns[name], clock)
         fair = turns["fair"]
-        rate = {name: turn.images / turn.seconds for name, turn in turns.items()}
+        rate = {name: turn.work / turn.seconds for name, turn in turns.items()}
         uniform = replace(costs, packed=costs.uniform)
         against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
         result[f"{concurrency} clients"] = {
             "images": {name: turn.images for name, turn in turns.items()},
-            "images per second": {name: round(value, 4) for name, value in rate.items()},
+            "images per second": {name: round(turn.images / turn.seconds, 4) for name, turn in turns.items()},
+            # Of steps, each counted with what it takes alone: images that are not done at the end count, too.
+            "work per second": {name: round(value, 4) for name, value in rate.items()},
             "throughput against": {n: round(rate["fair"] / v, 3) for n, v in rate.items() if n != "fair" and v},
             "p95 slowdown": {n: _p95(turn.slowdown) for n, turn in turns.items()},
             "p95 slowdown, smallest": {n: _p95(turn.smallest) for n, turn in turns.items()},
@@ -234,14 +240,17 @@ def _median(values: list[float]) -> float | None:
 
 
 def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install impasto[train])")
+        return
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot as plt
 
     figure, (rate, slow, curve) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, key, title in (
-        (rate, "images per second", "images per second"),
+        (rate, "work per second", "throughput (1: steps of one image at a time)"),
         (slow, "p95 slowdown, smallest", "smallest size: p95 of latency / time alone"),
     ):
         for i, name in enumerate(POLICIES):
@@ -249,7 +258,7 @@ def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
             axis.bar([x + 0.27 * (i - 1) for x in range(len(values))], values, 0.25, label=name)
         axis.set_xticks(range(len(result)), list(result))
         axis.set_title(title, fontsize=10)
-    rate.legend(fontsize=8)
+    rate.legend(fontsize=8, loc="lower right")
     for name, points in (("one size", costs.uniform), ("several sizes, packed", costs.packed)):
         curve.plot(*zip(*points), marker="o", label=name)
     curve.set_title("seconds of a step by its tokens", fontsize=10)
@@ -303,6 +312,10 @@ def run_company(options: argparse.Namespace) -> None:
         "what": f"{len(jobs)} random requests, each alone and in company, {options.model}, {options.dtype}",
         "largest pixel difference in [0, 1]": ordered[-1],
         "in units of 1/255": round(ordered[-1] * 255, 5),
+        "by scheduler": {
+            name or "the model's": max((worst[job.id] for job in jobs if job.scheduler == name), default=0.0)
+            for name in (None, "ddim", "ddpm", "lcm")
+        },
         "99th percentile": percentile(ordered, 99),
         "median": percentile(ordered, 50),
         "images in a step, mean": round(sum(shared) / len(shared), 2),
@@ -331,6 +344,7 @@ def random_jobs(pipe: Any, count: int, seed: int) -> list[Job]:
             mask = bytes([0] * (width * height // 2) + [255] * (width * height - width * height // 2))
             pixels = RawImage(width, height, rng.randbytes(3 * width * height))
             given = GivenImages((pixels,), mask if kind < 0.15 else None, rng.choice((0.5, 0.8, 1.0)))
+        scheduler = rng.choice((None, "ddim", "ddpm", "lcm"))
         jobs.append(
             Job(
                 str(i),
@@ -340,9 +354,9 @@ def random_jobs(pipe: Any, count: int, seed: int) -> list[Job]:
                 width=width,
                 height=height,
                 steps=rng.randint(4, 12),
-                guidance_scale=rng.choice((1.0, 2.0, 4.5)),
+                guidance_scale=1.0 if scheduler == "lcm" else rng.choice((1.0, 2.0, 4.5)),  # as LCM is used
                 seed=rng.randrange(2**32),
-                scheduler=rng.choice((None, "ddim", "ddpm")),
+                scheduler=scheduler,
                 given=given,
             )
         )

@@ -159,7 +159,7 @@ def what_is_refused() -> list[str]:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     expected = [
-        "the 3 heads of the attention cannot be divided among 2 processes; use 1, 3 of them",
+        "the 3 heads of the attention cannot be divided among 2 processes; sequence must be one of 1, 3,",
         "guidance=False and sequence=4 need 4 processes, and there are 2",
         "parallelize takes a pipeline of PixArt or GLM-Image or its transformer, not AutoencoderKL",
         "the 3 heads",

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn.changes import of, unwrapped
 from ..nn.precision import adapt
-from ..schedulers.process import predicted_original
 from .compat.calls import Call, call_back, calling
 from .inputs import check_tensor
 from .request import Request
@@ -178,6 +177,8 @@ def take_step(run: Run, predicted: Tensor) -> None:
 
 def estimated(run: Run, predicted: Tensor) -> Tensor:
     """The latents [B, C, h, w] of the image that a prediction of the next step implies."""
+    from ..schedulers.process import predicted_original  # needed for previews only
+
     config = getattr(run.scheduler, "config", {})
     one, zero = (
         value(run.latents[:1, :1, :1, :1], dtype=torch.float32) for value in (torch.ones_like, torch.zeros_like)

@@ -48,6 +48,13 @@ def test_only_images_of_one_size_share_a_step_where_packing_costs_more() -> None
     assert [each.id for each in choose(candidates(64, 96, 64, 96), curves.seconds, ALL)] == ["0", "2"]
 
 
+def test_as_many_share_a_step_as_gain_most() -> None:
+    """A machine whose caches hold 500 tokens: beyond them a token costs more."""
+    curve = ((64, 0.01), (500, 0.014), (1000, 0.04), (4000, 0.3))
+    costs = StepCosts(curve, curve)
+    assert len(choose(candidates(*[60] * 16), costs.seconds, ALL)) == 4
+
+
 def test_groups_and_images_that_cannot_share_take_turns() -> None:
     some = candidates(64, 64, 64)
     some[1].group, some[2].shares = "adapter", False

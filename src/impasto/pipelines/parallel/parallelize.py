@@ -74,8 +74,8 @@ def parallelize(target: Any, *, guidance: bool | None = None, sequence: int | No
     if heads % sequence:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigurationError(
-            f"the {heads} heads of the attention cannot be divided among {sequence} processes; use {fitting} of them "
-            f"for each image, or twice as many with guidance=True"
+            f"the {heads} heads of the attention cannot be divided among {sequence} processes; sequence must be one of "
+            f"{fitting}, and guidance=True takes twice as many processes"
         )
     if sequence > 1 and any(getattr(block.attn1, "kv_compression", None) is not None for block in blocks):
         raise ConfigurationError("a model that compresses keys cannot be sequence-parallel; use guidance=True alone")

@@ -84,7 +84,7 @@ def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Gener
                 Worker,
                 fn_constructor_args=(replace(spec, device=device), scheduler, threads),
                 batch_size=spec.most_running,
-                concurrency=(1, min(actors, batches)),
+                concurrency=min(actors, batches),  # begins with those that have a place, and grows with the cluster
                 num_gpus=1 if device.startswith("cuda") else 0,
             )
             for row in rows.iter_rows():

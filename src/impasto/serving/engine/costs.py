@@ -48,14 +48,18 @@ class StepCosts:
 
 def interpolated(points: Points, tokens: int) -> float:
     """Seconds of so many tokens: linear between the points, and before the first one as there. Beyond the last one with
-    the slope of the whole curve, as that of its end is uncertain."""
+    the slope of the end or of the whole, whichever is steeper: what was not measured is not expected to be cheap."""
     if len(points) == 1:
         return points[0][1] * max(1.0, tokens / points[0][0])
     right = bisect_left(points, (tokens, 0.0))
     if right == 0:
         return points[0][1]
-    (t0, s0), (t1, s1) = (points[0], points[-1]) if right == len(points) else points[right - 1 : right + 1]
-    return s1 + (s1 - s0) * (tokens - t1) / (t1 - t0)
+    if right < len(points):
+        (t0, s0), (t1, s1) = points[right - 1 : right + 1]
+        return s1 + (s1 - s0) * (tokens - t1) / (t1 - t0)
+    last, seconds = points[-1]
+    slope = max((seconds - s) / (last - t) for t, s in (points[0], points[-2]))
+    return seconds + slope * (tokens - last)
 
 
 def ascending(points: Sequence[tuple[int, float]]) -> Points:
@@ -71,44 +75,48 @@ def ascending(points: Sequence[tuple[int, float]]) -> Points:
 
 def measure(
     step: Callable[[Sequence[tuple[int, int]]], None],
-    sizes: Sequence[tuple[int, int]],
+    usual: tuple[int, int],
+    others: Sequence[tuple[int, int]],
     width: int,
     *,
-    seconds: float = 3.0,
-    rounds: int = 3,
+    seconds: float = 4.0,
+    rounds: int = 2,
     most_tokens: int = 4096,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
-    """Measure the steps of a model: batches of growing numbers of images, uniform and packed in turns.
+    """Measure the steps of a model: batches of 1, 2, 4, ... images, uniform and packed in turns.
 
     Args:
         step: takes one step of images of such sizes.
-        sizes: height and width in tokens of a usual image, then of others to pack it with.
+        usual: height and width in tokens of the images of uniform batches.
+        others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
         width: channels of the model: how attention grows beyond what is measured is computed from it.
-        seconds: after so many, no larger batch is begun.
+        seconds: no batch is begun that would take longer in all.
         rounds: of each batch; the fastest one counts.
         most_tokens: of a batch, but for a single image.
     """
-    usual, others = sizes[0], sizes[1:] or sizes
-    start, uniform, packed = clock(), [], []
-    images = 1
+    start, uniform, packed, images = clock(), list[tuple[int, float]](), list[tuple[int, float]](), 1
+    step([usual])  # warms up
     while True:
-        mixed = [usual, *(others[i % len(others)] for i in range(images - 1))] if images > 1 else []
+        begun = clock()
+        mixed = sorted(others[i % len(others)] for i in range(images)) if images > 1 else []
         batches = {"uniform": [usual] * images, **({"packed": mixed} if mixed else {})}
         found = dict.fromkeys(batches, float("inf"))
-        for turn in range(rounds + 1):  # the first one warms up
+        for _ in range(rounds):
             for name, batch in batches.items():
-                begun = clock()
+                before = clock()
                 step(batch)
-                found[name] = min(clock() - begun, found[name]) if turn else found[name]
+                found[name] = min(clock() - before, found[name])
         uniform.append((images * usual[0] * usual[1], found["uniform"]))
         if mixed:
             packed.append((sum(h * w for h, w in mixed), found["packed"]))
-        spent, images = clock() - start, images * 2
-        if images * usual[0] * usual[1] > most_tokens or spent * 2.5 > seconds:
+        images *= 2
+        now = clock()
+        if images * usual[0] * usual[1] > most_tokens or now - start + 2.5 * (now - begun) > seconds:
             break
     largest = usual[0] * usual[1]
     # A layer takes 24 N D² multiplications in its linear parts and 4 N² D in attention: N tokens, D channels.
-    quadratic = uniform[0][1] / largest / (6 * width)
-    first = uniform[0]
-    return StepCosts(ascending(uniform), ascending([first, *packed]), quadratic, largest)
+    curve = ascending(uniform)
+    (first, fixed), (last, most) = curve[0], curve[-1]
+    per_token = (most - fixed) / (last - first) if last > first else fixed / first
+    return StepCosts(curve, ascending([uniform[0], *packed]), per_token / (6 * width), largest)

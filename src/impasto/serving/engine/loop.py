@@ -271,7 +271,11 @@ class Engine:
                 run.halves.clear()  # the rest of what it took
 
     def _advance(self, entries: Sequence[Entry]) -> None:
-        """One step of all; if that fails, of each by itself, so that only the ones that cannot go on fail."""
+        """One step of all; if that fails, of each by itself, so that only the ones that cannot go on fail.
+
+        Images of as many tokens are next to each other: the transformer then works on them together throughout.
+        """
+        entries = sorted(entries, key=lambda entry: entry.begun_now.run.latents.shape[-2:].numel())
         runs = [entry.begun_now.run for entry in entries]
         before = [run.index for run in runs]
         try:

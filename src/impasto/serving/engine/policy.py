@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-#: A joint step must cost at least this much less than separate ones, relative to its own cost.
+#: Separate steps must cost at least this much more than a joint one, relative to it.
 GAIN = 0.01
 #: With n images a step may take so many times n times as long as that of any image in it by itself.
 PATIENCE = 2.0
@@ -53,8 +53,9 @@ def choose(
     order = sorted(candidates, key=lambda each: each.served + (0.0 if each.group == group else 10 * switching))
     lead = order[0]
     chosen, tokens, total = [lead], list(lead.tokens), sum(lead.tokens)
-    now = least = cost(tokens)
+    now = least = apart = cost(tokens)
     of_one = {lead.tokens: now}
+    best, per_token = 1, now / total
     for other in order[1:]:
         if not (lead.shares and other.shares) or other.group != lead.group:
             continue
@@ -63,13 +64,15 @@ def choose(
         if other.tokens not in of_one:
             of_one[other.tokens] = cost(other.tokens)
         alone, joint = of_one[other.tokens], cost([*tokens, *other.tokens])
-        if now + alone < (1 + GAIN) * joint or joint > PATIENCE * len(candidates) * min(least, alone):
+        if now + alone < joint or joint > PATIENCE * len(candidates) * min(least, alone):
             continue
         chosen.append(other)
         tokens += other.tokens
         total += sum(other.tokens)
-        now, least = joint, min(least, alone)
-    return chosen
+        now, least, apart = joint, min(least, alone), apart + alone
+        if joint / total < per_token and apart >= (1 + GAIN) * joint:
+            best, per_token = len(chosen), joint / total
+    return chosen[:best]
 
 
 def charge(chosen: Sequence[Candidate], seconds: float) -> None:

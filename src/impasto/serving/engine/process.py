@@ -5,6 +5,7 @@ The process ends when the other end of its pipe is closed, so it never outlives 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -46,7 +47,7 @@ class EngineSpec:
     budget: int | None = None
     limited: bool = False
     costs: StepCosts | None = None
-    seconds: float = 3.0
+    seconds: float = 4.0
     most_running: int = 64
 
 
@@ -97,6 +98,7 @@ class EngineProcess:
         self.process = context.Process(target=run_engine, args=(theirs, spec), name=f"impasto {spec.name}", daemon=True)
         self.process.start()
         theirs.close()
+        atexit.register(self.kill)  # before multiprocessing waits for it: it ignores the signal that asks it to end
         # The pipe may be full while the engine computes: nobody waits for it but this thread.
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._send, name=f"to {spec.name}", daemon=True).start()
@@ -134,6 +136,7 @@ class EngineProcess:
                 break
             self.receive(self, message)
         self.process.join()
+        atexit.unregister(self.kill)
         self.outgoing.put(None)
         self.connection.close()
         self.receive(self, None)

@@ -89,12 +89,14 @@ let unfinished = 0;
 
 async function start() {
   if (unfinished || !form.models.length) return;
-  const shots = await shotsOf();
-  if (!shots) return;
+  unfinished = 1; // preparing counts: a second press must not start it twice
+  showRunning();
+  const shots = await shotsOf().finally(() => { unfinished = 0; });
+  if (!shots) return showRunning();
   const cards = stage.place(shots, mode);
   const { top } = byId("results").getBoundingClientRect();
   if (top > innerHeight * 0.7) byId("results").scrollIntoView({ behavior: "smooth", block: "start" });
-  await run(cards);
+  return run(cards);
 }
 
 async function run(cards) {
