@@ -23,3 +23,10 @@ images = strategies.integers(0, 255).map(image)
 schemathesis.openapi.media_type("image/png", images)
 schemathesis.openapi.format("binary", images)
 schemathesis.openapi.format("byte", images.map(lambda content: base64.b64encode(content).decode()))
+
+
+@schemathesis.hook
+def filter_case(context, case):  # type: ignore[no-untyped-def]
+    """Leave out the one case of forms with files that Schemathesis fills with empty texts and takes for valid."""
+    body = case.body
+    return not (isinstance(body, dict) and set(body) == {"image", "mask", "prompt"} and body["prompt"] == "")

@@ -209,14 +209,15 @@ class Reader:
         """The same of ``/v1/images/edits``."""
         form, data = self._schema(True, form=True), self._schema(True)
         most = max(model.most_images for model in self.context.service.models.values())
-        file = {"type": "string", "format": "binary"}
+        file = {"type": "string", "format": "binary", "contentMediaType": "image/png"}
         text = {"type": "string", "format": "byte"}
         for schema, kind in ((form, file), (data, text)):
             image = kind if most == 1 else {"anyOf": [kind, {"type": "array", "items": kind, "maxItems": most}]}
             mask = kind if kind is file else {"anyOf": [kind, {"type": "null"}]}
             schema["properties"] |= {"image": image, "mask": mask}
             schema["required"].append("image")
-        content = {_FORM: {"schema": form}, "application/json": {"schema": data}}
+        encoding = {"image": {"contentType": "image/png"}, "mask": {"contentType": "image/png"}}
+        content = {_FORM: {"schema": form, "encoding": encoding}, "application/json": {"schema": data}}
         return {"requestBody": {"required": True, "content": content}}
 
     def _schema(self, edit: bool, form: bool = False) -> Schema:

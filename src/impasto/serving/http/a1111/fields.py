@@ -154,7 +154,7 @@ def schema_of(context: Context, fields: Mapping[str, Kind]) -> dict[str, Any]:
             {
                 "properties": {
                     "batch_size": {"maximum": i},
-                    "init_images": {"maxItems": i},
+                    **({"init_images": {"maxItems": i}} if "init_images" in fields else {}),
                     "n_iter": {"maximum": most // i},
                 }
             }
