@@ -134,8 +134,10 @@ def test_examples_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_SLOWLY)
-def test_slow_examples_run(page: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
+def test_slow_examples_run(
+    page: str, prepared: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.copy_written(prepared, tmp_path)
     run(page, tmp_path, models, monkeypatch, everything=True)
     assert len(list(tmp_path.glob("framed/*.png"))) == 24
     assert len(list(tmp_path.glob("framed-images/*.png"))) == 2
