@@ -258,7 +258,7 @@ def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
             axis.bar([x + 0.27 * (i - 1) for x in range(len(values))], values, 0.25, label=name)
         axis.set_xticks(range(len(result)), list(result))
         axis.set_title(title, fontsize=10)
-    rate.legend(fontsize=8)
+    rate.legend(fontsize=8, loc="lower right")
     for name, points in (("one size", costs.uniform), ("several sizes, packed", costs.packed)):
         curve.plot(*zip(*points), marker="o", label=name)
     curve.set_title("seconds of a step by its tokens", fontsize=10)
@@ -312,6 +312,10 @@ def run_company(options: argparse.Namespace) -> None:
         "what": f"{len(jobs)} random requests, each alone and in company, {options.model}, {options.dtype}",
         "largest pixel difference in [0, 1]": ordered[-1],
         "in units of 1/255": round(ordered[-1] * 255, 5),
+        "by scheduler": {
+            name or "the model's": max((worst[job.id] for job in jobs if job.scheduler == name), default=0.0)
+            for name in (None, "ddim", "ddpm", "lcm")
+        },
         "99th percentile": percentile(ordered, 99),
         "median": percentile(ordered, 50),
         "images in a step, mean": round(sum(shared) / len(shared), 2),
@@ -340,6 +344,7 @@ def random_jobs(pipe: Any, count: int, seed: int) -> list[Job]:
             mask = bytes([0] * (width * height // 2) + [255] * (width * height - width * height // 2))
             pixels = RawImage(width, height, rng.randbytes(3 * width * height))
             given = GivenImages((pixels,), mask if kind < 0.15 else None, rng.choice((0.5, 0.8, 1.0)))
+        scheduler = rng.choice((None, "ddim", "ddpm", "lcm"))
         jobs.append(
             Job(
                 str(i),
@@ -349,9 +354,9 @@ def random_jobs(pipe: Any, count: int, seed: int) -> list[Job]:
                 width=width,
                 height=height,
                 steps=rng.randint(4, 12),
-                guidance_scale=rng.choice((1.0, 2.0, 4.5)),
+                guidance_scale=1.0 if scheduler == "lcm" else rng.choice((1.0, 2.0, 4.5)),  # as LCM is used
                 seed=rng.randrange(2**32),
-                scheduler=rng.choice((None, "ddim", "ddpm", "lcm")),
+                scheduler=scheduler,
                 given=given,
             )
         )

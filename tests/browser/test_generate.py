@@ -191,8 +191,8 @@ def test_a_busy_server_is_asked_again(site, page):
 
 
 def test_what_the_server_refuses_is_shown(site, page):
-    page.route("**/v1/images/generations", lambda route: route.fulfill(
-        status=400, json={"error": {"message": "the prompt <b>is</b> too long", "type": "x", "param": None, "code": None}}))  # fmt: skip
+    answer = {"error": {"message": "the prompt <b>is</b> too long", "type": "x", "param": None, "code": None}}
+    page.route("**/v1/images/generations", lambda route: route.fulfill(status=400, json=answer))
     generate(page)
     assert page.locator(".card .status").inner_text() == "the prompt <b>is</b> too long"
     assert page.get_by_role("button", name="Try again").is_visible()

@@ -95,7 +95,8 @@ def test_long_histories_are_loaded_piece_by_piece(page):
           const store = await import("./scripts/images/store.js");
           const blob = new Blob(["<svg xmlns='http://www.w3.org/2000/svg'/>"], {type: "image/svg+xml"});
           for (let i = 0; i < 60; i++) {
-            await store.keep({blob, settings: {prompt: `image ${i}`, seed: i, width: 1, height: 1}, seconds: 1, time: 0});
+            const settings = {prompt: `image ${i}`, seed: i, width: 1, height: 1};
+            await store.keep({blob, settings, seconds: 1, time: 0});
           }
         }"""
     )

@@ -31,6 +31,8 @@ def site():
 
 
 def shoot(page, name):
+    page.mouse.move(0, 0)
+    page.evaluate("document.querySelector('.settings-scroll').scrollTo(0, 0); scrollTo(0, 0)")
     page.wait_for_timeout(300)
     path = Path(FOLDER or "") / f"page-{name}.png"
     page.screenshot(path=path)
@@ -43,21 +45,18 @@ def test_generate_light(site, visit):
     page.get_by_label("Number of images").select_option("2")
     for seed, prompt in ((11, "a green cone next to a yellow cube"), (7, "a red cube on top of a blue sphere")):
         generate(page, prompt, seed=seed)
-    page.evaluate("document.querySelector('.settings-scroll').scrollTo(0, 0)")
     shoot(page, "generate")
     page.get_by_role("tab", name="Edit").click()
     page.get_by_role("list", name="History").get_by_role("button").first.click()
     page.get_by_role("button", name="Edit this image").click()
     page.get_by_label("Masked area").check()
     box = page.locator("#source-canvas").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.3)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.35, steps=4)
+    for x, y in ((0.15, 0.18), (0.9, 0.18), (0.9, 0.32), (0.15, 0.32), (0.15, 0.42), (0.9, 0.42)):
+        page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y, steps=3)
+        page.mouse.down()
     page.mouse.up()
     page.get_by_label("Number of images").select_option("1")
-    generate(page, "a yellow cone on top of a blue sphere")
-    page.evaluate("document.querySelector('.settings-scroll').scrollTo(0, 0)")
-    page.mouse.move(0, 0)
+    generate(page, "a green cone on top of a blue sphere")
     shoot(page, "edit")
 
 
@@ -68,7 +67,6 @@ def test_grid_dark(site, visit):
     page.get_by_label("Vary").select_option("Guidance")
     page.get_by_label("Values").fill("1, 1.5, 2, 3, 4.5, 6, 8, 10")
     generate(page, "a red cube on top of a blue sphere", seed=7)
-    page.evaluate("document.querySelector('.settings-scroll').scrollTo(0, 0)")
     shoot(page, "grid")
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("Image B").check()
@@ -76,7 +74,6 @@ def test_grid_dark(site, visit):
     page.get_by_label("Image A").check()
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator(".card button.frame").nth(1).wait_for()
-    page.evaluate("document.querySelector('.settings-scroll').scrollTo(0, 0)")
     shoot(page, "compare")
 
 

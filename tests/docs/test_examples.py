@@ -63,6 +63,7 @@ NOT_RUN = {
     "examples/emoji/README.md": "trains for hours; tests/test_emoji_example.py runs the chain on a small data set",
     "docs/serving.md": "needs a server; tests/serving runs it in this process",
     "docs/serving-engine.md": "needs a server; tests/serving runs it in this process",
+    "docs/serving-a1111.md": "needs a server; tests/serving/http/test_a1111_client.py drives one with this client",
     "docs/page.md": "needs a server and a browser; tests/serving has them",
     "docs/batch.md": "tests/serving runs it",
     "docs/parallel.md": "needs several processes; tests with the marker cluster start them",

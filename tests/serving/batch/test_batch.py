@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ from impasto.cli import app
 from impasto.cli.entry import Commands
 from impasto.pipelines.image_files import read_settings
 from impasto.serving.batch.manifest import Manifest
-from impasto.serving.batch.outputs import Folders
+from impasto.serving.batch.outputs import Folders, Shards
 from impasto.serving.batch.run import Made, missing, run
 
 from ...tiny import write_pipeline
@@ -132,42 +133,38 @@ def test_a_table_of_the_manifest(tmp_path: Path) -> None:
     assert rows[1]["prompt"] == "prompt 1"
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{source!r}, {tests!r}]
-from test_outputs import png, records
-from impasto.serving.batch.manifest import Manifest
-from impasto.serving.batch.outputs import Folders, Shards
-from impasto.serving.batch.run import Made, missing, run
-folder, kind = Path(sys.argv[1]), sys.argv[2]
-manifest = Manifest(folder)
-output = Folders(folder) if kind == "folder" else Shards(folder, (1, 1), manifest.own(), 3)
-left = missing(records(40), manifest, "m")
-print("started", flush=True)
-run(left, lambda each: (Made(r, png(r)) for r in each), output, manifest, "m")
-"""
+def make_forty(folder: Path, kind: str, started: Path) -> None:
+    """What a process does that is killed."""
+    manifest = Manifest(folder)
+    output = Folders(folder) if kind == "folder" else Shards(folder, (1, 1), manifest.own(), 3)
+    left = missing(records(40), manifest, "m")
+    started.touch()
+    run(left, lambda each: (Made(r, png(r)) for r in each), output, manifest, "m")
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
 def test_a_batch_that_is_killed_at_any_moment_has_no_gaps_and_no_duplicates(kind: str, tmp_path: Path) -> None:
-    tests = Path(__file__).parent
-    script = tmp_path / "run.py"
-    source = str(Path(__file__).parents[3] / "src")
-    script.write_text(KILLED.format(source=source, tests=str(tests)))
-    out, chance = tmp_path / "out", random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    out, chance, kills = tmp_path / "out", random.Random(0), 0
     out.mkdir()
-    kills = 0
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, str(script), str(out), kind], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        assert len({line["id"] for line in Manifest(out).own()}) == len(Manifest(out).own())
+    for turn in range(6):
+        process = context.Process(target=make_forty, args=(out, kind, tmp_path / f"started-{turn}"))
+        process.start()
+        deadline = time.monotonic() + 100
+        while not (tmp_path / f"started-{turn}").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        ids = [line["id"] for line in Manifest(out).own()]
+        assert len(set(ids)) == len(ids)
     assert kills
-    subprocess.run([sys.executable, str(script), str(out), kind], check=True, stdout=subprocess.PIPE)
+    process = context.Process(target=make_forty, args=(out, kind, tmp_path / "last"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert sorted(line["index"] for line in Manifest(out).own()) == list(range(40))
     if kind == "webdataset":
         check(out, 40)

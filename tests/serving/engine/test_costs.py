@@ -42,7 +42,7 @@ def test_both_curves_are_measured() -> None:
         assert seconds == pytest.approx(1.5 * (0.01 + 0.0001 * tokens))
     assert costs.measured == 64
     # Attention of an image of so many tokens is 4 N² D of 24 N D² multiplications: N / 6 D.
-    assert costs.quadratic * 64 * 64 == pytest.approx(costs.uniform[0][1] * 64 / 600)
+    assert costs.quadratic * 64 * 64 == pytest.approx(0.0001 * 64 * 64 / 600)
 
 
 def test_measuring_is_bounded() -> None:

@@ -43,7 +43,7 @@ def test_generates_with_the_46_fields_that_it_sends(client: webuiapi.WebUIApi, s
     assert {(job.prompt, job.negative_prompt, job.guidance_scale, job.scheduler) for job in jobs} == {
         ("a red cube", "blue", 7.0, None)
     }
-    assert jobs[0].adapters == (("style.safetensors", 0.8),)
+    assert jobs[0].adapters == (("style", 0.8),)
     assert found.image.info["parameters"] == found.info["infotexts"][0]
 
 

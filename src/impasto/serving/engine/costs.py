@@ -116,5 +116,7 @@ def measure(
             break
     largest = usual[0] * usual[1]
     # A layer takes 24 N D² multiplications in its linear parts and 4 N² D in attention: N tokens, D channels.
-    quadratic = uniform[0][1] / largest / (6 * width)
-    return StepCosts(ascending(uniform), ascending([uniform[0], *packed]), quadratic, largest)
+    curve = ascending(uniform)
+    (first, fixed), (last, most) = curve[0], curve[-1]
+    per_token = (most - fixed) / (last - first) if last > first else fixed / first
+    return StepCosts(curve, ascending([uniform[0], *packed]), per_token / (6 * width), largest)
