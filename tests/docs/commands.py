@@ -17,7 +17,21 @@ from .names import Checker
 from .pages import ROOT
 
 #: Programs of others, whose arguments are not checked.
-FOREIGN = ("curl", "docker", "podman", "kubectl", "systemctl", "journalctl", "sudo", "ray", "node", "cd", "kill", "jq")
+FOREIGN = (
+    "curl",
+    "docker",
+    "podman",
+    "kubectl",
+    "systemctl",
+    "journalctl",
+    "sudo",
+    "ray",
+    "node",
+    "serve",
+    "cd",
+    "kill",
+    "jq",
+)
 
 
 def commands(text: str) -> list[list[str]]:

@@ -30,7 +30,7 @@ def pages() -> list[str]:
     """All pages, relative to the root."""
     paths = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     paths += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
-    return [path.relative_to(ROOT).as_posix() for path in paths]
+    return [path.relative_to(ROOT).as_posix() for path in paths if "node_modules" not in path.parts]
 
 
 @cache

@@ -51,7 +51,7 @@ def write_adapter(path: Path) -> None:
 
 def write_images(folder: Path) -> None:
     """The images that examples name."""
-    for name in ("lighthouse.jpg", "harbour.jpg", "sign.png", "cube.png"):
+    for name in ("lighthouse.jpg", "harbour.jpg", "sign.png"):
         Image.new("RGB", (64, 64), "teal").save(folder / name)
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 48, 48))
@@ -81,6 +81,8 @@ class Session:
         arguments = [self.replaced(each) for each in arguments]
         if arguments[0] == "generate":
             arguments += ["--steps", str(STEPS), "--device", "cpu"]  # the last one of an option holds
+        if arguments[0] == "train":
+            arguments += ["--set", f"steps={STEPS}", "--set", "schedule.warmup=1"]
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0, result.stderr
 

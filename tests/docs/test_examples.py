@@ -13,6 +13,7 @@ import yaml
 
 import impasto
 from impasto.training import recipe_files
+from impasto.training.configuration import Configuration
 
 from . import session
 from .commands import commands, problem_with
@@ -39,6 +40,8 @@ RUN_SLOWLY = ("docs/tasks/train.md",)
 #: Of these pages, examples that do not run, by a piece of their text.
 LEFT_OUT = {
     "impasto train": "trains for hours; tests/training runs the recipes",
+    "impasto serve": "runs until it is stopped; tests/serving runs it in this process",
+    "impasto batch": "needs a file of prompts; tests/serving runs it",
     "impasto evaluate": "generates 200 images; tests/scenes runs it",
     "impasto convert": "needs an original checkpoint; tests/checkpoints/original makes some",
     "cpu_offload()": "needs a GPU",
@@ -88,18 +91,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {SIGMA: sigma, "/models/sigma": sigma, GLM: str(session.write_glm(folder))}
 
 
-def run(page: str, folder: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> session.Session:
+def run(
+    page: str, folder: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch, everything: bool = False
+) -> session.Session:
+    """Run the examples of a page in a folder, without those that are left out unless ``everything`` is to run."""
     monkeypatch.chdir(folder)
     runner = session.Session(models, monkeypatch)
     for block in blocks(page):
-        if block.language == "python" and not left_out(block.text):
+        if block.language == "python" and (everything or not left_out(block.text)):
             runner.python(block.text)
         elif block.language in SHELL:
             for words in commands(block.text):
-                if words[0] == "impasto" and not left_out(" ".join(words)):
+                if words[0] == "impasto" and (everything or not left_out(" ".join(words))):
                     runner.impasto(words[1:])
         elif block.language == "yaml":
-            Path(f"{Path(page).stem}.yaml").write_text(block.text)
+            Path("framed.yaml").write_text(block.text)
     return runner
 
 
@@ -117,6 +123,7 @@ def test_examples_run(
         models = {**models, "1024": "64"}
     if page == "README.md":
         models = {**models, "PATH": "builtin:scenes", "ADAPTER": "style"}
+        (tmp_path / "cube.png").write_bytes((tmp_path / "sign.png").read_bytes())
     if page == "docs/adapters.md":
         (tmp_path / "detail.safetensors").write_bytes((tmp_path / "style.safetensors").read_bytes())
     runner = run(page, tmp_path, models, monkeypatch)
@@ -124,6 +131,17 @@ def test_examples_run(
     assert len(images) > 2, "nothing was generated"
     assert few.exists() == (page == "docs/adapters.md")
     assert runner is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_SLOWLY)
+def test_slow_examples_run(
+    page: str, prepared: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.copy_written(prepared, tmp_path)
+    run(page, tmp_path, models, monkeypatch, everything=True)
+    assert len(list(tmp_path.glob("framed/*.png"))) == 24
+    assert len(list(tmp_path.glob("framed-images/*.png"))) == 2
 
 
 @pytest.mark.parametrize("page", pages())
@@ -147,7 +165,8 @@ def found_in(block: Block, checker: Checker) -> list[str]:
     if block.language == "yaml":
         return wrong_settings(yaml.safe_load(block.text))
     if block.language == "json":
-        json.loads(block.text)
+        for text in [block.text] if block.text.startswith(("{\n", "[\n")) else block.text.splitlines():
+            json.loads(text)
     known = (*OTHER_LANGUAGES, *DIRECTIVES)
     return [] if block.language in known else [f"nothing checks the language {block.language!r}"]
 
@@ -170,8 +189,8 @@ def wrong_inline(code: str) -> str | None:
 
 def wrong_settings(content: Any) -> list[str]:
     """What is wrong with a configuration of a training run, or with a piece of one."""
-    if not isinstance(content, dict) or "apiVersion" in content or "services" in content:
-        return []
+    if not isinstance(content, dict) or not set(content) & set(Configuration.model_fields):
+        return []  # of another program
     whole = {"steps", "models", "data"} <= set(content)
     changes = [] if whole else [f"{path}={json.dumps(value)}" for path, value in leaves(content)]
     try:

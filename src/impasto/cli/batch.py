@@ -81,7 +81,7 @@ def batch(
     from ..serving.batch.manifest import Manifest, require_parquet
     from ..serving.batch.outputs import Folders, Shards
     from ..serving.batch.records import read_records
-    from ..serving.engine.process import EngineSpec
+    from ..serving.engine.spec import EngineSpec
     from ..serving.served import look_at
     from . import pipelines
 

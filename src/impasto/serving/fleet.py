@@ -18,7 +18,8 @@ from typing import Any, Literal, TypeVar
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
 from .engine.costs import StepCosts
-from .engine.process import Broken, Cancel, EngineProcess, EngineSpec, Ready, Turn
+from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
+from .engine.spec import EngineSpec
 from .job import Event, Failed, Finished, Job, Progress
 from .served import Known, look_at
 from .service import Generation, QueueFullError, ServedModel, TooLargeError, UnavailableError

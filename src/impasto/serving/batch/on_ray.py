@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import MissingDependencyError, ResourceError
-from ..engine.process import EngineSpec, make_engine
+from ..engine.process import make_engine
+from ..engine.spec import EngineSpec
 from .generate import by_engine
 from .records import Record
 from .run import Generate, Made

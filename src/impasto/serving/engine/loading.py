@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator
@@ -21,9 +21,7 @@ from ...pipelines.sampling import Run, advance
 from ...registry import pipeline_class
 from ..job import Job
 from .costs import StepCosts, measure
-
-if TYPE_CHECKING:
-    from .process import EngineSpec
+from .spec import EngineSpec
 
 #: Tokens of the text that steps are measured with.
 TEXT_TOKENS = 20

@@ -20,35 +20,11 @@ from typing import Any
 from ...errors import ImpastoError
 from ..job import Event, Failed, Job
 from .costs import StepCosts
+from .loading import load_pipeline, measure_costs, memory_need
 from .loop import Engine, Tally, reason_of
+from .spec import EngineSpec
 
 logger = logging.getLogger("impasto")
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What an engine serves, and within what.
-
-    Attributes:
-        path: a folder, a hub id, or the id of a bundled model.
-        class_name: of its pipeline.
-        device, dtype: names; None: CUDA or the CPU, and the dtype in which it computes fastest.
-        budget: bytes that the engine may take; it chooses dtypes and placement.
-        limited: whether that is a limit that was given, or what is free.
-        costs: recorded ones; None: they are measured.
-        seconds: of measuring, about.
-    """
-
-    name: str
-    path: str
-    class_name: str
-    device: str | None = None
-    dtype: str | None = None
-    budget: int | None = None
-    limited: bool = False
-    costs: StepCosts | None = None
-    seconds: float = 4.0
-    most_running: int = 64
 
 
 # --- messages to an engine: a Job, or one of these ---
@@ -189,8 +165,6 @@ def _listen(connection: Connection, incoming: queue.SimpleQueue[Any]) -> None:
 
 def make_engine(spec: EngineSpec) -> Engine:
     """Load a model, and measure what its steps cost."""
-    from .loading import load_pipeline, measure_costs, memory_need
-
     pipe = load_pipeline(spec)
     costs = spec.costs or measure_costs(pipe, spec.seconds)
     need, room = memory_need(pipe, spec)
