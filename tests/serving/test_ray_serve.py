@@ -50,6 +50,7 @@ def test_two_replicas_answer_at_one_address(tmp_path: Path, monkeypatch: pytest.
     places = [str(Path(importlib.import_module("impasto").__file__).parents[1]), *sys.path]  # type: ignore[arg-type]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
     monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
