@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
 from ...memory.estimate import Workload, base_memory
 from ...memory.inspection import inspect_model
@@ -39,10 +40,7 @@ def device_of(spec: EngineSpec) -> torch.device:
 
 def load_pipeline(spec: EngineSpec) -> Any:
     """The pipeline of a model for text to image, on its device."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    silence_transformers()
     device = device_of(spec)
     dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
     cls = pipeline_class(spec.class_name)
