@@ -87,10 +87,11 @@ class Soak:
     async def leaving(self, client: httpx.AsyncClient) -> None:
         try:
             async with asyncio.timeout(self.rng.uniform(0.01, 1.5)):
-                await client.post("/v1/images/generations", json=self.request(num_inference_steps=60))
-            self.outcomes["leaving done"] += 1
+                answer = await client.post("/v1/images/generations", json=self.request(num_inference_steps=60))
+            self.outcomes[f"leaving {answer.status_code}"] += 1
         except TimeoutError:
             self.outcomes["leaving left"] += 1
+        await asyncio.sleep(0.5)
 
     async def bad(self, client: httpx.AsyncClient) -> None:
         answer = await client.post("/v1/images/generations", json=self.rng.choice(BAD))
