@@ -106,7 +106,7 @@ class Engine:
         self.decoding: deque[Decoding] = deque()
         self.entries: dict[str, Entry] = {}  # all of them, by the ids of their jobs
         self.events: list[Event] = []
-        self.level = 0.0  # where new images join: what the last leader had been served
+        self.level = 0.0  # seconds of service with which new images join
         self.switching = 0.0  # seconds of the last change of adapters
         self.overtaken = 0
         self.tally = Tally()
@@ -253,6 +253,7 @@ class Engine:
         if not entries:
             return
         policy.charge([entry.candidate for entry in entries], spent)
+        self._raise_level(spent)
         self.tally.batch_tokens = sum(sum(entry.candidate.tokens) for entry in entries)
         self.tally.image_steps = len(entries)
         for entry in entries:
@@ -269,6 +270,10 @@ class Engine:
                 del self.active[entry.job.id]
                 self.decoding.append(Decoding(entry, run.latents, None))
                 run.halves.clear()  # the rest of what it took
+
+    def _raise_level(self, spent: float) -> None:
+        """New images join at what the running ones have been served on average: others do not starve behind them."""
+        self.level += spent / max(1, len(self.active))
 
     def _advance(self, entries: Sequence[Entry]) -> None:
         """One step of all; if that fails, of each by itself, so that only the ones that cannot go on fail.
