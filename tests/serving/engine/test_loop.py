@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,22 @@ def test_images_wait_until_there_is_room() -> None:
     jobs = [job(str(i), width=16) for i in range(5)]
     run(engine, [*jobs, job("wide", width=48)], lambda turn: most.append(engine.tally.running))
     assert max(most) == 2
+
+
+def test_large_images_leave_places_for_smaller_ones() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), most_running=8)
+    seen: list[set[str]] = []
+    jobs = [job(f"large {i}", width=24) for i in range(9)] + [job(f"small {i}") for i in range(3)]
+    run(engine, jobs, lambda turn: seen.append({*engine.active}))
+    assert seen[1] == {*(f"large {i}" for i in range(6)), "small 0", "small 1"}
+
+
+def test_the_beginning_of_an_image_is_charged_to_it() -> None:
+    """Each look at this clock takes a second."""
+    seconds = count()
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=lambda: float(next(seconds)))
+    engine.add(job("1", steps=9))
+    engine.tick()
+    served, spent = engine.active["1"].candidate.served, engine.active["1"].text
+    assert served > spent > 0
+    assert engine.level >= spent

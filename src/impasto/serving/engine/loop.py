@@ -55,8 +55,14 @@ class Entry:
     denoised: float = 0.0  # when its last step was done
     text: float = 0.0  # seconds
     cancelled: bool = False
+    held_up: bool = False  # another image has begun since its last step, which takes long
     due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
     previews: int = 0  # that were put in the queue of the decoder
+
+    @property
+    def size(self) -> int:
+        """Tokens of a step."""
+        return sum(self.candidate.tokens)
 
     @property
     def begun_now(self) -> Begun:
@@ -166,9 +172,9 @@ class Engine:
         first = self.waiting[0]
         # An image that is alone is let in: whether it fits at all was decided before it was accepted.
         room = max(self.room - sum(each.need for each in self.active.values()), 0 if self.active else first.need)
-        found = policy.admit([each.need for each in self.waiting], self.overtaken, room)[:free]
-        begin = [self.waiting[i] for i in found]
-        self.overtaken = 0 if first in begin else self.overtaken + len(begin)
+        found = [self.waiting[i] for i in policy.admit([each.need for each in self.waiting], self.overtaken, room)]
+        begin = self._with_places(found)[:free]
+        self.overtaken = 0 if first in found else self.overtaken + len(begin)
         for entry in begin:
             self.waiting.remove(entry)
             entry.candidate.served = self.level
@@ -176,9 +182,24 @@ class Engine:
             self.active[entry.job.id] = entry
             self.tally.seconds["wait"] = self.tally.seconds.get("wait", 0.0) + entry.started - entry.came
 
+    def _with_places(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that may run. The largest images do not take all places: a quarter is kept for smaller ones."""
+        most, begin = self.most_running - self.most_running // 4, list[Entry]()
+        sizes = [entry.size for entry in self.active.values()]
+        for entry in entries:
+            if entry.size < max(sizes, default=0) or sum(size >= entry.size for size in sizes) < most:
+                begin.append(entry)
+                sizes.append(entry.size)
+        return begin
+
+    def _candidates(self) -> list[Candidate]:
+        """Images that may take a step. One whose beginning takes long waits until the last one has held nobody up."""
+        held = any(entry.held_up for entry in self.active.values())
+        return [entry.candidate for entry in self.active.values() if entry.begun is not None or not held]
+
     def _choose(self) -> list[Entry]:
         """The images of the next step, ready for it."""
-        candidates = [entry.candidate for entry in self.active.values()]
+        candidates = self._candidates()
         while candidates:
             chosen = self.choose(
                 candidates, self.costs.seconds, self.most_tokens, self.adapters.current, self.switching
@@ -193,7 +214,7 @@ class Engine:
             if ready:
                 self.level = max(self.level, ready[0].candidate.served)
                 return ready
-            candidates = [entry.candidate for entry in self.active.values()]
+            candidates = self._candidates()
         return []
 
     def _switch(self, entries: Sequence[Entry]) -> bool:
@@ -214,7 +235,7 @@ class Engine:
         """Encode the texts of images, and make their runs."""
         if not entries:
             return
-        start = self.clock()
+        start, running = self.clock(), [entry for entry in self.active.values() if entry.begun is not None]
         texts = [text for entry in entries for text in self.stages.texts_of(entry.job)]
         try:
             encoded = self.stages.encode_texts(texts, self.adapters.current)
@@ -238,8 +259,12 @@ class Engine:
             self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
         spent = self.clock() - start
         self._count("text", spent)
+        self._raise_level(spent)
         for entry in entries:
             entry.text = spent
+            entry.candidate.served += spent / len(entries)
+        for entry in running:
+            entry.held_up = self.stages.at_once == 1
 
     def _step(self, entries: list[Entry]) -> None:
         start = self.clock()
@@ -258,7 +283,7 @@ class Engine:
         self.tally.image_steps = len(entries)
         for entry in entries:
             run = entry.begun_now.run
-            step, steps = run.index - run.start, run.end - run.start
+            step, steps, entry.held_up = run.index - run.start, run.end - run.start, False
             self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
             if run.watched and run.estimate is not None:
                 entry.due.popleft()
