@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,6 @@ def test_no_image_begins_before_the_last_one_has_held_nobody_up() -> None:
         events, _ = engine.tick()
         steps += [(event.id, event.step) for event in events if isinstance(event, Progress)]
     begins = [i for i, (_, step) in enumerate(steps) if step == 0]
-    for one, other in zip(begins[1:], begins[2:]):
+    for one, other in pairwise(begins[1:]):
         running = {id for id, _ in steps[:one]}
         assert {id for id, step in steps[one:other] if step} >= running
