@@ -27,8 +27,9 @@ from .stages import Begun, Stages
 
 logger = logging.getLogger("impasto")
 
-#: Images of one size that are decoded in one batch.
+#: Images of one size that are decoded in one batch, and pixels of their latents, but for a single image.
 DECODE_AT_ONCE = 4
+MOST_LATENT_PIXELS = 1 << 14
 
 
 @dataclass
@@ -328,7 +329,8 @@ class Engine:
         start = self.clock()
         while self.decoding:
             first = self.decoding[0]
-            alike = [each for each in self.decoding if _alike(each, first)][:DECODE_AT_ONCE]
+            most = max(1, min(DECODE_AT_ONCE, MOST_LATENT_PIXELS // first.latents.shape[-2:].numel()))
+            alike = [each for each in self.decoding if _alike(each, first)][:most]
             for each in alike:
                 self.decoding.remove(each)
             self._decode_batch(alike)
@@ -341,7 +343,7 @@ class Engine:
             images = self.stages.decode([each.entry.begun_now for each in batch], [each.latents for each in batch])
         except Exception as error:
             if len(batch) == 1:
-                self._fail_by(batch[0].entry, error)
+                self._decoded(batch[0], error)
             else:
                 for each in batch:
                     self._decode_batch([each])
@@ -354,7 +356,10 @@ class Engine:
         if id not in self.entries:
             return
         if isinstance(image, Exception):
-            self._fail_by(entry, image)
+            if done.number is None:
+                self._fail_by(entry, image)
+            else:  # the image itself may still be good
+                logger.warning("a preview of job %s cannot be decoded: %s", id, image)
         elif done.number is not None:
             self.events.append(Preview(id, done.number, image))
         else:

@@ -32,8 +32,9 @@ from ...pipelines.sampling import Run
 from ...registry import SOLVERS, class_of, pipeline_class
 from ..job import GivenImages, Job, RawImage
 
-#: Embeddings of prompts that are kept, the latest ones.
+#: Embeddings of prompts that are kept, the latest ones, and their bytes.
 KEPT_TEXTS = 256
+KEPT_BYTES = 64 << 20
 #: Height and width in pixels; None: the model's.
 Sides = tuple[int | None, int | None]
 
@@ -109,8 +110,9 @@ class Stages:
         for text in dict.fromkeys(texts):
             self.texts.move_to_end((adapters, text))
             found[text] = self.texts[adapters, text]
-        while len(self.texts) > KEPT_TEXTS:
-            self.texts.popitem(last=False)
+        size = sum(embeds.nbytes for embeds in self.texts.values())
+        while len(self.texts) > KEPT_TEXTS or size > KEPT_BYTES:
+            size -= self.texts.popitem(last=False)[1].nbytes
         return found
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
