@@ -12,7 +12,7 @@ from torch import Generator
 from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
 from ...memory.estimate import Workload, base_memory
-from ...memory.inspection import inspect_model
+from ...memory.inspection import DTYPES, inspect_model
 from ...memory.plan import Budget
 from ...nn.machine import CPU, default_device, fast_dtype, free_memory, require_device
 from ...pipelines.glm_image import GlyphEmbeds
@@ -23,11 +23,14 @@ from ...registry import pipeline_class
 from ..job import Job
 from .costs import StepCosts, measure
 from .spec import EngineSpec
+from .stages import Stages
 
 #: Tokens of the text that steps are measured with.
 TEXT_TOKENS = 20
 #: The part of the free memory that a server without a budget uses.
 SHARE_OF_FREE = 0.8
+#: Height and width in pixels.
+Size = tuple[int, int]
 
 
 def device_of(spec: EngineSpec) -> torch.device:
@@ -58,20 +61,32 @@ def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]
     found, device = inspect_model(spec.path), device_of(spec)
     names = {name: str(component.dtype).removeprefix("torch.") for name, component in _models(pipe).items()}
 
-    def need(job: Job) -> int:
-        side = pipe.transformer.config["sample_size"] * pipe.vae_scale_factor
-        load = Workload(found, device, job.height or side, job.width or side)
-        return sum(load.work(found.components[name], names[name], names[name]) for name in ("transformer", "vae"))
+    stages, transformer = Stages(pipe), found.components["transformer"]
+    # Keys and values of one reference image of the image's size are in the work of GLM-Image's transformer.
+    config, unit = transformer.config, found.image_size[1] ** 2
+    heads = config["num_attention_heads"] * config["attention_head_dim"]
+    reference = 2 * config["num_layers"] * heads * DTYPES[names["transformer"]]
 
-    known: dict[tuple[int, int], int] = {}
+    def need(generated: Size, asked: Size, references: tuple[Size, ...]) -> int:
+        def work(name: str, size: Size) -> int:
+            return Workload(found, device, *size).work(found.components[name], names[name], names[name])
+
+        pixels = sum(height * width for height, width in references) - generated[0] * generated[1]
+        denoising: int = work("transformer", generated) + reference * max(0, pixels // unit)
+        return denoising + max(work("vae", size) for size in {generated, asked, *references})
+
+    known: dict[tuple[Size, Size, tuple[Size, ...]], int] = {}
 
     def remembered(job: Job) -> int:
-        size = (job.height, job.width)
-        if size not in known:
+        generated, references = stages.size_of(job), tuple[Size, ...]()
+        if job.given is not None and stages.family is GLM_IMAGE:
+            references = tuple((image.height, image.width) for image in job.given.images)
+        key = (generated, (job.height or generated[0], job.width or generated[1]), references)
+        if key not in known:
             if len(known) > 4096:
                 known.clear()
-            known[size] = need(job)
-        return known[size]
+            known[key] = need(*key)
+        return known[key]
 
     if spec.limited and spec.budget is not None:
         room = spec.budget - base_memory(device)
