@@ -67,6 +67,13 @@ def test_shards_grow_over_several_runs(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"images-{i:06d}.tar" for i in range(4)]
 
 
+def test_a_larger_shard_size_overwrites_nothing(tmp_path: Path) -> None:
+    todo = records(12)
+    for count, size in ((5, 3), (8, 5), (9, 2), (12, 4)):
+        work(tmp_path, todo[:count], size)
+        check(tmp_path, count, 5)
+
+
 def test_what_a_killed_process_left_behind_its_last_line_is_cut_off(tmp_path: Path) -> None:
     todo = records(8)
     work(tmp_path, todo[:5])
