@@ -29,7 +29,7 @@ def by_engine(engine: Engine, model: str, scheduler: str, at_once: int) -> Gener
     def generate(records: Sequence[Record]) -> Iterator[Made]:
         coming, running = iter(records), dict[str, tuple[Record, Job]]()
         while True:
-            for record in coming:
+            while len(running) < at_once and (record := next(coming, None)) is not None:
                 try:
                     job = job_of(record, model)
                 except ImpastoError as error:  # an image has changed since it was checked
@@ -37,8 +37,6 @@ def by_engine(engine: Engine, model: str, scheduler: str, at_once: int) -> Gener
                     continue
                 running[job.id] = (record, job)
                 engine.add(job)
-                if len(running) >= at_once:
-                    break
             if not running:
                 return
             for event in engine.tick()[0]:
