@@ -45,8 +45,8 @@ FIELDS = (
     "mask",
     "strength",
 )
-#: Names that are file names everywhere, and samples of webdataset.
-_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+#: Names that are file names everywhere, and samples of webdataset: a tar has room for 100 characters, with ".json".
+_ID = re.compile(r"[A-Za-z0-9_-]{1,95}")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _MOST_RECORDS = 10_000_000
 _MOST_LINE = 1 << 20  # bytes
@@ -191,7 +191,7 @@ def _record(
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not _ID.fullmatch(name):
-        raise InputError(f"its id is {shown(name)}; an id is up to 100 letters, digits, - and _")
+        raise InputError(f"its id is {shown(name)}; an id is up to 95 letters, digits, - and _")
     steps = whole_number("num_inference_steps", given.get("num_inference_steps", model.steps), most=MAX_STEPS)
     strength = finite("strength", given.get("strength", 1.0 if mask is not None else 0.8), above=0.0, most=1.0)
     if images and model.masks:
