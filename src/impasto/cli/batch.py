@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +80,7 @@ def batch(
     from ..serving.batch import run as batches
     from ..serving.batch.manifest import Manifest, require_parquet
     from ..serving.batch.outputs import Folders, Shards
-    from ..serving.batch.records import read_records
+    from ..serving.batch.records import Options, read_records
     from ..serving.engine.spec import EngineSpec
     from ..serving.served import look_at
     from . import pipelines
@@ -89,14 +89,11 @@ def batch(
         require_parquet()
     chosen = pipelines.choose_device(device)
     precision = None if dtype is DType.AUTO else dtype.value
-    known = look_at(model, model, chosen, precision, budget)
+    path = os.path.abspath(model) if os.path.exists(model) else model  # actors have another working folder
+    known = look_at(model, path, chosen, precision, budget)
     served = known.served
-    served = replace(
-        served,
-        steps=served.steps if steps is None else steps,
-        guidance_scale=served.guidance_scale if guidance_scale is None else guidance_scale,
-    )
-    records = batches.part_of(batches.in_order(read_records(prompts, served, seed)), part)
+    options = Options(seed, steps, guidance_scale)
+    records = batches.part_of(batches.in_order(read_records(prompts, served, options)), part)
     spec = EngineSpec(
         model,
         known.path,
@@ -108,7 +105,7 @@ def batch(
         seconds=1.0,
         most_running=batch_size,
     )
-    identity = f"{model} {dtype.value}"
+    identity = f"{path} {dtype.value}"
     with batches.Alone(out, part):
         lines = Manifest(out, part)
         left = batches.missing(records, lines, identity)
