@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from impasto.models.glm_image.prior import PriorTokens
 from impasto.nn.changes import of
 from impasto.pipelines import glm_image as glm_module
 from impasto.pipelines import pixart as pixart_module
+from impasto.pipelines.parallel.guidance import PartOfRows
 from impasto.pipelines.parallel.partition import Group, Partition
 from impasto.pipelines.sampling import Run, advance
 from impasto.training.distributed.processes import joined
@@ -179,6 +181,25 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_a_process_alone_is_no_group() -> None:
     with pytest.raises(ConfigurationError, match="start them with torchrun"):
         impasto.parallelize(pixart())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "glm_image"])
+def test_arguments_may_be_given_by_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: None)
+    transformer = MAKE[name][0]().transformer
+    x, times = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    if name == "pixart":
+        given: list[Any] = [torch.randn(1, 3, transformer.config["caption_channels"]), times, None, None, None, None]
+    else:
+        size = torch.tensor([[64, 64]])
+        given = [torch.randn(1, 3, 16), torch.zeros(1, 16, dtype=torch.long), torch.tensor([False]), times, size]
+        given += [torch.zeros_like(size), None]
+    (expected,) = transformer(x, *given, False)
+    change = PartOfRows(transformer, Group(None, 0, 1))
+    (found,) = transformer(x, *given, False)
+    change.remove()
+    assert torch.equal(found, expected)
 
 
 def test_the_pieces_of_a_partition_are_all_tokens_once() -> None:

@@ -53,8 +53,12 @@ class PartOfRows(Change):
         made &= kv_caches is None or isinstance(kv_caches, GlmImageReferences)
         references = {} if kv_caches is None else {"kv_caches": kv_caches}
         if count == 1 or rows < count or not made or args or any(value is not None for value in kwargs.values()):
-            more = {**references, **kwargs, "return_dict": return_dict}
-            return call(latents, encoder_hidden_states, *args, timestep=timestep, **more)
+            more = {**references, **kwargs}  # without what may be among args
+            if timestep is not None:
+                more["timestep"] = timestep
+            if not return_dict:
+                more["return_dict"] = False
+            return call(latents, encoder_hidden_states, *args, **more)
         bounds = [rows * rank // count for rank in range(count + 1)]
         own = slice(bounds[self.group.rank], bounds[self.group.rank + 1])
         if kv_caches is not None:
