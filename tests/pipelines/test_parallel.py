@@ -28,7 +28,7 @@ from impasto.pipelines.sampling import Run, advance
 from impasto.training.distributed.processes import joined
 
 from ..tiny import tiny_pipeline, tiny_transformer, write_pipeline
-from ..tiny_glm import TRANSFORMER, pipelines
+from ..tiny_glm import TRANSFORMER, pipelines, prior_parts
 from ..training.distributed.ranks import in_ranks
 
 #: Prompt, height and width of the latents, guidance scale.
@@ -200,6 +200,34 @@ def test_arguments_may_be_given_by_position(name: str, monkeypatch: pytest.Monke
     (found,) = transformer(x, *given, False)
     change.remove()
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "glm_image"])
+def test_all_processes_refuse_a_small_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those alone whose rows have it, while the others wait for them."""
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: None)
+    monkeypatch.setattr(Group, "gather", lambda *args: pytest.fail("this process waits"))
+    for module in (pixart_module, glm_module):
+        monkeypatch.setattr(module, "denoising_steps", lambda pipe, begin: begin())
+    make, runs_of = MAKE[name]
+    pipe = make()
+    change = PartOfRows(pipe.transformer, Group(None, 0, 2), 20)
+    with pytest.raises(InputError, match="an image of 1[0-9] tokens cannot be divided among 20 processes"):
+        advance(runs_of(pipe))
+    change.remove()
+
+
+def test_processes_continue_with_the_prior_tokens_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: x.fill_(7))
+    pipe = glm_image()
+    for part, component in prior_parts().items():
+        setattr(pipe, part, component)
+    change = PartOfRows(pipe.transformer, Group(None, 1, 2))
+    found = pipe.generate_prior_tokens("a cat", 64, 64)
+    assert found.prior_token_ids.eq(7).all()
+    change.remove()
+    assert not pipe.generate_prior_tokens("a cat", 64, 64).prior_token_ids.eq(7).all()
 
 
 def test_the_pieces_of_a_partition_are_all_tokens_once() -> None:
