@@ -77,6 +77,7 @@ def batch(
 
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+    from ..nn.machine import as_device
     from ..serving.batch import run as batches
     from ..serving.batch.manifest import Manifest, require_parquet
     from ..serving.batch.outputs import Folders, Shards
@@ -87,7 +88,8 @@ def batch(
 
     if manifest is Table.PARQUET:
         require_parquet()
-    chosen = pipelines.choose_device(device)
+    # The device is one of the cluster's, which this machine may lack.
+    chosen = pipelines.choose_device(device) if ray is None or device is None else as_device(device)
     precision = None if dtype is DType.AUTO else dtype.value
     path = os.path.abspath(model) if os.path.exists(model) else model  # actors have another working folder
     known = look_at(model, path, chosen, precision, budget)
