@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +84,7 @@ def batch(
     from ..serving.batch.outputs import Folders, Shards
     from ..serving.batch.records import Options, read_records
     from ..serving.engine.spec import EngineSpec
-    from ..serving.served import look_at
+    from ..serving.served import MOST_PIXELS, look_at
     from . import pipelines
 
     if manifest is Table.PARQUET:
@@ -93,7 +94,8 @@ def batch(
     precision = None if dtype is DType.AUTO else dtype.value
     path = os.path.abspath(model) if os.path.exists(model) else model  # actors have another working folder
     known = look_at(model, path, chosen, precision, budget)
-    served = known.served
+    # Without a budget: what is free now must not decide which records are accepted. Images that do not fit fail alone.
+    served = known.served if budget is not None else replace(known.served, most_pixels=MOST_PIXELS)
     options = Options(seed, steps, guidance_scale)
     records = batches.part_of(batches.in_order(read_records(prompts, served, options)), part)
     spec = EngineSpec(
@@ -122,7 +124,9 @@ def batch(
                 from ..serving.batch.generate import by_engine
                 from ..serving.engine.process import make_engine
 
-                generate = by_engine(make_engine(spec), model, served.scheduler, batch_size)
+                generate = by_engine(
+                    make_engine(spec), model, served.scheduler, batch_size, within_budget=spec.limited
+                )
             with tqdm(total=len(left), unit="image", disable=None, leave=False) as progress:
                 counts = batches.run(
                     left, generate, output, lines, identity, max_errors=max_errors, done=progress.update

@@ -26,7 +26,9 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)  # Ray gives an actor one
-        self.generate = by_engine(make_engine(spec), spec.name, scheduler, spec.most_running)
+        self.generate = by_engine(
+            make_engine(spec), spec.name, scheduler, spec.most_running, within_budget=spec.limited
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Pickled records -> their numbers, images (none if there is an error), seconds and errors."""
