@@ -174,9 +174,7 @@ def _lines(file: Any, path: Path) -> Iterator[bytes]:
         yield line
 
 
-def _record(
-    line: bytes, index: int, folder: Path, model: ServedModel, options: Options, adapters: _Adapters
-) -> Record:
+def _record(line: bytes, index: int, folder: Path, model: ServedModel, options: Options, adapters: _Adapters) -> Record:
     try:
         given = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
