@@ -16,7 +16,7 @@ from impasto.nn import machine
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.serving import fleet as fleets
 from impasto.serving.engine.costs import StepCosts
-from impasto.serving.engine.loop import Tally
+from impasto.serving.engine.entries import Tally
 from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
 from impasto.serving.fleet import Fleet
 from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Progress, RawImage
