@@ -10,17 +10,17 @@ import difflib
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
+from .accepted import FleetGeneration, Served, cancelled, deadline_of, given_bytes, too_late
 from .engine.costs import StepCosts
 from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
 from .engine.spec import EngineSpec
-from .job import Event, Failed, Finished, Job, Progress
+from .job import Failed, Finished, Job, Progress
 from .served import Known, look_at
 from .service import Generation, QueueFullError, ServedModel, TooLargeError, UnavailableError
 from .stats import Stats
@@ -42,45 +42,6 @@ GRACE = 120.0
 MOST_SENT = 80
 #: Bytes of the images and masks that were given for jobs which have not ended.
 MOST_GIVEN = 2_000_000_000
-
-
-class FleetGeneration:
-    """An accepted job, and the queue of its events."""
-
-    def __init__(self, job: Job, fleet: Fleet):
-        self.job, self.fleet = job, fleet
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.accepted = time.perf_counter()
-        self.attempts = 0
-        self.begun = self.cancelled = self.ended = False
-
-    def cancel(self) -> None:
-        if not self.ended:
-            self.fleet._cancel(self)
-
-    async def events(self) -> AsyncGenerator[Event, None]:
-        while True:
-            event = await self.queue.get()
-            yield event
-            if isinstance(event, Finished | Failed):
-                return
-
-
-class Served:
-    """A model: its engine if it is loaded, what waits for it and what it works on."""
-
-    def __init__(self, known: Known, share: int | None):
-        self.known, self.share = known, share
-        self.name = known.served.name
-        self.state: Literal["absent", "loading", "ready", "closing"] = "absent"
-        self.process: EngineProcess | None = None
-        self.costs: StepCosts | None = None
-        self.pending: deque[FleetGeneration] = deque()  # not sent yet
-        self.sent: dict[str, FleetGeneration] = {}
-        self.used = 0.0
-        self.yields = False  # it gets nothing more, and makes room for another model once it is idle
-        self.error: str | None = None  # why it could not be loaded the last time
-        self.loads = 0  # that were begun since it was ready
 
 
 class Fleet:
@@ -197,10 +158,10 @@ class Fleet:
             await asyncio.sleep(LOOK)
             now = time.time()
             for served in self.served.values():
-                late = [each for each in served.pending if now > _deadline(each)]
-                hung = [each for each in served.sent.values() if now > _deadline(each) + GRACE]
+                late = [each for each in served.pending if now > deadline_of(each)]
+                hung = [each for each in served.sent.values() if now > deadline_of(each) + GRACE]
                 for generation in (*late, *hung):
-                    self._end(served, generation, _late(generation))
+                    self._end(served, generation, too_late(generation))
                 if hung and served.process is not None:
                     logger.error("the engine of %s does not answer", served.name)
                     served.process.kill()  # what else it has is run again
@@ -217,7 +178,7 @@ class Fleet:
     def given(self) -> int:
         """Bytes of the images that were given for them."""
         of_all = (each for served in self.served.values() for each in (*served.pending, *served.sent.values()))
-        return sum(_given_bytes(each.job) for each in of_all)
+        return sum(given_bytes(each.job) for each in of_all)
 
     def submit(self, jobs: Sequence[Job]) -> list[Generation]:
         """Accept all jobs, or none.
@@ -241,7 +202,7 @@ class Fleet:
                     f"an image of {job.width} x {job.height} pixels does not fit the memory of this server; "
                     f"at most {side} x {side} do"
                 )
-        given = sum(map(_given_bytes, jobs))
+        given = sum(map(given_bytes, jobs))
         if len(jobs) > self.limit or given > MOST_GIVEN:
             self.stats.rejected["size"] += len(jobs)
             what = f"{len(jobs)} images" if len(jobs) > self.limit else f"{given:,} bytes of images to edit"
@@ -284,7 +245,7 @@ class Fleet:
     def _cancel(self, generation: FleetGeneration) -> None:
         served = self.served[generation.job.model]
         if generation in served.pending:
-            self._end(served, generation, _cancelled(generation))
+            self._end(served, generation, cancelled(generation))
             self._dispatch()
         elif served.process is not None:
             generation.cancelled = True
@@ -457,7 +418,7 @@ class Fleet:
             logger.error("the engine of %s has ended; %d images were in work", served.name, len(lost))
         for generation in reversed(lost):
             if generation.cancelled:
-                self._end(served, generation, _cancelled(generation))
+                self._end(served, generation, cancelled(generation))
             elif generation.attempts >= ATTEMPTS:
                 gone = Failed(generation.job.id, "engine", "the image could not be generated: its engine ended twice")
                 self._end(served, generation, gone)
@@ -477,24 +438,6 @@ class Fleet:
         begun = sum(each.begun for served in self.served.values() for each in served.sent.values())
         stats.running, stats.waiting = begun, self.unfinished - begun
         stats.models = tuple(name for name, served in self.served.items() if served.state in ("ready", "closing"))
-
-
-def _given_bytes(job: Job) -> int:
-    """Of the images to edit and the mask."""
-    given = job.given
-    return 0 if given is None else sum(len(image.pixels) for image in given.images) + len(given.mask or b"")
-
-
-def _cancelled(generation: FleetGeneration) -> Failed:
-    return Failed(generation.job.id, "cancelled", "the client has cancelled it")
-
-
-def _deadline(generation: FleetGeneration) -> float:
-    return math.inf if generation.job.deadline is None else generation.job.deadline
-
-
-def _late(generation: FleetGeneration) -> Failed:
-    return Failed(generation.job.id, "deadline", "the image was not done in time")
 
 
 def _of(known: Mapping[str, Value], name: str, what: str) -> Value:
