@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from impasto.errors import CheckpointError, InputError, ResourceError
+from impasto.nn import machine
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.serving import fleet as fleets
 from impasto.serving.engine.costs import StepCosts
-from impasto.serving.engine.loop import Tally
+from impasto.serving.engine.entries import Tally
 from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
 from impasto.serving.fleet import Fleet
-from impasto.serving.job import Event, Failed, Finished, Job, Progress, RawImage
+from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Progress, RawImage
 from impasto.serving.served import Known, look_at
 from impasto.serving.service import Generation, QueueFullError, TooLargeError, UnavailableError
 
@@ -269,8 +270,8 @@ async def test_a_model_that_cannot_be_loaded(model: str) -> None:
     FakeEngine.made[1].say(Broken("its weights are damaged"))
     FakeEngine.made[1].kill()
     end = end_of(await follow(generation))
-    assert isinstance(end, Failed)
-    assert "its weights are damaged" in end.message
+    assert end == Failed("1", "engine", "the model bad cannot be loaded")  # the log says why
+    assert len(FakeEngine.made) == 2  # it would break again
     await fleet.close()
     broken = fleet_of({"bad": model})
     starting = asyncio.ensure_future(broken.start())
@@ -279,6 +280,136 @@ async def test_a_model_that_cannot_be_loaded(model: str) -> None:
     FakeEngine.made[0].kill()
     with pytest.raises(ResourceError, match="bad cannot be loaded: no"):
         await starting
+
+
+@in_loop
+async def test_an_engine_that_dies_while_it_loads_is_started_once_more(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    starting = asyncio.ensure_future(fleet.start())
+    await settle()
+    FakeEngine.made[0].kill()
+    await settle()
+    FakeEngine.made[1].say(Ready(COSTS))
+    await starting
+    one, two = (asyncio.ensure_future(follow(each)) for each in fleet.submit([job("1"), job("2")]))
+    FakeEngine.made[1].kill()
+    await settle()
+    for i in (2, 3):
+        assert len(FakeEngine.made) == i + 1
+        FakeEngine.made[i].kill()
+        await settle()
+    gone = "the model tiny cannot be loaded"
+    assert [end_of(await one), end_of(await two)] == [Failed(id, "engine", gone) for id in "12"]
+    fleet.submit([job("3")])
+    assert len(FakeEngine.made) == 5  # later jobs try again
+    await fleet.close()
+
+
+@in_loop
+async def test_a_process_that_cannot_be_started_ends_the_jobs(model: str) -> None:
+    fleet = fleet_of({"tiny": model, "b": model})
+    await started(fleet)
+
+    def no_process(*arguments: Any) -> Any:
+        raise OSError("no memory")
+
+    fleet.run_process = no_process
+    generation = fleet.submit([job("1", "b")])[0]
+    assert end_of(await follow(generation)) == Failed("1", "engine", "the model b cannot be loaded")
+    fleet.run_process = FakeEngine  # type: ignore[assignment]
+    fleet.submit([job("2", "b")])
+    assert FakeEngine.made[-1].spec.name == "b"
+    await fleet.close()
+
+
+@in_loop
+async def test_an_engine_that_hangs_is_killed_and_the_rest_is_run_again(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    engine = await started(fleet)
+    late = time.time() - fleets.GRACE
+    hung, other, recent = fleet.submit([job("1", deadline=late - 1), job("2"), job("3", deadline=late + 60)])
+    end = end_of(await asyncio.wait_for(follow(hung), 10))
+    assert isinstance(end, Failed)
+    assert end.reason == "deadline"
+    await settle()
+    assert engine.killed
+    again = FakeEngine.made[1]
+    again.say(Ready(COSTS))
+    await settle()
+    assert again.jobs == ["2"]
+    again.turn(Finished("2", PIXEL))
+    assert isinstance(end_of(await follow(other)), Finished)
+    recent.cancel()
+    await fleet.close()
+
+
+@in_loop
+async def test_a_cancelled_job_is_not_run_again(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    engine = await started(fleet)
+    generation = fleet.submit([job("1")])[0]
+    generation.cancel()
+    engine.kill()
+    assert end_of(await follow(generation)) == Failed("1", "cancelled", "the client has cancelled it")
+    assert len(FakeEngine.made) == 1
+    await fleet.close()
+
+
+@in_loop
+async def test_an_engine_has_no_more_jobs_than_it_can_go_on_with(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    engine = await started(fleet)
+    fleet.submit([job(str(i)) for i in range(fleets.MOST_SENT + 2)])
+    assert len(engine.jobs) == fleets.MOST_SENT
+    engine.turn(Finished("5", PIXEL))
+    await settle()
+    assert engine.jobs[fleets.MOST_SENT :] == [str(fleets.MOST_SENT)]
+    await fleet.close()
+
+
+@in_loop
+async def test_images_to_edit_are_bounded(model: str) -> None:
+    fleet = fleet_of({"tiny": model}, waiting=4)
+    engine = await started(fleet)
+    given = GivenImages((RawImage(16, 16, bytes(768)),), bytes(256))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleets, "MOST_GIVEN", 2048)
+        fleet.submit([job("1", given=given), job("2", given=given), job("3")])
+        with pytest.raises(QueueFullError, match="to edit"):
+            fleet.submit([job("4", given=given)])
+        engine.turn(Finished("1", PIXEL))
+        await settle()
+        fleet.submit([job("4", given=given)])
+        with pytest.raises(TooLargeError, match="fewer"):  # it never fits
+            fleet.submit([job(str(i), given=given) for i in range(5, 8)])
+    with pytest.raises(TooLargeError, match="at most 4 images"):
+        fleet.submit([job(str(i)) for i in range(5, 10)])
+    await fleet.close()
+
+
+@in_loop
+async def test_models_share_what_is_free_without_a_budget(model: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "free_memory", lambda device: 4_000_000_000)
+        fleet = fleet_of({"tiny": model, "b": model})
+    assert {served.share for served in fleet.served.values()} == {1_600_000_000}
+    engine = await started(fleet)
+    assert not engine.spec.limited
+    fleet.served["b"].share = 2_000_000_000
+    working = fleet.submit([job("1")])[0]
+    wanted = fleet.submit([job("2", "b")])[0]
+    assert len(FakeEngine.made) == 1
+    fleet.submit([job("3")])
+    assert engine.jobs == ["1"]  # it makes room
+    wanted.cancel()
+    assert engine.jobs == ["1", "3"]  # which nobody wants any more
+    fleet.submit([job("4", "b")])
+    engine.turn(Finished("1", PIXEL), Finished("3", PIXEL))
+    await follow(working)
+    await settle()
+    assert engine.killed
+    assert FakeEngine.made[1].spec.name == "b"
+    await fleet.close()
 
 
 @in_loop

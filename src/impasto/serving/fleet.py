@@ -10,17 +10,17 @@ import difflib
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
+from .accepted import FleetGeneration, Served, cancelled, deadline_of, given_bytes, too_late
 from .engine.costs import StepCosts
 from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
 from .engine.spec import EngineSpec
-from .job import Event, Failed, Finished, Job, Progress
+from .job import Failed, Finished, Job, Progress
 from .served import Known, look_at
 from .service import Generation, QueueFullError, ServedModel, TooLargeError, UnavailableError
 from .stats import Stats
@@ -32,46 +32,16 @@ Value = TypeVar("Value")
 MOST_RETRY_AFTER = 120
 #: How often a job is run if its engine dies.
 ATTEMPTS = 2
-#: Seconds between looks at deadlines of jobs that wait for an engine.
+#: How often an engine is started if it dies while it loads.
+LOADS = 2
+#: Seconds between looks at deadlines.
 LOOK = 1.0
-
-
-class FleetGeneration:
-    """An accepted job, and the queue of its events."""
-
-    def __init__(self, job: Job, fleet: Fleet):
-        self.job, self.fleet = job, fleet
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.accepted = time.perf_counter()
-        self.attempts = 0
-        self.begun = self.ended = False
-
-    def cancel(self) -> None:
-        if not self.ended:
-            self.fleet._cancel(self)
-
-    async def events(self) -> AsyncGenerator[Event, None]:
-        while True:
-            event = await self.queue.get()
-            yield event
-            if isinstance(event, Finished | Failed):
-                return
-
-
-class Served:
-    """A model: its engine if it is loaded, what waits for it and what it works on."""
-
-    def __init__(self, known: Known, share: int | None):
-        self.known, self.share = known, share
-        self.name = known.served.name
-        self.state: Literal["absent", "loading", "ready", "closing"] = "absent"
-        self.process: EngineProcess | None = None
-        self.costs: StepCosts | None = None
-        self.pending: deque[FleetGeneration] = deque()  # not sent yet
-        self.sent: dict[str, FleetGeneration] = {}
-        self.used = 0.0
-        self.yields = False  # it gets nothing more, and makes room for another model once it is idle
-        self.error: str | None = None  # why it could not be loaded the last time
+#: Seconds after its deadline at which an engine must have ended a job; it ends such jobs at the next step.
+GRACE = 120.0
+#: Jobs that an engine has at once: those that may run, and some to go on with.
+MOST_SENT = 80
+#: Bytes of the images and masks that were given for jobs which have not ended.
+MOST_GIVEN = 2_000_000_000
 
 
 class Fleet:
@@ -106,14 +76,19 @@ class Fleet:
         costs: Mapping[str, StepCosts] | None = None,
         process: Callable[[EngineSpec, Callable[[Any, Any], None]], EngineProcess] = EngineProcess,
     ):
-        from .engine.loading import device_of
+        from ..nn.machine import free_memory
+        from .engine.loading import SHARE_OF_FREE, device_of
 
         if not models:
             raise InputError("there is no model to serve; give one")
         self.device, self.dtype, self.limit = device, dtype, waiting
-        self.budget = None if memory_budget is None else parse_size(memory_budget)
+        self.limited = memory_budget is not None
         where = device_of(EngineSpec("", "", "", device))
-        known = {name: look_at(name, path, where, dtype, self.budget) for name, path in models.items()}
+        budget = None if memory_budget is None else parse_size(memory_budget)
+        known = {name: look_at(name, path, where, dtype, budget) for name, path in models.items()}
+        if budget is None and len(known) > 1:  # they share what is free
+            budget = int(SHARE_OF_FREE * free_memory(where))
+        self.budget = budget
         shares = {name: self._share_of(each, len(known)) for name, each in known.items()}
         self.served = {name: Served(each, shares[name]) for name, each in known.items()}
         self.models: Mapping[str, ServedModel] = {name: each.served for name, each in known.items()}
@@ -129,8 +104,8 @@ class Fleet:
         self.changed = asyncio.Event()  # set when a job or an engine has changed its state
 
     def _share_of(self, known: Known, count: int) -> int | None:
-        """The memory of one model's engine."""
-        return None if self.budget is None else min(self.budget, max(known.need, self.budget // count))
+        """The memory of one model's engine; a model of which nothing is known takes all."""
+        return None if self.budget is None else min(self.budget, max(known.need or self.budget, self.budget // count))
 
     # --- the life of the service ---
 
@@ -178,16 +153,19 @@ class Fleet:
         await self.changed.wait()
 
     async def _watch(self) -> None:
-        """End jobs that wait for an engine beyond their deadlines."""
+        """End jobs that wait for an engine beyond their deadlines, and engines that do not end such jobs."""
         while True:
             await asyncio.sleep(LOOK)
             now = time.time()
             for served in self.served.values():
-                for generation in [*served.pending]:
-                    deadline = generation.job.deadline
-                    if deadline is not None and now > deadline:
-                        late = Failed(generation.job.id, "deadline", "the image was not done in time")
-                        self._end(served, generation, late)
+                late = [each for each in served.pending if now > deadline_of(each)]
+                hung = [each for each in served.sent.values() if now > deadline_of(each) + GRACE]
+                for generation in (*late, *hung):
+                    self._end(served, generation, too_late(generation))
+                if hung and served.process is not None:
+                    logger.error("the engine of %s does not answer", served.name)
+                    served.process.kill()  # what else it has is run again
+            self._dispatch()
 
     # --- jobs ---
 
@@ -195,6 +173,12 @@ class Fleet:
     def unfinished(self) -> int:
         """Accepted jobs that have not ended."""
         return sum(len(served.pending) + len(served.sent) for served in self.served.values())
+
+    @property
+    def given(self) -> int:
+        """Bytes of the images that were given for them."""
+        of_all = (each for served in self.served.values() for each in (*served.pending, *served.sent.values()))
+        return sum(given_bytes(each.job) for each in of_all)
 
     def submit(self, jobs: Sequence[Job]) -> list[Generation]:
         """Accept all jobs, or none.
@@ -218,6 +202,17 @@ class Fleet:
                     f"an image of {job.width} x {job.height} pixels does not fit the memory of this server; "
                     f"at most {side} x {side} do"
                 )
+        given = sum(map(given_bytes, jobs))
+        if len(jobs) > self.limit or given > MOST_GIVEN:
+            self.stats.rejected["size"] += len(jobs)
+            what = f"{len(jobs)} images" if len(jobs) > self.limit else f"{given:,} bytes of images to edit"
+            raise TooLargeError(
+                f"the request has {what}; this server accepts at most {self.limit} images, and {MOST_GIVEN:,} bytes "
+                "of images to edit, one for each result; ask for fewer at once"
+            )
+        if given and self.given + given > MOST_GIVEN:
+            self.stats.rejected["full"] += len(jobs)
+            raise QueueFullError("too many images to edit are waiting; try again later", self.retry_after(len(jobs)))
         if self.unfinished + len(jobs) > self.limit:
             self.stats.rejected["full"] += len(jobs)
             raise QueueFullError(
@@ -250,8 +245,10 @@ class Fleet:
     def _cancel(self, generation: FleetGeneration) -> None:
         served = self.served[generation.job.model]
         if generation in served.pending:
-            self._end(served, generation, Failed(generation.job.id, "cancelled", "the client has cancelled it"))
+            self._end(served, generation, cancelled(generation))
+            self._dispatch()
         elif served.process is not None:
+            generation.cancelled = True
             served.process.send(Cancel(generation.job.id))
 
     def _end(self, served: Served, generation: FleetGeneration, event: Finished | Failed) -> None:
@@ -277,6 +274,9 @@ class Fleet:
 
     def _dispatch(self) -> None:
         """Send jobs to engines, and load those that have something to do."""
+        if not any(served.state == "absent" and served.pending for served in self.served.values()):
+            for served in self.served.values():
+                served.yields = False  # nobody wants its room any more
         order = sorted((s for s in self.served.values() if s.pending), key=lambda s: s.pending[0].accepted)
         for served in order:
             if served.state == "ready" and not served.yields:
@@ -291,7 +291,7 @@ class Fleet:
     def _send(self, served: Served) -> None:
         assert served.process is not None
         served.used = time.monotonic()
-        while served.pending:
+        while served.pending and len(served.sent) < MOST_SENT:
             again = served.pending[0].attempts > 0
             # What was in an engine that died is run one by one: what kills engines then takes nothing with it.
             if served.sent and (again or any(each.attempts > 1 for each in served.sent.values())):
@@ -334,12 +334,27 @@ class Fleet:
             device=self.device,
             dtype=self.dtype,
             budget=served.share,
-            limited=self.budget is not None,
+            limited=self.limited,
             costs=served.costs or self.recorded.get(served.name),  # measured once
         )
         served.state, served.error, served.yields = "loading", None, False
         served.used = time.monotonic()
-        served.process = self.run_process(spec, self._receive)
+        served.loads += 1
+        try:
+            served.process = self.run_process(spec, self._receive)
+        except Exception as error:  # no memory for a process, or too many
+            logger.exception("no process can be started for %s", served.name)
+            served.state, served.error = "absent", f"its process could not be started: {error}"
+            self._cannot_be_loaded(served)
+
+    def _cannot_be_loaded(self, served: Served) -> None:
+        """End all jobs for it; later ones try again. Why is for the log."""
+        logger.error("%s cannot be loaded: %s", served.name, served.error)
+        served.loads = 0
+        for generation in [*served.pending]:
+            message = f"the model {served.name} cannot be loaded"
+            self._end(served, generation, Failed(generation.job.id, "engine", message))
+        self.changed.set()
 
     def _unload(self, served: Served) -> None:
         served.state = "closing"
@@ -359,7 +374,7 @@ class Fleet:
         if process is not served.process:
             return
         if isinstance(message, Ready):
-            served.state, served.costs = "ready", message.costs
+            served.state, served.costs, served.loads = "ready", message.costs, 0
             self._dispatch()
         elif isinstance(message, Broken):
             served.error = message.message
@@ -401,18 +416,20 @@ class Fleet:
         if not expected:
             self.stats.restarts += 1
             logger.error("the engine of %s has ended; %d images were in work", served.name, len(lost))
-            if was_loading:
-                served.error = served.error or "its process ended while it was loaded"
         for generation in reversed(lost):
-            if generation.attempts >= ATTEMPTS:
+            if generation.cancelled:
+                self._end(served, generation, cancelled(generation))
+            elif generation.attempts >= ATTEMPTS:
                 gone = Failed(generation.job.id, "engine", "the image could not be generated: its engine ended twice")
                 self._end(served, generation, gone)
             else:
                 served.pending.appendleft(generation)
-        if was_loading:
-            for generation in [*served.pending]:
-                message = f"the model {served.name} cannot be loaded: {served.error}"
-                self._end(served, generation, Failed(generation.job.id, "resources", message))
+        if was_loading and not self.closed:
+            if served.error is None and served.loads < LOADS:
+                self._load(served)
+            else:
+                served.error = served.error or "its process ended while it was loaded"
+                self._cannot_be_loaded(served)
         if not self.closed:
             self._dispatch()
 

@@ -92,6 +92,8 @@ def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]
         room = spec.budget - base_memory(device)
     else:
         room = int(SHARE_OF_FREE * free_memory(device))
+        if spec.budget is not None:  # other models need the rest
+            room = min(room, spec.budget)
     return remembered, max(room, 0)
 
 

@@ -10,11 +10,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...errors import InputError, ResourceError
 from ...pipelines.sampling import advance
@@ -22,62 +20,15 @@ from ..job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Rea
 from . import policy
 from .adapting import AdapterSwitch
 from .costs import StepCosts
+from .entries import Decoding, Entry, Tally
 from .policy import Candidate
-from .stages import Begun, Stages
+from .stages import Stages
 
 logger = logging.getLogger("impasto")
 
 #: Images of one size that are decoded in one batch, and pixels of their latents, but for a single image.
 DECODE_AT_ONCE = 4
 MOST_LATENT_PIXELS = 1 << 14
-
-
-@dataclass
-class Tally:
-    """What one turn did, for ``Stats``."""
-
-    running: int = 0
-    waiting: int = 0
-    batch_tokens: int = 0  # of the step; 0: none was taken
-    image_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
-
-
-@dataclass(eq=False)
-class Entry:
-    """An image on its way."""
-
-    job: Job
-    candidate: Candidate
-    came: float  # by the engine's clock
-    need: int  # bytes
-    begun: Begun | None = None
-    started: float = 0.0  # when it left the queue
-    denoised: float = 0.0  # when its last step was done
-    text: float = 0.0  # seconds
-    cancelled: bool = False
-    held_up: bool = False  # another image has begun since its last step, which takes long
-    due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
-    previews: int = 0  # that were put in the queue of the decoder
-
-    @property
-    def size(self) -> int:
-        """Tokens of a step."""
-        return sum(self.candidate.tokens)
-
-    @property
-    def begun_now(self) -> Begun:
-        assert self.begun is not None
-        return self.begun
-
-
-@dataclass
-class Decoding:
-    """Latents that wait for the decoder."""
-
-    entry: Entry
-    latents: Tensor  # [1, C, h, w]
-    number: int | None  # of the preview; None: the image itself
 
 
 class Engine:

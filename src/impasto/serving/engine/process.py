@@ -20,8 +20,9 @@ from typing import Any
 from ...errors import ImpastoError
 from ..job import Event, Failed, Job
 from .costs import StepCosts
+from .entries import Tally
 from .loading import load_pipeline, measure_costs, memory_need
-from .loop import Engine, Tally, reason_of
+from .loop import Engine, reason_of
 from .spec import EngineSpec
 
 logger = logging.getLogger("impasto")

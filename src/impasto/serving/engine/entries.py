@@ -1,0 +1,60 @@
+"""What an engine keeps of its images: those on their way, and latents that wait for the decoder."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..job import Job
+from .policy import Candidate
+from .stages import Begun
+
+
+@dataclass
+class Tally:
+    """What one turn did, for ``Stats``."""
+
+    running: int = 0
+    waiting: int = 0
+    batch_tokens: int = 0  # of the step; 0: none was taken
+    image_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+
+@dataclass(eq=False)
+class Entry:
+    """An image on its way."""
+
+    job: Job
+    candidate: Candidate
+    came: float  # by the engine's clock
+    need: int  # bytes
+    begun: Begun | None = None
+    started: float = 0.0  # when it left the queue
+    denoised: float = 0.0  # when its last step was done
+    text: float = 0.0  # seconds
+    cancelled: bool = False
+    held_up: bool = False  # another image has begun since its last step, which takes long
+    due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
+    previews: int = 0  # that were put in the queue of the decoder
+
+    @property
+    def size(self) -> int:
+        """Tokens of a step."""
+        return sum(self.candidate.tokens)
+
+    @property
+    def begun_now(self) -> Begun:
+        assert self.begun is not None
+        return self.begun
+
+
+@dataclass
+class Decoding:
+    """Latents that wait for the decoder."""
+
+    entry: Entry
+    latents: Tensor  # [1, C, h, w]
+    number: int | None  # of the preview; None: the image itself
