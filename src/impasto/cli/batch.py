@@ -112,7 +112,7 @@ def batch(
     identity = f"{path} {dtype.value}"
     with batches.Alone(out, part):
         lines = Manifest(out, part)
-        left = batches.missing(records, lines, identity)
+        left = batches.missing(records, lines, identity, (Shards if format is Format.WEBDATASET else Folders).place)
         output = Shards(out, part, lines.own(), samples) if format is Format.WEBDATASET else Folders(out)
         counts = batches.Counts()
         if left:
@@ -124,9 +124,7 @@ def batch(
                 from ..serving.batch.generate import by_engine
                 from ..serving.engine.process import make_engine
 
-                generate = by_engine(
-                    make_engine(spec), model, served.scheduler, batch_size, within_budget=spec.limited
-                )
+                generate = by_engine(make_engine(spec), model, served.scheduler, batch_size, within_budget=spec.limited)
             with tqdm(total=len(left), unit="image", disable=None, leave=False) as progress:
                 counts = batches.run(
                     left, generate, output, lines, identity, max_errors=max_errors, done=progress.update
