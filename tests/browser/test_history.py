@@ -89,6 +89,26 @@ def test_deleting_asks_first_and_lasts(full):
     assert full.get_by_text("Images that you generate are kept here").is_visible()
 
 
+def test_deleting_what_is_already_deleted_leaves_the_others(full):
+    viewer, question = full.get_by_role("dialog", name="Image"), full.get_by_role("dialog", name="Delete this image")
+
+    def delete():
+        full.locator(".card button.frame").click()  # the last image stays on the stage
+        viewer.get_by_role("img", name="a torus").wait_for()
+        viewer.get_by_role("button", name="Delete").click()
+        question.get_by_role("button", name="Delete").click()
+
+    delete()
+    viewer.get_by_role("img", name="a cone").wait_for()
+    full.keyboard.press("Escape")
+    delete()
+    viewer.wait_for(state="hidden")
+    assert thumbnails(full).count() == 2
+    thumbnails(full).first.click()
+    viewer.get_by_role("button", name="Older").click()
+    assert viewer.get_by_role("img", name="a cube").is_visible()
+
+
 def test_long_histories_are_loaded_piece_by_piece(page):
     page.evaluate(
         """async () => {
@@ -104,8 +124,9 @@ def test_long_histories_are_loaded_piece_by_piece(page):
     ready(page)
     thumbnails(page).nth(47).wait_for()
     assert thumbnails(page).count() == 48
-    page.get_by_role("button", name="Show more").click()
+    page.get_by_role("button", name="Show more").evaluate("e => { e.click(); e.click(); }")  # twice at once
     thumbnails(page).nth(59).wait_for()
+    assert thumbnails(page).count() == 60
     assert thumbnails(page).last.get_by_role("img").get_attribute("alt") == "image 0"
     assert not page.get_by_role("button", name="Show more").is_visible()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import httpx
 import pytest
 from PIL import Image
 from tests.serving.http.running import Running, running
+from tests.serving.http.test_client import until
 
 from impasto.serving.stub import StubService
 
@@ -192,6 +195,24 @@ def test_too_much_at_once():
         check(answer, 503, "too much at once")
         assert 1 <= int(answer.headers["retry-after"]) <= 120
         assert httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, EDITS, "/sdapi/v1/txt2img", "/sdapi/v1/img2img"])
+def test_requests_that_wait_do_not_keep_others_from_sending(path: str):
+    image = base64.b64encode(png()).decode()
+    body: dict[str, Any] = {"prompt": "a" * 700}
+    if path == EDITS:
+        body["image"] = image
+    elif path == "/sdapi/v1/img2img":
+        body["init_images"] = [image]
+    quick = body | {"num_inference_steps" if "v1/images" in path else "steps": 1}
+    service = StubService(seconds=0.02)
+    with running(service, max_buffered=1300) as served:
+        waiting = threading.Thread(target=httpx.post, args=(f"{served.url}{path}",), kwargs={"json": body})
+        waiting.start()
+        until(lambda: service.unfinished)
+        assert httpx.post(f"{served.url}{path}", json=quick).status_code == 200
+        waiting.join(20)
 
 
 def exchange(served: Running, sent: bytes, pause: float = 0.0) -> bytes:

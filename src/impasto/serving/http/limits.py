@@ -14,10 +14,19 @@ if TYPE_CHECKING:
 
 
 MAX_HEADER_BYTES = 32 << 10
+_BODY = "impasto.body"
+
+
+def release(scope: Scope) -> None:
+    """Count the body of a request no more: it has been read, and nothing refers to it."""
+    if _BODY in scope:
+        scope[_BODY].release()
 
 
 class Limits:
     """An ASGI application around another: bodies are bounded in bytes and time, one alone and all together.
+
+    A body counts until ``release``, or until the answer is sent.
 
     A body that is too large is read to its end for a while, without being kept, as clients read the answer only then.
     """
@@ -33,11 +42,11 @@ class Limits:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             await answer_error(send, "the headers are too large", 431)
             return
-        body = _Body(self, scope, receive)
+        scope[_BODY] = body = _Body(self, scope, receive)
         try:
             await self.app(scope, body.receive, send)
         finally:
-            self.buffered -= body.size
+            body.release()
 
 
 class _Body:
@@ -66,6 +75,10 @@ class _Body:
             await self._discard()
             raise ApiError("the server is receiving too much at once; try again later", status=503, headers=RETRY)
         return message
+
+    def release(self) -> None:
+        self.limits.buffered -= self.size
+        self.size = 0
 
     async def _next(self) -> Message:
         seconds = min(self.settings.receive_seconds, self.end - time.monotonic())

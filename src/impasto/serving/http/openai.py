@@ -19,6 +19,7 @@ from ..service import Generation, ServedModel
 from .context import Context
 from .errors import ApiError, error_body, of_failure
 from .images import base64_text, encode, settings_of
+from .limits import release
 from .reading import ImageRequest, Reader
 from .running import events_of, generate
 
@@ -93,6 +94,7 @@ def _describe_adapter(context: Context, name: str) -> dict[str, Any]:
 
 
 async def _answer(context: Context, request: Request, wanted: ImageRequest, event: str) -> Response:
+    release(request.scope)  # waiting for images must not keep others from sending
     if context.settings.log_prompts:
         logger.info("prompt: %s", printable(wanted.jobs[0].prompt))
     if wanted.stream:

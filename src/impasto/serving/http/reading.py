@@ -243,7 +243,7 @@ async def read_json(context: Context, request: Request, expected: str = "applica
     """The object in the body of a request. Raises ApiError and InputError."""
     if _media_type(request) != "application/json":
         raise ApiError(f"the Content-Type must be {expected}", status=415)
-    body = await request.body()
+    body = b"".join([piece async for piece in request.stream()])  # request.body() would keep it
     found = parse_json(body) if len(body) < 100_000 else await context.decode(parse_json, body)
     if not isinstance(found, dict):
         raise ApiError("the body must be a JSON object")

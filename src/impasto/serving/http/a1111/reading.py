@@ -27,7 +27,7 @@ class WantedImages:
         prompt, negative_prompt: as they were given, with their tags.
         sampler: the name that the client used.
         batch_size: as it was given; for the answer.
-        fields: all that were understood.
+        fields: all that were understood, without the images, which would be kept until the answer.
     """
 
     jobs: list[Job]
@@ -61,6 +61,7 @@ def read_wanted(context: Context, session: Session, fields: dict[str, Any], body
                 raise ApiError("init_images is missing: the images to edit", "init_images", status=404)
             edited, width, height = read_given(model, given, context.settings.max_upload_pixels)
             edits = [*edited]
+            given |= {"init_images": None, "mask": None}
             if len(edits) > 1 and batch_size < len(edits):
                 batch_size = len(edits)
         check_size(model, width, height)

@@ -20,6 +20,7 @@ from ...job import Job, RawImage
 from .. import uploads
 from ..context import Context
 from ..images import base64_text, encode, settings_of
+from ..limits import release
 from ..reading import read_json
 from . import lists
 from .calls import Call, Session, Sessions
@@ -121,8 +122,8 @@ def _sender(content: Any, about: str) -> Callable[[], Any]:
 async def _answer(
     context: Context, session: Session, request: Request, name: str, fields: dict[str, Any]
 ) -> JSONResponse:
-    body = await read_json(context, request)
-    wanted = await context.decode(read_wanted, context, session, fields, body)
+    wanted = await context.decode(read_wanted, context, session, fields, await read_json(context, request))
+    release(request.scope)  # waiting for images must not keep others from sending
     if context.settings.log_prompts:
         logger.info("prompt: %s", printable(wanted.prompt))
     call = Call(name, wanted.jobs)
@@ -136,9 +137,8 @@ async def _answer(
     for (_, image), inside in zip(found, settings):
         if wanted.send_images:
             images.append(base64_text(await asyncio.to_thread(encode, image, settings=inside, http=context.settings)))
-    hidden = {"init_images": None, "mask": None} if name == "img2img" else {}
     info = _info(wanted, [job for job, _ in found], [one.to_text() for one in settings])
-    return JSONResponse({"images": images, "parameters": wanted.fields | hidden, "info": json.dumps(info)})
+    return JSONResponse({"images": images, "parameters": wanted.fields, "info": json.dumps(info)})
 
 
 def _settings(context: Context, wanted: WantedImages, job: Job, image: RawImage) -> GenerationSettings:

@@ -32,7 +32,12 @@ export function askForKey(wrong) {
 }
 
 export function startKey() {
-  byId("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
+  const dialog = byId("key-dialog");
+  dialog.addEventListener("cancel", (event) => event.preventDefault());
+  dialog.addEventListener("close", () => {
+    // Browsers close it all the same when Escape is pressed twice; requests still wait for the key.
+    if (!sessionStorage.getItem(NAME) && !dialog.open) dialog.showModal();
+  });
   byId("forget-key").addEventListener("click", () => {
     sessionStorage.removeItem(NAME);
     location.reload();

@@ -14,6 +14,7 @@ export class Gallery {
     this.entries = []; // newest first
     this.urls = new Map();
     this.unsaved = 0;
+    this.loading = false;
     byId("history-more").addEventListener("click", () => this.more());
     byId("history-clear").addEventListener("click", () => this.#clear());
     byId("viewer-close").addEventListener("click", () => byId("viewer").close());
@@ -39,11 +40,15 @@ export class Gallery {
 
   /** Load images of earlier visits. */
   async more() {
+    if (this.loading) return; // a second press would load the same ones
+    this.loading = true;
     let found;
     try {
       found = await store.older(this.entries.at(-1)?.id ?? null, AT_A_TIME);
     } catch {
       return; // this browser keeps nothing, for example in a private window
+    } finally {
+      this.loading = false;
     }
     this.entries.push(...found);
     byId("gallery").append(...found.map((entry) => this.#item(entry)));
@@ -91,13 +96,16 @@ export class Gallery {
   async #delete() {
     if (!(await confirmed("Delete this image from the history?"))) return;
     const { shown } = this;
-    const place = this.entries.indexOf(shown);
     if (shown.id > 0) await store.remove(shown.id);
-    this.entries.splice(place, 1);
-    byId("gallery").children[place]?.remove();
+    const place = this.entries.indexOf(shown);
     this.#forget(shown);
-    this.#show(!byId("history-more").hidden);
-    const next = this.entries[place] ?? this.entries[place - 1];
+    let next;
+    if (place >= 0) { // a card still opens an image that was deleted before
+      this.entries.splice(place, 1);
+      byId("gallery").children[place]?.remove();
+      this.#show(!byId("history-more").hidden);
+      next = this.entries[place] ?? this.entries[place - 1];
+    }
     if (next) this.open(next);
     else byId("viewer").close();
     announce("Deleted");
