@@ -104,6 +104,7 @@ def test_the_pods_are_probed_and_drained():
     assert given["api_key_file"] == Path(mount["mountPath"]) / "keys"
     labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert found["Service"]["spec"]["selector"] == labels
+    assert found["Service"]["spec"]["sessionAffinity"] == "ClientIP"
     assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
 
 

@@ -213,7 +213,7 @@ def test_all_processes_refuse_a_small_image(name: str, monkeypatch: pytest.Monke
     make, runs_of = MAKE[name]
     pipe = make()
     change = PartOfRows(pipe.transformer, Group(None, 0, 2), 20)
-    with pytest.raises(InputError, match="an image of 1[0-9] tokens cannot be divided among 20 processes"):
+    with pytest.raises(InputError, match=r"an image of 1[0-9] tokens cannot be divided among 20 processes"):
         advance(runs_of(pipe))
     change.remove()
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from impasto.errors import InputError
+from impasto.errors import ConfigurationError, InputError
 from impasto.serving import ray_serve
 
 from ..tiny import write_pipeline
@@ -38,6 +38,18 @@ def test_the_arguments_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ray_serve, "deploy", lambda *args, **options: found.append((args, options)))
     ray_serve.application({"model": "a=builtin:scenes,hub/name", "replicas": "3", "gpus": "0.5", "dtype": "float32"})
     assert found == [(({"a": "builtin:scenes", "name": "hub/name"}, 3), {"gpus": 0.5, "dtype": "float32"})]
+
+
+def test_keys_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    found: list[Any] = []
+    monkeypatch.setattr(ray_serve, "deploy", lambda *args, **options: found.append(options["settings"].keys))
+    key = "0123456789abcdef"
+    (tmp_path / "keys").write_text(f"# of the cluster\n{key}\n")
+    ray_serve.application({"model": "x", "api_key_file": str(tmp_path / "keys")})
+    assert found == [(key,)]
+    with pytest.raises(ConfigurationError):
+        ray_serve.application({"model": "x", "api_key_file": str(tmp_path / "gone")})
 
 
 @pytest.mark.cluster

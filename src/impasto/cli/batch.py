@@ -112,7 +112,7 @@ def batch(
     identity = f"{path} {dtype.value}"
     with batches.Alone(out, part):
         lines = Manifest(out, part)
-        left = batches.missing(records, lines, identity)
+        left = batches.missing(records, lines, identity, (Shards if format is Format.WEBDATASET else Folders).place)
         output = Shards(out, part, lines.own(), samples) if format is Format.WEBDATASET else Folders(out)
         counts = batches.Counts()
         if left:

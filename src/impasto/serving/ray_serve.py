@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from ..checks import whole_number
@@ -61,12 +62,13 @@ def application(arguments: Mapping[str, str]) -> Any:
 
     Args:
         arguments: ``model``: NAME=PATH or PATH, several divided by commas; and replicas, gpus, cpus, device, dtype,
-            memory_budget.
+            memory_budget, and api_key_file: a file with one key a line, one of which requests then need.
 
     Raises:
         InputError: another argument, or none of a model.
+        ConfigurationError: a file of keys that cannot be used.
     """
-    known = ("model", "replicas", "gpus", "cpus", "device", "dtype", "memory_budget")
+    known = ("model", "replicas", "gpus", "cpus", "device", "dtype", "memory_budget", "api_key_file")
     unknown = [name for name in arguments if name not in known]
     if unknown:
         raise InputError(f"there is no argument {unknown[0]!r}; there are {', '.join(known)}")
@@ -78,6 +80,11 @@ def application(arguments: Mapping[str, str]) -> Any:
     texts: dict[str, Any] = {
         name: arguments[name] for name in ("device", "dtype", "memory_budget") if name in arguments
     }
+    if "api_key_file" in arguments:
+        from .http.keys import read_keys
+        from .http.settings import HttpSettings
+
+        texts["settings"] = HttpSettings(keys=read_keys(Path(arguments["api_key_file"])))
     return deploy(models, int(arguments.get("replicas", "1")), **numbers, **texts)
 
 

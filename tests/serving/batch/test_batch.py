@@ -85,6 +85,9 @@ def test_records_are_images_of_their_own_settings(
     changed = write(tmp_path, {**given[0], "seed": 99})
     assert command("batch", changed, str(out), *options) == 1
     assert "of another model or other settings" in capsys.readouterr().err
+    assert command("batch", write(tmp_path, *given), str(out), "--format", "webdataset", *options) == 1
+    assert "in another format; give the --format" in capsys.readouterr().err
+    assert not list(out.glob("*.tar"))
     assert command("batch", write(tmp_path, {"promt": "x"}), str(tmp_path / "new"), *options) == 1
     assert not (tmp_path / "new").exists()
 

@@ -107,3 +107,14 @@ def test_a_part_is_worked_on_by_one_process(tmp_path: Path) -> None:
             pass
     with Alone(tmp_path, (1, 2)):
         pass
+
+
+def test_a_folder_is_divided_in_one_way_at_a_time(tmp_path: Path) -> None:
+    with (
+        Alone(tmp_path, (1, 2)),
+        pytest.raises(InputError, match="works on one of 2 parts of"),
+        Alone(tmp_path, (1, 3)),
+    ):
+        pass
+    with Alone(tmp_path, (1, 3)), Alone(tmp_path, (2, 3)):
+        pass

@@ -63,7 +63,8 @@ class PartOfRows(Change):
             if not return_dict:
                 more["return_dict"] = False
             return call(latents, encoder_hidden_states, *args, **more)
-        patch = self.transformer.config["patch_size"]
+        config: Any = self.transformer.config
+        patch = config["patch_size"]
         # All rows, not this process's alone: an error in one half would leave the other one waiting.
         check_lengths([x.shape[-2] // patch * (x.shape[-1] // patch) for x in latents], self.parts)
         bounds = [rows * rank // count for rank in range(count + 1)]

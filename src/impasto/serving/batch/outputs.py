@@ -8,7 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ...errors import InputError, OutputError
 from ...files import make_folder, sync_folder, write_file
@@ -22,7 +22,13 @@ _END = bytes(2 * _BLOCK)
 
 
 class Output(Protocol):
-    """Takes the images of a batch, one at a time."""
+    """Takes the images of a batch, one at a time.
+
+    Attributes:
+        place: what every manifest line of this format has.
+    """
+
+    place: ClassVar[str]
 
     def add(self, record: Record, png: bytes) -> dict[str, Any]:
         """Store an image, so that it survives the end of this process, and return what its manifest line says."""
@@ -35,6 +41,8 @@ class Output(Protocol):
 
 class Folders:
     """A file for each image."""
+
+    place: ClassVar[str] = "file"
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -63,6 +71,8 @@ class Shards:
     Raises:
         InputError: a shard is shorter than the manifest says.
     """
+
+    place: ClassVar[str] = "shard"
 
     def __init__(self, folder: Path, part: tuple[int, int], lines: Iterable[Mapping[str, Any]], size: int = PER_SHARD):
         self.folder, self.part, self.size = folder, part, size

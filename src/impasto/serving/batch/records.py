@@ -122,11 +122,13 @@ class Options(NamedTuple):
     guidance_scale: float | None = None
 
 
+DEFAULT = Options()
+
 #: Adapters by how records name them, and how to generate with them.
 _Adapters = dict[str, tuple[ChosenAdapter, AdapterDefaults]]
 
 
-def read_records(path: Path, model: ServedModel, options: Options = Options()) -> list[Record]:
+def read_records(path: Path, model: ServedModel, options: Options = DEFAULT) -> list[Record]:
     """The records of a file of JSON lines.
 
     Args:

@@ -58,11 +58,14 @@ def part_of(records: Sequence[Record], part: tuple[int, int]) -> list[Record]:
     return [*records[part[0] - 1 :: part[1]]]
 
 
-def missing(records: Iterable[Record], manifest: Manifest, model: str) -> list[Record]:
+def missing(records: Iterable[Record], manifest: Manifest, model: str, place: str | None = None) -> list[Record]:
     """The records whose images are not there yet.
 
+    Args:
+        place: ``Output.place``; None: of any.
+
     Raises:
-        InputError: an image of the same id has other settings.
+        InputError: an image of the same id has other settings, or is stored in another format.
     """
     lines, found = manifest.lines(), []
     for record in records:
@@ -71,6 +74,11 @@ def missing(records: Iterable[Record], manifest: Manifest, model: str) -> list[R
             raise InputError(
                 f"{manifest.folder} has an image {record.id!r} of another model or other settings; choose another "
                 f"folder"
+            )
+        if line is not None and line.done and place is not None and place not in line.values:
+            raise InputError(
+                f"{manifest.folder} has an image {record.id!r} in another format; give the --format with which the "
+                f"batch was begun, or choose another folder"
             )
         if line is None or not line.done:
             found.append(record)
@@ -131,12 +139,13 @@ class Alone:
     """Keeps other processes away from a part of a folder, for a ``with`` block.
 
     Raises:
-        InputError: another process works on it.
+        InputError: another process works on it, or on a part of the folder that was divided in another way.
     """
 
     def __init__(self, folder: Path, part: tuple[int, int]):
         make_folder(folder)
         self.path = folder / f".lock-{part[0]}-of-{part[1]}"
+        self.parts = part[1]
         self.descriptor = -1
 
     def __enter__(self) -> None:
@@ -146,6 +155,27 @@ class Alone:
         except BlockingIOError as error:
             os.close(self.descriptor)
             raise InputError(f"another process works on {self.path.parent}; wait for it, or use --shard") from error
+        try:
+            self._refuse_other_divisions()
+        except InputError:
+            os.close(self.descriptor)
+            raise
+
+    def _refuse_other_divisions(self) -> None:
+        for path in self.path.parent.glob(".lock-*-of-*"):
+            _, _, parts = path.name.rpartition("-")
+            if parts == str(self.parts):
+                continue
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                lock(descriptor, path, None)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process works on one of {parts} parts of {self.path.parent}, and this one would on "
+                    f"one of {self.parts}: they would do work twice; wait for it, or give the same --shard I/N"
+                ) from error
+            finally:
+                os.close(descriptor)
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
