@@ -50,7 +50,7 @@ def test_every_control_reaches_the_server(site, page):
     job = jobs[0]
     assert (job.prompt, job.negative_prompt, job.model) == ("a blue cone", "fog", "scenes")
     assert (job.width, job.height, job.steps, job.guidance_scale, job.scheduler) == (96, 48, 3, 2.5, "ddim")
-    assert job.adapters == (ChosenAdapter("style.safetensors", 0.5),)
+    assert job.adapters == (ChosenAdapter("style", 0.5),)
     assert job.previews == 3
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").first.click()

@@ -35,7 +35,8 @@ def assert_rounded_differently(found: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_graphs() -> Iterator[None]:
-    """What is compiled here counts towards the number of graphs that a block may have in one process."""
+    """What is compiled, here or elsewhere, counts towards the number of graphs that a block may have in one process."""
+    torch.compiler.reset()
     yield
     torch.compiler.reset()
 

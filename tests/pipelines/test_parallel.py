@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -21,12 +22,13 @@ from impasto.models.glm_image.prior import PriorTokens
 from impasto.nn.changes import of
 from impasto.pipelines import glm_image as glm_module
 from impasto.pipelines import pixart as pixart_module
+from impasto.pipelines.parallel.guidance import PartOfRows
 from impasto.pipelines.parallel.partition import Group, Partition
 from impasto.pipelines.sampling import Run, advance
 from impasto.training.distributed.processes import joined
 
 from ..tiny import tiny_pipeline, tiny_transformer, write_pipeline
-from ..tiny_glm import TRANSFORMER, pipelines
+from ..tiny_glm import TRANSFORMER, pipelines, prior_parts
 from ..training.distributed.ranks import in_ranks
 
 #: Prompt, height and width of the latents, guidance scale.
@@ -179,6 +181,53 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_a_process_alone_is_no_group() -> None:
     with pytest.raises(ConfigurationError, match="start them with torchrun"):
         impasto.parallelize(pixart())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "glm_image"])
+def test_arguments_may_be_given_by_position(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: None)
+    transformer = MAKE[name][0]().transformer
+    x, times = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    if name == "pixart":
+        given: list[Any] = [torch.randn(1, 3, transformer.config["caption_channels"]), times, None, None, None, None]
+    else:
+        size = torch.tensor([[64, 64]])
+        given = [torch.randn(1, 3, 16), torch.zeros(1, 16, dtype=torch.long), torch.tensor([False]), times, size]
+        given += [torch.zeros_like(size), None]
+    (expected,) = transformer(x, *given, False)
+    change = PartOfRows(transformer, Group(None, 0, 1))
+    (found,) = transformer(x, *given, False)
+    change.remove()
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["pixart", "glm_image"])
+def test_all_processes_refuse_a_small_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those alone whose rows have it, while the others wait for them."""
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: None)
+    monkeypatch.setattr(Group, "gather", lambda *args: pytest.fail("this process waits"))
+    for module in (pixart_module, glm_module):
+        monkeypatch.setattr(module, "denoising_steps", lambda pipe, begin: begin())
+    make, runs_of = MAKE[name]
+    pipe = make()
+    change = PartOfRows(pipe.transformer, Group(None, 0, 2), 20)
+    with pytest.raises(InputError, match="an image of 1[0-9] tokens cannot be divided among 20 processes"):
+        advance(runs_of(pipe))
+    change.remove()
+
+
+def test_processes_continue_with_the_prior_tokens_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "broadcast", lambda x, src: x.fill_(7))
+    pipe = glm_image()
+    for part, component in prior_parts().items():
+        setattr(pipe, part, component)
+    change = PartOfRows(pipe.transformer, Group(None, 1, 2))
+    found = pipe.generate_prior_tokens("a cat", 64, 64)
+    assert found.prior_token_ids.eq(7).all()
+    change.remove()
+    assert not pipe.generate_prior_tokens("a cat", 64, 64).prior_token_ids.eq(7).all()
 
 
 def test_the_pieces_of_a_partition_are_all_tokens_once() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import impasto.scenes.source
 from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.scenes.check import check_pipeline
 from impasto.scenes.source import ScenesSource
 from impasto.training import recipe_files as recipes
 from impasto.training.objectives.autoencoder import psnr
@@ -49,3 +51,13 @@ def test_the_text_encoder_has_the_architecture_of_its_recipe() -> None:
     assert {name: config[name] for name in recipe} == recipe
     assert config["dtype"] == "float16"
     assert (FOLDER / "text_encoder" / "model.safetensors").stat().st_size <= 1_400_000
+
+
+def test_the_transformer_so_far_follows_prompts() -> None:
+    """A state to train on from: colours are right, shapes not always."""
+    pipe = PixArtSigmaPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config["sample_size"] == 16
+    found = check_pipeline(pipe, {"prompts": 4, "height": 128, "width": 128, "num_inference_steps": 8})
+    assert found["scenes colours"] >= 0.8
+    assert found["scenes relations"] >= 0.5

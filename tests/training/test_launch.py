@@ -265,3 +265,27 @@ def test_the_weight_of_a_source_that_a_program_adds_counts() -> None:
     source = open_source(SourceSettings(kind="made", weight=0.5), {"made": lambda options: Made()})
     assert (len(source), source.size(0)) == (3, (16, 16))
     assert source.read(0, (16, 16), np.random.default_rng(0)).weight == 1.5
+
+
+def test_an_exported_pipeline_has_frozen_components_as_they_were_stored(tmp_path: Path) -> None:
+    """In training they compute in bfloat16."""
+    from safetensors.torch import load_file
+
+    write_pipeline(tmp_path / "pipeline")
+    write_images(tmp_path / "images", 4, 16)
+    content = {
+        "steps": 1,
+        "precision": "bfloat16",
+        "models": {"pipeline": str(tmp_path / "pipeline")},
+        "data": {
+            "sources": [{"path": str(tmp_path / "images")}],
+            "batch_size": 2,
+            "sizes": [[16, 16]],
+        },
+        "export": "pipeline",
+    }
+    launch(recipes.checked(content, "test"), tmp_path / "run")
+    for name, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before = load_file(tmp_path / "pipeline" / name / f"{file}.safetensors")
+        after = load_file(tmp_path / "run" / "result" / name / f"{file}.safetensors")
+        assert all(after[key].to(before[key].dtype).equal(before[key]) for key in after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -77,26 +78,26 @@ def batch(
 
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+    from ..nn.machine import as_device
     from ..serving.batch import run as batches
     from ..serving.batch.manifest import Manifest, require_parquet
     from ..serving.batch.outputs import Folders, Shards
-    from ..serving.batch.records import read_records
+    from ..serving.batch.records import Options, read_records
     from ..serving.engine.spec import EngineSpec
-    from ..serving.served import look_at
+    from ..serving.served import MOST_PIXELS, look_at
     from . import pipelines
 
     if manifest is Table.PARQUET:
         require_parquet()
-    chosen = pipelines.choose_device(device)
+    # The device is one of the cluster's, which this machine may lack.
+    chosen = pipelines.choose_device(device) if ray is None or device is None else as_device(device)
     precision = None if dtype is DType.AUTO else dtype.value
-    known = look_at(model, model, chosen, precision, budget)
-    served = known.served
-    served = replace(
-        served,
-        steps=served.steps if steps is None else steps,
-        guidance_scale=served.guidance_scale if guidance_scale is None else guidance_scale,
-    )
-    records = batches.part_of(batches.in_order(read_records(prompts, served, seed)), part)
+    path = os.path.abspath(model) if os.path.exists(model) else model  # actors have another working folder
+    known = look_at(model, path, chosen, precision, budget)
+    # Without a budget: what is free now must not decide which records are accepted. Images that do not fit fail alone.
+    served = known.served if budget is not None else replace(known.served, most_pixels=MOST_PIXELS)
+    options = Options(seed, steps, guidance_scale)
+    records = batches.part_of(batches.in_order(read_records(prompts, served, options)), part)
     spec = EngineSpec(
         model,
         known.path,
@@ -108,7 +109,7 @@ def batch(
         seconds=1.0,
         most_running=batch_size,
     )
-    identity = f"{model} {dtype.value}"
+    identity = f"{path} {dtype.value}"
     with batches.Alone(out, part):
         lines = Manifest(out, part)
         left = batches.missing(records, lines, identity)
@@ -123,7 +124,9 @@ def batch(
                 from ..serving.batch.generate import by_engine
                 from ..serving.engine.process import make_engine
 
-                generate = by_engine(make_engine(spec), model, served.scheduler, batch_size)
+                generate = by_engine(
+                    make_engine(spec), model, served.scheduler, batch_size, within_budget=spec.limited
+                )
             with tqdm(total=len(left), unit="image", disable=None, leave=False) as progress:
                 counts = batches.run(
                     left, generate, output, lines, identity, max_errors=max_errors, done=progress.update

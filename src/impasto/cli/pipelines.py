@@ -80,16 +80,11 @@ def load(
     budget: Budget | None = None,
 ) -> Any:
     """Load a pipeline, without the progress bars and messages of transformers."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
     import impasto
 
-    downloads_shown = not are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if downloads_shown:  # the line above is meant for the loading of weights, but hides downloads too
-        enable_progress_bars()
+    from ..checkpoints.foreign.quiet import silence_transformers
+
+    silence_transformers()
     cls: Any = getattr(impasto, class_name)
     pipe = cls.from_pretrained(model, dtype=dtype, memory_budget=budget)
     if budget is None:

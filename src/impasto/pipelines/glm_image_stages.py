@@ -23,6 +23,7 @@ from ..models.glm_image.prior import PriorTokens, generate_prior
 from .compat.calls import Call
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
+from .parallel.guidance import agreed
 from .prompts import EncodedTexts
 from .request import Schedule
 from .sampling import Half
@@ -37,7 +38,10 @@ def run_prior(
     per_prompt: int,
     call: Call,
 ) -> PriorTokens:
-    """Generate the tokens of B images, with a progress bar; interrupting ``call`` ends it early."""
+    """Generate the tokens of B images, with a progress bar; interrupting ``call`` ends it early.
+
+    Parallel processes get those of rank 0: without seeds each samples others.
+    """
     processor = pipe._require("processor")
     total = len(prompts) * per_prompt * tokens_to_generate(*size, images is not None)
     with pipe.using("vision_language_encoder") as model, pipe.progress_bar(total=total) as progress:
@@ -46,7 +50,7 @@ def run_prior(
             progress.update(done - progress.n)
             return not call.interrupted
 
-        return generate_prior(
+        made = generate_prior(
             model,
             processor,
             prompts,
@@ -59,6 +63,8 @@ def run_prior(
             packed=pipe.plan is None,
             check=partial(pipe._check_output, "vision_language_encoder"),
         )
+    ids = agreed(pipe._require("transformer"), made.prior_token_ids.to(pipe.device))
+    return made._replace(prior_token_ids=ids)
 
 
 def encode_quoted_texts(pipe: Any, texts: list[str], length: int) -> EncodedTexts:

@@ -10,6 +10,7 @@ from ..checks import MAX_SIDE
 from ..errors import CheckpointError, InputError, ResourceError
 from ..family import ALPHA, GLM_IMAGE, PRIOR_PIXELS, SIGMA, family_of
 from ..memory.inspection import image_size, inspect_model, resolve_pipeline
+from ..pipelines.resolution import bins_for, nearest_bin
 from ..registry import SOLVERS
 from .service import ServedModel
 
@@ -38,8 +39,11 @@ class Known:
     need: int
 
     def tokens(self, width: int, height: int) -> int:
-        """About, as the size may be changed to one that the model was trained on."""
+        """Of an image of a size in pixels, which is generated at the nearest one that the model was trained on."""
         width, height = width or self.served.width, height or self.served.height
+        bins = None if self.served.family == GLM_IMAGE.name else bins_for(self.served.width)
+        if bins is not None:
+            height, width = nearest_bin(height, width, bins)
         return max(1, width // self.unit) * max(1, height // self.unit)
 
 

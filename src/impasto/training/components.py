@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ class Components:
     processor: Any = None
     prior: Any = None  # GLM-Image's vision_language_encoder
     empty_text: Tensor | None = None  # stored features of the empty caption
+    #: Where components are stored that are not trained, and may compute in a lower precision meanwhile.
+    stored: dict[str, Path] = field(default_factory=dict)
+
+    def as_stored(self) -> Components:
+        """The same with those that are not trained as they are stored."""
+        found = replace(self)
+        if "vae" in self.stored:
+            found.vae = AutoencoderKL.from_pretrained(self.stored["vae"], dtype="auto")
+        if "text_encoder" in self.stored:
+            kind = ["transformers", "T5EncoderModel"]
+            found.text_encoder = load_component(kind, self.stored["text_encoder"], None, None, None)
+        return found
 
     def pipeline(self) -> Any:
         """A pipeline of the live models."""
@@ -113,6 +125,10 @@ def load(configuration: Configuration, device: torch.device, texts_are_stored: b
         found.transformer = reader.transformer(models.transformer)
         found.vae = reader.vae(models.vae, trained=False)
         found.scheduler = reader.scheduler()
+    for name, settings in (("vae", models.vae), ("text_encoder", models.text_encoder)):
+        folder = reader.folder(name, settings) if getattr(found, name) is not None else None
+        if folder is not None and not settings.train and not settings.config:
+            found.stored[name] = folder
     return found
 
 

@@ -93,6 +93,6 @@ def _export(configuration: Configuration, assembled: Assembled, folder: Path) ->
         defaults = assembled.objective.adapter_defaults
         export_adapters(configuration.adapter, assembled.components, folder, defaults)
     elif configuration.export == "pipeline":
-        assembled.components.pipeline().save_pretrained(folder)
+        assembled.components.as_stored().pipeline().save_pretrained(folder)
     else:
         assembled.objective.export(folder)

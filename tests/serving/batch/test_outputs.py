@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,22 @@ def test_shards_grow_over_several_runs(tmp_path: Path) -> None:
         work(tmp_path, todo[:count])
         check(tmp_path, count)
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == [f"images-{i:06d}.tar" for i in range(4)]
+
+
+def test_the_longest_ids_fit(tmp_path: Path) -> None:
+    (record,) = records(1)
+    output = Shards(tmp_path, (1, 1), [])
+    output.add(replace(record, id="a" * 95), png(record))
+    output.close()
+    with tarfile.open(tmp_path / "images-000000.tar") as tar:
+        assert tar.getnames() == ["a" * 95 + kind for kind in (".png", ".txt", ".json")]
+
+
+def test_a_larger_shard_size_overwrites_nothing(tmp_path: Path) -> None:
+    todo = records(12)
+    for count, size in ((5, 3), (8, 5), (9, 2), (12, 4)):
+        work(tmp_path, todo[:count], size)
+        check(tmp_path, count, 5)
 
 
 def test_what_a_killed_process_left_behind_its_last_line_is_cut_off(tmp_path: Path) -> None:

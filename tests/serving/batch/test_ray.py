@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,7 @@ from impasto.serving.engine.process import EngineSpec, make_engine
 from ...tiny import write_pipeline
 from .test_batch import pixels
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray"),
-]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 COSTS = StepCosts(((16, 0.01), (64, 0.02)), ((16, 0.01), (64, 0.02)))
 
 
@@ -79,6 +77,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.cluster
+@needs_ray
 def test_every_record_once_though_an_actor_and_a_node_are_killed(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +120,8 @@ def test_every_record_once_though_an_actor_and_a_node_are_killed(
         assert np.abs(pixels(tmp_path / line["file"]) - pixels(alone / line["file"])).max() <= 1
 
 
+@pytest.mark.cluster
+@needs_ray
 def test_an_address_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(address: str, **options: Any) -> None:
         raise ConnectionError(f"nobody answers at {address}")
@@ -128,3 +130,42 @@ def test_an_address_without_a_cluster(tmp_path: Path, monkeypatch: pytest.Monkey
     spec = EngineSpec("tiny", str(tmp_path), "PixArtSigmaPipeline", "cpu")
     with pytest.raises(ResourceError, match="there is no Ray cluster at 'gone:1': ConnectionError: nobody answers"):
         list(on_ray.by_ray("gone:1", 1, spec, "dpm++")(records(1)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "expected"),
+    [
+        ([{"CPU": 8.0, "GPU": 1.0}, {}, {"CPU": 4.0}], None, ("cuda", 1, 4)),
+        ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0}], "cpu", ("cpu", 0, 4)),
+        ([{"GPU": 0.5}], None, ("cpu", 0, 1)),
+    ],
+)
+def test_the_devices_are_those_of_the_cluster(
+    nodes: list[dict[str, float]], device: str | None, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stand-in for the library, which notes what it is asked for."""
+    found: dict[str, Any] = {}
+
+    def map_batches(worker: Any, **options: Any) -> Any:
+        found.update(options)
+        return SimpleNamespace(iter_rows=lambda: [{"index": 0, "png": b"", "seconds": 1.0, "error": ""}])
+
+    totals = {name: sum(node.get(name, 0) for node in nodes) for name in {name for node in nodes for name in node}}
+    ray: Any = SimpleNamespace(
+        init=lambda **options: found.update(options),
+        data=SimpleNamespace(
+            DataContext=SimpleNamespace(get_current=SimpleNamespace),
+            from_items=lambda rows: SimpleNamespace(map_batches=map_batches),
+        ),
+        nodes=lambda: [{"Alive": True, "Resources": node} for node in nodes],
+        cluster_resources=lambda: totals,
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+        shutdown=lambda: None,
+    )
+    monkeypatch.setattr(on_ray, "require_ray", lambda: ray)
+    spec = EngineSpec("tiny", "model", "PixArtSigmaPipeline", device)
+    (made,) = on_ray.by_ray("local", 1, spec, "dpm++")(records(1))
+    assert made.record.index == 0
+    assert found["address"] == "local"
+    spec, _, threads = found["fn_constructor_args"]
+    assert (spec.device, found["num_gpus"], threads) == expected

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from impasto.errors import InputError
-from impasto.serving.batch.records import Record, read_records
+from impasto.serving.batch.records import Options, Record, read_records
 from impasto.serving.batch.run import in_order, part_of
 from impasto.serving.stub import SCENES
 
@@ -22,7 +24,7 @@ def write(folder: Path, *records: Any) -> Path:
 
 
 def read(folder: Path, *records: Any, seed: int = 0) -> list[Record]:
-    return read_records(write(folder, *records), SCENES, seed)
+    return read_records(write(folder, *records), SCENES, Options(seed))
 
 
 def test_settings_and_their_defaults(tmp_path: Path) -> None:
@@ -57,6 +59,49 @@ def test_settings_and_their_defaults(tmp_path: Path) -> None:
     assert plain.key("m") != other.key("m")
 
 
+def test_paths_hold_in_other_working_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "photos" / "room.png")
+    write_adapter(tmp_path / "style.safetensors")
+    write(tmp_path, {"prompt": "a cat", "image": "photos/room.png", "lora": "style.safetensors:0.5"})
+    monkeypatch.chdir(tmp_path)
+    (here,) = read_records(Path("prompts.jsonl"), SCENES)
+    monkeypatch.chdir(tmp_path / "photos")
+    (there,) = read_records(Path("../prompts.jsonl"), SCENES)
+    assert here == there
+    assert here.images == (tmp_path / "photos" / "room.png",)
+    assert here.adapters == ((str(tmp_path / "style.safetensors"), 0.5),)
+    assert here.settings()["image"] == ["photos/room.png"]
+    assert here.settings()["lora"] == ["style.safetensors:0.5"]
+    (tmp_path.parent / "moved").mkdir()
+    moved = tmp_path.rename(tmp_path.parent / "moved" / "batch")
+    (elsewhere,) = read_records(moved / "prompts.jsonl", SCENES)
+    assert elsewhere.key("m") == here.key("m")
+
+
+def write_adapter(path: Path, **defaults: Any) -> None:
+    save_file({"x.weight": torch.zeros(1)}, path, {"impasto_generation": json.dumps(defaults)})
+
+
+def test_adapters_say_how_to_generate(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "plain.safetensors")
+    write_adapter(tmp_path / "few.safetensors", scheduler="lcm", steps=4, guidance_scale=1.0)
+    write_adapter(tmp_path / "other.safetensors", scheduler="other", steps=7)
+    path = write(
+        tmp_path,
+        {"prompt": "x", "lora": "plain.safetensors"},
+        {"prompt": "x", "lora": ["plain.safetensors", "few.safetensors:0.5"]},
+        {"prompt": "x", "lora": "few.safetensors", "num_inference_steps": 6, "scheduler": "ddim"},
+        {"prompt": "x", "lora": "other.safetensors"},
+    )
+
+    def found(options: Options) -> list[tuple[int, float, str | None]]:
+        return [(each.steps, each.guidance_scale, each.scheduler) for each in read_records(path, SCENES, options)]
+
+    assert found(Options()) == [(20, 4.5, None), (4, 1.0, "lcm"), (6, 1.0, "ddim"), (7, 4.5, None)]
+    assert found(Options(0, 8, 3.0)) == [(8, 3.0, None), (8, 3.0, "lcm"), (6, 3.0, "ddim"), (8, 3.0, None)]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -73,7 +118,8 @@ def test_settings_and_their_defaults(tmp_path: Path) -> None:
         ({"prompt": "x", "seed": -1}, "seed must be a whole number"),
         ({"prompt": "x", "num_inference_steps": True}, "num_inference_steps must be"),
         ({"prompt": "x", "scheduler": "euler"}, "its scheduler is 'euler'; scenes takes dpm++, ddim, ddpm, lcm"),
-        ({"prompt": "x", "id": "../up"}, "an id is up to 100 letters, digits, - and _"),
+        ({"prompt": "x", "id": "../up"}, "an id is up to 95 letters, digits, - and _"),
+        ({"prompt": "x", "id": "a" * 96}, "an id is up to 95 letters, digits, - and _"),
         ({"prompt": "x", "id": "first"}, "its id 'first' is that of line 1 too"),
         ({"prompt": "x", "image": "gone.png"}, "does not exist"),
         ({"prompt": "x", "mask": "prompts.jsonl"}, "it has a mask or a strength but no image"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Generator
 
 from impasto.serving.engine.stages import Stages
-from impasto.serving.job import GivenImages, Job, RawImage
+from impasto.serving.job import GivenImages, Job, Progress, RawImage
 
 from ...tiny_glm import pipelines, prior_parts
 from .driving import images, make_engine, run
@@ -51,3 +52,22 @@ def test_the_text_of_a_prompt_does_not_choose_the_size() -> None:
     pipe, _ = pipelines()
     stages = Stages(pipe)
     assert stages.tokens_of(Job("1", "glm", "a cube <sop>400 400<eop>")) == stages.tokens_of(Job("2", "glm", "a cube"))
+
+
+def test_no_image_begins_before_the_last_one_has_held_nobody_up() -> None:
+    """The prior takes long; images that have begun take a step between those of two others."""
+    pipe, _ = pipelines()
+    for name, part in prior_parts().items():
+        setattr(pipe, name, part)
+    # A turn has one step; steps are not shared, so that only the rule lets the first image go on.
+    engine = make_engine(pipe, most_tokens=1)
+    for i in range(4):
+        engine.add(Job(str(i), "glm", "a cube", width=64, height=64, steps=9, guidance_scale=1.0))
+    steps = []
+    for _ in range(6):
+        events, _ = engine.tick()
+        steps += [(event.id, event.step) for event in events if isinstance(event, Progress)]
+    begins = [i for i, (_, step) in enumerate(steps) if step == 0]
+    for one, other in pairwise(begins[1:]):
+        running = {id for id, _ in steps[:one]}
+        assert {id for id, step in steps[one:other] if step} >= running

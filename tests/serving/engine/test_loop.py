@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Generator
 from impasto import DDIMScheduler, PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.pipelines.sampling import Run
+from impasto.serving.engine import loop, stages
+from impasto.serving.engine.stages import Stages
 from impasto.serving.job import Failed, Finished, GivenImages, Job, Preview, Progress, RawImage
 
 from ...tiny import tiny_pipeline
@@ -213,6 +216,25 @@ def test_adapters_take_turns_and_leave_no_trace(tmp_path: Path) -> None:
         assert np.abs(array(found[str(i)]) - array(styled if i % 2 else plain)).max() <= 1
 
 
+def test_adapters_that_cannot_be_fused_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    file = tmp_path / "style.safetensors"
+    write_adapter(pipe, file)
+    engine = make_engine(pipe)
+    plain = images(run(engine, [job("1")]))["1"]
+    fuse = PixArtSigmaPipeline.fuse_lora
+
+    def failing(self: Any) -> None:
+        fuse(self)
+        raise MemoryError
+
+    monkeypatch.setattr(PixArtSigmaPipeline, "fuse_lora", failing)
+    failed = run(engine, [job("1", adapters=(ChosenAdapter(str(file), 0.8),))])[-1]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "resources"
+    assert images(run(engine, [job("1")]))["1"].pixels == plain.pixels
+
+
 def write_adapter(pipe: Any, file: Path) -> None:
     """A LoRA of rank 2 with random weights."""
     from safetensors.torch import save_file
@@ -241,9 +263,72 @@ def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [[PROMPTS[0], "a dog", PROMPTS[1]]]
 
 
+def test_embeddings_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Stages(tiny_pipeline(PixArtSigmaPipeline))
+    one = kept.encode_texts(["a cat"])["a cat"]
+    monkeypatch.setattr(stages, "KEPT_BYTES", one.nbytes)
+    assert kept.encode_texts(["a dog", "a cat"]).keys() == {"a dog", "a cat"}
+    assert [text for _, text in kept.texts] == ["a cat"]  # type: ignore[misc, has-type]
+
+
+def test_large_images_are_decoded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    decode = Stages.decode
+
+    def counting(self: Stages, begun: Any, latents: Any) -> Any:
+        counts.append(len(begun))
+        return decode(self, begun, latents)
+
+    monkeypatch.setattr(Stages, "decode", counting)
+    jobs = [job(str(i)) for i in range(4)]
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    run(make_engine(pipe), jobs)
+    pixels = (16 // pipe.vae_scale_factor) ** 2
+    monkeypatch.setattr(loop, "MOST_LATENT_PIXELS", 2 * pixels)
+    run(make_engine(pipe), jobs)
+    monkeypatch.setattr(loop, "MOST_LATENT_PIXELS", pixels - 1)
+    run(make_engine(pipe), jobs)
+    assert counts == [4, 2, 2, 1, 1, 1, 1]
+
+
+def test_a_preview_that_cannot_be_decoded_does_not_end_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Stages.decode
+
+    def failing(self: Stages, begun: Any, latents: Any) -> Any:
+        if len(failed) < 1:
+            failed.append(begun)
+            raise MemoryError
+        return decode(self, begun, latents)
+
+    failed: list[Any] = []
+    monkeypatch.setattr(Stages, "decode", failing)
+    events = run(make_engine(tiny_pipeline(PixArtSigmaPipeline)), [job("1", steps=6, previews=2)])
+    assert [event.number for event in events if isinstance(event, Preview)] == [1]
+    assert isinstance(events[-1], Finished)
+
+
 def test_images_wait_until_there_is_room() -> None:
     engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), need=lambda job: job.width, room=40)
     most = []
     jobs = [job(str(i), width=16) for i in range(5)]
     run(engine, [*jobs, job("wide", width=48)], lambda turn: most.append(engine.tally.running))
     assert max(most) == 2
+
+
+def test_large_images_leave_places_for_smaller_ones() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), most_running=8)
+    seen: list[set[str]] = []
+    jobs = [job(f"large {i}", width=24) for i in range(9)] + [job(f"small {i}") for i in range(3)]
+    run(engine, jobs, lambda turn: seen.append({*engine.active}))
+    assert seen[1] == {*(f"large {i}" for i in range(6)), "small 0", "small 1"}
+
+
+def test_the_beginning_of_an_image_is_charged_to_it() -> None:
+    """Each look at this clock takes a second."""
+    seconds = count()
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=lambda: float(next(seconds)))
+    engine.add(job("1", steps=9))
+    engine.tick()
+    served, spent = engine.active["1"].candidate.served, engine.active["1"].text
+    assert served > spent > 0
+    assert engine.level >= spent

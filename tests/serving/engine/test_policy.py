@@ -142,3 +142,13 @@ def test_a_4k_image_and_thumbnails_do_not_starve_each_other() -> None:
     assert slowest <= 2 * step + PATIENCE * 9 * 20 * alone
     typical = percentile(sorted(request.latency for request in thumbnails), 90)
     assert typical < step  # most of them do not notice it
+
+
+def test_images_of_one_step_do_not_starve_a_large_one() -> None:
+    """Each of them leaves before it is served again, and the next one joins: at no less than all have been served."""
+    small = [Request((64, 64), 1) for _ in range(16_000)]
+    costs = replace(SCENES_AVX2, uniform=((128, 0.06), (8192, 2.28), (131_072, 6.0)))
+    large = Request((65_536, 65_536), 20)
+    simulate([*small[:4], large, *small[4:]], costs, choose, concurrency=5, most_tokens=1 << 20)
+    assert large.latency <= 5 * large.alone(costs)
+    assert large.ended < small[-1].ended

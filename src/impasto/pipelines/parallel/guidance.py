@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...models.glm_image.context import GlmImageContext, GlmImageModulation, GlmImageReferences
 from ...models.pixart.text import Modulation, PixArtContext
-from ...nn.changes import CALL, Change
+from ...nn.changes import CALL, Change, of, unwrapped
 from ...nn.outputs import Transformer2DModelOutput
-from .partition import Group
+from .partition import Group, check_lengths
 from .sequence import CHANGE, UNDO
 
 
@@ -22,14 +22,18 @@ class PartOfRows(Change):
     """What is called in place of a transformer: the transformer, on some rows of the batch.
 
     All processes compute with the latents of rank 0, so that they cannot drift apart.
+
+    Args:
+        group: the processes among which the rows are divided.
+        parts: into how many parts the tokens of each image are divided.
     """
 
     change = CHANGE
     undo = UNDO
     conflicts: ClassVar = (CHANGE, "cached", "compiled")  # of the transformer, and of the blocks inside
 
-    def __init__(self, transformer: nn.Module, group: Group):
-        self.transformer, self.group = transformer, group
+    def __init__(self, transformer: nn.Module, group: Group, parts: int = 1):
+        self.transformer, self.group, self.parts = transformer, group, parts
         self.put(transformer, CALL)
 
     def remove(self) -> None:
@@ -53,8 +57,15 @@ class PartOfRows(Change):
         made &= kv_caches is None or isinstance(kv_caches, GlmImageReferences)
         references = {} if kv_caches is None else {"kv_caches": kv_caches}
         if count == 1 or rows < count or not made or args or any(value is not None for value in kwargs.values()):
-            more = {**references, **kwargs, "return_dict": return_dict}
-            return call(latents, encoder_hidden_states, *args, timestep=timestep, **more)
+            more = {**references, **kwargs}  # without what may be among args
+            if timestep is not None:
+                more["timestep"] = timestep
+            if not return_dict:
+                more["return_dict"] = False
+            return call(latents, encoder_hidden_states, *args, **more)
+        patch = self.transformer.config["patch_size"]
+        # All rows, not this process's alone: an error in one half would leave the other one waiting.
+        check_lengths([x.shape[-2] // patch * (x.shape[-1] // patch) for x in latents], self.parts)
         bounds = [rows * rank // count for rank in range(count + 1)]
         own = slice(bounds[self.group.rank], bounds[self.group.rank + 1])
         if kv_caches is not None:
@@ -79,6 +90,12 @@ class PartOfRows(Change):
         images = torch.cat(self.group.gather(flat, sizes)).split(numbers)
         outputs = [image.view(shape) for image, shape in zip(images, shapes, strict=True)]
         return torch.stack(outputs) if isinstance(latents, Tensor) else outputs
+
+
+def agreed(transformer: nn.Module, x: Tensor) -> Tensor:
+    """The values of rank 0 if a transformer is parallel, so that all processes continue with the same ones."""
+    parallel = any(isinstance(change, PartOfRows) for change in of(unwrapped(transformer)))
+    return _of_rank_0(x) if parallel else x  # type: ignore[return-value]
 
 
 def _of_rank_0(latents: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:

@@ -102,7 +102,7 @@ class Parallel(Handle):
         of_tokens = [[r for r in ranks if r // sequence == half] for half in range(guidance)]
         rows, tokens = (_own_group(groups, rank) for groups in (of_rows, of_tokens))
         self._tokens = SequenceParallel(blocks, tokens) if sequence > 1 else None
-        self._rows = PartOfRows(transformer, rows)
+        self._rows = PartOfRows(transformer, rows, sequence)
 
     def remove(self) -> None:
         """Let each process compute everything by itself."""

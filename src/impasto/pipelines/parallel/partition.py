@@ -41,6 +41,12 @@ class Group:
         return out
 
 
+def check_lengths(lengths: Sequence[int], count: int) -> None:
+    """Raise InputError for an image that has fewer tokens than there are processes."""
+    if min(lengths) < count:
+        raise InputError(f"an image of {min(lengths)} tokens cannot be divided among {count} processes")
+
+
 class Partition:
     """The tokens of each image in P neighbouring pieces, one for each process.
 
@@ -57,8 +63,7 @@ class Partition:
     def __init__(self, lengths: Sequence[int], group: Group, device: torch.device):
         self.group, self.lengths = group, tuple(lengths)
         ranks, count = range(group.count), group.count
-        if min(self.lengths) < count:
-            raise InputError(f"an image of {min(self.lengths)} tokens cannot be divided among {count} processes")
+        check_lengths(self.lengths, count)
         starts = [0, *accumulate(self.lengths)]
         #: Which tokens of an image process r has: bounds[image][r] to bounds[image][r + 1].
         self.bounds = [[length * rank // count for rank in range(count + 1)] for length in self.lengths]

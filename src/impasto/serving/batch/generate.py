@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from PIL import Image
 
@@ -17,28 +18,31 @@ from .records import Record
 from .run import Generate, Made
 
 
-def by_engine(engine: Engine, model: str, scheduler: str, at_once: int) -> Generate:
+def by_engine(engine: Engine, model: str, scheduler: str, at_once: int, *, within_budget: bool = False) -> Generate:
     """What generates the images of records.
 
     Args:
         model: its name, as images state it.
         scheduler: the model's, by its name.
         at_once: images that have begun and are not done.
+        within_budget: whether the sizes of all records fit a budget. Otherwise images that are larger than the model's
+            own and do not fit the free memory fail.
     """
 
     def generate(records: Sequence[Record]) -> Iterator[Made]:
         coming, running = iter(records), dict[str, tuple[Record, Job]]()
         while True:
-            for record in coming:
+            while len(running) < at_once and (record := next(coming, None)) is not None:
                 try:
                     job = job_of(record, model)
                 except ImpastoError as error:  # an image has changed since it was checked
                     yield Made(record, error=str(error))
                     continue
+                if not within_budget and not _fits(engine, job):
+                    yield Made(record, error=f"{job.width} x {job.height} pixels do not fit the memory of this machine")
+                    continue
                 running[job.id] = (record, job)
                 engine.add(job)
-                if len(running) >= at_once:
-                    break
             if not running:
                 return
             for event in engine.tick()[0]:
@@ -79,6 +83,12 @@ def job_of(record: Record, model: str) -> Job:
         record.adapters,
         given,
     )
+
+
+def _fits(engine: Engine, job: Job) -> bool:
+    """By an estimate; an image of the model's size is tried in any case."""
+    need = engine.need(job)
+    return need <= engine.room or need <= engine.need(replace(job, width=0, height=0))
 
 
 def _raw(image: Image.Image) -> RawImage:

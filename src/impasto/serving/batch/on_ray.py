@@ -26,7 +26,9 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)  # Ray gives an actor one
-        self.generate = by_engine(make_engine(spec), spec.name, scheduler, spec.most_running)
+        self.generate = by_engine(
+            make_engine(spec), spec.name, scheduler, spec.most_running, within_budget=spec.limited
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Pickled records -> their numbers, images (none if there is an error), seconds and errors."""
@@ -59,8 +61,8 @@ def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Gener
 
     Args:
         address: of the cluster; "auto" finds a running one, "local" starts one in this machine.
-        actors: at most; each takes a GPU, unless the device of ``spec`` is "cpu".
-        spec: of the engines.
+        actors: at most; each takes a GPU if it computes on one.
+        spec: of the engines. Without a device they compute on the GPUs of the cluster if it has some, else on CPUs.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -68,17 +70,17 @@ def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Gener
     ray = require_ray()
 
     def generate(records: Sequence[Record]) -> Iterator[Made]:
-        import torch
-
-        device = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            ray.init(address=None if address == "local" else address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False)  # "local" starts one, even if another one runs
         except Exception as error:
             raise ResourceError(f"there is no Ray cluster at {address!r}: {type(error).__name__}: {error}") from error
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
-            cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-            threads = max(1, min(cores, int(ray.cluster_resources().get("CPU", 1)) // actors))
+            resources = ray.cluster_resources()
+            device = spec.device or ("cuda" if resources.get("GPU", 0) >= 1 else "cpu")  # this machine may have none
+            cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            fewest = min((count for count in cores if count), default=1)
+            threads = max(1, min(fewest, int(resources.get("CPU", 1)) // actors))
             by_index = {record.index: record for record in records}
             batches = -(-len(records) // spec.most_running)
             rows = ray.data.from_items([{"record": pickle.dumps(record)} for record in records]).map_batches(

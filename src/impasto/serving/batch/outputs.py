@@ -72,7 +72,10 @@ class Shards:
             if "shard" in line:
                 count, end = ends.get(line["shard"], (0, 0))
                 ends[line["shard"]] = (count + 1, max(end, line["offset"] + line["bytes"]))
-        while (name := self._name(self.number)) in ends and ends[name][0] >= size:
+        # The last shard goes on, unless it is full. Earlier ones may have had a smaller size, and stay as they are.
+        while (name := self._name(self.number)) in ends and (
+            ends[name][0] >= size or self._name(self.number + 1) in ends
+        ):
             self._finish(name, ends[name][1])
             self.number += 1
         if name in ends:

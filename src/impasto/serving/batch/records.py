@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...checkpoints.adapters.file import AdapterDefaults
 from ...checks import (
     MAX_CHARACTERS,
     MAX_FILE_BYTES,
@@ -23,10 +25,9 @@ from ...checks import (
     whole_number,
 )
 from ...errors import ImpastoError, InputError
-from ...pipelines.adapters import ChosenAdapter
+from ...pipelines.adapters import ChosenAdapter, adapter_defaults
 from ...pipelines.image_files import measure_image
 from ...pipelines.request import Schedule
-from ...transforms.adapters import locate
 from ..service import ServedModel
 
 FIELDS = (
@@ -45,8 +46,8 @@ FIELDS = (
     "mask",
     "strength",
 )
-#: Names that are file names everywhere, and samples of webdataset.
-_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+#: Names that are file names everywhere, and samples of webdataset: a tar has room for 100 characters, with ".json".
+_ID = re.compile(r"[A-Za-z0-9_-]{1,95}")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _MOST_RECORDS = 10_000_000
 _MOST_LINE = 1 << 20  # bytes
@@ -62,6 +63,7 @@ class Record:
         index: the number of its line, from 0, without empty lines.
         id: unique; if the record has none, its index.
         images: files to edit.
+        folder: of the file of records; all paths are absolute, and settings name those inside it relative to it.
     """
 
     index: int
@@ -78,6 +80,7 @@ class Record:
     images: tuple[Path, ...]
     mask: Path | None
     strength: float
+    folder: Path = Path()
 
     def settings(self) -> dict[str, Any]:
         """By the names of the file, for the manifest; without what is not set."""
@@ -90,12 +93,15 @@ class Record:
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "scheduler": self.scheduler,
-            "lora": [f"{adapter.source}:{adapter.weight:g}" for adapter in self.adapters],
+            "lora": [f"{self._stated(adapter.source)}:{adapter.weight:g}" for adapter in self.adapters],
         }
         if self.images:
-            found |= {"image": [str(path) for path in self.images], "strength": self.strength}
-            found["mask"] = None if self.mask is None else str(self.mask)
+            found |= {"image": [self._stated(path) for path in self.images], "strength": self.strength}
+            found["mask"] = None if self.mask is None else self._stated(self.mask)
         return {name: value for name, value in found.items() if value not in (None, [], "")}
+
+    def _stated(self, path: str | Path) -> str:
+        return str(Path(path).relative_to(self.folder)) if Path(path).is_relative_to(self.folder) else str(path)
 
     def key(self, model: str) -> str:
         """What an image depends on, as a short hash: with another one, an image of this id is of another batch."""
@@ -103,12 +109,28 @@ class Record:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def read_records(path: Path, model: ServedModel, seed: int = 0) -> list[Record]:
+class Options(NamedTuple):
+    """What holds for records that say nothing else.
+
+    Attributes:
+        seed: of the first record; record i has ``seed + i``.
+        steps, guidance_scale: None: those of a record's adapters, or else the model's.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+
+#: Adapters by how records name them, and how to generate with them.
+_Adapters = dict[str, tuple[ChosenAdapter, AdapterDefaults]]
+
+
+def read_records(path: Path, model: ServedModel, options: Options = Options()) -> list[Record]:
     """The records of a file of JSON lines.
 
     Args:
-        model: whose defaults hold.
-        seed: of the first record, if it has none; record i has ``seed + i``.
+        model: whose defaults hold in the end.
 
     Raises:
         InputError: the file cannot be read, or records cannot be used: the first few are listed, with their lines.
@@ -116,14 +138,15 @@ def read_records(path: Path, model: ServedModel, seed: int = 0) -> list[Record]:
     faults: list[str] = []
     records: list[Record] = []
     known: dict[str, int] = {}
-    adapters: dict[str, ChosenAdapter] = {}
+    adapters: _Adapters = {}
+    folder = Path(os.path.abspath(path.parent))  # other processes may have another working folder
     try:
         with path.open("rb") as file:
             for number, line in enumerate(_lines(file, path), 1):
                 if not line.strip():
                     continue
                 try:
-                    record = _record(line, len(records), path.parent, model, seed, adapters)
+                    record = _record(line, len(records), folder, model, options, adapters)
                     if record.id in known:
                         raise InputError(f"its id {shown(record.id)} is that of line {known[record.id]} too")
                     known[record.id] = number
@@ -152,7 +175,7 @@ def _lines(file: Any, path: Path) -> Iterator[bytes]:
 
 
 def _record(
-    line: bytes, index: int, folder: Path, model: ServedModel, seed: int, adapters: dict[str, ChosenAdapter]
+    line: bytes, index: int, folder: Path, model: ServedModel, options: Options, adapters: _Adapters
 ) -> Record:
     try:
         given = json.loads(line.decode("utf-8-sig"))
@@ -184,15 +207,19 @@ def _record(
     width, height = _size(given, sizes[0] if sizes else (model.width, model.height))
     if width * height > model.most_pixels:
         raise InputError(f"{width} x {height} pixels are more than the {model.most_pixels:,} of {model.name}")
-    scheduler = given.get("scheduler")
+    chosen = [_adapter(source, folder, adapters) for source in _list("lora", given.get("lora"))]
+    tuned = next((each for _, each in chosen if each != AdapterDefaults()), AdapterDefaults())
+    scheduler = given.get("scheduler", tuned.scheduler if tuned.scheduler in model.schedulers else None)
     if scheduler is not None and scheduler not in model.schedulers:
         raise InputError(f"its scheduler is {shown(scheduler)}; {model.name} takes {', '.join(model.schedulers)}")
     name = given.get("id", f"{index:06d}")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not _ID.fullmatch(name):
-        raise InputError(f"its id is {shown(name)}; an id is up to 100 letters, digits, - and _")
-    steps = whole_number("num_inference_steps", given.get("num_inference_steps", model.steps), most=MAX_STEPS)
+        raise InputError(f"its id is {shown(name)}; an id is up to 95 letters, digits, - and _")
+    steps = _first(given.get("num_inference_steps"), options.steps, tuned.steps, model.steps)
+    steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
+    guidance = _first(given.get("guidance_scale"), options.guidance_scale, tuned.guidance_scale, model.guidance_scale)
     strength = finite("strength", given.get("strength", 1.0 if mask is not None else 0.8), above=0.0, most=1.0)
     if images and model.masks:
         Schedule(steps, None, None).at(strength)  # leaves at least one step
@@ -204,14 +231,20 @@ def _record(
         width,
         height,
         steps,
-        finite("guidance_scale", given.get("guidance_scale", model.guidance_scale), -MAX_GUIDANCE, MAX_GUIDANCE),
-        whole_number("seed", given.get("seed", seed + index), 0, 2**63 - 1),
+        finite("guidance_scale", guidance, -MAX_GUIDANCE, MAX_GUIDANCE),
+        whole_number("seed", given.get("seed", options.seed + index), 0, 2**63 - 1),
         scheduler,
-        tuple(_adapter(source, folder, adapters) for source in _list("lora", given.get("lora"))),
+        tuple(adapter for adapter, _ in chosen),
         images,
         mask,
         strength,
+        folder,
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first one that is given."""
+    return next(value for value in values if value is not None)
 
 
 def _size(given: Mapping[str, Any], usual: tuple[int, int]) -> tuple[int, int]:
@@ -248,12 +281,13 @@ def _file(name: str, given: Any, folder: Path) -> Path:
     return path
 
 
-def _adapter(source: str, folder: Path, known: dict[str, ChosenAdapter]) -> ChosenAdapter:
+def _adapter(source: str, folder: Path, known: _Adapters) -> tuple[ChosenAdapter, AdapterDefaults]:
     """An adapter, whose path is relative to the file if there is one; else as the command line takes it."""
     if source not in known:
         chosen = ChosenAdapter.parse(source)
-        here = folder / chosen.source
-        chosen = chosen._replace(source=str(here)) if here.exists() else chosen
-        locate(chosen.source)
-        known[source] = chosen
+        for path in (folder / chosen.source, Path(os.path.abspath(chosen.source))):
+            if path.exists():
+                chosen = chosen._replace(source=str(path))
+                break
+        known[source] = (chosen, adapter_defaults([chosen]))
     return known[source]

@@ -48,4 +48,8 @@ class AdapterSwitch:
         except ConfigurationError as error:  # quantized weights
             logger.info("adapters stay as they are: %s", error)
             pipe.unfuse_lora()
+        except Exception:  # such as a lack of memory
+            pipe.unfuse_lora()
+            pipe.unload_lora_weights()
+            raise
         self.current = adapters

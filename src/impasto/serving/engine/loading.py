@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Generator
 
+from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
 from ...memory.estimate import Workload, base_memory
-from ...memory.inspection import inspect_model
+from ...memory.inspection import DTYPES, inspect_model
 from ...memory.plan import Budget
 from ...nn.machine import CPU, default_device, fast_dtype, free_memory, require_device
 from ...pipelines.glm_image import GlyphEmbeds
@@ -22,11 +23,14 @@ from ...registry import pipeline_class
 from ..job import Job
 from .costs import StepCosts, measure
 from .spec import EngineSpec
+from .stages import Stages
 
 #: Tokens of the text that steps are measured with.
 TEXT_TOKENS = 20
 #: The part of the free memory that a server without a budget uses.
 SHARE_OF_FREE = 0.8
+#: Height and width in pixels.
+Size = tuple[int, int]
 
 
 def device_of(spec: EngineSpec) -> torch.device:
@@ -39,10 +43,7 @@ def device_of(spec: EngineSpec) -> torch.device:
 
 def load_pipeline(spec: EngineSpec) -> Any:
     """The pipeline of a model for text to image, on its device."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    silence_transformers()
     device = device_of(spec)
     dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
     cls = pipeline_class(spec.class_name)
@@ -60,20 +61,32 @@ def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]
     found, device = inspect_model(spec.path), device_of(spec)
     names = {name: str(component.dtype).removeprefix("torch.") for name, component in _models(pipe).items()}
 
-    def need(job: Job) -> int:
-        side = pipe.transformer.config["sample_size"] * pipe.vae_scale_factor
-        load = Workload(found, device, job.height or side, job.width or side)
-        return sum(load.work(found.components[name], names[name], names[name]) for name in ("transformer", "vae"))
+    stages, transformer = Stages(pipe), found.components["transformer"]
+    # Keys and values of one reference image of the image's size are in the work of GLM-Image's transformer.
+    config, unit = transformer.config, found.image_size[1] ** 2
+    heads = config["num_attention_heads"] * config["attention_head_dim"]
+    reference = 2 * config["num_layers"] * heads * DTYPES[names["transformer"]]
 
-    known: dict[tuple[int, int], int] = {}
+    def need(generated: Size, asked: Size, references: tuple[Size, ...]) -> int:
+        def work(name: str, size: Size) -> int:
+            return Workload(found, device, *size).work(found.components[name], names[name], names[name])
+
+        pixels = sum(height * width for height, width in references) - generated[0] * generated[1]
+        denoising: int = work("transformer", generated) + reference * max(0, pixels // unit)
+        return denoising + max(work("vae", size) for size in {generated, asked, *references})
+
+    known: dict[tuple[Size, Size, tuple[Size, ...]], int] = {}
 
     def remembered(job: Job) -> int:
-        size = (job.height, job.width)
-        if size not in known:
+        generated, references = stages.size_of(job), tuple[Size, ...]()
+        if job.given is not None and stages.family is GLM_IMAGE:
+            references = tuple((image.height, image.width) for image in job.given.images)
+        key = (generated, (job.height or generated[0], job.width or generated[1]), references)
+        if key not in known:
             if len(known) > 4096:
                 known.clear()
-            known[size] = need(job)
-        return known[size]
+            known[key] = need(*key)
+        return known[key]
 
     if spec.limited and spec.budget is not None:
         room = spec.budget - base_memory(device)

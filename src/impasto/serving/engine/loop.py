@@ -27,8 +27,9 @@ from .stages import Begun, Stages
 
 logger = logging.getLogger("impasto")
 
-#: Images of one size that are decoded in one batch.
+#: Images of one size that are decoded in one batch, and pixels of their latents, but for a single image.
 DECODE_AT_ONCE = 4
+MOST_LATENT_PIXELS = 1 << 14
 
 
 @dataclass
@@ -55,8 +56,14 @@ class Entry:
     denoised: float = 0.0  # when its last step was done
     text: float = 0.0  # seconds
     cancelled: bool = False
+    held_up: bool = False  # another image has begun since its last step, which takes long
     due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
     previews: int = 0  # that were put in the queue of the decoder
+
+    @property
+    def size(self) -> int:
+        """Tokens of a step."""
+        return sum(self.candidate.tokens)
 
     @property
     def begun_now(self) -> Begun:
@@ -106,7 +113,7 @@ class Engine:
         self.decoding: deque[Decoding] = deque()
         self.entries: dict[str, Entry] = {}  # all of them, by the ids of their jobs
         self.events: list[Event] = []
-        self.level = 0.0  # where new images join: what the last leader had been served
+        self.level = 0.0  # seconds of service with which new images join
         self.switching = 0.0  # seconds of the last change of adapters
         self.overtaken = 0
         self.tally = Tally()
@@ -166,9 +173,9 @@ class Engine:
         first = self.waiting[0]
         # An image that is alone is let in: whether it fits at all was decided before it was accepted.
         room = max(self.room - sum(each.need for each in self.active.values()), 0 if self.active else first.need)
-        found = policy.admit([each.need for each in self.waiting], self.overtaken, room)[:free]
-        begin = [self.waiting[i] for i in found]
-        self.overtaken = 0 if first in begin else self.overtaken + len(begin)
+        found = [self.waiting[i] for i in policy.admit([each.need for each in self.waiting], self.overtaken, room)]
+        begin = self._with_places(found)[:free]
+        self.overtaken = 0 if first in found else self.overtaken + len(begin)
         for entry in begin:
             self.waiting.remove(entry)
             entry.candidate.served = self.level
@@ -176,9 +183,24 @@ class Engine:
             self.active[entry.job.id] = entry
             self.tally.seconds["wait"] = self.tally.seconds.get("wait", 0.0) + entry.started - entry.came
 
+    def _with_places(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those that may run. The largest images do not take all places: a quarter is kept for smaller ones."""
+        most, begin = self.most_running - self.most_running // 4, list[Entry]()
+        sizes = [entry.size for entry in self.active.values()]
+        for entry in entries:
+            if entry.size < max(sizes, default=0) or sum(size >= entry.size for size in sizes) < most:
+                begin.append(entry)
+                sizes.append(entry.size)
+        return begin
+
+    def _candidates(self) -> list[Candidate]:
+        """Images that may take a step. One whose beginning takes long waits until the last one has held nobody up."""
+        held = any(entry.held_up for entry in self.active.values())
+        return [entry.candidate for entry in self.active.values() if entry.begun is not None or not held]
+
     def _choose(self) -> list[Entry]:
         """The images of the next step, ready for it."""
-        candidates = [entry.candidate for entry in self.active.values()]
+        candidates = self._candidates()
         while candidates:
             chosen = self.choose(
                 candidates, self.costs.seconds, self.most_tokens, self.adapters.current, self.switching
@@ -193,7 +215,7 @@ class Engine:
             if ready:
                 self.level = max(self.level, ready[0].candidate.served)
                 return ready
-            candidates = [entry.candidate for entry in self.active.values()]
+            candidates = self._candidates()
         return []
 
     def _switch(self, entries: Sequence[Entry]) -> bool:
@@ -214,7 +236,7 @@ class Engine:
         """Encode the texts of images, and make their runs."""
         if not entries:
             return
-        start = self.clock()
+        start, running = self.clock(), [entry for entry in self.active.values() if entry.begun is not None]
         texts = [text for entry in entries for text in self.stages.texts_of(entry.job)]
         try:
             encoded = self.stages.encode_texts(texts, self.adapters.current)
@@ -238,8 +260,12 @@ class Engine:
             self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
         spent = self.clock() - start
         self._count("text", spent)
+        self._raise_level(spent)
         for entry in entries:
             entry.text = spent
+            entry.candidate.served += spent / len(entries)
+        for entry in running:
+            entry.held_up = self.stages.at_once == 1
 
     def _step(self, entries: list[Entry]) -> None:
         start = self.clock()
@@ -253,11 +279,12 @@ class Engine:
         if not entries:
             return
         policy.charge([entry.candidate for entry in entries], spent)
+        self._raise_level(spent)
         self.tally.batch_tokens = sum(sum(entry.candidate.tokens) for entry in entries)
         self.tally.image_steps = len(entries)
         for entry in entries:
             run = entry.begun_now.run
-            step, steps = run.index - run.start, run.end - run.start
+            step, steps, entry.held_up = run.index - run.start, run.end - run.start, False
             self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
             if run.watched and run.estimate is not None:
                 entry.due.popleft()
@@ -269,6 +296,10 @@ class Engine:
                 del self.active[entry.job.id]
                 self.decoding.append(Decoding(entry, run.latents, None))
                 run.halves.clear()  # the rest of what it took
+
+    def _raise_level(self, spent: float) -> None:
+        """New images join at what the running ones have been served on average: others do not starve behind them."""
+        self.level += spent / max(1, len(self.active))
 
     def _advance(self, entries: Sequence[Entry]) -> None:
         """One step of all; if that fails, of each by itself, so that only the ones that cannot go on fail.
@@ -298,7 +329,8 @@ class Engine:
         start = self.clock()
         while self.decoding:
             first = self.decoding[0]
-            alike = [each for each in self.decoding if _alike(each, first)][:DECODE_AT_ONCE]
+            most = max(1, min(DECODE_AT_ONCE, MOST_LATENT_PIXELS // first.latents.shape[-2:].numel()))
+            alike = [each for each in self.decoding if _alike(each, first)][:most]
             for each in alike:
                 self.decoding.remove(each)
             self._decode_batch(alike)
@@ -311,7 +343,7 @@ class Engine:
             images = self.stages.decode([each.entry.begun_now for each in batch], [each.latents for each in batch])
         except Exception as error:
             if len(batch) == 1:
-                self._fail_by(batch[0].entry, error)
+                self._decoded(batch[0], error)
             else:
                 for each in batch:
                     self._decode_batch([each])
@@ -324,7 +356,10 @@ class Engine:
         if id not in self.entries:
             return
         if isinstance(image, Exception):
-            self._fail_by(entry, image)
+            if done.number is None:
+                self._fail_by(entry, image)
+            else:  # the image itself may still be good
+                logger.warning("a preview of job %s cannot be decoded: %s", id, image)
         elif done.number is not None:
             self.events.append(Preview(id, done.number, image))
         else:

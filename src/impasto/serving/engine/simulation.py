@@ -106,6 +106,7 @@ def simulate(
         spent = costs.seconds([tokens for each in chosen for tokens in each.tokens])
         now += spent
         charge(chosen, spent)
+        level += spent / len(running)
         for each in chosen:
             _, request = running[each.id]
             request.left -= 1

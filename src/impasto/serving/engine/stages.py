@@ -32,8 +32,9 @@ from ...pipelines.sampling import Run
 from ...registry import SOLVERS, class_of, pipeline_class
 from ..job import GivenImages, Job, RawImage
 
-#: Embeddings of prompts that are kept, the latest ones.
+#: Embeddings of prompts that are kept, the latest ones, and their bytes.
 KEPT_TEXTS = 256
+KEPT_BYTES = 64 << 20
 #: Height and width in pixels; None: the model's.
 Sides = tuple[int | None, int | None]
 
@@ -76,14 +77,17 @@ class Stages:
         own = getattr(unwrapped(pipe.transformer), "step_cache", None)
         return pipe.step_cache is None and own is None and pipe.transformer is unwrapped(pipe.transformer)
 
-    def tokens_of(self, job: Job) -> int:
-        """Tokens of a job's image in the transformer."""
-        config, factor = self.pipe.transformer.config, int(self.pipe.vae_scale_factor)
-        side, unit = config["sample_size"] * factor, config["patch_size"] * factor
+    def size_of(self, job: Job) -> tuple[int, int]:
+        """Height and width in pixels at which a job's image is generated."""
+        side = self.pipe.transformer.config["sample_size"] * int(self.pipe.vae_scale_factor)
         height, width = (given or side for given in self._sides(job))
         bins = None if self.family is GLM_IMAGE else bins_for(side)
-        if bins is not None:
-            height, width = nearest_bin(height, width, bins)
+        return (height, width) if bins is None else nearest_bin(height, width, bins)
+
+    def tokens_of(self, job: Job) -> int:
+        """Tokens of a job's image in the transformer."""
+        unit = self.pipe.transformer.config["patch_size"] * int(self.pipe.vae_scale_factor)
+        height, width = self.size_of(job)
         return int(max(1, height // unit) * max(1, width // unit))
 
     # --- texts ---
@@ -106,8 +110,9 @@ class Stages:
         for text in dict.fromkeys(texts):
             self.texts.move_to_end((adapters, text))
             found[text] = self.texts[adapters, text]
-        while len(self.texts) > KEPT_TEXTS:
-            self.texts.popitem(last=False)
+        size = sum(embeds.nbytes for embeds in self.texts.values())
+        while len(self.texts) > KEPT_TEXTS or size > KEPT_BYTES:
+            size -= self.texts.popitem(last=False)[1].nbytes
         return found
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
