@@ -17,13 +17,14 @@ SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test test-browser test-cluster lint types format docs scenes
+.PHONY: help demo test test-api test-browser test-cluster lint types format docs scenes
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    generate an image with the bundled model in out/   (PROMPT='...' for another one)"
 	@echo "make test    the default test run, under ten minutes           (PYTEST_ARGS='tests/nn -x' for some)"
 	@echo "make test-browser    the page in a real browser, under five minutes"
+	@echo "make test-api        the server's interface under random requests, with Schemathesis, which it installs"
 	@echo "make test-cluster    tests with several processes, and with Ray, which it installs"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict"
@@ -49,6 +50,10 @@ test-browser: $(STAMP)
 	@$(HAS_BROWSER) || \
 	(echo "Install chromium, or set IMPASTO_BROWSER to the path of a browser that is built on it." >&2; exit 1)
 	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)
+
+test-api: $(STAMP)
+	@$(PIP) --editable '.[test-api]'
+	$(BIN)/python scripts/check_api.py --examples 50
 
 test-cluster: $(CLUSTER)
 	$(BIN)/python -m pytest -m cluster $(PYTEST_ARGS)

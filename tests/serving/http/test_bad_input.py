@@ -326,8 +326,11 @@ def test_logs_have_no_prompts(caplog: pytest.LogCaptureFixture):
         httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a secret", "n": 0})
         httpx.post(f"{served.url}{GENERATIONS}?q=secret", json={"prompt": "a secret"})
         httpx.get(f"{served.url}/%1b%0aforged")
+        httpx.get(f"{served.url}/v1/images/img-{'5ec2e7' * 5}00/content")
     assert f"POST {GENERATIONS} 200" in caplog.text
     assert "secret" not in caplog.text
+    assert "GET /v1/images/img-.../content 404" in caplog.text
+    assert "5ec2e7" not in caplog.text
     assert "\x1b" not in caplog.text
     caplog.clear()
     with running(log_prompts=True) as served:

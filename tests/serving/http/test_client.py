@@ -99,6 +99,16 @@ def test_streams_partial_images(client: openai.OpenAI):
     assert len({opened(event.b64_json).getpixel((0, 0)) for event in events}) == 3
 
 
+def test_a_stream_that_fails_says_so():
+    def refuse(content: bytes, media_type: str) -> bytes:
+        raise RuntimeError("the key has expired")
+
+    with running(signer=refuse) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        with pytest.raises(openai.APIError, match="the server failed; its log has the reason"):
+            list(client.images.generate(prompt="a", stream=True))
+        until(lambda: not served.service.unfinished)
+
+
 def test_edits_an_image(client: openai.OpenAI, served: Running):
     image = Image.new("RGB", (80, 60), "red")
     answer = client.images.edit(image=png(image), prompt="blue", extra_body={"strength": 0.5, "seed": 3})

@@ -51,6 +51,16 @@ def test_the_oldest_images_are_removed(tmp_path: Path):
     assert Storage(tmp_path, 250).find(ids[3]) == (tmp_path / f"{ids[3]}.png", "png")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_has_its_image_even_if_it_cannot_be_stored(tmp_path: Path, stream: bool):
+    with running(storage=tmp_path / "images") as served, httpx.Client(base_url=served.url) as client:
+        shutil.rmtree(tmp_path / "images")
+        answer = client.post(PATH, json={"prompt": "a", "stream": stream})
+        assert answer.status_code == 200
+        assert '"b64_json": "iVBOR' in answer.text.replace('":"', '": "')
+        assert client.post(PATH, json={"prompt": "a", "response_format": "url"}).status_code == 500
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_settings_in_images(kept: bool):
     answer = call("POST", PATH, settings=HttpSettings(settings_in_images=kept), json={"prompt": "a secret"})

@@ -16,6 +16,7 @@ from ...checks import is_out_of_memory, printable
 from ...errors import InputError
 from ..job import Failed
 from ..service import RefusedError
+from .storage import hide_ids
 
 logger = logging.getLogger("impasto.serve")
 
@@ -50,6 +51,13 @@ class ApiError(HTTPException):
 def of_failure(failed: Failed) -> ApiError:
     """The error of a job that ended without an image."""
     return ApiError(failed.message, status=_FAILED[failed.reason], code=f"generation_{failed.reason}")
+
+
+def of_fault(error: Exception) -> ApiError:
+    """What clients see of a fault of the server."""
+    if is_out_of_memory(error):
+        return ApiError("the server lacks memory for this request; try again later", status=503, headers=RETRY)
+    return ApiError("the server failed; its log has the reason", status=500)
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -125,10 +133,10 @@ async def _input(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    if is_out_of_memory(error):
-        logger.error("out of memory at %s", printable(request.url.path)[:200])
-        return _answer(request, "the server lacks memory for this request; try again later", 503, headers=RETRY)
-    return _answer(request, "the server failed; its log has the reason", 500)
+    fault = of_fault(error)
+    if fault.status_code == 503:
+        logger.error("out of memory at %s", printable(hide_ids(request.url.path))[:200])
+    return _answer(request, str(fault.detail), fault.status_code, headers=fault.headers)
 
 
 RETRY = {"Retry-After": "10"}

@@ -15,6 +15,7 @@ from ...checks import printable
 from .. import stats
 from ..service import Service
 from .running import ClientLeftError
+from .storage import hide_ids
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -127,6 +128,6 @@ class _Layer:
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
             self.metrics.requests.labels(route, method, str(status)).inc()
             self.metrics.seconds.labels(route).observe(seconds)
-            path = printable(scope["path"])[:200]
+            path = printable(hide_ids(scope["path"]))[:200]
             level = logging.DEBUG if path in _PROBES else logging.INFO  # they come every few seconds
             logger.log(level, "%s %s %d %.0f ms", method, path, status, 1000 * seconds)

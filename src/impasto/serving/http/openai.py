@@ -14,14 +14,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ...checks import printable
-from ..job import Failed, Finished, Job, Preview, Progress
+from ...errors import OutputError
+from ..job import Event, Failed, Finished, Job, Preview, Progress
 from ..service import Generation, ServedModel
 from .context import Context
-from .errors import ApiError, error_body, of_failure
+from .errors import ApiError, error_body, of_failure, of_fault
 from .images import base64_text, encode, settings_of
 from .limits import release
 from .reading import ImageRequest, Reader
 from .running import events_of, generate
+from .storage import hide_ids
 
 logger = logging.getLogger("impasto.serve")
 
@@ -126,8 +128,7 @@ async def _item(context: Context, request: Request, wanted: ImageRequest, job: J
     """One image of an answer."""
     content = await _encoded(context, wanted, job, result)
     item: dict[str, Any] = {"id": job.id, "seed": job.seed, "revised_prompt": None}
-    if context.storage is not None:
-        await asyncio.to_thread(context.storage.save, job.id, wanted.kind, content)
+    await _store(context, wanted, job, content)
     if wanted.response_format == "url":
         base = context.settings.public_url or str(request.base_url)
         return item | {"url": f"{base.rstrip('/')}/v1/images/{job.id}/content", "b64_json": None}
@@ -139,31 +140,53 @@ async def _encoded(context: Context, wanted: ImageRequest, job: Job, result: Fin
     return await asyncio.to_thread(encode, result.image, wanted.kind, wanted.quality, settings, context.settings)
 
 
+async def _store(context: Context, wanted: ImageRequest, job: Job, content: bytes) -> None:
+    """Keep an image, if images are kept. One that is in the answer itself is not lost if that fails."""
+    if context.storage is None:
+        return
+    try:
+        await asyncio.to_thread(context.storage.save, job.id, wanted.kind, content)
+    except OutputError as error:
+        if wanted.response_format == "url" and not wanted.stream:
+            raise
+        logger.error("an image is not stored: %s", printable(hide_ids(str(error))))
+
+
 async def _stream(context: Context, wanted: ImageRequest, generation: Generation, event: str) -> AsyncIterator[bytes]:
     """Server-sent events. Steps are comments, which clients ignore unless they know of them."""
     job = generation.job
     common = {"created_at": int(time.time()), "quality": "high", "background": "opaque", "output_format": wanted.kind}
-    async with aclosing(events_of(generation)) as events:
-        async for found in events:
-            if isinstance(found, Progress):
-                step = {"step": found.step, "steps": found.steps, "seconds_left": found.seconds_left}
-                yield f": progress {json.dumps(step)}\n\n".encode()
-            elif isinstance(found, Preview):
-                content = await asyncio.to_thread(encode, found.image, wanted.kind, wanted.quality)
-                size = f"{found.image.width}x{found.image.height}"
-                partial = {"b64_json": base64_text(content), "size": size, "partial_image_index": found.number}
-                yield _sse(f"{event}.partial_image", common | partial)
-            elif isinstance(found, Finished):
-                content = await _encoded(context, wanted, job, found)
-                if context.storage is not None:
-                    await asyncio.to_thread(context.storage.save, job.id, wanted.kind, content)
-                size = f"{found.image.width}x{found.image.height}"
-                completed = {"b64_json": base64_text(content), "size": size, "usage": _usage(context, [job])}
-                yield _sse(f"{event}.completed", common | completed | {"id": job.id, "seed": job.seed})
-            elif isinstance(found, Failed):
-                error = of_failure(found)
-                body = error_body(str(error.detail), error.status_code, error.param, error.code)
-                yield _sse("error", body)
+    try:
+        async with aclosing(events_of(generation)) as events:
+            async for found in events:
+                yield await _written(context, wanted, job, found, event, common)
+    except Exception as error:  # the status is sent, so that this is the only way to say it
+        logger.exception("a stream failed")
+        yield _sse_error(of_fault(error))
+
+
+async def _written(
+    context: Context, wanted: ImageRequest, job: Job, found: Event, event: str, common: dict[str, Any]
+) -> bytes:
+    """An event of a job as a server-sent event."""
+    if isinstance(found, Progress):
+        step = {"step": found.step, "steps": found.steps, "seconds_left": found.seconds_left}
+        return f": progress {json.dumps(step)}\n\n".encode()
+    if isinstance(found, Failed):
+        return _sse_error(of_failure(found))
+    size = f"{found.image.width}x{found.image.height}"
+    if isinstance(found, Preview):
+        content = await asyncio.to_thread(encode, found.image, wanted.kind, wanted.quality)
+        partial = {"b64_json": base64_text(content), "size": size, "partial_image_index": found.number}
+        return _sse(f"{event}.partial_image", common | partial)
+    content = await _encoded(context, wanted, job, found)
+    await _store(context, wanted, job, content)
+    completed = {"b64_json": base64_text(content), "size": size, "usage": _usage(context, [job])}
+    return _sse(f"{event}.completed", common | completed | {"id": job.id, "seed": job.seed})
+
+
+def _sse_error(error: ApiError) -> bytes:
+    return _sse("error", error_body(str(error.detail), error.status_code, error.param, error.code))
 
 
 def _sse(event: str, data: dict[str, Any]) -> bytes:
