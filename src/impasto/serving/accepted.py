@@ -6,23 +6,20 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal
 
 from .engine.costs import StepCosts
 from .engine.process import EngineProcess
 from .job import Event, Failed, Finished, Job
 from .served import Known
 
-if TYPE_CHECKING:
-    from .fleet import Fleet
-
 
 class FleetGeneration:
     """An accepted job, and the queue of its events."""
 
-    def __init__(self, job: Job, fleet: Fleet):
-        self.job, self.fleet = job, fleet
+    def __init__(self, job: Job, on_cancel: Callable[[FleetGeneration], None]):
+        self.job, self.on_cancel = job, on_cancel
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.accepted = time.perf_counter()
         self.attempts = 0
@@ -30,7 +27,7 @@ class FleetGeneration:
 
     def cancel(self) -> None:
         if not self.ended:
-            self.fleet._cancel(self)
+            self.on_cancel(self)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         while True:

@@ -219,7 +219,7 @@ class Fleet:
                 f"{self.unfinished} images are waiting or in work, and at most {self.limit} may be; try again later",
                 self.retry_after(len(jobs)),
             )
-        generations = [FleetGeneration(job, self) for job in jobs]
+        generations = [FleetGeneration(job, self._cancel) for job in jobs]
         for generation in generations:
             self.served[generation.job.model].pending.append(generation)
         self.stats.accepted += len(jobs)
