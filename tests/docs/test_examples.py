@@ -1,4 +1,4 @@
-"""Every example of the documentation: run, or, where that needs what is not here, compared with what there is."""
+"""Every example of the documentation: run, or, where that needs what is not here, compared with the code."""
 
 from __future__ import annotations
 

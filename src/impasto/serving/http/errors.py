@@ -93,7 +93,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404 and not isinstance(error, ApiError):
-        message = f"there is no {printable(request.url.path)[:200]} here; /openapi.json has what there is"
+        message = f"there is no {printable(request.url.path)[:200]} here; /openapi.json lists the paths"
     elif error.status_code == 405:
         message = f"{request.method} is not for {printable(request.url.path)[:200]}; see the header Allow"
         return _answer(request, message, 405, headers={"Allow": ", ".join(_methods(request))})

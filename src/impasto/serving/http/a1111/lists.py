@@ -1,4 +1,4 @@
-"""What clients ask for before they generate: what there is, and what there is not."""
+"""Lists that clients ask for before they generate, and those that are empty here."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def a1111_router(context: Context) -> APIRouter:
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> Response:
-        """End the images of this key; their requests are answered with what there is."""
+        """End the images of this key; their requests are answered with the last previews."""
         sessions.of(request).interrupt()
         return JSONResponse({})
 
