@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from impasto.pipelines.adapters import ChosenAdapter
@@ -156,7 +158,7 @@ def test_cancel_ends_it_on_the_server_and_it_can_be_tried_again(slow, visit):
     page = ready(visit(slow))
     page.get_by_label("Prompt", exact=True).fill("a sphere")
     page.locator("#generate").click()
-    page.get_by_text("Step 1 of 20").wait_for()
+    page.get_by_text(re.compile(r"Step \d+ of 20")).wait_for()
     page.locator(".card").get_by_role("button", name="Cancel").click()
     page.locator(".card").get_by_text("Cancelled").wait_for()
     page.wait_for_timeout(700)
@@ -174,7 +176,7 @@ def test_cancel_of_all(slow, visit):
     page.get_by_label("Prompt", exact=True).fill("a sphere")
     page.get_by_label("Number of images").select_option("4")
     page.locator("#generate").click()
-    page.get_by_text("Step 1 of 20").first.wait_for()
+    page.get_by_text(re.compile(r"Step \d+ of 20")).first.wait_for()
     page.locator("#cancel-all").click()
     page.locator(".card.failed").nth(3).wait_for()
     assert page.locator(".card .status").all_inner_texts() == ["Cancelled"] * 4
