@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError
 from impasto.nn import layers
-from impasto.nn.layers import ACTIVATIONS, FeedForward, TwoLayerMLP, modulate, unpatchify
+from impasto.nn.layers import ACTIVATIONS, FeedForward, PatchConvolution, TwoLayerMLP, modulate, unpatchify
 
 
 def test_modulate_scales_around_one_and_shifts() -> None:
@@ -34,6 +34,14 @@ VALUES = {
     "geglu-approximate": lambda x: x / (1 + math.exp(-1.702 * x)),
     "linear-silu": lambda x: x / (1 + math.exp(-x)),
 }
+
+
+@pytest.mark.parametrize(("patch", "height", "width"), [(1, 3, 5), (2, 4, 6), (4, 8, 4)])
+def test_a_product_of_patches_and_kernels_is_their_convolution(patch: int, height: int, width: int) -> None:
+    layer = PatchConvolution(3, 7, kernel_size=patch, stride=patch).double()
+    image = torch.randn(2, 3, height, width, dtype=torch.float64)
+    expected = nn.Conv2d.forward(layer, image)
+    torch.testing.assert_close(layer(image), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", VALUES)

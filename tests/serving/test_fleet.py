@@ -14,6 +14,7 @@ import pytest
 from impasto.errors import CheckpointError, InputError, ResourceError
 from impasto.nn import machine
 from impasto.pipelines.adapters import ChosenAdapter
+from impasto.serving import admission
 from impasto.serving import fleet as fleets
 from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.entries import Tally
@@ -373,7 +374,7 @@ async def test_images_to_edit_are_bounded(model: str) -> None:
     engine = await started(fleet)
     given = GivenImages((RawImage(16, 16, bytes(768)),), bytes(256))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleets, "MOST_GIVEN", 2048)
+        patch.setattr(admission, "MOST_GIVEN", 2048)
         fleet.submit([job("1", given=given), job("2", given=given), job("3")])
         with pytest.raises(QueueFullError, match="to edit"):
             fleet.submit([job("4", given=given)])

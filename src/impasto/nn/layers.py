@@ -60,6 +60,20 @@ def unpatchify_channels_first(tokens: Tensor, height: int, width: int, patch_siz
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # B C h p w q -> B C (h p) (w q)
 
 
+class PatchConvolution(nn.Conv2d):
+    """A convolution whose kernel is as large as its stride, computed as a product of patches and kernels.
+
+    A row of a product does not depend on the other rows, and the last digits of a convolution depend on the batch: so
+    an image is bit-equal whatever other images are in its batch.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = self.stride[0]
+        rows, columns = image.shape[2] // size, image.shape[3] // size
+        tokens = F.linear(patchify(image, size), self.weight.flatten(1), self.bias)  # [B, N, D]
+        return torch.unflatten(tokens.transpose(1, 2), 2, (rows, columns))  # [B, D, rows, columns]
+
+
 class TwoLayerMLP(nn.Module):
     """Linear, activation, linear: the embedder of timesteps, sizes and captions."""
 

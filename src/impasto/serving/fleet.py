@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,20 +15,19 @@ from typing import Any, TypeVar
 
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
-from .accepted import FleetGeneration, Served, cancelled, deadline_of, given_bytes, too_late
+from .accepted import FleetGeneration, Served, cancelled, deadline_of, too_late
+from .admission import Admission
 from .engine.costs import StepCosts
 from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
 from .engine.spec import EngineSpec
 from .job import Failed, Finished, Job, Progress
 from .served import Known, look_at
-from .service import Generation, QueueFullError, ServedModel, TooLargeError, UnavailableError
+from .service import Generation, ServedModel, UnavailableError
 from .stats import Stats
 
 logger = logging.getLogger("impasto")
 Value = TypeVar("Value")
 
-#: Seconds after which clients try again, at most: with more, they do not.
-MOST_RETRY_AFTER = 120
 #: How often a job is run if its engine dies.
 ATTEMPTS = 2
 #: How often an engine is started if it dies while it loads.
@@ -40,8 +38,6 @@ LOOK = 1.0
 GRACE = 120.0
 #: Jobs that an engine has at once: those that may run, and some to go on with.
 MOST_SENT = 80
-#: Bytes of the images and masks that were given for jobs which have not ended.
-MOST_GIVEN = 2_000_000_000
 
 
 class Fleet:
@@ -81,7 +77,7 @@ class Fleet:
 
         if not models:
             raise InputError("there is no model to serve; give one")
-        self.device, self.dtype, self.limit = device, dtype, waiting
+        self.device, self.dtype = device, dtype
         self.limited = memory_budget is not None
         where = device_of(EngineSpec("", "", "", device))
         budget = None if memory_budget is None else parse_size(memory_budget)
@@ -98,6 +94,7 @@ class Fleet:
         self.adapters: Mapping[str, str] = dict(adapters or {})
         self.recorded, self.run_process = dict(costs or {}), process
         self.stats = Stats()
+        self.admission = Admission(self.served, waiting, self.stats)
         self.draining = self.closed = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.watch: asyncio.Task[None] | None = None
@@ -172,13 +169,7 @@ class Fleet:
     @property
     def unfinished(self) -> int:
         """Accepted jobs that have not ended."""
-        return sum(len(served.pending) + len(served.sent) for served in self.served.values())
-
-    @property
-    def given(self) -> int:
-        """Bytes of the images that were given for them."""
-        of_all = (each for served in self.served.values() for each in (*served.pending, *served.sent.values()))
-        return sum(given_bytes(each.job) for each in of_all)
+        return self.admission.unfinished
 
     def submit(self, jobs: Sequence[Job]) -> list[Generation]:
         """Accept all jobs, or none.
@@ -192,55 +183,13 @@ class Fleet:
             self.stats.rejected["unavailable"] += len(jobs)
             what = "ends" if self.draining else "is starting"
             raise UnavailableError(f"the server {what}; try again in some seconds", 5)
-        for job in jobs:
-            served = self.models[job.model]
-            first = served if job.given is None else job.given.images[0]
-            if (job.width or first.width) * (job.height or first.height) > served.most_pixels:
-                self.stats.rejected["size"] += len(jobs)
-                side = math.isqrt(served.most_pixels)
-                raise TooLargeError(
-                    f"an image of {job.width} x {job.height} pixels does not fit the memory of this server; "
-                    f"at most {side} x {side} do"
-                )
-        given = sum(map(given_bytes, jobs))
-        if len(jobs) > self.limit or given > MOST_GIVEN:
-            self.stats.rejected["size"] += len(jobs)
-            what = f"{len(jobs)} images" if len(jobs) > self.limit else f"{given:,} bytes of images to edit"
-            raise TooLargeError(
-                f"the request has {what}; this server accepts at most {self.limit} images, and {MOST_GIVEN:,} bytes "
-                "of images to edit, one for each result; ask for fewer at once"
-            )
-        if given and self.given + given > MOST_GIVEN:
-            self.stats.rejected["full"] += len(jobs)
-            raise QueueFullError("too many images to edit are waiting; try again later", self.retry_after(len(jobs)))
-        if self.unfinished + len(jobs) > self.limit:
-            self.stats.rejected["full"] += len(jobs)
-            raise QueueFullError(
-                f"{self.unfinished} images are waiting or in work, and at most {self.limit} may be; try again later",
-                self.retry_after(len(jobs)),
-            )
+        self.admission.check(jobs)
         generations = [FleetGeneration(job, self._cancel) for job in jobs]
         for generation in generations:
             self.served[generation.job.model].pending.append(generation)
         self.stats.accepted += len(jobs)
         self._dispatch()
         return [*generations]
-
-    def retry_after(self, count: int) -> int:
-        """Seconds until so many places of the queue are free: as long as as many usual jobs of it take."""
-        seconds = [
-            self._seconds(served, each.job)
-            for served in self.served.values()
-            for each in (*served.pending, *served.sent.values())
-        ]
-        mean = sum(seconds) / len(seconds) if seconds else 1.0
-        return max(1, min(MOST_RETRY_AFTER, math.ceil(count * mean)))
-
-    def _seconds(self, served: Served, job: Job) -> float:
-        if served.costs is None:
-            return 1.0
-        halves = 2 if job.guidance_scale > 1.0 else 1
-        return served.costs.job_seconds(served.known.tokens(job.width, job.height), halves, job.steps)
 
     def _cancel(self, generation: FleetGeneration) -> None:
         served = self.served[generation.job.model]

@@ -18,7 +18,7 @@ from ...nn.backends.onednn import linear
 from ...nn.changes import dtype_of
 from ...nn.embeddings import timestep_features
 from ...nn.fused_linear import project
-from ...nn.layers import FeedForward, TwoLayerMLP, gated, modulated_norm
+from ...nn.layers import FeedForward, PatchConvolution, TwoLayerMLP, gated, modulated_norm
 from ...nn.tokens import Layout
 from ..compat.attention_processor import ProcessedAttention
 from .kv_compression import Grid, KVCompression
@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, width: int, patch_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConvolution(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens: Tensor = self.proj(latents)  # [B, D, H / p, W / p]

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import CheckpointError, ConfigurationError
 from ...nn.changes import unwrapped
+from ...nn.layers import PatchConvolution
 from ..quantized_linear import QuantizedLinear
 from .layers import (
     ATTRIBUTE,
@@ -140,7 +141,7 @@ def _copied(base: Any, name: str) -> nn.Module:
             )
         layer = copy.deepcopy(base.original).to(base.weight.device, base.dtype)
         return layer.requires_grad_(False).train(base.training)
-    if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+    if type(base) not in (nn.Linear, nn.Conv2d, PatchConvolution) or type(base.weight) is not nn.Parameter:
         raise ConfigurationError(
             f"{name} is quantized by another library (a {type(base).__name__}): leave the adapter as it is, or fuse it "
             f"before the model is quantized"
