@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
-from ..models.glm_image.prior import PriorTokens, generate_prior
+from ..models.glm_image.prior import PriorTokens, sample_prior
 from .compat.calls import Call
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
@@ -29,7 +29,18 @@ from .request import Schedule
 from .sampling import Half
 
 
-def run_prior(
+def run_prior(*arguments: Any) -> PriorTokens:
+    """``prior_steps``, to its end."""
+    steps = prior_steps(*arguments)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: PriorTokens = end.value
+            return made
+
+
+def prior_steps(
     pipe: Any,
     prompts: Sequence[str],
     size: tuple[int, int],
@@ -37,20 +48,16 @@ def run_prior(
     generators: torch.Generator | list[torch.Generator] | None,
     per_prompt: int,
     call: Call,
-) -> PriorTokens:
+) -> Generator[None, None, PriorTokens]:
     """Generate the tokens of B images, with a progress bar; interrupting ``call`` ends it early.
 
-    Parallel processes get those of rank 0: without seeds each samples others.
+    Yields after each token: other calls may run between them where components do not take turns on the device.
+    Parallel processes get the tokens of rank 0: without seeds each samples others.
     """
     processor = pipe._require("processor")
     total = len(prompts) * per_prompt * tokens_to_generate(*size, images is not None)
     with pipe.using("vision_language_encoder") as model, pipe.progress_bar(total=total) as progress:
-
-        def goes_on(done: int) -> bool:
-            progress.update(done - progress.n)
-            return not call.interrupted
-
-        made = generate_prior(
+        steps = sample_prior(
             model,
             processor,
             prompts,
@@ -59,10 +66,19 @@ def run_prior(
             generators,
             per_prompt,
             int(pipe._require("transformer").config["prior_vq_quantizer_codebook_size"]),
-            goes_on,
             packed=pipe.plan is None,
             check=partial(pipe._check_output, "vision_language_encoder"),
         )
+        goes_on: bool | None = None
+        while True:
+            try:
+                done = steps.send(goes_on)
+            except StopIteration as end:
+                made: PriorTokens = end.value
+                break
+            progress.update(done - progress.n)
+            yield
+            goes_on = not call.interrupted
     ids = agreed(pipe._require("transformer"), made.prior_token_ids.to(pipe.device))
     return made._replace(prior_token_ids=ids)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,14 @@ from PIL import Image
 from torch import Generator
 
 from impasto.serving.engine.stages import Stages
-from impasto.serving.job import GivenImages, Job, Progress, RawImage
+from impasto.serving.job import Failed, GivenImages, Job, Progress, RawImage
 
 from ...tiny_glm import pipelines, prior_parts
 from .driving import images, make_engine, run
 
 
 def test_images_are_those_of_the_pipeline() -> None:
-    pipe, _ = pipelines()
-    for name, part in prior_parts().items():
-        setattr(pipe, name, part)
+    pipe = with_prior()
     rgb = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     given = GivenImages((RawImage(64, 64, rgb.tobytes()),))
     common: dict[str, Any] = {"steps": 3, "guidance_scale": 2.0}
@@ -54,20 +52,34 @@ def test_the_text_of_a_prompt_does_not_choose_the_size() -> None:
     assert stages.tokens_of(Job("1", "glm", "a cube <sop>400 400<eop>")) == stages.tokens_of(Job("2", "glm", "a cube"))
 
 
-def test_no_image_begins_before_the_last_one_has_held_nobody_up() -> None:
-    """The prior takes long; images that have begun take a step between those of two others."""
+def with_prior() -> Any:
     pipe, _ = pipelines()
     for name, part in prior_parts().items():
         setattr(pipe, name, part)
-    # A turn has one step; steps are not shared, so that only the rule lets the first image go on.
-    engine = make_engine(pipe, most_tokens=1)
-    for i in range(4):
-        engine.add(Job(str(i), "glm", "a cube", width=64, height=64, steps=9, guidance_scale=1.0))
-    steps = []
-    for _ in range(6):
+    return pipe
+
+
+def test_steps_are_taken_while_a_prior_runs() -> None:
+    """With a clock on which a token takes as long as a step, an image that runs takes one for each token or two."""
+    engine = make_engine(with_prior(), clock=itertools.count().__next__)
+    engine.add(Job("first", "glm", "a cube", width=64, height=64, steps=60, guidance_scale=1.0))
+    engine.add(Job("second", "glm", "a sphere", width=64, height=64, steps=3, guidance_scale=1.0))
+    steps = list[tuple[str, int]]()
+    while not engine.idle:
         events, _ = engine.tick()
         steps += [(event.id, event.step) for event in events if isinstance(event, Progress)]
-    begins = [i for i, (_, step) in enumerate(steps) if step == 0]
-    for one, other in pairwise(begins[1:]):
-        running = {id for id, _ in steps[:one]}
-        assert {id for id, step in steps[one:other] if step} >= running
+    before = steps[: steps.index(("second", 0))]
+    assert len([step for id, step in before if id == "first" and step]) >= 2
+    assert {("first", 60), ("second", 3)} <= {*steps}
+
+
+def test_an_image_is_cancelled_while_its_prior_runs() -> None:
+    engine = make_engine(with_prior(), clock=itertools.count().__next__)
+    engine.add(Job("1", "glm", "a cube", width=64, height=64, steps=3, guidance_scale=1.0))
+    assert engine.tick()[0] == []
+    engine.cancel("1")
+    (failed,) = engine.tick()[0]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "cancelled"
+    assert engine.idle
+    assert not engine.active

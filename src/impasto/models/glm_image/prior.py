@@ -7,6 +7,7 @@ are 32 x 32 pixels and those of the transformer 16 x 16, so each stands for four
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator as Steps
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,6 @@ _AT_ONCE = 8
 #: The host waits for the GPU every so many tokens, and is at most twice as many ahead.
 _AHEAD = 16
 
-#: Called with the number of tokens so far; returns whether to continue.
-GoesOn = Callable[[int], bool]
-
 
 class PriorTokens(NamedTuple):
     """The prior's tokens of B images, in the grid of the transformer, and those of their reference images."""
@@ -40,7 +38,7 @@ class PriorTokens(NamedTuple):
 
 
 @torch.no_grad()
-def generate_prior(
+def sample_prior(
     model: Any,
     processor: Any,
     prompts: Sequence[str],
@@ -49,11 +47,12 @@ def generate_prior(
     generators: Generator | list[Generator] | None,
     per_prompt: int,
     codebook_size: int,
-    goes_on: GoesOn,
     packed: bool = True,
     check: Callable[[Tensor], None] = lambda scores: None,
-) -> PriorTokens:
+) -> Steps[int, bool | None, PriorTokens]:
     """Sample the tokens of each image with its own random numbers, some images at a time.
+
+    Yields the number of tokens so far after each one. If it is sent False, those that are missing are 0.
 
     Args:
         model, processor: transformers' ``GlmImageForConditionalGeneration`` and its processor.
@@ -62,7 +61,6 @@ def generate_prior(
         generators: one for each image, or one for all, one after the other; None: new random numbers each time.
         per_prompt: images per prompt.
         codebook_size: higher tokens are no image tokens, and are not sampled.
-        goes_on: called with the number of tokens so far; if it returns False, the missing ones are 0.
         packed: whether copies of the weights that are read faster may take memory.
         check: called with the first scores of some images, before anything is sampled.
     """
@@ -83,12 +81,9 @@ def generate_prior(
     made = []
     for start in range(0, len(repeated), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
-
-        def counted(tokens: int, before: int = start * total) -> bool:
-            return goes_on(before + tokens)
-
-        with computing(model):
-            made.append(_sample(model, repeated[some], uniform[some], codebook_size, counted, packed, check))
+        made.append(
+            (yield from _sample(model, repeated[some], uniform[some], codebook_size, start * total, packed, check))
+        )
     rows, columns = read[0].targets[-1]
     ids = torch.stack([doubled(tokens[total - rows * columns :], rows, columns) for tokens in torch.cat(made)])
     if images is None:
@@ -151,11 +146,11 @@ def _sample(
     prompts: Sequence[_Read],
     uniform: Tensor,
     codebook_size: int,
-    goes_on: GoesOn,
+    before: int,
     packed: bool,
     check: Callable[[Tensor], None],
-) -> Tensor:
-    """Tokens [B, total], sampled with numbers [B, total]."""
+) -> Steps[int, bool | None, Tensor]:
+    """Tokens [B, total], sampled with numbers [B, total]; ``before`` of others were sampled before."""
     batch, total = uniform.shape
     longest = max(len(prompt.tokens) for prompt in prompts)
     tokens = uniform.new_zeros(batch, longest, dtype=torch.long)
@@ -165,22 +160,24 @@ def _sample(
         tokens[row, own], mask[row, own], positions[:, row, own] = prompt.tokens, 1, prompt.positions
     following = positions[..., -1:] + 1 + target_offsets(prompts[0].targets).to(tokens.device)[:, None]  # [3, B, total]
 
-    decoder = PriorDecoder(model, batch, longest + total, codebook_size, packed)
     sampling = Sampling.of(model.generation_config)
     made = tokens.new_zeros(batch, total)
     pending: list[torch.cuda.Event] = []  # so that progress and interruption are not far ahead of the device
-    scores = decoder.prefill(tokens, positions, mask)  # [B, V]
+    with computing(model):
+        decoder = PriorDecoder(model, batch, longest + total, codebook_size, packed)
+        scores = decoder.prefill(tokens, positions, mask)  # [B, V]
     check(scores)
     for i in range(total):
         made[:, i] = sampling.choose(scores, uniform[:, i])
-        if not goes_on(batch * (i + 1)):
+        if (yield before + batch * (i + 1)) is False:
             return torch.zeros_like(made)
         if tokens.is_cuda and i % _AHEAD == 0:
             pending.append(torch.cuda.current_stream(tokens.device).record_event())
             if len(pending) > 1:
                 pending.pop(0).synchronize()
         if i + 1 < total:
-            scores = decoder.step(made[:, i], following[:, :, i])
+            with computing(model):
+                scores = decoder.step(made[:, i], following[:, :, i])
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -31,12 +32,12 @@ class Entry:
     candidate: Candidate
     came: float  # by the engine's clock
     need: int  # bytes
+    beginning: Generator[None, None, Begun] | None = None
     begun: Begun | None = None
     started: float = 0.0  # when it left the queue
     denoised: float = 0.0  # when its last step was done
-    text: float = 0.0  # seconds
+    text: float = 0.0  # seconds until it had begun
     cancelled: bool = False
-    held_up: bool = False  # another image has begun since its last step, which takes long
     due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
     previews: int = 0  # that were put in the queue of the decoder
 

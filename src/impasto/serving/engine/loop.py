@@ -145,12 +145,13 @@ class Engine:
         return begin
 
     def _candidates(self) -> list[Candidate]:
-        """Images that may take a step. One whose beginning takes long waits until the last one has held nobody up."""
-        held = any(entry.held_up for entry in self.active.values())
-        return [entry.candidate for entry in self.active.values() if entry.begun is not None or not held]
+        """Images that may take a step or begin. Where few begin at a time, others wait for those."""
+        busy = sum(entry.beginning is not None for entry in self.active.values()) >= self.stages.at_once
+        entries = self.active.values()
+        return [entry.candidate for entry in entries if entry.begun or entry.beginning or not busy]
 
     def _choose(self) -> list[Entry]:
-        """The images of the next step, ready for it."""
+        """The images of the next step, ready for it; none if the turn went into the beginning of one."""
         candidates = self._candidates()
         while candidates:
             chosen = self.choose(
@@ -161,10 +162,14 @@ class Engine:
             later = {id(entry) for entry in new[self.stages.at_once :]}
             entries = [entry for entry in entries if id(entry) not in later]
             if self._switch(entries):
-                self._begin(new[: self.stages.at_once])
-            ready = [entry for entry in entries if entry.job.id in self.active]
+                self._begin([entry for entry in new[: self.stages.at_once] if entry.beginning is None])
+                for entry in entries:
+                    if entry.beginning is not None:
+                        self._go_on(entry)
+            ready = [entry for entry in entries if entry.job.id in self.active and entry.begun is not None]
             if ready:
                 self.level = max(self.level, ready[0].candidate.served)
+            if ready or any(entry.beginning is not None for entry in entries):
                 return ready
             candidates = self._candidates()
         return []
@@ -184,10 +189,10 @@ class Engine:
         return True
 
     def _begin(self, entries: Sequence[Entry]) -> None:
-        """Encode the texts of images, and make their runs."""
+        """Encode the texts of images, which then begin."""
         if not entries:
             return
-        start, running = self.clock(), [entry for entry in self.active.values() if entry.begun is not None]
+        start = self.clock()
         texts = [text for entry in entries for text in self.stages.texts_of(entry.job)]
         try:
             encoded = self.stages.encode_texts(texts, self.adapters.current)
@@ -199,24 +204,41 @@ class Engine:
                     self._begin([entry])
             return
         for entry in entries:
-            try:
-                entry.begun = self.stages.begin(entry.job, encoded)
-            except Exception as error:
-                self._fail_by(entry, error)
-                continue
-            run = entry.begun.run
-            steps, previews = run.end - run.start, entry.job.previews
-            at = {round((i + 1) * steps / (previews + 1)) for i in range(previews)}
-            entry.due = deque(sorted(step for step in at if 0 < step < steps))
-            self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
+            entry.beginning = self.stages.begin(entry.job, encoded)
         spent = self.clock() - start
         self._count("text", spent)
         self._raise_level(spent)
         for entry in entries:
             entry.text = spent
             entry.candidate.served += spent / len(entries)
-        for entry in running:
-            entry.held_up = self.stages.at_once == 1
+
+    def _go_on(self, entry: Entry) -> None:
+        """Go on with the beginning of an image: to where it yields, and for about as long as a step of it takes."""
+        assert entry.beginning is not None
+        start, slice_ = self.clock(), self.costs.seconds(entry.candidate.tokens)
+        try:
+            while True:
+                next(entry.beginning)
+                if self.clock() - start >= slice_:
+                    break
+        except StopIteration as end:
+            entry.beginning, entry.begun = None, end.value
+            self._has_begun(entry)
+        except Exception as error:
+            self._fail_by(entry, error)
+        spent = self.clock() - start
+        self._count("text", spent)
+        self._raise_level(spent)
+        entry.text += spent
+        entry.candidate.served += spent
+        entry.candidate.shares = entry.begun is not None and self.stages.shares
+
+    def _has_begun(self, entry: Entry) -> None:
+        run = entry.begun_now.run
+        steps, previews = run.end - run.start, entry.job.previews
+        at = {round((i + 1) * steps / (previews + 1)) for i in range(previews)}
+        entry.due = deque(sorted(step for step in at if 0 < step < steps))
+        self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
 
     def _step(self, entries: list[Entry]) -> None:
         start = self.clock()
@@ -235,7 +257,7 @@ class Engine:
         self.tally.image_steps = len(entries)
         for entry in entries:
             run = entry.begun_now.run
-            step, steps, entry.held_up = run.index - run.start, run.end - run.start, False
+            step, steps = run.index - run.start, run.end - run.start
             self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
             if run.watched and run.estimate is not None:
                 entry.due.popleft()
@@ -340,6 +362,8 @@ class Engine:
     def _forget(self, entry: Entry) -> None:
         self.entries.pop(entry.job.id, None)
         self.active.pop(entry.job.id, None)
+        if entry.beginning is not None:
+            entry.beginning.close()
         if entry in self.waiting:
             self.waiting.remove(entry)
         self.decoding = deque(each for each in self.decoding if each.entry is not entry)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ...family import GLM_IMAGE, PRIOR_PIXELS, family_of
+from ...memory.placement import Resident
 from ...nn.changes import unwrapped
 from ...pipelines.compat.calls import Call
 from ...pipelines.edit_inputs import Originals, read_originals, resize
 from ...pipelines.glm_image import GlyphEmbeds
 from ...pipelines.glm_image_inputs import read_glm_image
-from ...pipelines.glm_image_stages import run_prior
+from ...pipelines.glm_image_stages import prior_steps, run_prior
 from ...pipelines.images import ImageProcessor
 from ...pipelines.pixart import PromptEmbeds
 from ...pipelines.request import Request, read_pixart
@@ -65,7 +66,7 @@ class Stages:
 
     @property
     def at_once(self) -> int:
-        """How many images begin in one turn: the prior of GLM-Image takes long."""
+        """How many images begin at a time: the prior of GLM-Image takes memory."""
         return 1 if self.family is GLM_IMAGE else 8
 
     # --- sizes ---
@@ -136,8 +137,8 @@ class Stages:
     # --- the run ---
 
     @torch.no_grad()
-    def begin(self, job: Job, encoded: Mapping[str, Tensor]) -> Begun:
-        """The run of a job, before its first step.
+    def begin(self, job: Job, encoded: Mapping[str, Tensor]) -> Generator[None, None, Begun]:
+        """The run of a job, before its first step. Yields where others may take a step: after each token of a prior.
 
         Args:
             encoded: what ``encode_texts`` returned for its texts.
@@ -146,13 +147,15 @@ class Stages:
             InputError: the job cannot be used.
         """
         embeds = self._embeds(job, encoded)
-        return self._begin_glm_image(job, embeds) if self.family is GLM_IMAGE else self._begin_pixart(job, embeds)
+        if self.family is GLM_IMAGE:
+            return (yield from self._begin_glm_image(job, embeds))
+        return self._begin_pixart(job, embeds)
 
     def _begin_pixart(self, job: Job, embeds: PromptEmbeds) -> Begun:
         given = job.given
         task = "text-to-image" if given is None else "image-to-image" if given.mask is None else "inpainting"
         pipe = self._pipe(task, job.scheduler)
-        arguments: dict[str, Any] = {"generator": [Generator().manual_seed(job.seed)]}
+        arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(job.seed)]}
         height, width = self._sides(job)
         if given is not None:
             arguments |= {"image": _tensor(given.images[0]), "strength": given.strength}
@@ -175,9 +178,9 @@ class Stages:
             )
         return Begun(job, pipe, request, run, originals)
 
-    def _begin_glm_image(self, job: Job, embeds: GlyphEmbeds) -> Begun:
+    def _begin_glm_image(self, job: Job, embeds: GlyphEmbeds) -> Generator[None, None, Begun]:
         pipe = self.pipe
-        arguments: dict[str, Any] = {"generator": [Generator().manual_seed(job.seed)]}
+        arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(job.seed)]}
         height, width = self._sides(job)
         if job.given is not None:
             arguments["image"] = [to_pil(image) for image in job.given.images]
@@ -185,7 +188,11 @@ class Stages:
         request = read_glm_image(pipe, GlyphEmbeds._fields, bound)
         texts = request.texts
         call = Call(pipe, request.guidance_scale)
-        prior = run_prior(pipe, texts.prompts, request.size, request.images, request.generators, 1, call)
+        order = (pipe, texts.prompts, request.size, request.images, request.generators, 1, call)
+        if type(pipe.placement) is Resident:
+            prior = yield from prior_steps(*order)
+        else:  # the prior and the transformer take turns on the device: to swap them at each token would take longer
+            prior = run_prior(*order)
         noise = pipe._noise(request, torch.float32)
         references = pipe.encode_references(request.images, prior)
         with pipe.using("transformer"):
