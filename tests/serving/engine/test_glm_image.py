@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,15 @@ def test_steps_are_taken_while_a_prior_runs() -> None:
     engine.add(Job("first", "glm", "a cube", width=64, height=64, steps=60, guidance_scale=1.0))
     engine.add(Job("second", "glm", "a sphere", width=64, height=64, steps=3, guidance_scale=1.0))
     steps = list[tuple[str, int]]()
+    spent = Counter[str]()
     while not engine.idle:
-        events, _ = engine.tick()
+        events, tally = engine.tick()
+        spent.update(tally.seconds)
         steps += [(event.id, event.step) for event in events if isinstance(event, Progress)]
     before = steps[: steps.index(("second", 0))]
     assert len([step for id, step in before if id == "first" and step]) >= 2
     assert {("first", 60), ("second", 3)} <= {*steps}
+    assert min(spent[stage] for stage in ("text", "prior", "denoise", "decode")) > 0
 
 
 def test_an_image_is_cancelled_while_its_prior_runs() -> None:

@@ -227,7 +227,7 @@ class Engine:
         except Exception as error:
             self._fail_by(entry, error)
         spent = self.clock() - start
-        self._count("text", spent)
+        self._count(self.stages.beginning, spent)
         self._raise_level(spent)
         entry.text += spent
         entry.candidate.served += spent

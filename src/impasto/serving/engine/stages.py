@@ -69,6 +69,11 @@ class Stages:
         """How many images begin at a time: the prior of GLM-Image takes memory."""
         return 1 if self.family is GLM_IMAGE else 8
 
+    @property
+    def beginning(self) -> str:
+        """The name, for metrics, of what ``begin`` spends its time on."""
+        return "prior" if self.family is GLM_IMAGE else "text"
+
     # --- sizes ---
 
     @property
