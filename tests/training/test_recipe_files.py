@@ -70,7 +70,10 @@ WRONG: dict[str, tuple[str, str]] = {
         "data: {sources: [{kind: folder}]}",
         "data.sources.0: .*folder needs its path",
     ),
-    "packed batches": ("data: {pack_pixels: 1000}", "data.pack_pixels: no objective takes"),
+    "packed batches": (
+        "data: {pack_pixels: 1000}\nobjective: {kind: lcm}",
+        "data.pack_pixels: lcm takes batches of one size",
+    ),
     "GLM-Image without its objective": ("models: {family: glm-image, pipeline: x}", "belong together"),
     "a frozen transformer": ("models: {transformer: {train: false}}", "models.transformer.train: .* trains it"),
     "a trained autoencoder": ("models: {vae: {train: true}}", "models.vae.train: .* does not train it"),

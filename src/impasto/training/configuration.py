@@ -224,7 +224,7 @@ class DataSettings(Section):
         sizes: buckets [height, width] in pixels, in place of ``base``.
         max_upscale: an image that would have to be enlarged by more than this factor is dropped.
         max_crop: an image that would lose more than this share of its area is dropped.
-        pack_pixels: batches of mixed sizes, up to this many pixels.
+        pack_pixels: batches of mixed sizes, of up to this many pixels each, in place of ``batch_size`` images.
         workers: processes that read ahead.
         max_broken: how many samples may turn out to be broken: below 1 a share of all, else a number. Each process
             counts those that it reads.
@@ -359,8 +359,8 @@ class Configuration(Settings):
             raise ValueError(f"a cache has no images, which the objective {self.objective.kind} needs; name the images")
         if self.adapter is not None and self.objective.kind not in ("text-to-image", "flow-matching", "lcm"):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
-        if self.data.pack_pixels is not None:
-            raise ValueError("data.pack_pixels: no objective takes batches of mixed sizes yet; leave it out")
+        if self.data.pack_pixels is not None and self.objective.kind != "text-to-image":
+            raise ValueError(f"data.pack_pixels: {self.objective.kind} takes batches of one size; leave it out")
         if (self.models.family == "glm-image") != isinstance(self.objective, FlowMatchingSettings):
             raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
         if self.models.family == "glm-image" and self.models.pipeline is None:

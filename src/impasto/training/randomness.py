@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -27,6 +28,12 @@ class Randomness:
         self._sample = functools.cache(lambda place: _generator(seed, step, place))
         #: For random numbers of the whole batch; the same in all processes.
         self.shared = _generator(seed, step, None)
+
+    def __getitem__(self, some: slice) -> Randomness:
+        """The random numbers of some of the samples, which go on where they are."""
+        of_some = copy.copy(self)
+        of_some.first = self.first + some.start
+        return of_some
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers [B, ...], float32."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from impasto.models.pixart.model import PixArtTransformer2DModel
@@ -131,9 +132,16 @@ BFLOAT16: dict[str, Any] = {
 }
 
 
+def packed(folder: Path) -> dict[str, Any]:
+    """Batches of squares and of images that are twice as wide."""
+    data = {"sources": [{"path": str(folder / "mixed")}], "batch_size": 1, "sizes": [[16, 16], [16, 32]]}
+    return {**BFLOAT16, "precision": "float32", "data": {**data, "pack_pixels": 1100}}
+
+
 def work(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"stopped": launch(configuration(folder), folder / "launched by two")}
     launch(configuration(folder, **BFLOAT16), folder / "bfloat16 by two")
+    launch(configuration(folder, **packed(folder)), folder / "packed by two")
     with joined() as processes:
         for kind in ("ddp", "fsdp"):
             processes.parallel = kind  # type: ignore[assignment]
@@ -159,6 +167,9 @@ def found(folder: Path, expected: dict[str, Tensor]) -> dict[str, Any]:
     run(folder / "went on by two", steps=7)
     write_pipeline(folder / "pipeline")
     write_images(folder / "images", 7)
+    for i, path in enumerate(sorted(write_images(folder / "mixed", 9).glob("*.png"))):
+        if i % 2:
+            Image.open(path).resize((32, 16)).save(path)
     found: dict[str, Any] = in_ranks(work, folder / "results", folder)[0]
     return found
 
@@ -208,3 +219,8 @@ def test_gradients_are_summed_in_bfloat16_too_before_and_after_a_check(folder: P
     norms = [[row["norm"] for row in rows(folder / f"bfloat16 {name}")] for name in ("alone", "by two")]
     assert len(norms[0]) == 5
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
+
+
+def test_batches_of_several_sizes_are_divided_too(folder: Path, found: dict[str, Any]) -> None:
+    launch(configuration(folder, **packed(folder)), folder / "packed alone")
+    compare(folder, "packed by two", "packed alone", 5)

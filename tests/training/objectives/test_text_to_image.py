@@ -241,7 +241,55 @@ def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
         transformer(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.tensor([3]))
     labels = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
     expected = torch.tensor([0.75 * torch.tensor(2.0).log(), torch.tensor(3.0).log()]).sum()
-    torch.testing.assert_close(head(labels), expected.view(1))
+    torch.testing.assert_close(head([labels]), expected.view(1))
+
+
+def of_sizes(*sides: tuple[int, int]) -> Batch:
+    """Random latents of these sizes, with labels and some masks."""
+    samples = []
+    for i, (height, width) in enumerate(sides):
+        rng = torch.Generator().manual_seed(i)
+        mean = torch.randn(4, height, width, generator=rng)
+        labels = torch.randint(2, (2, height, width), generator=rng)
+        mask = torch.rand(1, 8 * height, 8 * width, generator=rng) if i % 2 else None
+        posterior = (mean, 0.1 * torch.ones_like(mean))
+        samples.append(Sample(posterior=posterior, caption=f"blue cube {i}", labels=labels, loss_mask=mask))
+    return Batch(samples, 0, len(sides), 0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_batch_has_the_losses_and_gradients_of_batches_of_one_size(compiled: bool) -> None:
+    parts = models()
+    nn.init.normal_(parts[0].proj_out.weight, std=0.1)
+    head = LabelHead(parts[0], 0, (2, 3))
+    whole = of_sizes((8, 8), (8, 8), (4, 12), (12, 4), (12, 4))
+    trained = objective(parts, label_head=head, timesteps="uniform", caption_dropout=0.3).train()
+    parts[1].eval()  # without its dropout
+    if compiled:
+        for block in parts[0].transformer_blocks:
+            block.compile(backend="eager", dynamic=True)
+
+    def losses(batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        trained.zero_grad()
+        found = torch.cat([trained(batch, Randomness(3, 0, batch.first, 5)).each for batch in batches])
+        found.sum().backward()
+        return found.detach(), {name: p.grad.clone() for name, p in named(parts).items() if p.grad is not None}
+
+    packed, gradients = losses([whole])
+    apart, expected = losses([Batch(whole.samples[start:end], start, 5, 0) for start, end in ((0, 2), (2, 3), (3, 5))])
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    head.hook.remove()
+
+
+def test_tokens_of_a_packed_batch_may_skip_blocks() -> None:
+    parts = models()
+    routing = route_tokens(parts[0], 0, 1, 0.5)
+    loss = objective(parts, routing=routing).train()(of_sizes((8, 8), (4, 12)), Randomness(3, 0, 0, 2))
+    assert loss.each.shape == (2,)
+    assert loss.each.isfinite().all()
+    routing.remove()
 
 
 def test_an_unknown_prediction_type_is_refused_before_training(tmp_path: Path) -> None:

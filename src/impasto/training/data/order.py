@@ -191,7 +191,10 @@ class Order:
         source, index, bucket = source[shuffled], index[shuffled], bucket[shuffled]
         if self.pack_pixels is not None:
             areas = np.array([height * width for height, width in self.buckets.sizes])[bucket]
-            return _Plan(source, index, bucket, _packed(areas, self.pack_pixels))
+            packed = _packed(areas, self.pack_pixels)
+            numbers = np.repeat(np.arange(len(packed)), packed[:, 1] - packed[:, 0])  # of the batch of each sample
+            by_size = np.lexsort((bucket, numbers))  # within a batch: the transformer works on one size together
+            return _Plan(source[by_size], index[by_size], bucket[by_size], packed)
         by_bucket = np.argsort(bucket, kind="stable")
         source, index, bucket = source[by_bucket], index[by_bucket], bucket[by_bucket]
         counts = np.bincount(bucket)

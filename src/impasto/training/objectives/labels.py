@@ -35,12 +35,23 @@ class LabelHead(nn.Module):
     def _keep(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self.tokens = output if module.training else None
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """The cross-entropy [B] of labels [B, questions, H, W] for the last batch, summed over questions."""
+    def forward(self, labels: Sequence[Tensor]) -> Tensor:
+        """The cross-entropy [B] of the last batch, summed over questions.
+
+        Args:
+            labels: of the images of each size, which are next to each other, [b, questions, H, W].
+        """
         assert self.tokens is not None
-        height, width = labels.shape[-2] // self.patch_size, labels.shape[-1] // self.patch_size
-        answers = unpatchify(self.read(self.tokens), height, width, self.patch_size)  # [B, sum of classes, H, W]
+        p = self.patch_size
+        grids = [(each.shape[-2] // p, each.shape[-1] // p) for each in labels]
+        counts = [len(each) * rows * columns for each, (rows, columns) in zip(labels, grids)]
+        read = self.read(self.tokens).flatten(0, -2).split(counts)
         self.tokens = None
+        return torch.cat([self._loss(x, each, grid) for x, each, grid in zip(read, labels, grids)])
+
+    def _loss(self, read: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Of images of one size, [b]."""
+        answers = unpatchify(read.unflatten(0, (len(labels), -1)), *grid, self.patch_size)  # [b, sum of classes, H, W]
         losses = [
             F.cross_entropy(answer.float(), labels[:, i].long(), reduction="none").flatten(1).mean(1)
             for i, answer in enumerate(answers.split(self.classes, dim=1))

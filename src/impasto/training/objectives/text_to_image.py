@@ -102,37 +102,48 @@ class TextToImage(Objective):
 
     def forward(self, batch: Batch, random: Randomness) -> Loss:
         device = next(self.transformer.parameters()).device
-        count = len(batch.samples)
-        x0 = self.latents(batch.samples, random, device)  # [B, C, H, W]
+        samples, count, sizes = batch.samples, len(batch.samples), of_one_size(batch.samples)
+        x0 = [self.latents(samples[one], random[one], device) for one in sizes]  # of each size [b, C, H, W]
         dropped = random.uniform([count]) < self.caption_dropout
-        text, mask = self.texts(batch.samples, dropped)  # [B, M, D], [B, M]
+        text, mask = self.texts(samples, dropped)  # [B, M, D], [B, M]
         t = self.sample_timesteps(count, random).to(device)  # [B]
-        noise = random.normal(x0.shape).to(device)
-        xt = self.loss.add_noise(x0, noise, t)
+        noise = [random[one].normal(x.shape).to(device) for one, x in zip(sizes, x0)]
+        xt = [self.loss.add_noise(x, e, t[one]) for one, x, e in zip(sizes, x0, noise)]
         if self.routing is not None and self.training:
-            tokens = x0[0, 0].numel() // self.transformer.patch_size**2
-            self.routing.choose(random.uniform([count, tokens]))
+            self.routing.choose(self._scores(sizes, x0, random))
 
+        inputs = [x.to(self.transformer.dtype) for x in xt]
         output = self.transformer(
-            xt.to(self.transformer.dtype),
+            inputs[0] if len(sizes) == 1 else [image for x in inputs for image in x],
             text.to(device, self.transformer.dtype),
             t,
-            self.micro_conditions(batch.samples, device),
+            self.micro_conditions(samples, device),
             encoder_attention_mask=mask.to(device),
         ).sample
-        losses = self.loss(output, x0, noise, xt, t, loss_mask(batch.samples, x0))
-        weighted = self.weights.to(device)[t] * losses.mse
-        each = weighted + self.bound_weight * losses.variational_bound
+        outputs = [output] if len(sizes) == 1 else [torch.stack(output[one]) for one in sizes]
+        losses = [
+            self.loss(out, x, e, noisy, t[one], loss_mask(samples[one], x))
+            for one, out, x, e, noisy in zip(sizes, outputs, x0, noise, xt)
+        ]
+        mse, bound = (torch.cat(each) for each in zip(*losses))  # [B] each
+        weighted = self.weights.to(device)[t] * mse
+        each = weighted + self.bound_weight * bound
 
         parts = by_timestep(weighted, t, self.loss.steps)
-        if output.shape[1] > x0.shape[1]:
-            parts["bound"] = losses.variational_bound
-        labels = [sample.labels for sample in batch.samples if sample.labels is not None]
+        if outputs[0].shape[1] > x0[0].shape[1]:
+            parts["bound"] = bound
+        labels = [sample.labels for sample in samples if sample.labels is not None]
         if self.label_head is not None and self.training and len(labels) == count:
-            wrong = self.label_head(torch.stack(labels).to(device))
+            wrong = self.label_head([torch.stack(labels[one]).to(device) for one in sizes])
             each = each + self.label_weight(batch.step) * wrong
             parts["labels"] = wrong
         return Loss(each, parts)
+
+    def _scores(self, sizes: Sequence[slice], x0: Sequence[Tensor], random: Randomness) -> Tensor | list[Tensor]:
+        """Random numbers for the tokens of each image: [B, N], or B of [N]."""
+        tokens = [x[0, 0].numel() // self.transformer.patch_size**2 for x in x0]
+        scores = [random[one].uniform([len(x), n]) for one, x, n in zip(sizes, x0, tokens)]
+        return scores[0] if len(sizes) == 1 else [row for of_size in scores for row in of_size]
 
     def sample_timesteps(self, count: int, random: Randomness) -> Tensor:
         if self.timesteps == "uniform":
@@ -145,8 +156,7 @@ class TextToImage(Objective):
             return None
         sizes, ratios = [], []
         for sample in samples:
-            shown = sample.image if sample.image is not None else sample.posterior[0]  # type: ignore[index]
-            height, width = shown.shape[-2:]
+            height, width = _shape(sample)[-2:]
             sizes.append(sample.size or (height, width))
             ratios.append([height / width])
         return {
@@ -191,6 +201,20 @@ class TextToImage(Objective):
             model: Any = getattr(self, name)
             if model is not None and any(p.requires_grad for p in model.parameters()):
                 model.save_pretrained(folder / name)
+
+
+def of_one_size(samples: Sequence[Sample]) -> list[slice]:
+    """Where the samples of one size are, next to each other: one slice, unless batches are packed."""
+    found: list[slice] = []
+    for _, some in itertools.groupby(samples, key=_shape):
+        start = found[-1].stop if found else 0
+        found.append(slice(start, start + len([*some])))
+    return found
+
+
+def _shape(sample: Sample) -> torch.Size:
+    shown = sample.image if sample.image is not None else sample.posterior[0]  # type: ignore[index]
+    return shown.shape
 
 
 def by_timestep(losses: Tensor, t: Tensor, steps: int, buckets: int = 4) -> dict[str, Tensor]:
