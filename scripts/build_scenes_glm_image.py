@@ -47,14 +47,14 @@ from impasto.scenes.labels import LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
 from impasto.scenes.world import Scene, is_held_out, recolour, sample_arrangement
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from impasto.training.checkpoints import load_state, save_state
-from impasto.training.config import Settings
-from impasto.training.loop import train
 from impasto.training.objectives.autoencoder import Autoencoder
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
 from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join
 from impasto.training.objectives.visual_codebook import CodeReader, Images, VisualCodebook, tokenize
+from impasto.training.running.checkpoints import load_state, save_state
+from impasto.training.running.loop import train
+from impasto.training.settings.config import Settings
 
 SEED = 2027
 STAGES = ("render", "autoencoder", "latents", "codebook", "tokens", "prior", "transformer", "export", "judge")

@@ -34,10 +34,7 @@ from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.labels import CAPTION_CLASSES, LABEL_CLASSES, label_caption, label_cells
 from impasto.scenes.world import is_held_out, sample_scene
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
-from impasto.training import checkpoints
-from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train
 from impasto.training.objectives.autoencoder import Autoencoder, standardize
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
@@ -45,7 +42,10 @@ from impasto.training.objectives.labels import LabelHead
 from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
-from impasto.training.run import Run
+from impasto.training.running import checkpoints
+from impasto.training.running.loop import train
+from impasto.training.running.run import Run
+from impasto.training.settings.config import Settings
 
 SEED = 2026
 STAGES = ("render", "autoencoder", "latents", "tokenizer", "transformer", "export", "restore")

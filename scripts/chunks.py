@@ -15,8 +15,8 @@ from torch import Tensor
 from impasto.files import write_file
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.nn.machine import fast_dtype
-from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
+from impasto.training.settings.config import Settings
 
 
 def path_of(folder: Path, chunk: int) -> Path:

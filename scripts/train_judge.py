@@ -38,11 +38,11 @@ from impasto.scenes.world import (
     sample_scene,
     with_adapter_words,
 )
-from impasto.training.checkpoints import load_state, save_state
-from impasto.training.config import Settings
-from impasto.training.loop import train as train_loop
 from impasto.training.objectives.base import ByStep, Loss, Objective, Tensors
-from impasto.training.randomness import Randomness
+from impasto.training.running.checkpoints import load_state, save_state
+from impasto.training.running.loop import train as train_loop
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import Settings
 
 SEED, UNSEEN_SEED = 7102, 8102
 CHUNKS = 31

@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# On a busy machine a node that is slow to answer is not dead. Ray ends the driver of a dead one.
+os.environ.update({"RAY_health_check_timeout_ms": "120000"})
 # Test processes that run at once share the cores, and so do the processes that they start.
 if workers := int(os.getenv("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import T5Tokenizer
 
 from impasto.errors import InputError, OutputError
-from impasto.training import recipe_files
 from impasto.training.launch import launch
+from impasto.training.settings import recipe_files
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji"
 ANIMALS, FACES = 3, 0

@@ -19,7 +19,7 @@ from impasto.checkpoints import stored, weights
 from impasto.checkpoints.config import write_json
 from impasto.errors import CheckpointError, CheckpointNotFoundError, OutputError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
-from impasto.training.checkpoints import save_state
+from impasto.training.running.checkpoints import save_state
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import impasto
-from impasto.training import recipe_files
-from impasto.training.configuration import Configuration
+from impasto.training.settings import recipe_files
+from impasto.training.settings.configuration import Configuration
 
 from . import session
 from .commands import commands, problem_with

@@ -408,7 +408,7 @@ ALLOWED = {
     "pipelines/prompts.py",
     "pipelines/learned_tokens.py",  # the class of a new token
     "checkpoints/foreign/quiet.py",
-    "training/components.py",  # T5's class and config, for a new one
+    "training/assembly/components.py",  # T5's class and config, for a new one
     "training/objectives/textual_inversion.py",  # the class of a new token
 }
 

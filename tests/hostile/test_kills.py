@@ -30,7 +30,7 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.image_files import save_image
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training.checkpoints import append_log, load_state, save_state, trim_log
+from impasto.training.running.checkpoints import append_log, load_state, save_state, trim_log
 
 from .. import tiny_glm
 from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae

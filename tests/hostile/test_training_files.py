@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training import checkpoints
-from impasto.training.checkpoints import append_log, trim_log
-from impasto.training.loop import train
-from impasto.training.randomness import Randomness
+from impasto.training.running import checkpoints
+from impasto.training.running.checkpoints import append_log, trim_log
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ..tiny import tiny_pipeline
 from ..training.runs import Of, rows, settings, steps_alone

@@ -15,8 +15,8 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.check import check_pipeline
 from impasto.scenes.source import ScenesSource
-from impasto.training import recipe_files as recipes
 from impasto.training.objectives.autoencoder import psnr
+from impasto.training.settings import recipe_files as recipes
 
 FOLDER = Path(impasto.scenes.source.__file__).parent / "second"
 

@@ -10,10 +10,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from impasto.training import checkpoints
-from impasto.training.config import Settings
 from impasto.training.objectives.base import ByStep, Loss, Objective, Tensors
-from impasto.training.randomness import Randomness
+from impasto.training.running import checkpoints
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import Settings
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

@@ -13,11 +13,11 @@ from torch import nn
 
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
+from impasto.training.running.loop import train
 
 from ..tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
 from .runs import settings

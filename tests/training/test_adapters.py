@@ -10,10 +10,10 @@ import torch
 
 from impasto.errors import ConfigurationError, InputError
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training import recipe_files as recipes
-from impasto.training.assemble import assemble
+from impasto.training.assembly.assemble import assemble
 from impasto.training.launch import launch
-from impasto.training.run import Run
+from impasto.training.running.run import Run
+from impasto.training.settings import recipe_files as recipes
 
 from ..tiny import write_pipeline
 from .folders import write_images

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from impasto.errors import CheckpointError
-from impasto.training.checkpoints import append_log, load_state, save_state
+from impasto.training.running.checkpoints import append_log, load_state, save_state
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from impasto.training.ema import EMA
+from impasto.training.running.ema import EMA
 
 
 def test_follows_the_recurrence_with_a_decay_that_rises_to_its_limit() -> None:

@@ -11,9 +11,9 @@ import torch
 
 from impasto.errors import InputError
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
-from impasto.training import recipe_files as recipes
-from impasto.training.configuration import Configuration
 from impasto.training.launch import launch
+from impasto.training.settings import recipe_files as recipes
+from impasto.training.settings.configuration import Configuration
 
 from ..tiny import write_pipeline
 from .folders import write_images

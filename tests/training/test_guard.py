@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from impasto.errors import CheckpointError
-from impasto.training.config import GuardSettings
-from impasto.training.guard import DivergedError, Guard, signals
+from impasto.training.running.guard import DivergedError, Guard, signals
+from impasto.training.settings.config import GuardSettings
 
 
 def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_end_the_run() -> None:

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from impasto.errors import ConfigurationError, InputError, OutputError
-from impasto.training import checkpoints
-from impasto.training.config import OptimizerSettings, Settings
 from impasto.training.distributed.processes import Processes
-from impasto.training.guard import DivergedError
-from impasto.training.loop import train
-from impasto.training.masters import Masters
 from impasto.training.objectives.base import Loss
 from impasto.training.optimizers import make_optimizers
-from impasto.training.randomness import Randomness
+from impasto.training.running import checkpoints
+from impasto.training.running.guard import DivergedError
+from impasto.training.running.loop import train
+from impasto.training.running.masters import Masters
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import OptimizerSettings, Settings
 
 from ..tiny import tiny_text_encoder, tiny_transformer
 from .runs import Of, rows, settings, steps_alone, stored, values

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from impasto.training.randomness import Randomness, seed_torch
+from impasto.training.running.randomness import Randomness, seed_torch
 
 DRAWS: dict[str, Callable[[Randomness, int], Tensor]] = {
     "normal": lambda random, count: random.normal([count, 3, 4]),

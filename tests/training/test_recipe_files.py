@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from impasto.errors import CheckpointNotFoundError, InputError
-from impasto.training import recipe_files as recipes
-from impasto.training.config import differences
-from impasto.training.configuration import Configuration, TextToImageSettings
+from impasto.training.settings import recipe_files as recipes
+from impasto.training.settings.config import differences
+from impasto.training.settings.configuration import Configuration, TextToImageSettings
 
 SMALL = """
 steps: 10

@@ -16,11 +16,11 @@ from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.glm_image import GlmImagePipeline
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler as Schedule
-from impasto.training import components
-from impasto.training import recipe_files as recipes
-from impasto.training.configuration import Configuration
+from impasto.training.assembly import components
 from impasto.training.launch import launch
 from impasto.training.objectives.glm_image import image_tokens
+from impasto.training.settings import recipe_files as recipes
+from impasto.training.settings.configuration import Configuration
 
 from ..tiny import write_pipeline
 from ..tiny_glm import SCHEDULER, TRANSFORMER, VAE, prior_parts, text_parts

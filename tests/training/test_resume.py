@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
-from impasto.training import checkpoints
-from impasto.training.checkpoints import load_state, save_state
-from impasto.training.config import Settings
-from impasto.training.loop import train
 from impasto.training.objectives import flow_matching, prior, text_encoder, visual_codebook
 from impasto.training.objectives.autoencoder import Autoencoder
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.labels import LabelHead
+from impasto.training.running import checkpoints
+from impasto.training.running.checkpoints import load_state, save_state
+from impasto.training.running.loop import train
+from impasto.training.settings.config import Settings
 
 from ..tiny import tiny_text_encoder
 from ..tiny_glm import TRANSFORMER, prior_parts

@@ -9,8 +9,8 @@ import pytest
 from impasto.cli.train import _check_scenes, _scenes
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training import recipe_files as recipes
 from impasto.training.launch import launch
+from impasto.training.settings import recipe_files as recipes
 
 from .runs import rows
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from impasto.errors import ConfigurationError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.nn.embeddings import sincos_2d
-from impasto.training.start import start_stage
+from impasto.training.assembly.start import start_stage
 
 from ..tiny import tiny_transformer
 

@@ -12,8 +12,8 @@ from impasto.training.data.faults import Faults
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.data.views import to_signed
 from impasto.training.objectives.base import Loss, Objective
-from impasto.training.randomness import Randomness
-from impasto.training.validation import Validation, measure
+from impasto.training.running.randomness import Randomness
+from impasto.training.running.validation import Validation, measure
 
 BUCKETS = Buckets(((16, 16),))
 

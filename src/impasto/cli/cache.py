@@ -45,7 +45,7 @@ def cache(
     whole_number("--actors", actors, most=10_000)
     part = read_part(shard)
 
-    from ..training import recipe_files
+    from ..training.settings import recipe_files
 
     configuration = recipe_files.read(config, changes or [])
     options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "threads": threads, "texts": not latents_only}

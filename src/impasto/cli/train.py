@@ -31,7 +31,7 @@ def train(
     list_recipes: List = False,
 ) -> None:
     """Train what CONFIG describes."""
-    from ..training import recipe_files as recipes
+    from ..training.settings import recipe_files as recipes
 
     if list_recipes:
         found = recipes.recipes()

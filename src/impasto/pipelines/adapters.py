@@ -57,25 +57,40 @@ def adapter_defaults(chosen: Sequence[ChosenAdapter]) -> AdapterDefaults:
 
 
 def apply_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> None:
-    """Load adapters into a pipeline and fuse them where that can be, so that it is as fast as without any.
+    """Make adapters part of a pipeline's weights where that can be, so that it is as fast as without any.
 
     Raises:
         CheckpointError: one is missing, damaged, or for another model. The pipeline is as before.
     """
-    if not chosen:
-        return
+    if chosen and load_adapters(pipe, chosen):
+        pipe.unload_lora_weights()
+
+
+def load_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> bool:
+    """Load adapters and fuse them where that can be; ``unfuse_lora`` and ``unload_lora_weights`` undo it.
+
+    Returns:
+        whether they are fused.
+
+    Raises:
+        CheckpointError: one is missing, damaged, or for another model. The pipeline is as before.
+    """
     names = [f"{i}_{adapter.name.replace('.', '_')}" for i, adapter in enumerate(chosen)]
     try:
         for name, adapter in zip(names, chosen):
             pipe.load_lora_weights(adapter.source, adapter_name=name)
+        pipe.set_adapters(names, [adapter.weight for adapter in chosen])
     except Exception:
         pipe.unload_lora_weights()
         raise
-    pipe.set_adapters(names, [adapter.weight for adapter in chosen])
     try:
         pipe.fuse_lora()
-    except ConfigurationError as error:
+    except ConfigurationError as error:  # quantized weights
         logger.info("adapters stay as they are: %s", error)
         pipe.unfuse_lora()
-    else:
+        return False
+    except Exception:  # such as a lack of memory
+        pipe.unfuse_lora()
         pipe.unload_lora_weights()
+        raise
+    return True

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import make_folder, write_file
-from . import checkpoints
-from .adapters import export_adapters
-from .assemble import Assembled, Check, MakeSource, assemble
-from .configuration import AutoencoderSettings, Configuration
+from .assembly.adapters import export_adapters
+from .assembly.assemble import Assembled, Check, MakeSource, assemble
+from .assembly.dry_run import describe
 from .distributed.processes import joined
-from .dry_run import describe
-from .loop import train
 from .objectives.autoencoder import latent_moments, standardize
-from .recipe_files import text_of
+from .running import checkpoints
+from .running.loop import train
+from .settings.configuration import AutoencoderSettings, Configuration
+from .settings.recipe_files import text_of
 
 logger = logging.getLogger("impasto")
 

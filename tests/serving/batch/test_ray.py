@@ -116,8 +116,10 @@ def test_every_record_once_though_an_actor_and_a_node_are_killed(
     alone = tmp_path / "alone"
     alone.mkdir()
     run(todo, by_engine(make_engine(spec), "tiny", "dpm++", 4), Folders(alone), Manifest(alone), "m")
-    for line in lines:
-        assert np.abs(pixels(tmp_path / line["file"]) - pixels(alone / line["file"])).max() <= 1
+    # In levels of 255. Images that differ by at most 1e-5 differ in a few rounded pixels, and on average by no more.
+    differences = [np.abs(pixels(tmp_path / line["file"]) - pixels(alone / line["file"])) for line in lines]
+    assert max(each.max() for each in differences) <= 1
+    assert np.mean([each.mean() for each in differences]) <= 255 * 1e-5
 
 
 @pytest.mark.cluster

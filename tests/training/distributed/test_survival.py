@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from impasto.errors import ConfigurationError, InputError, ResourceError
-from impasto.training import checkpoints
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.distributed import storage
 from impasto.training.distributed.processes import ALONE, Processes, joined
-from impasto.training.loop import train
 from impasto.training.objectives.base import Loss, Objective
-from impasto.training.randomness import Randomness
+from impasto.training.running import checkpoints
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ..runs import rows, settings
 from .ranks import results, start

@@ -15,15 +15,15 @@ import yaml
 from torch import nn
 
 from impasto.errors import ConfigurationError
-from impasto.training import checkpoints
-from impasto.training.config import OptimizerSettings
 from impasto.training.data.sample import Batch
 from impasto.training.distributed.parallel import chosen
 from impasto.training.distributed.processes import Processes, joined
-from impasto.training.loop import train
 from impasto.training.objectives.base import Loss, Objective
 from impasto.training.optimizers import check_shardable
-from impasto.training.randomness import Randomness
+from impasto.training.running import checkpoints
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import OptimizerSettings
 
 from ...tiny import write_pipeline
 from ..folders import write_images

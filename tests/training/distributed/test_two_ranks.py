@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from impasto.models.pixart.model import PixArtTransformer2DModel
-from impasto.training import recipe_files
 from impasto.training.data.sample import Batch, Sample, cuts
 from impasto.training.distributed.processes import ALONE, Processes, joined
 from impasto.training.launch import launch
-from impasto.training.loop import train
 from impasto.training.objectives.base import Loss, Objective
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings import recipe_files
 
 from ...tiny import tiny_transformer, write_pipeline
 from ..folders import write_images

@@ -28,7 +28,7 @@ from impasto.training.jobs.cache import Encoders, Job, run, settings_for
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.text_to_image import Latents, TextToImage
 from impasto.training.objectives.texts import Texts
-from impasto.training.randomness import Randomness
+from impasto.training.running.randomness import Randomness
 
 from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
 from ..data.folder_of_images import smooth_image, write_folder

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from impasto.cli import app
 from impasto.errors import ConfigurationError
-from impasto.training import recipe_files as recipes
 from impasto.training.launch import launch
+from impasto.training.settings import recipe_files as recipes
 
 from ...tiny import tiny_text_encoder, tiny_vae, write_pipeline
 from ..folders import write_images

@@ -9,9 +9,9 @@ import pytest
 
 from impasto.errors import ConfigurationError
 from impasto.scenes.source import WORDINGS, ScenesSource
-from impasto.training import recipe_files as recipes
 from impasto.training.data.cached import CachedSource
 from impasto.training.launch import launch
+from impasto.training.settings import recipe_files as recipes
 
 from ...tiny import write_pipeline
 from ..runs import rows

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from impasto.models.autoencoder.model import AutoencoderKL
-from impasto.training.config import OptimizerSettings, Settings
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train
 from impasto.training.objectives.autoencoder import Autoencoder, edges, psnr, standardize
 from impasto.training.objectives.base import ByStep
 from impasto.training.optimizers import make_optimizers
 from impasto.training.optimizers.muon import Muon
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import OptimizerSettings, Settings
 
 from ...tiny import tiny_vae
 from ..runs import rows

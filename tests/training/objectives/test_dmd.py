@@ -12,10 +12,10 @@ from torch import Tensor
 from impasto.errors import ConfigurationError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtAlphaPipeline
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.dmd import DistributionMatching
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ...tiny import tiny_pipeline, tiny_text_encoder, tiny_transformer
 from ..runs import settings

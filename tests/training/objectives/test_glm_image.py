@@ -16,7 +16,6 @@ from impasto.models.glm_image.prior import target_offsets
 from impasto.pipelines.glm_image_stages import shift_of, shifted
 from impasto.pipelines.request import Schedule
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
 from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join, scores
@@ -28,6 +27,7 @@ from impasto.training.objectives.visual_codebook import (
     see,
     tokenize,
 )
+from impasto.training.running.loop import train
 
 from ...tiny_glm import SCHEDULER, TRANSFORMER, prior_parts
 from ..runs import rows, settings

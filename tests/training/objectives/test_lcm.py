@@ -15,10 +15,10 @@ from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.schedulers.lcm import LCMScheduler
 from impasto.training.distributed.parallel import chosen
 from impasto.training.distributed.processes import Processes
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.lcm import LatentConsistency
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ...tiny import tiny_transformer
 from ..runs import settings

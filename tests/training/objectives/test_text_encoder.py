@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep, Tensors
 from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ...tiny import tiny_text_encoder
 from ..runs import rows, settings

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from impasto.errors import InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
-from impasto.training.config import Settings
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train as run
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.labels import LabelHead
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train as run
+from impasto.training.running.randomness import Randomness
+from impasto.training.settings.config import Settings
 from impasto.transforms.token_routing import route_tokens
 
 from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer

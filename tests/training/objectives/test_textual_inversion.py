@@ -12,10 +12,10 @@ import torch
 from impasto.errors import InputError
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.loop import train
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.textual_inversion import TextualInversion
-from impasto.training.randomness import Randomness
+from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ...tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer
 from ..runs import settings

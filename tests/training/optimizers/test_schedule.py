@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from impasto.training.config import Settings
+from impasto.training.settings.config import Settings
 
 
 def plan(steps: int, kind: str, warmup: int, **more: float) -> Settings:

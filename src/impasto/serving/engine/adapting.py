@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from ...errors import ConfigurationError
-from ...pipelines.adapters import ChosenAdapter
-
-logger = logging.getLogger("impasto")
+from ...pipelines.adapters import ChosenAdapter, load_adapters
 
 Adapters = tuple[ChosenAdapter, ...]
 
@@ -33,23 +29,6 @@ class AdapterSwitch:
             pipe.unfuse_lora()
             pipe.unload_lora_weights()
             self.current = ()
-        if not adapters:
-            return
-        names = [f"{i}_{adapter.name.replace('.', '_')}" for i, adapter in enumerate(adapters)]
-        try:
-            for name, adapter in zip(names, adapters):
-                pipe.load_lora_weights(adapter.source, adapter_name=name)
-            pipe.set_adapters(names, [adapter.weight for adapter in adapters])
-        except Exception:
-            pipe.unload_lora_weights()
-            raise
-        try:
-            pipe.fuse_lora()
-        except ConfigurationError as error:  # quantized weights
-            logger.info("adapters stay as they are: %s", error)
-            pipe.unfuse_lora()
-        except Exception:  # such as a lack of memory
-            pipe.unfuse_lora()
-            pipe.unload_lora_weights()
-            raise
-        self.current = adapters
+        if adapters:
+            load_adapters(pipe, adapters)
+            self.current = adapters

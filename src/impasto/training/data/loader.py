@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ...checks import shown, whole_number
 from ...errors import ConfigurationError, ImpastoError, InputError, ResourceError
-from ..randomness import reading_generator
+from ..running.randomness import reading_generator
 from .faults import Faults
 from .order import GlobalBatch, Order, Place
 from .sample import Batch, Sample, Source, name_of

@@ -30,7 +30,7 @@ from ..data.faults import Faults
 from ..data.images import ImageSource
 from ..data.sample import Sample, Source, captions_of_sample, name_of
 from ..data.views import Views
-from ..randomness import reading_generator
+from ..running.randomness import reading_generator
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ...errors import ConfigurationError
-from ..assemble import MakeSource, buckets_of, open_source, texts_of
-from ..components import load_encoders
-from ..configuration import Configuration
+from ..assembly.assemble import MakeSource, buckets_of, open_source, texts_of
+from ..assembly.components import load_encoders
 from ..data.cached import fingerprint
-from ..objective_settings import Denoising
 from ..objectives.text_to_image import Latents
+from ..settings.configuration import Configuration
+from ..settings.objective_settings import Denoising
 from .cache import Encoders, Job, settings_for
 
 

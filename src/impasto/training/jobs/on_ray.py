@@ -13,9 +13,9 @@ from typing import Any
 
 from ...errors import MissingDependencyError, ResourceError
 from ...files import append_line
-from ..assemble import MakeSource
-from ..configuration import Configuration
+from ..assembly.assemble import MakeSource
 from ..data.cached import EMPTY, read_index
+from ..settings.configuration import Configuration
 from .cache import Job
 from .from_configuration import cache_jobs
 

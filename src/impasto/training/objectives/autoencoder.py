@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...models.autoencoder.model import AutoencoderKL
 from ..data.sample import Batch, Sample
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Objective
 
 

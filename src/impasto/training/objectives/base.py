@@ -13,7 +13,7 @@ from ...checkpoints.adapters.file import AdapterDefaults
 from ...errors import InputError
 from ...transforms.quantized_linear import QuantizedLinear
 from ..data.sample import Batch
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 
 
 class Loss(NamedTuple):

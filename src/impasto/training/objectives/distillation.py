@@ -17,7 +17,7 @@ from ...errors import ConfigurationError
 from ...nn.changes import is_plain_tensor
 from ...schedulers import process
 from ..data.sample import Sample
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .text_to_image import TextToImage
 from .texts import Text
 

@@ -20,7 +20,7 @@ from ...errors import ConfigurationError
 from ...schedulers import process
 from ...schedulers.ddpm import DDPMScheduler
 from ..data.sample import Batch, Sample
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss
 from .distillation import Distillation, Given, distance
 

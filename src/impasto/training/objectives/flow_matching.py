@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...models.glm_image.model import GlmImageTransformer2DModel
 from ...schedulers import noise_schedule, process
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Objective, Tensors
 
 

@@ -20,7 +20,7 @@ from ...models.glm_image.prior import doubled
 from ...pipelines.glyphs import encode_glyphs
 from ..data.sample import Batch as Samples
 from ..data.sample import Sample
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Tensors
 from .flow_matching import Batch, FlowMatching
 from .text_to_image import Latents

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...nn.layers import unpatchify
-from ..randomness import seed_torch
+from ..running.randomness import seed_torch
 
 
 class LabelHead(nn.Module):

@@ -18,7 +18,7 @@ from ...errors import ConfigurationError
 from ...schedulers.lcm import LCMScheduler
 from ...schedulers.process import boundary_scalings
 from ..data.sample import Batch
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss
 from .distillation import Distillation, Given, Values, distance
 

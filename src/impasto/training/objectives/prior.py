@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Objective, Tensors
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...nn.attention import attention
 from ..data.sample import Batch
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Objective, Tensors
 
 

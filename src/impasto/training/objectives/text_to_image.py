@@ -21,7 +21,7 @@ from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
 from ...transforms.token_routing import TokenRouting
 from ..data.sample import Batch, Sample
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .autoencoder import images_of
 from .base import Loss, Objective
 from .diffusion_loss import DiffusionLoss, Weighting

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.layers import unpatchify
-from ..randomness import Randomness
+from ..running.randomness import Randomness
 from .base import Loss, Objective, Tensors
 
 

@@ -15,7 +15,7 @@ from .came import CAME
 from .muon import Muon
 
 if TYPE_CHECKING:
-    from ..config import OptimizerSettings
+    from ..settings.config import OptimizerSettings
 
 Group = dict[str, Any]
 

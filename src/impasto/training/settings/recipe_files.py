@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..checks import printable, shown
-from ..errors import CheckpointNotFoundError, InputError, MissingDependencyError
+from ...checks import printable, shown
+from ...errors import CheckpointNotFoundError, InputError, MissingDependencyError
 from .config import problems
 from .configuration import Configuration
 
@@ -17,7 +17,7 @@ MOST_BYTES = 1_000_000
 
 def recipes() -> dict[str, str]:
     """The recipes of the package by name, each with its first line, which describes it."""
-    folder = resources.files(__package__) / "recipes"
+    folder = resources.files("impasto.training") / "recipes"
     found = {}
     for path in sorted(folder.iterdir(), key=lambda each: each.name.removesuffix(".yaml")):
         if path.name.endswith(".yaml"):
@@ -78,7 +78,7 @@ def _text(name: str) -> str:
         raise CheckpointNotFoundError(
             f"there is no recipe {shown(name)}; give a .yaml file, or one of {', '.join(known)} (impasto train --list)"
         )
-    return (resources.files(__package__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return (resources.files("impasto.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _parse(text: str, name: str) -> Any:

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import CheckpointError, ImpastoError
-from .config import GuardSettings
+from ...errors import CheckpointError, ImpastoError
+from ..settings.config import GuardSettings
 
 logger = logging.getLogger("impasto")
 

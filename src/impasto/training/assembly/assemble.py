@@ -12,11 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ConfigurationError, InputError
-from ..pipelines.glm_image_stages import latent_statistics, shift_of
-from .adapters import add_adapters
-from .components import FAMILIES, Components, load
-from .configuration import (
+from ...errors import ConfigurationError, InputError
+from ...pipelines.glm_image_stages import latent_statistics, shift_of
+from ..data.buckets import Buckets, sizes_of
+from ..data.cached import CachedSource
+from ..data.faults import Faults
+from ..data.folders import FolderSource
+from ..data.images import Reading
+from ..data.loader import Data
+from ..data.order import Order
+from ..data.sample import Sample, Source, name_of
+from ..data.shards import ShardSource
+from ..data.views import Views
+from ..distributed.processes import ALONE, Processes
+from ..objectives.autoencoder import Autoencoder
+from ..objectives.base import Objective
+from ..objectives.diffusion_loss import DiffusionLoss
+from ..objectives.glm_image import GlmImageFlowMatching
+from ..objectives.labels import LabelHead
+from ..objectives.text_encoder import SlotReader, WarmStart
+from ..objectives.text_to_image import Latents, TextToImage
+from ..objectives.texts import Texts
+from ..running.validation import Validation, measure
+from ..settings.configuration import (
     OWN_KINDS,
     AutoencoderSettings,
     Configuration,
@@ -26,28 +44,10 @@ from .configuration import (
     TextEncoderSettings,
     TextToImageSettings,
 )
-from .data.buckets import Buckets, sizes_of
-from .data.cached import CachedSource
-from .data.faults import Faults
-from .data.folders import FolderSource
-from .data.images import Reading
-from .data.loader import Data
-from .data.order import Order
-from .data.sample import Sample, Source, name_of
-from .data.shards import ShardSource
-from .data.views import Views
-from .distributed.processes import ALONE, Processes
+from ..settings.objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
+from .adapters import add_adapters
+from .components import FAMILIES, Components, load
 from .further_objectives import lacking, make_class_images, make_further, needs_class_images, planned, routing_of
-from .objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
-from .objectives.autoencoder import Autoencoder
-from .objectives.base import Objective
-from .objectives.diffusion_loss import DiffusionLoss
-from .objectives.glm_image import GlmImageFlowMatching
-from .objectives.labels import LabelHead
-from .objectives.text_encoder import SlotReader, WarmStart
-from .objectives.text_to_image import Latents, TextToImage
-from .objectives.texts import Texts
-from .validation import Validation, measure
 
 #: Makes a source from its options. Programs add kinds of sources by name.
 MakeSource = Callable[[dict[str, Any]], Source]

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.stored import load_pickle
-from ..errors import CheckpointError, OutputError
-from ..files import append_line, make_folder, publish_folder, write_file
-from .distributed.processes import ALONE, Processes
-from .distributed.storage import replace_state
+from ...checkpoints.stored import load_pickle
+from ...errors import CheckpointError, OutputError
+from ...files import append_line, make_folder, publish_folder, write_file
+from ..distributed.processes import ALONE, Processes
+from ..distributed.storage import replace_state
 
 _NAME = re.compile(r"step-(\d{8,})")
 

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from ..checks import shown
-from ..errors import MissingDependencyError
-from .optimizers.schedule import Kind, share
+from ...checks import shown
+from ...errors import MissingDependencyError
+from ..optimizers.schedule import Kind, share
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator

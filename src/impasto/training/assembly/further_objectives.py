@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..transforms.token_routing import TokenRouting, route_tokens
+from ...errors import ConfigurationError
+from ...transforms.token_routing import TokenRouting, route_tokens
+from ..data.sample import Source
+from ..distributed.processes import Processes
+from ..jobs.class_images import PlannedImages, generate_class_images, missing_images
+from ..objectives.distillation import Distillation
+from ..objectives.dmd import DistributionMatching
+from ..objectives.lcm import LatentConsistency
+from ..objectives.text_to_image import TextToImage
+from ..objectives.textual_inversion import TextualInversion
+from ..settings.configuration import Configuration, DataSettings, SourceSettings, TextToImageSettings
+from ..settings.objective_settings import DmdSettings, LcmSettings, TextualInversionSettings
 from .components import Components
-from .configuration import Configuration, DataSettings, SourceSettings, TextToImageSettings
-from .data.sample import Source
-from .distributed.processes import Processes
-from .jobs.class_images import PlannedImages, generate_class_images, missing_images
-from .objective_settings import DmdSettings, LcmSettings, TextualInversionSettings
-from .objectives.distillation import Distillation
-from .objectives.dmd import DistributionMatching
-from .objectives.lcm import LatentConsistency
-from .objectives.text_to_image import TextToImage
-from .objectives.textual_inversion import TextualInversion
 
 
 def make_further(

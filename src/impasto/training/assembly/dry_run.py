@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from ..optimizers.state import state_tensors
+from ..running.run import Run
+from ..settings.configuration import Configuration
 from .assemble import Assembled
-from .configuration import Configuration
 from .further_objectives import lacking
-from .optimizers.state import state_tensors
-from .run import Run
 
 MEASURED_STEPS = 2
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..objectives.diffusion_loss import Weighting
+from ..objectives.text_to_image import Timesteps
 from .config import Count, NotNegative, Positive, Section, Settings, Share
 from .objective_settings import (
     MEASURES,
@@ -16,8 +18,6 @@ from .objective_settings import (
     TextualInversionSettings,
     TokenRoutingSettings,
 )
-from .objectives.diffusion_loss import Weighting
-from .objectives.text_to_image import Timesteps
 
 
 class LabelSettings(Section):

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import shown, whole_number
-from ..errors import CheckpointError, ConfigurationError, InputError
-from .config import Settings, differences
-from .distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
-from .distributed.processes import ALONE, Processes
-from .distributed.shards import clip_norm
-from .distributed.storage import read_state, read_tensors, write_tensors
+from ...checks import shown, whole_number
+from ...errors import CheckpointError, ConfigurationError, InputError
+from ..distributed.parallel import chosen, gather, replicated, shard, synchronize, whole
+from ..distributed.processes import ALONE, Processes
+from ..distributed.shards import clip_norm
+from ..distributed.storage import read_state, read_tensors, write_tensors
+from ..objectives.base import AnyBatch, Objective
+from ..optimizers import check_shardable, make_optimizers
+from ..optimizers.state import group_numbers, restore_group_numbers, set_rate, start_state, state_tensors
+from ..settings.config import Settings, differences
 from .ema import EMA
 from .guard import Guard
 from .masters import Masters, working_dtype
-from .objectives.base import AnyBatch, Objective
-from .optimizers import check_shardable, make_optimizers
-from .optimizers.state import group_numbers, restore_group_numbers, set_rate, start_state, state_tensors
 from .randomness import Randomness, seed_torch
 
 #: Settings that may change when a run goes on.

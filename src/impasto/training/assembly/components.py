@@ -10,22 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import hub
-from ..checkpoints.layout import INDEX_NAME
-from ..errors import ConfigurationError
-from ..family import ALPHA, GLM_IMAGE, SIGMA, Family
-from ..files import make_folder
-from ..memory.inspection import resolve_pipeline
-from ..models.autoencoder.model import AutoencoderKL
-from ..models.glm_image.model import GlmImageTransformer2DModel
-from ..models.pixart.model import PixArtTransformer2DModel
-from ..pipelines.image_files import save_image
-from ..pipelines.loading import load_component
-from ..schedulers.dpm_solver import DPMSolverMultistepScheduler
-from ..transforms.quantize import Method, quantize
-from .configuration import AutoencoderSettings, ComponentSettings, Configuration, SampleSettings, TextEncoderSettings
-from .masters import working_dtype
-from .objectives.text_to_image import initialize
+from ...checkpoints import hub
+from ...checkpoints.layout import INDEX_NAME
+from ...errors import ConfigurationError
+from ...family import ALPHA, GLM_IMAGE, SIGMA, Family
+from ...files import make_folder
+from ...memory.inspection import resolve_pipeline
+from ...models.autoencoder.model import AutoencoderKL
+from ...models.glm_image.model import GlmImageTransformer2DModel
+from ...models.pixart.model import PixArtTransformer2DModel
+from ...pipelines.image_files import save_image
+from ...pipelines.loading import load_component
+from ...schedulers.dpm_solver import DPMSolverMultistepScheduler
+from ...transforms.quantize import Method, quantize
+from ..objectives.text_to_image import initialize
+from ..running.masters import working_dtype
+from ..settings.configuration import (
+    AutoencoderSettings,
+    ComponentSettings,
+    Configuration,
+    SampleSettings,
+    TextEncoderSettings,
+)
 from .start import start_stage
 
 FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
@@ -60,7 +66,7 @@ class Components:
     def pipeline(self) -> Any:
         """A pipeline of the live models."""
         if self.family is GLM_IMAGE:
-            from ..pipelines.glm_image import GlmImagePipeline
+            from ...pipelines.glm_image import GlmImagePipeline
 
             parts = {"vision_language_encoder": self.prior, "vae": self.vae, "scheduler": self.scheduler}
             pipe: Any = GlmImagePipeline(
@@ -72,7 +78,7 @@ class Components:
             )
             pipe.set_progress_bar_config(disable=True)
             return pipe
-        from ..pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+        from ...pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
 
         cls = PixArtAlphaPipeline if self.family is ALPHA else PixArtSigmaPipeline
         pipe = cls(self.tokenizer, self.text_encoder, self.vae, self.transformer, self.scheduler)
@@ -219,7 +225,7 @@ class _Reader:
 
     def glm_image(self, found: Components) -> None:
         """The components of a GLM-Image pipeline, of which the transformer may come from elsewhere."""
-        from ..pipelines.glm_image import GlmImagePipeline
+        from ...pipelines.glm_image import GlmImagePipeline
 
         settings = self.models.transformer
         assert self.pipeline is not None
@@ -238,7 +244,7 @@ class _Reader:
             part.to(self.device)
 
     def tokenizer(self) -> Any:
-        from ..checkpoints.foreign.from_transformers import load_reader
+        from ...checkpoints.foreign.from_transformers import load_reader
 
         if self.models.tokenizer is not None:
             root = hub.resolve(self.models.tokenizer)

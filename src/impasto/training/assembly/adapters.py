@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.adapters.file import AdapterDefaults
-from ..transforms.adapters.injection import add
-from ..transforms.adapters.layers import peft
-from ..transforms.adapters.saving import save
+from ...checkpoints.adapters.file import AdapterDefaults
+from ...transforms.adapters.injection import add
+from ...transforms.adapters.layers import peft
+from ...transforms.adapters.saving import save
+from ..settings.configuration import AdapterSettings
 from .components import Components
-from .configuration import AdapterSettings
 
 NAME = "default"
 

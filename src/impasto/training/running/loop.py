@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ...errors import InputError
+from ..data.order import Order
+from ..distributed.processes import ALONE, Processes
+from ..objectives.base import Data, Objective
+from ..settings.config import Settings
 from . import checkpoints
-from .config import Settings
-from .data.order import Order
-from .distributed.processes import ALONE, Processes
 from .guard import signals
-from .objectives.base import Data, Objective
 from .report import Reporter
 from .run import Run
 

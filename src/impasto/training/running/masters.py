@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigurationError
-from ..nn.machine import fast_dtype
-from .distributed.shards import local
+from ...errors import ConfigurationError
+from ...nn.machine import fast_dtype
+from ..distributed.shards import local
 
 
 class Masters:

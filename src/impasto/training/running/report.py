@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MissingDependencyError
+from ...errors import MissingDependencyError
+from ..settings.config import Settings
 from .checkpoints import append_log, trim_log
-from .config import Settings
 
 #: Dense products per second of GPUs in bfloat16 or float16, by parts of their names; of the makers' data sheets.
 PEAK_FLOPS = {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .distributed.shards import local
+from ..distributed.shards import local
 
 
 class EMA:

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import hub
-from ..checkpoints.config import naming
-from ..checkpoints.stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
-from ..errors import CheckpointError, WeightsMismatchError
-from ..folders import reading
-from ..models.base import Model
+from ...checkpoints import hub
+from ...checkpoints.config import naming
+from ...checkpoints.stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
+from ...errors import CheckpointError, WeightsMismatchError
+from ...folders import reading
+from ...models.base import Model
 
 logger = logging.getLogger("impasto")
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..errors import InputError
-from .data.buckets import Buckets
-from .data.faults import Faults
-from .data.sample import Batch, Sample, Source, name_of
-from .data.views import to_signed
-from .objectives.base import Objective
+from ...errors import InputError
+from ..data.buckets import Buckets
+from ..data.faults import Faults
+from ..data.sample import Batch, Sample, Source, name_of
+from ..data.views import to_signed
+from ..objectives.base import Objective
 from .randomness import Randomness
 
 #: No step of training has this number, nor this seed its random numbers.
