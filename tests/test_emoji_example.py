@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import T5Tokenizer
 
+from impasto.cli import app
 from impasto.errors import InputError, OutputError
 from impasto.training.launch import launch
 from impasto.training.settings import recipe_files
@@ -154,7 +155,11 @@ def test_the_whole_chain(
     train("autoencoder", *vae, "validation.count=2", "objective.standardize=4")
     text = [f"models.text_encoder.config.{change}" for change in TINY_TEXT]
     transformer = [f"models.transformer.config.{change}" for change in TINY_TRANSFORMER]
-    train("transformer", *text, *transformer, "samples.steps=1")
+    plain = [*text, *transformer, "samples.steps=1", "compile=false"]
+    options = [option for change in [*plain, "data.sources.0.crop=centre"] for option in ("--set", change)]
+    with pytest.raises(SystemExit, match="0"):
+        app(["cache", str(EXAMPLE / "transformer.yaml"), "runs/emoji/cache", "--latents-only", *options])
+    train("transformer", *plain, "data.sources.0={kind: cache, path: runs/emoji/cache, real_prompt_ratio: 0.8}")
     assert len(list(Path("runs/emoji/transformer/samples").glob("*.png"))) == 8
     train("lora")
 

@@ -258,7 +258,7 @@ def test_the_best_checkpoint_is_kept(which: str, best: int, tmp_path: Path) -> N
 
 def test_processes_that_see_other_data_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes, data, model = Processes(rank=1), steps_alone(8), nn.Linear(3, 1)
-    data.order = SimpleNamespace(fingerprint="own", in_buckets={})  # type: ignore[attr-defined]
+    data.order = SimpleNamespace(fingerprint="own", in_buckets={}, pack_pixels=None)  # type: ignore[attr-defined]
     monkeypatch.setattr(processes, "shared", lambda value: "another")
     objective = Of(model, lambda step, random: model(random.normal([8, 3])).square().mean(1))
     with pytest.raises(InputError, match="rank 1 sees other data than rank 0"):
@@ -276,7 +276,7 @@ def test_blocks_may_be_compiled_for_all_shapes_of_the_data(tmp_path: Path, monke
 
     model, data, before = nn.Linear(3, 1), steps_alone(8), config.recompile_limit
     sizes = {(16 * i, 16): 1 for i in range(1, 41)}
-    data.order = SimpleNamespace(fingerprint="", in_buckets=sizes)  # type: ignore[attr-defined]
+    data.order = SimpleNamespace(fingerprint="", in_buckets=sizes, pack_pixels=None)  # type: ignore[attr-defined]
     train(Of(model, loss), data, plain(1, compile=True), tmp_path)
     assert seen[0] >= 2 * 40
     assert config.recompile_limit == before

@@ -15,6 +15,7 @@ DRAWS: dict[str, Callable[[Randomness, int], Tensor]] = {
     "uniform": lambda random, count: random.uniform([count]),
     "integers": lambda random, count: random.integers(1000, [count, 5]),
     "stratified": lambda random, count: random.stratified(count),
+    "shuffled": lambda random, count: random.stratified(count, shuffled=True),
 }
 
 
@@ -54,6 +55,13 @@ def test_stratified_numbers_fill_every_interval() -> None:
     for step in range(20):
         numbers = Randomness(3, step).stratified(16)
         assert (numbers * 16).floor().tolist() == list(range(16))
+
+
+def test_which_sample_has_which_interval_is_drawn_for_packed_batches() -> None:
+    """There, samples of one size are next to each other."""
+    numbers = torch.stack([Randomness(3, step).stratified(16, shuffled=True) for step in range(100)])
+    assert (numbers.sort(dim=1).values * 16).floor().tolist() == [list(range(16))] * 100
+    assert float(numbers[:, :8].mean()) == pytest.approx(0.5, abs=0.03)
 
 
 def test_what_samples_share_is_the_same_in_each_share_and_of_no_sample() -> None:

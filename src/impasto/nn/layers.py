@@ -63,8 +63,8 @@ def unpatchify_channels_first(tokens: Tensor, height: int, width: int, patch_siz
 class PatchConvolution(nn.Conv2d):
     """A convolution whose kernel is as large as its stride, computed as a product of patches and kernels.
 
-    A row of a product does not depend on the other rows, and the last digits of a convolution depend on the batch: so
-    an image is bit-equal whatever other images are in its batch.
+    On a CPU a row of a product does not depend on the other rows, and the last digits of a convolution depend on the
+    batch: so the tokens of an image are bit-equal whatever other images are in its batch.
     """
 
     def forward(self, image: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Admission:
         self.served, self.limit, self.stats = served, limit, stats
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Nothing, if all of these jobs can be accepted.
+        """Check that all of these jobs can be accepted.
 
         Raises:
             RefusedError: its subclass says why.

@@ -90,7 +90,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Finished:
-    """The image. ``seconds`` of its stages by name: wait, text, denoise, decode."""
+    """The image. ``seconds`` of its stages by name: wait, text (and prior), denoise, decode."""
 
     id: str
     image: RawImage

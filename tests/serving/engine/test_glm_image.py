@@ -21,13 +21,14 @@ def test_images_are_those_of_the_pipeline() -> None:
     pipe = with_prior()
     rgb = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     given = GivenImages((RawImage(64, 64, rgb.tobytes()),))
-    common: dict[str, Any] = {"steps": 3, "guidance_scale": 2.0}
+    common: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0}
     jobs = [
         Job("wide", "glm", 'a sign "open"', width=96, height=64, seed=1, **common),
         Job("edit", "glm", 'a sign "shut"', width=64, height=64, seed=2, given=given, **common),
         Job("written", "glm", "a cube <sop>40 40<eop>", width=64, height=64, seed=3, **common),
     ]
-    engine, shared = make_engine(pipe), list[int]()
+    # By this clock a prior takes about three turns.
+    engine, shared = make_engine(pipe, clock=(0.001 * tick for tick in itertools.count()).__next__), list[int]()
     found = images(run(engine, jobs, lambda turn: shared.append(engine.tally.image_steps)))
     assert max(shared) >= 2
     for job in jobs:
@@ -37,7 +38,7 @@ def test_images_are_those_of_the_pipeline() -> None:
             image=image,
             height=job.height,
             width=job.width,
-            num_inference_steps=3,
+            num_inference_steps=6,
             guidance_scale=2.0,
             generator=[Generator().manual_seed(job.seed)],
         ).images[0]
@@ -75,6 +76,21 @@ def test_steps_are_taken_while_a_prior_runs() -> None:
     assert len([step for id, step in before if id == "first" and step]) >= 2
     assert {("first", 60), ("second", 3)} <= {*steps}
     assert min(spent[stage] for stage in ("text", "prior", "denoise", "decode")) > 0
+
+
+def test_images_that_waited_for_a_prior_do_not_catch_up() -> None:
+    engine = make_engine(with_prior(), clock=itertools.count().__next__)
+    engine.add(Job("first", "glm", "a cube", width=64, height=64, steps=200, guidance_scale=1.0))
+    while not any(isinstance(event, Progress) for event in engine.tick()[0]):
+        pass
+    for name in "bcd":
+        engine.add(Job(name, "glm", "a sphere", width=64, height=64, steps=1, guidance_scale=1.0))
+    gap, longest = 0, 0
+    while not engine.idle:
+        stepped = any(isinstance(event, Progress) and event.id == "first" for event in engine.tick()[0])
+        gap = 0 if stepped or "first" not in engine.entries else gap + 1
+        longest = max(longest, gap)
+    assert longest <= 4
 
 
 def test_an_image_is_cancelled_while_its_prior_runs() -> None:

@@ -132,6 +132,16 @@ def test_what_stands_in_for_a_broken_sample_does_not_depend_on_the_ranks(tmp_pat
     assert same(Batch([part.samples[0] for part in parts], 0, 6, 0, 6), whole)
 
 
+def test_in_a_packed_batch_an_image_of_another_size_stands_in_for_a_broken_one(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(16, 16)] * 3 + [(32, 16)])
+    source = FolderSource(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"gone")
+    order = Order([source], Buckets(((16, 16), (32, 16))), 1, pack_pixels=10_000)
+    batch = Data(order, [source], 0, 1).batch(0)
+    assert sorted(sample.weight for sample in batch.samples) == [0, 1, 1, 1]
+    assert {sample.image.shape for sample in batch.samples if sample.image is not None} == {(3, 16, 16)}
+
+
 class Faulty:
     """A source that fails with an error that is no fault of the data."""
 

@@ -1,4 +1,4 @@
-"""What an engine keeps of its images: those on their way, and latents that wait for the decoder."""
+"""What an engine keeps of its images: those on their way, latents that wait for the decoder, and why one failed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ..job import Job
+from ...errors import InputError, ResourceError
+from ..job import Job, Reason
 from .policy import Candidate
 from .stages import Begun
 
@@ -36,7 +38,7 @@ class Entry:
     begun: Begun | None = None
     started: float = 0.0  # when it left the queue
     denoised: float = 0.0  # when its last step was done
-    text: float = 0.0  # seconds until it had begun
+    text: float = 0.0  # seconds of its own beginning: text and prior
     cancelled: bool = False
     due: deque[int] = field(default_factory=deque)  # the steps after which previews are made
     previews: int = 0  # that were put in the queue of the decoder
@@ -59,3 +61,12 @@ class Decoding:
     entry: Entry
     latents: Tensor  # [1, C, h, w]
     number: int | None  # of the preview; None: the image itself
+
+
+def reason_of(error: Exception) -> tuple[Reason, str]:
+    """Why a job failed, for its client. What went wrong inside is for the log."""
+    if isinstance(error, InputError):
+        return "input", str(error)
+    if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
+        return "resources", "the image did not fit the memory; try a smaller one, or try again later"
+    return "engine", "the image could not be generated because of a fault of the server"

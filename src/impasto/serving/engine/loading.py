@@ -94,6 +94,9 @@ def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]
         room = int(SHARE_OF_FREE * free_memory(device))
         if spec.budget is not None:  # other models need the rest
             room = min(room, spec.budget)
+        prior = pipe.components.get("vision_language_encoder")
+        if prior is not None and device.type == "cpu":  # copies of its weights that are read faster
+            room -= sum(weight.nbytes for weight in prior.parameters())
     return remembered, max(room, 0)
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from ...errors import InputError, ResourceError
 from ...pipelines.sampling import advance
 from ..job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Reason
 from . import policy
 from .adapting import AdapterSwitch
 from .costs import StepCosts
-from .entries import Decoding, Entry, Tally
+from .entries import Decoding, Entry, Tally, reason_of
 from .policy import Candidate
 from .stages import Stages
 
@@ -158,11 +157,10 @@ class Engine:
                 candidates, self.costs.seconds, self.most_tokens, self.adapters.current, self.switching
             )
             entries = [self.active[each.id] for each in chosen]
-            new = [entry for entry in entries if entry.begun is None]
-            later = {id(entry) for entry in new[self.stages.at_once :]}
-            entries = [entry for entry in entries if id(entry) not in later]
+            later = [entry for entry in entries if entry.begun is None][self.stages.at_once :]
+            entries = [entry for entry in entries if entry not in later]
             if self._switch(entries):
-                self._begin([entry for entry in new[: self.stages.at_once] if entry.beginning is None])
+                self._begin([entry for entry in entries if entry.begun is None and entry.beginning is None])
                 for entry in entries:
                     if entry.beginning is not None:
                         self._go_on(entry)
@@ -193,6 +191,8 @@ class Engine:
         if not entries:
             return
         start = self.clock()
+        for entry in entries:  # one that was kept from beginning does not catch up
+            entry.candidate.served = max(entry.candidate.served, self.level)
         texts = [text for entry in entries for text in self.stages.texts_of(entry.job)]
         try:
             encoded = self.stages.encode_texts(texts, self.adapters.current)
@@ -226,6 +226,7 @@ class Engine:
             self._has_begun(entry)
         except Exception as error:
             self._fail_by(entry, error)
+        self._synchronize()
         spent = self.clock() - start
         self._count(self.stages.beginning, spent)
         self._raise_level(spent)
@@ -284,8 +285,7 @@ class Engine:
         before = [run.index for run in runs]
         try:
             advance(runs)
-            if self.device.type == "cuda":  # else it would run ahead of what is on the device
-                torch.cuda.synchronize(self.device)
+            self._synchronize()
         except Exception as error:
             if len(runs) == 1:
                 self._fail_by(entries[0], error)
@@ -294,6 +294,11 @@ class Engine:
             for entry, index in zip(entries, before):
                 if entry.begun_now.run.index == index:
                     self._advance([entry])
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that its time is charged to those that it worked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     # --- decoding ---
 
@@ -364,6 +369,7 @@ class Engine:
         self.active.pop(entry.job.id, None)
         if entry.beginning is not None:
             entry.beginning.close()
+            entry.beginning = None
         if entry in self.waiting:
             self.waiting.remove(entry)
         self.decoding = deque(each for each in self.decoding if each.entry is not entry)
@@ -385,12 +391,3 @@ class Engine:
 def _alike(one: Decoding, other: Decoding) -> bool:
     same_size = one.latents.shape == other.latents.shape
     return same_size and one.latents.dtype == other.latents.dtype
-
-
-def reason_of(error: Exception) -> tuple[Reason, str]:
-    """Why a job failed, for its client. What went wrong inside is for the log."""
-    if isinstance(error, InputError):
-        return "input", str(error)
-    if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
-        return "resources", "the image did not fit the memory; try a smaller one, or try again later"
-    return "engine", "the image could not be generated because of a fault of the server"

@@ -20,9 +20,9 @@ from typing import Any
 from ...errors import ImpastoError
 from ..job import Event, Failed, Job
 from .costs import StepCosts
-from .entries import Tally
+from .entries import Tally, reason_of
 from .loading import load_pipeline, measure_costs, memory_need
-from .loop import Engine, reason_of
+from .loop import Engine
 from .spec import EngineSpec
 
 logger = logging.getLogger("impasto")

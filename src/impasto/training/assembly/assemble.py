@@ -162,6 +162,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             label_head=head,
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
             routing=routing_of(settings, models.transformer),
+            packed=configuration.data.pack_pixels is not None,
         )
     else:
         assert isinstance(settings, LcmSettings | DmdSettings | TextualInversionSettings)

@@ -135,22 +135,22 @@ class _Reads(torch.utils.data.Dataset[_Read]):
         return _Read(_pack(samples), start, len(batch.places), largest, list(faults.items()), failure)
 
     def _read(self, batch: GlobalBatch, number: int, faults: dict[str, str]) -> Sample:
-        """A sample of the global batch, or if it is broken, the next one that is not, with a weight of 0."""
-        for shift in range(len(batch.places)):
-            other = (number + shift) % len(batch.places)
+        """A sample of the global batch, or if it is broken, another one that is not, with a weight of 0."""
+        following = [*range(number, len(batch.places)), *range(number)]
+        # One of the same size, if there is one: the batch has several sizes only if it is packed.
+        for other in sorted(following, key=lambda i: batch.places[i].target != batch.places[number].target):
             place = batch.places[other]
             source = self.sources[place.source]
-            if shift and place.target != batch.places[number].target:
-                continue
             try:
-                sample = source.read(place.index, place.target, reading_generator(self.order.seed, batch.step, other))
+                rng = reading_generator(self.order.seed, batch.step, other)
+                sample: Sample = source.read(place.index, place.target, rng)
             except InputError as error:
                 faults[self._name(place)] = str(error)
             except Exception as error:
                 error.add_note(f"while reading {self._name(place)} for step {batch.step}")
                 raise
             else:
-                return dataclasses.replace(sample, weight=0.0) if shift else sample
+                return sample if other == number else dataclasses.replace(sample, weight=0.0)
         raise InputError(
             f"no sample of step {batch.step} can be read: {'; '.join(list(faults.values())[:3])}. Repair the data"
         )

@@ -73,6 +73,7 @@ class TextToImage(Objective):
         bound_weight: of the variational bound, if the transformer predicts a variance.
         label_weight: of the loss of ``label_head``, at a step.
         routing: lets tokens of the transformer skip blocks in training.
+        packed: whether batches have images of several sizes.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TextToImage(Objective):
         label_head: LabelHead | None = None,
         label_weight: Callable[[int], float] = lambda step: 0.3,
         routing: TokenRouting | None = None,
+        packed: bool = False,
     ):
         super().__init__()
         self.transformer, self.texts, self.latents, self.loss = transformer, texts, latents, loss
@@ -96,7 +98,7 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.label_head, self.label_weight = label_head, label_weight
-        self.routing = routing
+        self.routing, self.packed = routing, packed
         if latents.vae is not None:
             self.freeze(latents.vae)
 
@@ -148,7 +150,7 @@ class TextToImage(Objective):
     def sample_timesteps(self, count: int, random: Randomness) -> Tensor:
         if self.timesteps == "uniform":
             return random.integers(self.loss.steps, [count])
-        return (random.stratified(count) * self.loss.steps).long().clamp(max=self.loss.steps - 1)
+        return (random.stratified(count, self.packed) * self.loss.steps).long().clamp(max=self.loss.steps - 1)
 
     def micro_conditions(self, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor] | None:
         """The original size [B, 2] in pixels and the aspect ratio [B, 1] of the training size, for alpha at 1024 px."""

@@ -73,8 +73,9 @@ def train(
         stack.enter_context(torch.random.fork_rng([run.device] if run.device.type == "cuda" else []))
         if settings.compile:
             stack.enter_context(_recompiled(1 if order is None else len(order.in_buckets)))
+        packed = order is not None and order.pack_pixels is not None  # batches of many shapes
         for block in objective.blocks if settings.compile else ():
-            block.forward = torch.compile(block.forward, dynamic=False)  # without the hooks
+            block.forward = torch.compile(block.forward, dynamic=packed)  # without the hooks
             stack.callback(delattr, block, "forward")
         noted = stack.enter_context(signals())
         if run.unchecked is not None and processes.is_main:

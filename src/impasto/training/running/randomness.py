@@ -24,7 +24,7 @@ class Randomness:
     """
 
     def __init__(self, seed: int, step: int, first: int = 0, batch: int | None = None):
-        self.first, self.batch = first, batch
+        self.seed, self.step, self.first, self.batch = seed, step, first, batch
         self._sample = functools.cache(lambda place: _generator(seed, step, place))
         #: For random numbers of the whole batch; the same in all processes.
         self.shared = _generator(seed, step, None)
@@ -47,10 +47,18 @@ class Randomness:
         """Numbers [B, ...] from 0 to ``high`` - 1, int64."""
         return torch.from_numpy(np.stack([each.integers(high, size=shape[1:]) for each in self._all(shape)]))
 
-    def stratified(self, count: int) -> Tensor:
-        """Numbers [B] in [0, 1], one in each of N equal intervals, where N is the size of the global batch."""
-        places = self.first + torch.arange(count)
-        return (places + self.uniform([count])) / (self.batch or count)
+    def stratified(self, count: int, shuffled: bool = False) -> Tensor:
+        """Numbers [B] in [0, 1], one in each of N equal intervals, where N is the size of the global batch.
+
+        Args:
+            shuffled: draw which sample has which interval, too: for batches in order of size.
+        """
+        whole = self.batch or self.first + count
+        intervals = torch.arange(whole)
+        if shuffled:
+            bits = np.random.Philox(key=self.seed, counter=[0, 0, self.step, 5]).random_raw(whole)
+            intervals = torch.from_numpy(np.argsort(bits, kind="stable"))
+        return (intervals[self.first : self.first + count] + self.uniform([count])) / whole
 
     def _all(self, shape: Sequence[int]) -> list[np.random.Generator]:
         return [self._sample(self.first + i) for i in range(shape[0])]
@@ -71,6 +79,6 @@ def reading_generator(seed: int, step: int, place: int) -> np.random.Generator:
 
 def _generator(seed: int, step: int, place: int | None) -> np.random.Generator:
     # Philox itself advances the first word of the counter. The last one says what the numbers are for: 0 and 1 here, 2
-    # above, 3 and 4 in data/order.py.
+    # and 5 above, 3 and 4 in data/order.py.
     counter = [0, 0, step, 1] if place is None else [0, place, step, 0]
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))
