@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.glm_image.modeling_glm_image import GlmImageRMSNorm
 
-from impasto.models.glm_image.prior import generate_prior
+from impasto.models.glm_image.prior import PriorTokens, result_of, sample_prior
 from impasto.models.glm_image.prior_decoder import PriorDecoder, Sampling, fast_norm
 
 from ..tiny_glm import prior_parts
@@ -84,20 +84,26 @@ def test_norms_that_are_watched_or_something_else_are_called() -> None:
 
 
 @torch.no_grad()
+def sampled(components: dict[str, Any], prompt: str, images: Any) -> PriorTokens:
+    model, processor = components["vision_language_encoder"], components["processor"]
+    rng = torch.Generator().manual_seed(0)
+    return result_of(sample_prior(model, processor, [prompt], (64, 96), images, rng, 1, VOCABULARY))
+
+
+def test_sampling_ends_early(components: dict[str, Any]) -> None:
+    """Those that are missing are 0."""
+    model, processor = components["vision_language_encoder"], components["processor"]
+    steps = sample_prior(model, processor, ["a cube"], (64, 96), None, torch.Generator().manual_seed(0), 1, VOCABULARY)
+    assert [next(steps), steps.send(True), next(steps)] == [1, 2, 3]
+    with pytest.raises(StopIteration) as end:
+        steps.send(False)
+    assert not end.value.value.prior_token_ids.any()
+
+
 def test_the_same_numbers_give_the_same_tokens(components: dict[str, Any]) -> None:
     model, given = components["vision_language_encoder"], inputs_of(components, "a cube")
     total = 2 * 3 + 13 * 19
-    found = generate_prior(
-        model,
-        components["processor"],
-        ["a cube"],
-        (64, 96),
-        None,
-        torch.Generator().manual_seed(0),
-        1,
-        VOCABULARY,
-        lambda n: True,
-    ).prior_token_ids.view(4, 6)[::2, ::2]
+    found = sampled(components, "a cube", None).prior_token_ids.view(4, 6)[::2, ::2]
     uniform = torch.rand(total, generator=torch.Generator().manual_seed(0))
     made: list[int] = []
     sampling = Sampling.of(model.generation_config)
@@ -140,17 +146,7 @@ def test_images_are_read_as_transformers_reads_them(components: dict[str, Any]) 
 
     model, processor = components["vision_language_encoder"], components["processor"]
     image = Image.effect_noise((96, 64), 80).convert("RGB")
-    made = generate_prior(
-        model,
-        processor,
-        ["night"],
-        (64, 96),
-        [[image]],
-        torch.Generator().manual_seed(0),
-        1,
-        VOCABULARY,
-        lambda n: True,
-    )
+    made = sampled(components, "night", [[image]])
     assert made.prior_token_image_ids is not None
     assert made.source_image_grid_thw is not None
     message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "night"}]}

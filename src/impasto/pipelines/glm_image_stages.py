@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
-from ..models.glm_image.prior import PriorTokens, sample_prior
+from ..models.glm_image.prior import PriorTokens, result_of, sample_prior
 from .compat.calls import Call
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
@@ -31,13 +31,7 @@ from .sampling import Half
 
 def run_prior(*arguments: Any) -> PriorTokens:
     """``prior_steps``, to its end."""
-    steps = prior_steps(*arguments)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            made: PriorTokens = end.value
-            return made
+    return result_of(prior_steps(*arguments))
 
 
 def prior_steps(

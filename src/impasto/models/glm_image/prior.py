@@ -92,6 +92,16 @@ def sample_prior(
     return PriorTokens(ids, [prompt.image_tokens for prompt in read], grids)
 
 
+def result_of(steps: Steps[Any, Any, PriorTokens]) -> PriorTokens:
+    """What a generator of tokens returns, without a stop on the way."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: PriorTokens = end.value
+            return made
+
+
 class _Read(NamedTuple):
     """A prompt as the prior reads it."""
 
