@@ -15,7 +15,7 @@ from .backends.onednn import Product, linear_gelu, multiplies, product
 from .changes import is_plain, is_watched
 from .machine import is_autocast
 from .recomputing import recomputed
-from .tokens import Layout, addcmul_by_image
+from .tokens import Layout, addcmul_by_image, is_tracing
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
@@ -34,12 +34,28 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None)
 
 
 def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
-    """modulate(norm(x), shift, scale), as one operation where all rows have the same modulation."""
+    """modulate(norm(x), shift, scale), as one operation of all tokens with one modulation: it is rounded once.
+
+    On the CPU also where images have their own, so that an image is rounded alike in any batch.
+    """
     plain = is_plain(norm, nn.LayerNorm) and not norm.elementwise_affine
-    if not plain or layout is not None or shift.shape[0] > 1 or is_autocast(x.device):
+    one = shift.shape[0] == 1
+    if not plain or is_autocast(x.device) or not (one or _visits_images(x, layout)):
         return modulate(norm(x), shift, scale, layout)
     assert isinstance(norm, nn.LayerNorm)
-    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), norm.eps)
+    images = [x] if one else x if layout is None else layout.split(x)
+    rows = zip(images, (1 + scale)[:, 0], shift[:, 0], strict=True)
+    normed = [F.layer_norm(image, x.shape[-1:], weight, bias, norm.eps) for image, weight, bias in rows]
+    if one:
+        return normed[0]
+    return torch.stack(normed) if layout is None else torch.cat(normed)
+
+
+def _visits_images(x: Tensor, layout: Layout | None) -> bool:
+    """Whether an operation for each image is cheap: not on a GPU, in a graph or in training."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or is_tracing():
+        return False
+    return layout is None or not layout.copies
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

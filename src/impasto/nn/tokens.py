@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: In a sequence of so few tokens a modulation may be copied for each token, and tokens of all images be compared.
+#: In a sequence of so few tokens, those of all images may be compared.
 _FEW_TOKENS = 128
 
 
@@ -38,8 +38,9 @@ class Layout(NamedTuple):
 
     @property
     def compares(self) -> bool:
-        """Whether attention uses a bias of all tokens: in compiled blocks, and where that costs less than calls."""
-        return not self.lengths or torch.compiler.is_compiling() or self.rows.shape[0] <= _FEW_TOKENS
+        """Whether attention uses a bias of all tokens: in compiled blocks, and on a GPU for few of them."""
+        few = self.rows.device.type != "cpu" and self.rows.shape[0] <= _FEW_TOKENS
+        return not self.lengths or torch.compiler.is_compiling() or few
 
     @property
     def copies(self) -> bool:
