@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InputError
 from ..nn.changes import Change, Handle, of, refuse_conflicts, unwrapped
+from ..nn.layers import PatchConvolution
 
 #: Parts of names of layers that stay as they are: what depends most on the digits of its weights.
 DEFAULT_SKIP_MODULES_PATTERN = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
 
 #: The layers that are cast.
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, PatchConvolution)
 
 
 class CastLayer(Change):
