@@ -34,9 +34,9 @@ def gated(x: Tensor, gate: Tensor, change: Tensor, layout: Layout | None = None)
 
 
 def modulated_norm(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, layout: Layout | None = None) -> Tensor:
-    """modulate(norm(x), shift, scale), as one operation of all tokens with one modulation: it is rounded once.
+    """modulate(norm(x), shift, scale), as one operation where all tokens have one modulation: it is rounded once.
 
-    On the CPU also where images have their own, so that an image is rounded alike in any batch.
+    On the CPU it is one operation for each image where they have their own, so an image is rounded alike in any batch.
     """
     plain = is_plain(norm, nn.LayerNorm) and not norm.elementwise_affine
     one = shift.shape[0] == 1
