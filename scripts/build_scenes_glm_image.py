@@ -187,7 +187,7 @@ class Halves:
         rendered = [np.load(chunks.path_of(out / "images", chunk)) for chunk in numbers]
         halves = [halved(torch.from_numpy(part["images"])) for part in rendered]
         self.images = torch.cat(halves)  # [N, 3, H / 2, W / 2]
-        self.labels = torch.from_numpy(np.concatenate([part["labels"] for part in rendered]))  # [N, 3, H / 8, W / 8]
+        self.labels = torch.from_numpy(np.concatenate([part["labels"] for part in rendered]))  # [N, 4, H / 8, W / 8]
 
     def batch(self, size: int, step: int) -> Images:
         rows = torch.from_numpy(np.random.default_rng([SEED, step]).integers(len(self.images), size=size))

@@ -9,7 +9,7 @@ from impasto.scenes.edits import sample_edit
 from impasto.scenes.evaluate import KINDS, evaluate_edits, held_out_edits, judge_edits
 from impasto.scenes.labels import CELL, LABEL_CLASSES, label_cells
 from impasto.scenes.renderer import SUPERSAMPLING, shade, trace
-from impasto.scenes.world import BACKGROUNDS, COLOURS, SHAPES, Scene, Solid, is_held_out, sample_scene
+from impasto.scenes.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Solid, is_held_out, sample_scene
 
 
 def drawn(scene: Scene) -> torch.Tensor:
@@ -65,8 +65,8 @@ def test_cells_are_labelled_with_what_fills_them() -> None:
     scene = Scene((Solid("cube", "red", "large"),), (), "beige", 128, 128, 3)
     buffer = trace(scene, 128, 128, scene.seed)
     ids = buffer.ids[::SUPERSAMPLING, ::SUPERSAMPLING][None]
-    labels = label_cells(ids, [scene])[0]  # [3, 16, 16]
-    assert labels.shape == (3, 128 // CELL, 128 // CELL)
+    labels = label_cells(ids, [scene])[0]  # [4, 16, 16]
+    assert labels.shape == (4, 128 // CELL, 128 // CELL)
     solid = labels[0] == 1
     assert solid.any()
     assert not solid.all()
@@ -74,4 +74,5 @@ def test_cells_are_labelled_with_what_fills_them() -> None:
     assert (labels[2][solid] == 1 + SHAPES.index("cube")).all()
     assert (labels[1][~solid] == len(COLOURS) + list(BACKGROUNDS).index("beige")).all()
     assert (labels[2][~solid] == 0).all()
-    assert all(int(labels[i].max()) < LABEL_CLASSES[i] for i in range(3))
+    assert (labels[3] == (1 + SIZES.index("large")) * solid).all()
+    assert all(int(labels[i].max()) < LABEL_CLASSES[i] for i in range(4))

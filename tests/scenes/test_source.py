@@ -40,7 +40,7 @@ def test_labels_are_those_of_the_latent_pixels() -> None:
     source = ScenesSource(4, frames=[(64, 64)])
     labels = source.read(1, (64, 64), rng()).labels
     assert labels is not None
-    assert labels.shape == (3, 8, 8)
+    assert labels.shape == (4, 8, 8)
     assert set(labels[0].unique().tolist()) == set(range(1 + len(source.scene(1).solids)))
 
 
@@ -97,6 +97,16 @@ def test_captions_alone_say_what_is_labelled() -> None:
     assert 5 < sized < 30
 
 
+def test_a_share_of_the_captions_gives_sizes() -> None:
+    def count(sized: float) -> int:
+        source = ScenesSource(40, images=False, sized=sized)
+        texts = [source.read(index, (8, 8), rng(index)).caption or "" for index in range(40)]
+        assert source.wordings(0) == ScenesSource(1, sized=sized).wordings(0)
+        return sum("small" in text or "large" in text for text in texts)
+
+    assert count(0) == 0 < count(0.4) < count(0.8) < 40 == count(1)
+
+
 def test_colourings_share_an_arrangement() -> None:
     source = ScenesSource(9, frames=[(32, 32)], colourings=3)
     scenes = [source.scene(index) for index in range(9)]
@@ -115,6 +125,7 @@ def test_samples_have_the_fields_of_the_trainer() -> None:
         {"count": 0},
         {"colourings": 0},
         {"seed": -1},
+        {"sized": 1.5},
         {"frames": []},
         {"frames": [(60, 64)]},
         {"crop": (512, 512)},

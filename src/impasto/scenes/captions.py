@@ -21,9 +21,9 @@ def statement(scene: Scene, with_size: bool = False) -> str:
     return text
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in varied wording. Half have an opening, two in five give sizes, two in five the background."""
-    with_size, with_background = rng.random(2) < 0.4
+def caption(scene: Scene, rng: np.random.Generator, sized: float = 0.4) -> str:
+    """A caption in varied wording. Half have an opening, two in five give the background, and a share `sized` sizes."""
+    with_size, with_background = rng.random(2) < (sized, 0.4)
     opening = rng.choice(["", "", "", "a picture of ", "an image of ", "there is "])
     text = f"{opening}{statement(scene, bool(with_size))}"
     if not with_background:

@@ -34,7 +34,7 @@ class SceneSample:
     crop: tuple[int, int] = (0, 0)  # top, left in the frame
     loss_mask: Tensor | None = None
     weight: float = 1.0
-    labels: Tensor | None = None  # [3, H / 8, W / 8] uint8: see labels.py
+    labels: Tensor | None = None  # [4, H / 8, W / 8] uint8: see labels.py
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -46,6 +46,7 @@ class ScenesSource:
         seed: another one gives other scenes.
         frames: heights and widths in pixels, multiples of 8, which the arrangements take in turn.
         crop: the height and width of a part of the frame, which shows part of a solid; None: whole frames.
+        sized: the share of captions that give sizes, 0 to 1.
         images: False for captions alone, with what they say in ``extra["answers"]`` (`label_caption`).
         kind: "ordinary" scenes, or those of an "adapter", each with the shape or the colour that no other scene has.
         colourings: of each arrangement; adjacent samples share it, which makes reading them in order cheaper.
@@ -62,19 +63,23 @@ class ScenesSource:
         crop: Sequence[int] | None = None,
         kind: str = "ordinary",
         colourings: int = 1,
+        sized: float = 0.4,
         images: bool = True,
     ):
         self.frames = [_size("frames", frame) for frame in frames]
         self.crop = None if crop is None else _size("crop", crop)
         if count < 1 or colourings < 1 or seed < 0 or not self.frames:
             raise InputError("'count' and 'colourings' are at least 1, 'seed' at least 0, and 'frames' not empty.")
+        if not 0 <= sized <= 1:
+            raise InputError(f"'sized' is a share, 0 to 1, not {sized!r}.")
         if kind not in KINDS:
             raise InputError(f"Unknown kind of scenes {kind!r}; use one of {', '.join(KINDS)}.")
         if self.crop and any(self.crop[side] > frame[side] for frame in self.frames for side in (0, 1)):
             raise InputError(f"A crop of {self.crop} does not fit into every frame of {self.frames}.")
         if kind != "ordinary" and not images:
             raise InputError("Captions alone are those of ordinary scenes; leave 'kind' out.")
-        self.count, self.seed, self.kind, self.colourings, self.images = count, seed, kind, colourings, images
+        self.count, self.seed, self.kind, self.colourings = count, seed, kind, colourings
+        self.sized, self.images = sized, images
 
     def __len__(self) -> int:
         return self.count
@@ -99,7 +104,7 @@ class ScenesSource:
     def wordings(self, index: int) -> tuple[str, ...]:
         """Some captions of a sample, for a cache; ``read`` words one with its own random numbers."""
         scene, rng = self.scene(index), np.random.default_rng([WORDING_STREAM, self.seed, index])
-        return tuple(dict.fromkeys(caption(scene, rng) for _ in range(WORDINGS)))
+        return tuple(dict.fromkeys(caption(scene, rng, self.sized) for _ in range(WORDINGS)))
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> SceneSample:
         """Render a sample.
@@ -113,7 +118,7 @@ class ScenesSource:
             raise InputError(f"There is no sample {index}; there are {self.count}, from 0.")
         scene = self.scene(index)
         if not self.images:
-            text = caption(scene, rng)
+            text = caption(scene, rng, self.sized)
             return SceneSample(caption=text, extra={"answers": label_caption(scene, text)})
         if self.crop is None:
             size, place = target, (0, 0)
@@ -125,7 +130,7 @@ class ScenesSource:
         labels = None
         if self.kind == "ordinary":
             labels = label_cells(buffer.ids[None, ::SUPERSAMPLING, ::SUPERSAMPLING], [scene])[0]
-        text = caption(scene, rng)
+        text = caption(scene, rng, self.sized)
         return SceneSample(image.mul_(2).sub_(1), caption=text, size=size, crop=place, labels=labels)
 
     def _frame(self, index: int) -> tuple[int, int]:
