@@ -119,6 +119,7 @@ def requests_of(pipe: Any, count: int, seed: int) -> list[Job]:
                 rng.choice(PROMPTS),
                 width=columns * unit * scale_of(pipe),
                 height=rows * unit * scale_of(pipe),
+                binning=False,
                 steps=steps,
                 seed=rng.randrange(2**32),
             )

@@ -88,4 +88,4 @@ def _seconds(served: Served, job: Job) -> float:
     if served.costs is None:
         return 1.0
     halves = 2 if job.guidance_scale > 1.0 else 1
-    return served.costs.job_seconds(served.known.tokens(job.width, job.height), halves, job.steps)
+    return served.costs.job_seconds(served.known.tokens(job), halves, job.steps)

@@ -48,6 +48,7 @@ class Job:
         scheduler: "dpm++", "ddim", "ddpm" or "lcm"; None: the model's.
         previews: how many images of intermediate steps are wanted, evenly spread.
         deadline: ``time.time()`` after which nobody waits any more.
+        binning: whether PixArt generates at the nearest size that it was trained on, and resizes the result.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Job:
     given: GivenImages | None = None
     previews: int = 0
     deadline: float | None = None
+    binning: bool = True
 
 
 # --- what an engine answers, in this order: Progress and Preview any number of times, then Finished or Failed ---

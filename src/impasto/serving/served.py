@@ -12,6 +12,7 @@ from ..family import ALPHA, GLM_IMAGE, PRIOR_PIXELS, SIGMA, family_of
 from ..memory.inspection import image_size, inspect_model, resolve_pipeline
 from ..pipelines.resolution import bins_for, nearest_bin
 from ..registry import SOLVERS
+from .job import Job
 from .service import ServedModel
 
 #: The scheduler of GLM-Image, which takes no other one.
@@ -38,10 +39,10 @@ class Known:
     unit: int
     need: int
 
-    def tokens(self, width: int, height: int) -> int:
-        """Of an image of a size in pixels, which is generated at the nearest one that the model was trained on."""
-        width, height = width or self.served.width, height or self.served.height
-        bins = None if self.served.family == GLM_IMAGE.name else bins_for(self.served.width)
+    def tokens(self, job: Job) -> int:
+        """Of a job's image."""
+        width, height = job.width or self.served.width, job.height or self.served.height
+        bins = bins_for(self.served.width) if job.binning and self.served.family != GLM_IMAGE.name else None
         if bins is not None:
             height, width = nearest_bin(height, width, bins)
         return max(1, width // self.unit) * max(1, height // self.unit)

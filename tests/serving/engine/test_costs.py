@@ -14,7 +14,7 @@ from impasto.serving.engine.loading import measure_costs
 from ...tiny import tiny_pipeline
 from ...tiny_glm import pipelines
 
-USUAL, OTHERS = (8, 8), ((4, 8), (12, 8))
+SMALL, USUAL, OTHERS = (4, 4), (8, 8), ((4, 8), (12, 8))
 
 
 class Machine:
@@ -34,11 +34,11 @@ class Machine:
 
 def test_both_curves_are_measured() -> None:
     machine = Machine(packing=1.5)
-    costs = measure(machine.step, USUAL, OTHERS, 100, seconds=10.0, most_tokens=1024, clock=machine.clock)
-    assert [tokens for tokens, _ in costs.uniform] == [64, 128, 256, 512, 1024]
+    costs = measure(machine.step, SMALL, USUAL, OTHERS, 100, seconds=10.0, most_tokens=1024, clock=machine.clock)
+    assert [tokens for tokens, _ in costs.uniform] == [16, 64, 128, 256, 512, 1024]
     for tokens, seconds in costs.uniform:
         assert seconds == pytest.approx(0.01 + 0.0001 * tokens)
-    for tokens, seconds in costs.packed[1:]:
+    for tokens, seconds in costs.packed[2:]:
         assert seconds == pytest.approx(1.5 * (0.01 + 0.0001 * tokens))
     assert costs.measured == 64
     # Attention of an image of so many tokens is 4 N² D of 24 N D² multiplications: N / 6 D.
@@ -47,10 +47,10 @@ def test_both_curves_are_measured() -> None:
 
 def test_measuring_is_bounded() -> None:
     machine = Machine()
-    measure(machine.step, USUAL, OTHERS, 100, seconds=0.3, clock=machine.clock)
+    measure(machine.step, SMALL, USUAL, OTHERS, 100, seconds=0.3, clock=machine.clock)
     assert machine.now <= 0.4
     slow = Machine()
-    costs = measure(slow.step, USUAL, OTHERS, 100, seconds=0.0, clock=slow.clock)
+    costs = measure(slow.step, SMALL, USUAL, OTHERS, 100, seconds=0.0, clock=slow.clock)
     assert slow.largest == 64  # one image is always measured
     assert costs.seconds((128,)) > costs.seconds((64,))
 

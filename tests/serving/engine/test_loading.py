@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from ...tiny_glm import pipelines
 BINS = {0.25: (16, 64), 1.0: (32, 32)}
 
 
-def job(width: int, height: int, given: GivenImages | None = None) -> Job:
-    return Job("1", "tiny", "a cat", width=width, height=height, given=given)
+def job(width: int, height: int, **fields: Any) -> Job:
+    return Job("1", "tiny", "a cat", width=width, height=height, **fields)
 
 
 def test_an_image_needs_what_the_size_of_its_bin_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,14 +32,16 @@ def test_an_image_needs_what_the_size_of_its_bin_needs(tmp_path: Path, monkeypat
     known = look_at("tiny", path, torch.device("cpu"), None, None)
     need, _ = memory_need(pipe, spec)
     assert need(job(8, 8)) < need(job(32, 32))
-    assert known.tokens(8, 8) < known.tokens(32, 32)
+    assert known.tokens(job(8, 8)) < known.tokens(job(32, 32))
     for module in (stages, served):
         monkeypatch.setattr(module, "bins_for", lambda side: BINS)
     need, _ = memory_need(pipe, spec)
     assert need(job(8, 8)) == need(job(32, 32))
-    assert known.tokens(8, 8) == known.tokens(32, 32)
-    assert known.tokens(64, 16) == stages.Stages(pipe).tokens_of(job(64, 16))
+    assert known.tokens(job(8, 8)) == known.tokens(job(32, 32))
+    assert known.tokens(job(64, 16)) == stages.Stages(pipe).tokens_of(job(64, 16))
     assert need(job(64, 64)) > need(job(32, 32))  # it is enlarged afterwards
+    assert need(job(8, 8, binning=False)) < need(job(8, 8))
+    assert known.tokens(job(8, 8, binning=False)) == stages.Stages(pipe).tokens_of(job(8, 8, binning=False))
 
 
 def test_each_reference_of_an_edit_needs_memory(tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ def test_each_reference_of_an_edit_needs_memory(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "glm")
     need, _ = memory_need(pipe, EngineSpec("glm", str(tmp_path / "glm"), "GlmImagePipeline", "cpu"))
     image = RawImage(64, 64, bytes(3 * 64 * 64))
-    needs = [need(job(64, 64, GivenImages((image,) * count))) for count in (1, 2, 3)]
+    needs = [need(job(64, 64, given=GivenImages((image,) * count))) for count in (1, 2, 3)]
     config = pipe.transformer.config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     each = 2 * config["num_layers"] * width * 4 * (64 // (config["patch_size"] * pipe.vae_scale_factor)) ** 2

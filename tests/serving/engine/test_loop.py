@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Generator
 
 from impasto import DDIMScheduler, PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
+from impasto.pipelines import inputs
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.pipelines.sampling import Run
 from impasto.serving.engine import loop, stages
@@ -33,6 +34,17 @@ def job(id: str, **fields: Any) -> Job:
 
 def array(image: RawImage) -> np.ndarray[Any, Any]:
     return np.frombuffer(image.pixels, np.uint8).reshape(image.height, image.width, 3).astype(int)
+
+
+def test_an_image_is_generated_at_its_own_size_where_no_bin_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    for module in (stages, inputs):
+        monkeypatch.setattr(module, "bins_for", lambda side: {1.0: (32, 32)})
+    bins, own = (images(run(make_engine(pipe), [job("1", binning=binning)]))["1"] for binning in (True, False))
+    monkeypatch.undo()
+    (plain,) = images(run(make_engine(pipe), [job("1")])).values()
+    assert (own.width, own.height) == (bins.width, bins.height) == (16, 16)
+    assert own == plain != bins
 
 
 def random_jobs(count: int, seed: int) -> list[Job]:

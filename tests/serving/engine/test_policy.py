@@ -48,6 +48,11 @@ def test_only_images_of_one_size_share_a_step_where_packing_costs_more() -> None
     assert [each.id for each in choose(candidates(64, 96, 64, 96), curves.seconds, ALL)] == ["0", "2"]
 
 
+def test_images_of_one_size_are_not_packed_with_another_first_where_a_step_of_them_alone_costs_less() -> None:
+    curves = StepCosts(((128, 0.06), (8192, 2.2)), ((128, 0.06), (8192, 3.0)))
+    assert {each.id for each in choose(candidates(64, 96, 64, 64, 64), curves.seconds, ALL)} == {"0", "2", "3", "4"}
+
+
 def test_as_many_share_a_step_as_gain_most() -> None:
     """A machine whose caches hold 500 tokens: beyond them a token costs more."""
     curve = ((64, 0.01), (500, 0.014), (1000, 0.04), (4000, 0.3))

@@ -75,6 +75,7 @@ def ascending(points: Sequence[tuple[int, float]]) -> Points:
 
 def measure(
     step: Callable[[Sequence[tuple[int, int]]], None],
+    small: tuple[int, int],
     usual: tuple[int, int],
     others: Sequence[tuple[int, int]],
     width: int,
@@ -84,11 +85,11 @@ def measure(
     most_tokens: int = 4096,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
-    """Measure the steps of a model: batches of 1, 2, 4, ... images, uniform and packed in turns.
+    """Measure the steps of a model: of a small image, and batches of 1, 2, 4, ... images, uniform and packed in turns.
 
     Args:
         step: takes one step of images of such sizes.
-        usual: height and width in tokens of the images of uniform batches.
+        small, usual: height and width in tokens of the small image, and of the images of uniform batches.
         others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
         width: channels of the model: how attention grows beyond what is measured is computed from it.
         seconds: no batch is begun that would take longer in all.
@@ -97,6 +98,11 @@ def measure(
     """
     start, uniform, packed, images = clock(), list[tuple[int, float]](), list[tuple[int, float]](), 1
     step([usual])  # warms up
+    for _ in range(rounds):
+        before = clock()
+        step([small])
+        uniform.append((small[0] * small[1], clock() - before))
+    uniform = [min(uniform)]
     while True:
         begun = clock()
         mixed = sorted(others[i % len(others)] for i in range(images)) if images > 1 else []
@@ -119,4 +125,4 @@ def measure(
     curve = ascending(uniform)
     (first, fixed), (last, most) = curve[0], curve[-1]
     per_token = (most - fixed) / (last - first) if last > first else fixed / first
-    return StepCosts(curve, ascending([uniform[0], *packed]), per_token / (6 * width), largest)
+    return StepCosts(curve, ascending([*uniform[:2], *packed]), per_token / (6 * width), largest)

@@ -111,12 +111,13 @@ def _models(pipe: Any) -> dict[str, Any]:
 def measure_costs(
     pipe: Any, seconds: float, clock: Callable[[], float] = time.perf_counter, rounds: int = 2
 ) -> StepCosts:
-    """Measure steps of images of the model's size, and of smaller and larger ones packed with them."""
+    """Measure steps of images of the model's size, of a small one, and of smaller and larger ones packed with them."""
     config = pipe.transformer.config
     side = config["sample_size"] // config["patch_size"]
     even = 2 if family_of(type(pipe).__name__) is GLM_IMAGE else 1
     rows = (max(even, int(side * part) // even * even) for part in (0.5, 1.5, 0.75, 1.25, 1.0, 1.0))
     others = [(height, side) for height in rows]
+    half = max(even, side // 2 // even * even)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     kept: dict[tuple[int, tuple[int, int]], Run] = {}
 
@@ -135,7 +136,7 @@ def measure_costs(
             torch.cuda.synchronize(pipe.device)
         return None
 
-    return measure(step, (side, side), others, width, seconds=seconds, clock=clock, rounds=rounds)
+    return measure(step, (half, half), (side, side), others, width, seconds=seconds, clock=clock, rounds=rounds)
 
 
 def dummy_run(pipe: Any, rows: int, columns: int) -> Run:

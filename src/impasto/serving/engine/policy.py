@@ -52,19 +52,31 @@ def choose(
         return []
     order = sorted(candidates, key=lambda each: each.served + (0.0 if each.group == group else 10 * switching))
     lead = order[0]
+    others = [each for each in order[1:] if lead.shares and each.shares and each.group == lead.group]
+    alike = [each for each in others if each.tokens == lead.tokens]
+    steps = (_join(lead, some, cost, most_tokens, PATIENCE * len(candidates)) for some in (others, alike))
+    return min(steps, key=lambda step: step[1])[0]  # a batch of one size may cost less than a packed one
+
+
+def _join(
+    lead: Candidate, others: Sequence[Candidate], cost: Cost, most_tokens: int, patience: float
+) -> tuple[list[Candidate], float]:
+    """The images that join a step while that pays, and its seconds per token.
+
+    Args:
+        patience: how many times as long as that of any image by itself the step may take.
+    """
     chosen, tokens, total = [lead], list(lead.tokens), sum(lead.tokens)
     now = least = apart = cost(tokens)
     of_one = {lead.tokens: now}
     best, per_token = 1, now / total
-    for other in order[1:]:
-        if not (lead.shares and other.shares) or other.group != lead.group:
-            continue
+    for other in others:
         if total + sum(other.tokens) > most_tokens:
             continue
         if other.tokens not in of_one:
             of_one[other.tokens] = cost(other.tokens)
         alone, joint = of_one[other.tokens], cost([*tokens, *other.tokens])
-        if now + alone < joint or joint > PATIENCE * len(candidates) * min(least, alone):
+        if now + alone < joint or joint > patience * min(least, alone):
             continue
         chosen.append(other)
         tokens += other.tokens
@@ -72,7 +84,7 @@ def choose(
         now, least, apart = joint, min(least, alone), apart + alone
         if joint / total < per_token and apart >= (1 + GAIN) * joint:
             best, per_token = len(chosen), joint / total
-    return chosen[:best]
+    return chosen[:best], per_token
 
 
 def charge(chosen: Sequence[Candidate], seconds: float) -> None:

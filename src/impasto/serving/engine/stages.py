@@ -28,7 +28,7 @@ from ...pipelines.glm_image_stages import prior_steps, run_prior
 from ...pipelines.images import ImageProcessor
 from ...pipelines.pixart import PromptEmbeds
 from ...pipelines.request import Request, read_pixart
-from ...pipelines.resolution import bins_for, nearest_bin, resize_and_crop
+from ...pipelines.resolution import Bins, bins_for, nearest_bin, resize_and_crop
 from ...pipelines.sampling import Run
 from ...registry import SOLVERS, class_of, pipeline_class
 from ..job import GivenImages, Job, RawImage
@@ -85,10 +85,18 @@ class Stages:
 
     def size_of(self, job: Job) -> tuple[int, int]:
         """Height and width in pixels at which a job's image is generated."""
-        side = self.pipe.transformer.config["sample_size"] * int(self.pipe.vae_scale_factor)
-        height, width = (given or side for given in self._sides(job))
-        bins = None if self.family is GLM_IMAGE else bins_for(side)
+        height, width = (given or self._side for given in self._sides(job))
+        bins = self._bins(job)
         return (height, width) if bins is None else nearest_bin(height, width, bins)
+
+    @property
+    def _side(self) -> int:
+        """Pixels along a side of the model's images."""
+        return int(self.pipe.transformer.config["sample_size"] * self.pipe.vae_scale_factor)
+
+    def _bins(self, job: Job) -> Bins | None:
+        """The sizes at which a job's image may be generated; None: any multiple of the model's unit."""
+        return bins_for(self._side) if job.binning and self.family is not GLM_IMAGE else None
 
     def tokens_of(self, job: Job) -> int:
         """Tokens of a job's image in the transformer."""
@@ -166,7 +174,8 @@ class Stages:
             arguments |= {"image": _tensor(given.images[0]), "strength": given.strength}
             if given.mask is not None:
                 arguments |= self._masked(job, given)
-        bound = self._arguments(pipe, job, arguments | {"height": height, "width": width})
+        arguments |= {"height": height, "width": width, "use_resolution_binning": job.binning}
+        bound = self._arguments(pipe, job, arguments)
         originals = None if given is None else read_originals(pipe, bound)
         request = read_pixart(pipe, PromptEmbeds._fields, bound, None if originals is None else originals.canvas)
         edit = None if originals is None else pipe.encode_edit(originals, request, bound["strength"])
@@ -249,10 +258,9 @@ class Stages:
         elif not (height and width):
             return (None, None)
         else:
-            config, factor = self.pipe.transformer.config, self.pipe.vae_scale_factor
-            if bins_for(config["sample_size"] * factor) is not None:
+            if self._bins(job) is not None:
                 return (height, width)
-            unit = config["patch_size"] * factor
+            unit = self.pipe.transformer.config["patch_size"] * self.pipe.vae_scale_factor
         height, width = (max(1, round(side / unit)) * unit for side in (height, width))
         return (height, width)
 

@@ -66,6 +66,7 @@ class Reader:
             "num_inference_steps": Whole(1, settings.max_steps),
             "guidance_scale": Number(-MAX_GUIDANCE, MAX_GUIDANCE),
             "seed": Whole(0, MAX_SEED),
+            "use_resolution_binning": Flag(),
             "scheduler": OneOf(tuple(dict.fromkeys(name for model in models for name in model.schedulers))),
             "lora": Adapters(tuple(service.adapters)),
             # Accepted without effect:
@@ -168,6 +169,7 @@ class Reader:
                 negative_prompt=given.get("negative_prompt", ""),
                 width=width,
                 height=height,
+                binning=given.get("use_resolution_binning", True),
                 steps=min(steps, self.context.settings.max_steps),
                 guidance_scale=given.get("guidance_scale", guidance),
                 seed=seed + i,
