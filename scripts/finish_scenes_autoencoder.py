@@ -1,4 +1,4 @@
-"""Finish the autoencoder of the bundled model's second edition, after `impasto train scenes-autoencoder`.
+"""Finish the autoencoder of the bundled model, after `impasto train scenes-autoencoder`.
 
     python scripts/finish_scenes_autoencoder.py runs/scenes/autoencoder/result runs/scenes/vae [--records FOLDER]
 
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.scenes.sharpness import top_octave
 from impasto.scenes.source import ScenesSource
 from impasto.training.objectives.autoencoder import psnr, standardize
 
@@ -33,14 +34,6 @@ def scenes(seed: int, side: int, count: int) -> list[Tensor]:
     source = ScenesSource(count, seed, [(side, side)])
     samples = [source.read(index, (side, side), np.random.default_rng(index)) for index in range(count)]
     return [sample.image[None] for sample in samples if sample.image is not None]
-
-
-def top_octave(images: Tensor) -> float:
-    """The mean power of frequencies from a quarter to half a cycle per pixel in the brightness of [B, 3, H, W]."""
-    power = torch.fft.fft2(images.mean(1)).abs().square()  # [B, H, W]
-    rows, columns = (torch.fft.fftfreq(side) for side in power.shape[1:])
-    radius = (rows[:, None] ** 2 + columns[None] ** 2).sqrt()
-    return float(power[:, (radius >= 0.25) & (radius < 0.5)].mean())
 
 
 @torch.no_grad()
@@ -64,13 +57,13 @@ def measure(vae: AutoencoderKL, records: Path) -> None:
     images = scenes(UNSEEN_SEED, 256, UNSEEN_SCENES)
     decoded = [vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1) for image in images]
     each = sorted(psnr(image, other) for image, other in zip(images, decoded, strict=True))
-    share = [top_octave(other) / top_octave(image) for image, other in zip(images, decoded, strict=True)]
+    powers = np.array([[top_octave(x[0]) for x in pair] for pair in zip(decoded, images, strict=True)])  # [N, 2]
     report = {
         "scenes": len(images),
         "psnr": round(float(np.mean(each)), 2),
         "psnr of the worst tenth": round(float(np.mean(each[: len(each) // 10])), 2),
-        "power of the top octave": round(top_octave(torch.cat(decoded)) / top_octave(torch.cat(images)), 3),
-        "median of that power by image": round(float(np.median(share)), 3),
+        "power of the top octave": round(float(np.divide(*powers.mean(0))), 3),
+        "median of that power by image": round(float(np.median(powers[:, 0] / powers[:, 1])), 3),
         "parameters": vae.num_parameters(),
     }
     records.mkdir(parents=True, exist_ok=True)
@@ -88,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--records", type=Path, default=Path("docs/scenes/second"))
+    parser.add_argument("--records", type=Path, default=Path("docs/scenes/training"))
     options = parser.parse_args()
     measure(finish(options.source, options.target), options.records)
 

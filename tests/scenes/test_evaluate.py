@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -91,6 +92,17 @@ def test_true_renders_are_right() -> None:
     kinds = [report.counts(kind) for kind in KINDS]
     for name in ATTRIBUTES:
         assert tuple(map(sum, zip(*(kind[name] for kind in kinds)))) == counts[name]
+
+
+def test_renders_are_as_sharp_as_renders_and_blurred_ones_are_not() -> None:
+    def blurred(prompts: list[str]) -> list[Tensor]:
+        return [F.avg_pool2d(image[None], 3, 1, 1, count_include_pad=False)[0] for image in true_renders(prompts)]
+
+    assert evaluate(true_renders, n=4, seed=1).sharpness == pytest.approx(1)
+    report = evaluate(blurred, n=4, seed=1)
+    assert report.sharpness is not None
+    assert 0 < report.sharpness < 0.3
+    assert f"{100 * report.sharpness:.1f} %" in report.table()
 
 
 def test_swapped_colours_are_caught() -> None:

@@ -9,10 +9,10 @@ import typer
 
 from ..checks import MAX_IMAGES, whole_number
 from ..errors import OutputError
-from ..family import family_of
+from ..family import GLM_IMAGE, family_of
 from . import pipelines
 from .entry import say
-from .options import DType, Guidance, Model, Steps, check_numbers
+from .options import DType, Guidance, Lora, Model, Steps, check_numbers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,12 +26,16 @@ def evaluate(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the prompts and of the first image.")] = 0,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    height: Annotated[int | None, typer.Option(metavar="PX", help="The model's if not given.")] = None,
+    width: Annotated[int | None, typer.Option(metavar="PX", help="The model's if not given.")] = None,
+    lora: Lora = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at once.")] = 16,
+    dtype: Annotated[DType, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = DType.FLOAT32,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers and verdicts as JSON.")] = None,
 ) -> None:
     """Print how well MODEL follows held-out prompts."""
     whole_number("--n", n, most=MAX_IMAGES)
-    check_numbers(seed, steps, guidance_scale, batch_size)
+    check_numbers(seed, steps, guidance_scale, batch_size, height, width)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise OutputError(f"{output} cannot be written: name a file in an existing folder")
     _, class_name = pipelines.resolve(model)
@@ -42,17 +46,19 @@ def evaluate(
     from ..scenes.evaluate import evaluate as judge
 
     family = family_of(class_name)
-    steps = family.steps if steps is None else steps
-    guidance_scale = family.guidance_scale if guidance_scale is None else guidance_scale
+    adapters, defaults = pipelines.choose_adapters(lora or [])
+    steps, guidance_scale = pipelines.choose_numbers(family, defaults, steps, guidance_scale)
+    solver = None if family is GLM_IMAGE else pipelines.solver_of(defaults.scheduler)
     device = pipelines.choose_device(None)
-    pipe = pipelines.load(model, class_name, device, pipelines.choose_dtype(DType.FLOAT32, device))
+    pipe = pipelines.load(model, class_name, device, pipelines.choose_dtype(dtype, device), solver)
+    pipelines.apply(pipe, adapters)
     pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
     done = 0
     with tqdm(total=n, unit="image", disable=None, leave=False) as progress:
 
         def generate_batch(prompts: list[str]) -> list[Image.Image]:
             nonlocal done
-            options = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
             images = pipelines.run(pipe, prompts, seed + done, **options)
             done += len(images)
             progress.update(len(images))
@@ -60,6 +66,6 @@ def evaluate(
 
         report = judge(generate_batch, n, seed, batch_size)
     if output is not None:
-        settings = {"model": model, "n": n, "seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+        settings = {"model": model, "lora": lora or [], "n": n, "seed": seed, **options, "dtype": str(pipe.dtype)}
         write_json(output, {"settings": {**settings, "version": pipelines.version()}, **report.to_dict()})
     say(report.table())

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import MAX_CHARACTERS, MAX_IMAGES, MAX_SIDE, text, whole_number
+from ..checks import MAX_CHARACTERS, MAX_IMAGES, text, whole_number
 from ..errors import InputError, OutputError
 from ..family import GLM_IMAGE, PRIOR_PIXELS, Family, family_of
 from ..files import make_folder
 from ..memory.inspection import image_size, read_configs
 from . import pipelines
 from .entry import say
-from .options import DType, Guidance, Model, Solver, Steps, check_numbers
+from .options import DType, Guidance, Height, Lora, Model, Solver, Steps, Width, check_numbers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,12 +48,8 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Image i has the seed N + i; random by default.")
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(metavar="PX", help="The model's, or that of --image, if not given.")
-    ] = None,
+    height: Height = None,
+    width: Width = None,
     num_images: Annotated[int, typer.Option(metavar="N", help="Images per prompt.")] = 1,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Images at once; 16 up to 256 px, else 4.")
@@ -61,10 +57,7 @@ def generate(
     scheduler: Annotated[
         Solver | None, typer.Option(metavar="NAME", help="dpm++, ddim, ddpm or lcm; the model's own by default.")
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option("--lora", metavar="FILE[:WEIGHT]", help="An adapter, and how strong it is; may be repeated."),
-    ] = None,
+    lora: Lora = None,
     dtype: Annotated[
         DType | None, typer.Option(metavar="NAME", help="auto (the default), float32, bfloat16 or float16.")
     ] = None,
@@ -86,10 +79,7 @@ def generate(
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("a prompt is empty; say what to show, in quotes")
     whole_number("--num-images", num_images, most=max(1, MAX_IMAGES // len(prompts)))
-    check_numbers(seed, steps, guidance_scale, batch_size)
-    for option, side in (("--height", height), ("--width", width)):
-        if side is not None:
-            whole_number(option, side, most=MAX_SIDE)
+    check_numbers(seed, steps, guidance_scale, batch_size, height, width)
     if memory_budget is not None:
         from ..checks import parse_size
 
@@ -106,9 +96,7 @@ def generate(
     family = family_of(class_name)
     chosen_adapters, defaults = pipelines.choose_adapters(lora or [])
     adapter_names = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in chosen_adapters)
-    steps = defaults.steps or family.steps if steps is None else steps
-    if guidance_scale is None:
-        guidance_scale = family.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+    steps, guidance_scale = pipelines.choose_numbers(family, defaults, steps, guidance_scale)
     if scheduler is None and family is not GLM_IMAGE:
         scheduler = pipelines.solver_of(defaults.scheduler)
     if family is GLM_IMAGE and scheduler is not None:

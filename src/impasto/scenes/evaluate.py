@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 from ..errors import InputError
 from .captions import caption, statement
 from .edits import Edit, sample_edit
-from .judge import ImageLike, Judge, bundled_judge
+from .judge import ImageLike, Judge, as_tensor, bundled_judge
 from .reading import Reading, Score, compare
 from .renderer import render
+from .sharpness import relative_sharpness
 from .world import Scene, is_held_out, sample_scene
 
 TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
@@ -96,9 +97,10 @@ def _flags(score: Score, attribute: str) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """The judge's verdicts and their totals."""
+    """The judge's verdicts and their totals; of whole scenes also their `relative_sharpness`."""
 
     verdicts: tuple[Verdict, ...]
+    sharpness: float | None = None
 
     def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
         """For each of `ATTRIBUTES`, how often it is right and how often it was requested; None: both kinds."""
@@ -116,6 +118,9 @@ class Report:
                 for right, asked in (column[name] for column in columns.values())
             )
             lines.append(f"{name:12}" + "".join(f"{cell:>23}" for cell in cells) + f"   {MEANING[name]}")
+        if self.sharpness is not None:
+            meaning = "power of the top octave, relative to renders of the same scenes"
+            lines.append(f"{'sharpness':12}{f'{100 * self.sharpness:.1f} %':>23}{'':46}   {meaning}")
         images = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in KINDS)
         lines.append(f"{len(self.verdicts)} images: {images}.")
         return "\n".join(lines)
@@ -123,6 +128,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The same numbers, and each prompt with its reading, for JSON."""
         return {
+            "sharpness": None if self.sharpness is None else round(self.sharpness, 4),
             "accuracy": {
                 title: {
                     name: {"right": right, "asked": asked, "percent": round(100 * right / asked, 2) if asked else None}
@@ -177,7 +183,7 @@ def evaluate(
     batch_size: int = 16,
     judge: Judge | None = None,
 ) -> Report:
-    """Generate images for held-out prompts, and judge them.
+    """Generate images for held-out prompts, judge them, and compare their sharpness with that of renders.
 
     Args:
         generate: takes up to `batch_size` prompts and returns as many images of any size: PIL images, or tensors
@@ -189,8 +195,10 @@ def evaluate(
         InputError: `n` or `batch_size` is less than one, or `generate` returns the wrong number or type.
     """
     prompts = held_out_prompts(n, seed)
-    texts = [prompt.text for prompt in prompts]
-    return judge_images(prompts, _in_batches(generate, n, batch_size, texts), judge)
+    images = _in_batches(generate, n, batch_size, [prompt.text for prompt in prompts])
+    report = judge_images(prompts, images, judge)
+    sharpness = relative_sharpness([prompt.scene for prompt in prompts], [as_tensor(image) for image in images])
+    return replace(report, sharpness=sharpness)
 
 
 def evaluate_edits(
