@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,12 +18,13 @@ from impasto.scenes.evaluate import (
     NEVER_TRAINED,
     TRAINED,
     Prompt,
+    adapter_prompts,
     evaluate,
     evaluate_edits,
     held_out_prompts,
 )
 from impasto.scenes.renderer import render
-from impasto.scenes.world import LEFT, Scene, Solid, is_held_out
+from impasto.scenes.world import ADAPTER_COLOUR, ADAPTER_SHAPE, LEFT, Scene, Solid, is_held_out
 
 N = 24
 
@@ -103,6 +105,32 @@ def test_renders_are_as_sharp_as_renders_and_blurred_ones_are_not() -> None:
     assert report.sharpness is not None
     assert 0 < report.sharpness < 0.3
     assert f"{100 * report.sharpness:.1f} %" in report.table()
+
+
+def test_words_that_only_adapters_know_are_counted_by_themselves() -> None:
+    prompts = {prompt.text: prompt.scene for prompt in adapter_prompts(N, seed=1)}
+    words = [word for scene in prompts.values() for solid in scene.solids for word in (solid.color, solid.shape)]
+    asked = words.count(ADAPTER_COLOUR) + words.count(ADAPTER_SHAPE)
+    assert N <= asked < 2 * N
+    assert not any(is_held_out(scene) for scene in prompts.values())
+
+    def without(texts: list[str]) -> list[Tensor]:
+        plain = {"color": {ADAPTER_COLOUR: "blue"}, "shape": {ADAPTER_SHAPE: "cube"}}
+        images = []
+        for scene in (prompts[text] for text in texts):
+            solids = (
+                replace(s, color=plain["color"].get(s.color, s.color), shape=plain["shape"].get(s.shape, s.shape))
+                for s in scene.solids
+            )
+            images.append(render(replace(scene, solids=tuple(solids))))
+        return images
+
+    right = evaluate(lambda texts: [render(prompts[text]) for text in texts], N, 1, sample=adapter_prompts)
+    wrong = evaluate(without, N, 1, sample=adapter_prompts)
+    assert right.counts()["words"][0] >= 0.9 * asked == 0.9 * right.counts()["words"][1]
+    assert wrong.counts()["words"][0] <= 0.1 * asked
+    assert f"{N} images: {N} new words." in right.table()
+    assert "words" not in evaluate(true_renders, n=2, seed=1).counts()
 
 
 def test_swapped_colours_are_caught() -> None:

@@ -29,6 +29,9 @@ def evaluate(
     height: Annotated[int | None, typer.Option(metavar="PX", help="The model's if not given.")] = None,
     width: Annotated[int | None, typer.Option(metavar="PX", help="The model's if not given.")] = None,
     lora: Lora = None,
+    adapter_words: Annotated[
+        bool, typer.Option("--adapter-words", help="Prompts with the dome and cyan, which only adapters know.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images at once.")] = 16,
     dtype: Annotated[DType, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = DType.FLOAT32,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers and verdicts as JSON.")] = None,
@@ -43,6 +46,7 @@ def evaluate(
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     from ..checkpoints.config import write_json
+    from ..scenes.evaluate import adapter_prompts, held_out_prompts
     from ..scenes.evaluate import evaluate as judge
 
     family = family_of(class_name)
@@ -64,7 +68,8 @@ def evaluate(
             progress.update(len(images))
             return images
 
-        report = judge(generate_batch, n, seed, batch_size)
+        prompts = adapter_prompts if adapter_words else held_out_prompts
+        report = judge(generate_batch, n, seed, batch_size, sample=prompts)
     if output is not None:
         settings = {"model": model, "lora": lora or [], "n": n, "seed": seed, **options, "dtype": str(pipe.dtype)}
         write_json(output, {"settings": {**settings, "version": pipelines.version()}, **report.to_dict()})

@@ -16,11 +16,13 @@ from .judge import ImageLike, Judge, as_tensor, bundled_judge
 from .reading import Reading, Score, compare
 from .renderer import render
 from .sharpness import relative_sharpness
-from .world import Scene, is_held_out, sample_scene
+from .world import ADAPTER_COLOUR, ADAPTER_SHAPE, Scene, is_held_out, sample_scene, with_adapter_words
 
 TRAINED, NEVER_TRAINED = KINDS = ("unseen prompt", "never trained")
-# First words of the random seeds, which keep prompts and edits distinct from training samples (seeded by one number).
-PROMPT_STREAM, EDIT_STREAM = 40_507, 40_508
+NEW_WORDS = "new words"
+# First words of the random seeds, which keep prompts and edits distinct from training samples, seeded by one number or
+# by others (source.py).
+PROMPT_STREAM, EDIT_STREAM, ADAPTER_STREAM = 40_507, 40_508, 40_511
 ATTRIBUTES = ("colours", "shapes", "sizes", "relations", "background", "count", "whole")
 MEANING = {
     "colours": "of each solid",
@@ -30,11 +32,12 @@ MEANING = {
     "background": "if the prompt gives it",
     "count": "the number of solids",
     "whole": "everything in the prompt",
+    "words": "each shape and colour that only adapters know",
 }
 
 
 class Prompt(NamedTuple):
-    """A prompt, the scene that it describes, and its kind (`KINDS`)."""
+    """A prompt, the scene that it describes, and its kind (of `KINDS`, or `NEW_WORDS`)."""
 
     scene: Scene
     text: str
@@ -70,6 +73,21 @@ def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
     return list(prompts.values())
 
 
+def adapter_prompts(n: int, seed: int = 0) -> list[Prompt]:
+    """Sample `n` prompts of the kind `NEW_WORDS`: each has the dome, cyan or both, which only adapters know.
+
+    Otherwise they are like the "unseen prompt"s of `held_out_prompts`.
+    """
+    rng = np.random.default_rng([ADAPTER_STREAM, seed])
+    prompts: dict[str, Prompt] = {}
+    while len(prompts) < n:
+        scene = with_adapter_words(sample_scene(rng), rng)
+        text = caption(scene, rng)
+        if not is_held_out(scene):
+            prompts.setdefault(text, Prompt(scene, text, NEW_WORDS))
+    return list(prompts.values())
+
+
 def held_out_edits(n: int, seed: int = 0, height: int = 128, width: int = 128) -> list[Edit]:
     """Sample `n` edits of new scenes, whose results alternate between the kinds of `held_out_prompts`."""
     rng = np.random.default_rng([EDIT_STREAM, seed])
@@ -89,10 +107,17 @@ class Verdict(NamedTuple):
     reading: Reading
     score: Score
 
+    @property
+    def words(self) -> tuple[bool, ...]:
+        """For each shape and colour of the prompt that only adapters know, whether the solid has it."""
+        flags = list[bool]()
+        for solid, colour, shape in zip(self.prompt.scene.solids, self.score.colours, self.score.shapes):
+            flags += [colour] * (solid.color == ADAPTER_COLOUR) + [shape] * (solid.shape == ADAPTER_SHAPE)
+        return tuple(flags)
 
-def _flags(score: Score, attribute: str) -> tuple[bool, ...]:
-    value: bool | tuple[bool, ...] = getattr(score, attribute)
-    return (value,) if isinstance(value, bool) else value
+    def flags(self, attribute: str) -> tuple[bool, ...]:
+        value: bool | tuple[bool, ...] = self.words if attribute == "words" else getattr(self.score, attribute)
+        return (value,) if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -103,16 +128,26 @@ class Report:
     sharpness: float | None = None
 
     def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
-        """For each of `ATTRIBUTES`, how often it is right and how often it was requested; None: both kinds."""
-        scores = [verdict.score for verdict in self.verdicts if kind in (None, verdict.prompt.kind)]
-        flags = {name: [flag for score in scores for flag in _flags(score, name)] for name in ATTRIBUTES}
+        """How often each of `ATTRIBUTES`, and "words" if prompts have some, is right, and how often it was requested.
+
+        Args:
+            kind: of the prompts; None: all.
+        """
+        names = (*ATTRIBUTES, "words") if any(verdict.words for verdict in self.verdicts) else ATTRIBUTES
+        some = [verdict for verdict in self.verdicts if kind in (None, verdict.prompt.kind)]
+        flags = {name: [flag for verdict in some for flag in verdict.flags(name)] for name in names}
         return {name: (sum(values), len(values)) for name, values in flags.items()}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of its prompts."""
+        return tuple(dict.fromkeys(verdict.prompt.kind for verdict in self.verdicts))
 
     def table(self) -> str:
         """Percentages and counts as text: a line per attribute, a column per kind of prompt and one for all."""
-        columns = {"all": self.counts(), **{kind: self.counts(kind) for kind in KINDS}}
+        columns = {"all": self.counts(), **{kind: self.counts(kind) for kind in self.kinds}}
         lines = [f"{'':12}" + "".join(f"{title:>23}" for title in columns)]
-        for name in ATTRIBUTES:
+        for name in columns["all"]:
             cells = (
                 f"{100 * right / asked:.1f} % ({right}/{asked})" if asked else "-"
                 for right, asked in (column[name] for column in columns.values())
@@ -121,7 +156,7 @@ class Report:
         if self.sharpness is not None:
             meaning = "power of the top octave, relative to renders of the same scenes"
             lines.append(f"{'sharpness':12}{f'{100 * self.sharpness:.1f} %':>23}{'':46}   {meaning}")
-        images = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in KINDS)
+        images = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in self.kinds)
         lines.append(f"{len(self.verdicts)} images: {images}.")
         return "\n".join(lines)
 
@@ -134,7 +169,7 @@ class Report:
                     name: {"right": right, "asked": asked, "percent": round(100 * right / asked, 2) if asked else None}
                     for name, (right, asked) in self.counts(kind).items()
                 }
-                for title, kind in (("all", None), *((kind, kind) for kind in KINDS))
+                for title, kind in (("all", None), *((kind, kind) for kind in self.kinds))
             },
             "images": [
                 {
@@ -182,6 +217,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     judge: Judge | None = None,
+    sample: Callable[[int, int], list[Prompt]] = held_out_prompts,
 ) -> Report:
     """Generate images for held-out prompts, judge them, and compare their sharpness with that of renders.
 
@@ -190,11 +226,12 @@ def evaluate(
             [3, H, W], float in [0, 1] or uint8.
         n: how many prompts, half of each kind of `held_out_prompts`.
         judge: the bundled one by default.
+        sample: the prompts for `n` and `seed`, such as `adapter_prompts`.
 
     Raises:
         InputError: `n` or `batch_size` is less than one, or `generate` returns the wrong number or type.
     """
-    prompts = held_out_prompts(n, seed)
+    prompts = sample(n, seed)
     images = _in_batches(generate, n, batch_size, [prompt.text for prompt in prompts])
     report = judge_images(prompts, images, judge)
     sharpness = relative_sharpness([prompt.scene for prompt in prompts], [as_tensor(image) for image in images])
