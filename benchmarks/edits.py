@@ -27,7 +27,7 @@ import measure
 from impasto import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline
 from impasto.scenes import editing
 
-SIDE = 64  # of the bundled model's images, in pixels
+SIDE = 256  # of the bundled model's images, in pixels
 BATCH = 16
 SHOWN = 8  # examples of each kind in the grid
 

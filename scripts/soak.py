@@ -37,6 +37,9 @@ BAD: tuple[dict[str, Any], ...] = (
 CLIENTS = {"plain": 6, "streaming": 3, "leaving": 3, "slow": 2, "bad": 1, "crowd": 1}
 
 
+OWN_SIZE = {"use_resolution_binning": False}  # images of several sizes, not all of one bin
+
+
 class Soak:
     """The clients and what happened to their requests."""
 
@@ -49,11 +52,18 @@ class Soak:
 
     def request(self, **more: Any) -> dict[str, Any]:
         rng = self.rng
-        size = rng.choice(["64x64", "96x64", "64x96", "96x96", "128x128"])
+        size = rng.choice(["128x128", "192x128", "128x192", "192x192", "256x256"])
         steps = rng.choice([4, 10, 20, 30])
         colours = rng.sample(["red", "blue", "green", "yellow"], 2)
         prompt = f"a {colours[0]} cube on top of a {colours[1]} sphere"
-        return {"prompt": prompt, "size": size, "num_inference_steps": steps, "seed": rng.randrange(2**31), **more}
+        return {
+            "prompt": prompt,
+            "size": size,
+            "num_inference_steps": steps,
+            "seed": rng.randrange(2**31),
+            **OWN_SIZE,
+            **more,
+        }
 
     async def plain(self, client: httpx.AsyncClient) -> None:
         start = time.monotonic()

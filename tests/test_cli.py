@@ -374,6 +374,7 @@ def test_evaluate_prints_the_table_and_writes_the_verdicts(model: Path, tmp_path
     assert "3 images: 2 unseen prompt, 1 never trained." in result.stdout
     report = json.loads(path.read_text())
     assert report["settings"]["n"] == 3
+    assert report["settings"]["scheduler"] == "dpm++"
     assert [image["prompt"] for image in report["images"]] == [prompt.text for prompt in held_out_prompts(3)]
 
 
@@ -415,7 +416,7 @@ def test_the_bundled_model_is_the_default(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     settings = read_settings(path)
     assert (settings.model, settings.steps, settings.guidance_scale, settings.seed) == ("builtin:scenes", 20, 4.5, 7)
-    assert pixels(path).shape == (64, 64, 3)
+    assert pixels(path).shape == (256, 256, 3)
     with Image.open(path) as image:  # what `make demo` generates
         (reading,) = read([image])
     assert [(solid.color, solid.shape) for solid in reading.solids] == [("red", "cube"), ("blue", "sphere")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_an_adapter_for_few_steps_says_how_to_generate(model: Path, tmp_path: Pa
     generate(model, "--lora", few, "--steps", 2, "--scheduler", "ddim", "--output", tmp_path / "y.png")
     settings = read_settings(tmp_path / "y.png")
     assert (settings.steps, settings.guidance_scale, settings.sampler) == (2, 1.0, "ddim")
+
+
+def test_evaluate_takes_frames_adapters_and_their_words(model: Path, tmp_path: Path) -> None:
+    pipe = load(model)
+    pipe.load_lora_weights(adapter(model, tmp_path, "diffusers"))
+    few = pipe.save_adapter(tmp_path / "few", defaults=AdapterDefaults("lcm", 2, 1.0))
+    path, options = tmp_path / "report.json", ["--height", 16, "--width", 24, "--lora", few, "--adapter-words"]
+    result = call("evaluate", "--model", model, "--n", 2, *options, "--output", path)
+    assert result.exit_code == 0, result.output
+    assert "2 images: 2 new words." in result.stdout
+    assert "sharpness" in result.stdout
+    settings = json.loads(path.read_text())["settings"]
+    assert [settings[name] for name in ("height", "width", "scheduler", "num_inference_steps")] == [16, 24, "lcm", 2]
+    assert call("evaluate", "--model", model, "--height", 0).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields
 
 import numpy as np
@@ -112,6 +113,16 @@ def test_colourings_share_an_arrangement() -> None:
     scenes = [source.scene(index) for index in range(9)]
     assert scenes[0].seed == scenes[1].seed == scenes[2].seed != scenes[3].seed
     assert len(set(scenes[:3])) == 3
+
+
+def test_colours_of_a_scene_are_independent_in_every_colouring() -> None:
+    for colourings in (1, 2):
+        source = ScenesSource(1500, seed=7, frames=[(8, 8)], colourings=colourings)
+        pairs = [s.solids for s in map(source.scene, range(colourings - 1, 1500, colourings)) if len(s.solids) == 2]
+        second = Counter(solids[1].color for solids in pairs)
+        assert min(second.values()) > 0.06 * len(pairs)  # of eight colours
+        same = sum(solids[0].color == solids[1].color for solids in pairs)
+        assert 0.06 * len(pairs) < same < 0.2 * len(pairs)
 
 
 def test_samples_have_the_fields_of_the_trainer() -> None:

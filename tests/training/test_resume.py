@@ -100,7 +100,8 @@ def train_warm_start(folder: Path, steps: int, seed: int, hook: Hook) -> list[nn
     torch.manual_seed(seed)
     reader = text_encoder.SlotReader(32, 2, (3, 2))
     plan = fast(steps, optimizer={"name": "adamw"}, ema=0.0)
-    train(text_encoder.WarmStart(encoder, reader), hooked(test_text_encoder.captions, hook), plan, folder)
+    objective = text_encoder.WarmStart(encoder, reader, test_text_encoder.tokenize)
+    train(objective, hooked(test_text_encoder.captions, hook), plan, folder)
     return [encoder, reader]
 
 

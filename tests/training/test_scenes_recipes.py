@@ -110,6 +110,7 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
         tmp_path,
         "steps=2",
         "compile=false",
+        "objective.labels.block=0",
         "data.sources.0.options.frames=[[32, 48], [48, 32]]",
         "data.sources.0.options.count=64",
         "data.sizes=[[32, 48], [48, 32]]",

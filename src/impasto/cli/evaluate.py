@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Model = "builtin:scenes",
-    n: Annotated[
-        int, typer.Option("--n", metavar="N", help="Number of prompts; half of them were never trained.")
-    ] = 200,
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Number of prompts.")] = 200,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the prompts and of the first image.")] = 0,
     steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -36,7 +34,7 @@ def evaluate(
     dtype: Annotated[DType, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = DType.FLOAT32,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers and verdicts as JSON.")] = None,
 ) -> None:
-    """Print how well MODEL follows held-out prompts."""
+    """Print how well MODEL follows held-out prompts; half of them have combinations that were never trained."""
     whole_number("--n", n, most=MAX_IMAGES)
     check_numbers(seed, steps, guidance_scale, batch_size, height, width)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
@@ -71,6 +69,7 @@ def evaluate(
         prompts = adapter_prompts if adapter_words else held_out_prompts
         report = judge(generate_batch, n, seed, batch_size, sample=prompts)
     if output is not None:
-        settings = {"model": model, "lora": lora or [], "n": n, "seed": seed, **options, "dtype": str(pipe.dtype)}
+        settings = {"model": model, "lora": lora or [], "adapter_words": adapter_words, "n": n, "seed": seed}
+        settings |= {**options, "scheduler": pipelines.solver_name(pipe.scheduler), "dtype": str(pipe.dtype)}
         write_json(output, {"settings": {**settings, "version": pipelines.version()}, **report.to_dict()})
     say(report.table())

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .captions import statement
-from .evaluate import PROMPT_STREAM, Prompt, held_out_prompts
+from .evaluate import Prompt, held_out_prompts
 from .judge import ImageLike, Judge, bundled_judge
 from .reading import Score, compare
 from .renderer import render, trace
 from .world import COLOURS, SHAPES, Scene, Solid, sample_scene
 
-SOURCE_STREAM = PROMPT_STREAM + 2  # the first word of the random seed: sources are independent of prompts
+SOURCE_STREAM = 40_512  # first word of the random seeds: sources are independent of prompts
 #: What a mask covers around a solid, as fractions of its size: above, below, to the left, to the right (its shadow).
 MARGINS = (0.2, 0.2, 0.25, 0.6)
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     def image(self, side: int) -> Tensor:
         """The image to edit [3, side, side], float32 in [0, 1]."""
-        return F.interpolate(render(self.source)[None], (side, side), mode="area")[0]
+        return render(replace(self.source, height=side, width=side))
 
 
 def kept(n: int, seed: int = 0) -> list[Case]:

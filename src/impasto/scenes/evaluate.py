@@ -155,7 +155,8 @@ class Report:
             lines.append(f"{name:12}" + "".join(f"{cell:>23}" for cell in cells) + f"   {MEANING[name]}")
         if self.sharpness is not None:
             meaning = "power of the top octave, relative to renders of the same scenes"
-            lines.append(f"{'sharpness':12}{f'{100 * self.sharpness:.1f} %':>23}{'':46}   {meaning}")
+            empty = " " * 23 * len(self.kinds)
+            lines.append(f"{'sharpness':12}{f'{100 * self.sharpness:.1f} %':>23}{empty}   {meaning}")
         images = ", ".join(f"{columns[kind]['whole'][1]} {kind}" for kind in self.kinds)
         lines.append(f"{len(self.verdicts)} images: {images}.")
         return "\n".join(lines)
@@ -224,9 +225,9 @@ def evaluate(
     Args:
         generate: takes up to `batch_size` prompts and returns as many images of any size: PIL images, or tensors
             [3, H, W], float in [0, 1] or uint8.
-        n: how many prompts, half of each kind of `held_out_prompts`.
+        n: how many prompts.
         judge: the bundled one by default.
-        sample: the prompts for `n` and `seed`, such as `adapter_prompts`.
+        sample: gives the prompts for `n` and `seed`: `held_out_prompts`, half of each kind, or `adapter_prompts`.
 
     Raises:
         InputError: `n` or `batch_size` is less than one, or `generate` returns the wrong number or type.
@@ -234,7 +235,7 @@ def evaluate(
     prompts = sample(n, seed)
     images = _in_batches(generate, n, batch_size, [prompt.text for prompt in prompts])
     report = judge_images(prompts, images, judge)
-    sharpness = relative_sharpness([prompt.scene for prompt in prompts], [as_tensor(image) for image in images])
+    sharpness = relative_sharpness((prompt.scene for prompt in prompts), map(as_tensor, images))
     return replace(report, sharpness=sharpness)
 
 

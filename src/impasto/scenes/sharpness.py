@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def top_octave(image: Tensor) -> float:
     return float(power[(radius >= 0.25) & (radius < 0.5)].mean())
 
 
-def relative_sharpness(scenes: Sequence[Scene], images: Sequence[Tensor]) -> float:
+def relative_sharpness(scenes: Iterable[Scene], images: Iterable[Tensor]) -> float:
     """`top_octave` of images, averaged, as a multiple of that of renders of the same scenes in the same sizes.
 
     Args:

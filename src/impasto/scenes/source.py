@@ -16,7 +16,7 @@ from .layout import arrange
 from .renderer import SUPERSAMPLING, GeometryBuffer, shade, trace, trace_layout
 from .world import FRAMES, Scene, is_held_out, recolour, sample_arrangement, with_adapter_words
 
-SAMPLE_STREAM = 40_509  # first word of the random seeds; others are in evaluate.py
+SAMPLE_STREAM = 40_509  # first word of the random seeds; others are in evaluate.py and editing.py
 WORDING_STREAM = 40_510
 WORDINGS = 8  # of a caption in a cache
 KINDS = ("ordinary", "adapter")
@@ -93,7 +93,8 @@ class ScenesSource:
         number, colouring = divmod(index, self.colourings)
         rng = np.random.default_rng([SAMPLE_STREAM, self.seed, number])
         arrangement = sample_arrangement(rng, *self._frame(index))
-        attempts = np.random.default_rng([SAMPLE_STREAM, self.seed, number, colouring])
+        # numpy pads these words with zeros: a colouring 0 would have the arrangement's own random numbers.
+        attempts = np.random.default_rng([SAMPLE_STREAM, self.seed, number, 1 + colouring])
         while True:
             scene = recolour(arrangement, attempts)
             if self.kind == "adapter":

@@ -108,7 +108,7 @@ def test_waiting_images_begin_in_order_and_are_not_overtaken_for_ever() -> None:
 def test_more_images_in_less_time_than_other_policies(
     concurrency: int, over_fifo: float, over_same_size: float
 ) -> None:
-    """With the recorded costs of the bundled model on one AVX2 core; latencies of the smallest images fall, too."""
+    """With recorded costs of the bundled model's first edition on AVX2; latencies of the smallest images fall, too."""
     found: dict[str, tuple[float, float]] = {}
     policies: dict[str, Policy] = {"fair": choose, "fifo": first_in_first_out, "same": same_size}
     for name, policy in policies.items():

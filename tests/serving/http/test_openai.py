@@ -43,6 +43,17 @@ def test_images_have_the_seeds_that_follow_the_first_one():
     assert body["usage"]["output_tokens"] == 3 * 6 * 4
 
 
+def test_an_image_may_be_generated_at_its_own_size():
+    service = StubService()
+    for fields in ({}, {"use_resolution_binning": False}):
+        assert call("POST", "/v1/images/generations", service, json={"prompt": "a", **fields}).status_code == 200
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(image, "PNG")
+    form = {"prompt": (None, "a"), "use_resolution_binning": (None, "false"), "image": ("a.png", image.getvalue())}
+    assert call("POST", "/v1/images/edits", service, files=form).status_code == 200
+    assert [job.binning for job in service.submitted] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
@@ -52,6 +63,7 @@ def test_images_have_the_seeds_that_follow_the_first_one():
         ({"prompt": "a", "n": 11}, "n", "from 1 to 10"),
         ({"prompt": "a", "n": True}, "n", "whole number"),
         ({"prompt": "a", "size": "2048x8"}, "size", "1 to 1024"),
+        ({"prompt": "a", "use_resolution_binning": "no"}, "use_resolution_binning", "true or false"),
         ({"prompt": "a", "response_format": "url"}, "response_format", "b64_json"),
         ({"prompt": "a", "stream": True, "n": 2}, "n", "one image"),
         ({"prompt": "a", "lora": [{"name": "styl"}]}, "lora", "did you mean style"),

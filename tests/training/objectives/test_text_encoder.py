@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from impasto.training.data.sample import Batch, Sample
-from impasto.training.objectives.base import ByStep, Tensors
-from impasto.training.objectives.text_encoder import LabelledText, SlotReader, WarmStart
+from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.text_encoder import SlotReader, WarmStart
 from impasto.training.running.loop import train
 from impasto.training.running.randomness import Randomness
 
@@ -18,8 +19,8 @@ from ..runs import rows, settings
 FIRST, SECOND = (10, 11, 12), (20, 21)  # the ids that answer for the first and for the second slot
 
 
-def captions(step: int, batch: int = 32) -> LabelledText:
-    """Two tokens with answers, fillers between, some padding, and a second question that is always answered 0."""
+def captions(step: int, batch: int = 32) -> Batch:
+    """Two tokens with answers, fillers between, some shorter, and a second question that is always answered 0."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(30, 40, (batch, 6), generator=generator)
     labels = torch.zeros(batch, 2, 2, dtype=torch.long)
@@ -27,9 +28,17 @@ def captions(step: int, batch: int = 32) -> LabelledText:
     labels[:, 1, 0] = torch.randint(len(SECOND), (batch,), generator=generator)
     ids[:, 1] = torch.tensor(FIRST)[labels[:, 0, 0]]
     ids[:, 3] = torch.tensor(SECOND)[labels[:, 1, 0]]
-    mask = torch.ones_like(ids)
-    mask[: batch // 2, 5:] = 0
-    return LabelledText(ids * mask, mask, labels)
+    texts = [" ".join(map(str, row[: 5 if i < batch // 2 else 6])) for i, row in enumerate(ids.tolist())]
+    samples = [Sample(caption=text, extra={"answers": answers}) for text, answers in zip(texts, labels)]
+    return Batch(samples, 0, batch, step)
+
+
+def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Ids that are written out, padded with 0."""
+    rows = [[int(word) for word in text.split()] for text in texts]
+    most = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (most - len(row)) for row in rows])
+    return ids, (ids > 0).long()
 
 
 def test_learns_which_token_answers_for_which_slot(tmp_path: Path) -> None:
@@ -42,26 +51,20 @@ def test_learns_which_token_answers_for_which_slot(tmp_path: Path) -> None:
         ema=0.0,
         log_every=8,
     )
-    train(WarmStart(encoder, SlotReader(32, 2, (3, 2))), ByStep(captions), plan, tmp_path)
+    train(WarmStart(encoder, SlotReader(32, 2, (3, 2)), tokenize), ByStep(captions), plan, tmp_path)
     assert rows(tmp_path)[-1]["right"] > 0.95  # of four answers guessed: at most (1/3 + 1/2 + 2) / 4 = 0.71
     assert not encoder.training
     assert any(not torch.equal(p, before[name]) for name, p in encoder.named_parameters())
 
 
-def test_samples_with_captions_and_answers_give_the_same_loss_as_tokens(tmp_path: Path) -> None:
-    encoder, reader, labelled = tiny_text_encoder(num_layers=1), SlotReader(32, 2, (3, 2)), captions(0, 4)
-
-    def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [int(text) for text in texts]
-        return labelled.input_ids[rows], labelled.attention_mask[rows]
-
-    samples = [Sample(caption=str(i), extra={"answers": labelled.labels[i]}) for i in range(4)]
+def test_validation_is_the_loss_and_the_share_of_right_answers(tmp_path: Path) -> None:
+    encoder, reader, batch = tiny_text_encoder(num_layers=1), SlotReader(32, 2, (3, 2)), captions(0, 4)
     objective = WarmStart(encoder, reader, tokenize)
-    from_samples = objective(Batch(samples, 0, 4, 0), Randomness(0, 0))
-    from_tokens = objective(Tensors(labelled, 4, 0), Randomness(0, 0))
-    assert torch.equal(from_samples.each, from_tokens.each)
-    measured = objective.validation(Batch(samples, 0, 4, 0), Randomness(0, 0))
-    torch.testing.assert_close(measured["validation"], from_tokens.each.mean())
+    each = objective(batch, Randomness(0, 0)).each
+    assert each.shape == (4,)
+    measured = objective.validation(batch, Randomness(0, 0))
+    torch.testing.assert_close(measured["validation"], each.mean())
+    assert 0 <= measured["validation_right"] <= 1
     objective.export(tmp_path)
     assert (tmp_path / "text_encoder" / "config.json").exists()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impasto.errors import InputError
+from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.objectives.base import ByStep
@@ -242,6 +242,10 @@ def test_a_label_head_reads_each_latent_of_its_own_token() -> None:
     labels = torch.zeros(1, 2, 8, 8, dtype=torch.uint8)
     expected = torch.tensor([0.75 * torch.tensor(2.0).log(), torch.tensor(3.0).log()]).sum()
     torch.testing.assert_close(head([labels]), expected.view(1))
+    with torch.no_grad():
+        transformer(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.tensor([3]))
+    with pytest.raises(ConfigurationError, match="3 questions"):
+        head([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
 
 
 def of_sizes(*sides: tuple[int, int]) -> Batch:

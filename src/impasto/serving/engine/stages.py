@@ -249,18 +249,13 @@ class Stages:
     def _sides(self, job: Job) -> Sides:
         """Height and width at which a job is generated, where the pipeline takes no other ones."""
         height, width = job.height, job.width
-        if self.family is GLM_IMAGE:  # always given: otherwise the text of a prompt could ask for any size
-            unit = PRIOR_PIXELS
-            if not (height and width):
-                own = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-                first = None if job.given is None else job.given.images[0]
-                height, width = (own, own) if first is None else (first.height, first.width)
-        elif not (height and width):
-            return (None, None)
-        else:
-            if self._bins(job) is not None:
-                return (height, width)
-            unit = self.pipe.transformer.config["patch_size"] * self.pipe.vae_scale_factor
+        if self._bins(job) is not None:
+            return (height, width) if height and width else (None, None)
+        if not (height and width):  # never left to GLM-Image: the text of a prompt could ask for any size
+            first = None if job.given is None or job.given.padding is not None else job.given.images[0]
+            height, width = (self._side, self._side) if first is None else (first.height, first.width)
+        unit = int(self.pipe.transformer.config["patch_size"] * self.pipe.vae_scale_factor)
+        unit = PRIOR_PIXELS if self.family is GLM_IMAGE else unit
         height, width = (max(1, round(side / unit)) * unit for side in (height, width))
         return (height, width)
 

@@ -131,7 +131,7 @@ class Size(Kind):
 
     def schema(self) -> Schema:
         side = _up_to(self.most)
-        return {"type": "string", "pattern": f"^(auto|{side}x{side})$", "examples": ["auto", "64x64"]}
+        return {"type": "string", "pattern": f"^(auto|{side}x{side})$", "examples": ["auto", "256x256"]}
 
     def read(self, name: str, value: Any) -> tuple[int, int] | None:
         if value == "auto":

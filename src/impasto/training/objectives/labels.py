@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ConfigurationError
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...nn.layers import unpatchify
 from ..running.randomness import seed_torch
@@ -51,9 +52,14 @@ class LabelHead(nn.Module):
 
     def _loss(self, read: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Of images of one size, [b]."""
+        if labels.shape[1] != len(self.classes):
+            raise ConfigurationError(
+                f"samples have labels for {labels.shape[1]} questions, and labels.classes has {len(self.classes)}: "
+                f"make them the same, or a cache of samples again"
+            )
         answers = unpatchify(read.unflatten(0, (len(labels), -1)), *grid, self.patch_size)  # [b, sum of classes, H, W]
         losses = [
-            F.cross_entropy(answer.float(), labels[:, i].long(), reduction="none").flatten(1).mean(1)
-            for i, answer in enumerate(answers.split(self.classes, dim=1))
+            F.cross_entropy(answer.float(), label.long(), reduction="none").flatten(1).mean(1)
+            for answer, label in zip(answers.split(self.classes, dim=1), labels.unbind(1))
         ]
         return torch.stack(losses).sum(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from ...nn.attention import attention
 from ..data.sample import Batch
 from ..running.randomness import Randomness
-from .base import Loss, Objective, Tensors
-
-
-class LabelledText(NamedTuple):
-    input_ids: Tensor  # [B, M]
-    attention_mask: Tensor  # [B, M]
-    labels: Tensor  # [B, slots, questions], the class of each answer
+from .base import Loss, Objective
 
 
 class SlotReader(nn.Module):
@@ -46,30 +40,18 @@ class WarmStart(Objective):
     """The cross-entropy of the answers that ``reader`` gives, summed over questions.
 
     Args:
-        tokenize: captions -> input_ids and attention_mask [B, M]. With it, batches have samples with a caption and
-            ``extra["answers"]`` [slots, questions], otherwise LabelledText.
+        tokenize: captions -> input_ids and attention_mask [B, M]. Samples have a caption and ``extra["answers"]``
+            [slots, questions], the class of each answer.
     """
 
-    def __init__(
-        self,
-        encoder: Any,
-        reader: SlotReader,
-        tokenize: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None,
-    ):
+    def __init__(self, encoder: Any, reader: SlotReader, tokenize: Callable[[list[str]], tuple[Tensor, Tensor]]):
         super().__init__()
         self.encoder, self.reader, self.tokenize = encoder, reader, tokenize
 
-    def labelled(self, batch: Batch | Tensors) -> LabelledText:
-        if isinstance(batch, Tensors):
-            return LabelledText(*batch.values)
-        assert self.tokenize is not None
+    def forward(self, batch: Batch, random: Randomness) -> Loss:
         device = next(self.encoder.parameters()).device
-        ids, mask = self.tokenize([sample.caption or "" for sample in batch.samples])
-        answers = torch.stack([sample.extra["answers"] for sample in batch.samples])
-        return LabelledText(ids.to(device), mask.to(device), answers.to(device))
-
-    def forward(self, batch: Batch | Tensors, random: Randomness) -> Loss:
-        ids, mask, labels = self.labelled(batch)
+        ids, mask = (each.to(device) for each in self.tokenize([sample.caption or "" for sample in batch.samples]))
+        labels = torch.stack([sample.extra["answers"] for sample in batch.samples]).to(device)
         answers = self.reader(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         errors = [
             F.cross_entropy(answer.float().transpose(1, 2), labels[..., i], reduction="none").mean(1)
@@ -78,7 +60,7 @@ class WarmStart(Objective):
         hits = [(answer.argmax(-1) == labels[..., i]).float().mean(1) for i, answer in enumerate(answers)]
         return Loss(torch.stack(errors).sum(0), {"right": torch.stack(hits).mean(0)})
 
-    def validation(self, batch: Batch | Tensors, random: Randomness) -> dict[str, Tensor]:
+    def validation(self, batch: Batch, random: Randomness) -> dict[str, Tensor]:
         """The loss, and the share of answers that are right."""
         each, parts = self(batch, random)
         return {"validation": each.mean(), "validation_right": parts["right"].mean()}
