@@ -16,7 +16,7 @@ from impasto.errors import CheckpointError, ConfigurationError, InputError
 from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
-from impasto.training.assembly.assemble import open_data, open_source
+from impasto.training.assembly.assemble import assemble, open_data, open_source
 from impasto.training.data.sample import Sample
 from impasto.training.launch import launch, preview
 from impasto.training.objectives.autoencoder import images_of, latent_moments
@@ -289,3 +289,8 @@ def test_an_exported_pipeline_has_frozen_components_as_they_were_stored(tmp_path
         before = load_file(tmp_path / "pipeline" / name / f"{file}.safetensors")
         after = load_file(tmp_path / "run" / "result" / name / f"{file}.safetensors")
         assert all(after[key].to(before[key].dtype).equal(before[key]) for key in after)
+
+
+def test_the_result_samples_what_the_objective_predicts(place: Path, tmp_path: Path) -> None:
+    wanted = configuration(place, objective={"kind": "text-to-image", "prediction": "v_prediction"})
+    assert assemble(wanted, tmp_path).components.scheduler.config.prediction_type == "v_prediction"

@@ -81,6 +81,18 @@ WRONG: dict[str, tuple[str, str]] = {
         "{adapter: {rank: 2}, models: {text_encoder: {train: true}}}",
         "give adapter.text_encoder_rank",
     ),
+    "an adapter of a text encoder that is kept": (
+        "{adapter: {text_encoder_rank: 2}, objective: {kind: lcm}}",
+        "adapter.text_encoder_rank: lcm keeps the text encoder",
+    ),
+    "a trained text encoder in a distillation": (
+        "{models: {text_encoder: {train: true}}, objective: {kind: dmd}}",
+        "models.text_encoder.train: .* does not train it",
+    ),
+    "masks of an autoencoder": (
+        "{data: {sources: [{path: x, mask_suffix: _m}]}, objective: {kind: autoencoder}}",
+        "mask_suffix: autoencoder has no masks",
+    ),
     "an adapter of an autoencoder": (
         "{adapter: {rank: 2}, objective: {kind: autoencoder}}",
         "adapter: autoencoder trains none",

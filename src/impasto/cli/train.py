@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,20 +43,24 @@ def train(
         raise InputError("name a configuration: a .yaml file, or a recipe (impasto train --list)")
     configuration = recipes.read(config, changes or [])
     folder = output or Path(configuration.output or f"runs/{Path(config).stem}")
-    say(recipes.text_of(configuration).rstrip())
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started
+    if first:
+        say(recipes.text_of(configuration).rstrip())
 
     from ..training.launch import launch, preview
 
     if dry_run:
         say(preview(configuration, folder, OWN_SOURCES, CHECKS))
         return
-    say(f"the run is in {folder}: log.jsonl has its progress")
+    if first:
+        say(f"the run is in {folder}: log.jsonl has its progress")
     stopped = launch(configuration, folder, resume, OWN_SOURCES, CHECKS)
     if stopped is not None:
         again = ["impasto", "train", str(folder / "configuration.yaml"), "--output", str(folder), "--resume"]
         say(f"ended by a signal; it goes on with: {shlex.join(again)}", error=True)
         raise typer.Exit(128 + stopped)
-    say(f"the result is {folder / 'result'}")
+    if first:
+        say(f"the result is {folder / 'result'}")
 
 
 def _scenes(options: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ import urllib.parse
 from ..checks import shown
 
 logger = logging.getLogger("impasto")
+#: Marks log records that quote a prompt: servers leave them out.
+QUOTES_PROMPT = {"quotes_prompt": True}
 
 _LABELS = r"[a-zA-Z0-9.\-]"
 _DOMAIN = rf"{_LABELS}+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"
@@ -138,5 +140,6 @@ def clean_prompt(text: str) -> str:
             "cleaning removes all of the prompt %s, as with most that are not in Latin script: the image will be "
             "that of an empty prompt. Use clean_caption=False to keep the prompt, or write it in English",
             shown(text),
+            extra=QUOTES_PROMPT,
         )
     return cleaned

@@ -16,6 +16,7 @@ from ..checks import MAX_TOKENS, shown, whole_number
 from ..errors import InputError
 from ..nn.changes import adapters_in_force
 from ..nn.precision import precision_of
+from .cleaning import QUOTES_PROMPT
 from .learned_tokens import pattern_of, spelled_out
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: 
                     len(ids),
                     max_length,
                     shown(tokenizer.decode(list(ids[max_length - 1 : -1])), 400),
+                    extra=QUOTES_PROMPT,
                 )
     return tokens
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import ConfigurationError, InputError
 from ..files import make_folder, write_file
 from .assembly.adapters import export_adapters
 from .assembly.assemble import Assembled, Check, MakeSource, assemble
@@ -75,7 +76,13 @@ def preview(
     sources: Mapping[str, MakeSource] | None = None,
     checks: Mapping[str, Check] | None = None,
 ) -> str:
-    """Data, memory and time of a run, in lines; nothing is written. For one process."""
+    """Data, memory and time of a run of one process, in lines; nothing is written.
+
+    Raises:
+        ConfigurationError: torchrun has started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("--dry-run plans for one process; start it without torchrun")
     with joined("none") as processes:
         assembled = assemble(configuration, folder, sources, checks, processes, writes=False)
         try:

@@ -235,7 +235,7 @@ def test_broken_images_are_counted_named_and_left_out(tmp_path: Path, caplog: py
     assert [record.message.split(" ")[0] for record in caplog.records] == ["0.png", "1.png", "2.png"]
     with pytest.raises(InputError, match=r"2 of 4 samples .* at most 1 may be left out \(max_broken\): 0.png"):
         FolderSource(tmp_path, Reading(max_broken=1))
-    with pytest.raises(InputError, match="1 of 4 samples"):
+    with pytest.raises(InputError, match="2 of 4 samples"):
         FolderSource(tmp_path, Reading(max_broken=0.2))
 
 

@@ -16,7 +16,7 @@ from impasto.models.glm_image.prior import target_offsets
 from impasto.pipelines.glm_image_stages import shift_of, shifted
 from impasto.pipelines.request import Schedule
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from impasto.training.objectives.base import ByStep
+from impasto.training.objectives.base import ByStep, Tensors
 from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
 from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join, scores
 from impasto.training.objectives.visual_codebook import (
@@ -28,6 +28,7 @@ from impasto.training.objectives.visual_codebook import (
     tokenize,
 )
 from impasto.training.running.loop import train
+from impasto.training.running.randomness import Randomness
 
 from ...tiny_glm import SCHEDULER, TRANSFORMER, prior_parts
 from ..runs import rows, settings
@@ -263,3 +264,18 @@ def test_timesteps_and_noise_levels_are_those_of_sampling(changes: dict[str, Any
     timesteps, levels = objective.times(share, tokens)
     torch.testing.assert_close(timesteps[1:], schedule.timesteps[1:] - 1, rtol=0, atol=1e-2)
     torch.testing.assert_close(levels[1:], schedule.sigmas[1:-1], rtol=0, atol=1e-4)
+
+
+def test_masked_latents_are_not_learned(transformer: GlmImageTransformer2DModel) -> None:
+    """The output of zero is wrong everywhere; only what the mask shows counts."""
+    batch, mask = flat(False, 0), torch.zeros(8, 1, 4, 4)
+    mask[:, :, :, :2] = 1.0
+    halves = batch.latents.clone()
+    halves[..., 2:] = 100.0
+    objective = FlowMatching(transformer)
+    whole, masked, other = (
+        objective(Tensors(values, 8, 0), Randomness(0, 0)).each
+        for values in (batch, batch._replace(latents=halves, loss_mask=mask), batch._replace(latents=halves))
+    )
+    assert torch.allclose(masked.mean(), whole.mean(), rtol=0.3)
+    assert (other > 100 * masked).all()

@@ -320,3 +320,12 @@ def test_token_routing_at_rate_zero_is_plain_and_evaluation_always_is() -> None:
     for training in (True, False):
         assert torch.equal(losses(0.0, training), losses(None, training))
         assert torch.equal(losses(0.5, training), losses(None, training)) is not training
+
+
+def test_operations_are_those_of_linear_layers_and_attention() -> None:
+    """Of N image tokens and M text tokens: 14 D² N in linear layers, 2 D² M in keys and values, 2 D N (N + M)."""
+    parts = models()
+    width, layers = parts[0].inner_dim, len(parts[0].transformer_blocks)
+    n, m = 16, 8  # 8 x 8 latents in patches of 2 x 2, padded texts
+    forward = 2 * layers * (14 * width**2 * n + 2 * width**2 * m + 2 * width * n * (n + m))
+    assert objective(parts).flops(flat(0, 2)) == 3 * 2 * forward  # forward and twice backward, of two images

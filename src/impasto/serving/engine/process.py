@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import ImpastoError
+from ...pipelines.cleaning import QUOTES_PROMPT
 from ..job import Event, Failed, Job
 from .costs import StepCosts
 from .entries import Tally, reason_of
@@ -122,13 +123,17 @@ class EngineProcess:
 # --- in the process ---
 
 
+def without_prompts(record: logging.LogRecord) -> bool:
+    """Refuse what quotes prompts, as logs of a server do not."""
+    return not any(hasattr(record, mark) for mark in QUOTES_PROMPT)
+
+
 def run_engine(connection: Connection, spec: EngineSpec) -> None:
     """The program of an engine's process."""
     # Both come to the whole group of processes when the server is to end. It decides when the engine does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Its warnings quote prompts, which logs of a server do not.
-    logger.addFilter(lambda record: record.module != "prompts")
+    logger.addFilter(without_prompts)
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
     try:

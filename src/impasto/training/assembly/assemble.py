@@ -144,11 +144,14 @@ def _text_encoder(seed: int, settings: TextEncoderSettings, models: Components) 
 
 
 def _text_to_image(configuration: Configuration, settings: Denoising, models: Components) -> TextToImage:
-    prediction = settings.prediction or models.scheduler.config.get("prediction_type", "epsilon")
+    config = models.scheduler.config
+    prediction = settings.prediction or config.get("prediction_type", "epsilon")
+    if prediction != config.get("prediction_type", "epsilon"):  # what is sampled and stored predicts the same
+        models.scheduler = type(models.scheduler).from_config(config, prediction_type=prediction)
     texts = texts_of(settings, models, configuration.compile or models.transformer.device.type != "cpu")
-    config: Mapping[str, Any] = {} if models.vae is None else models.vae.config
     loss = DiffusionLoss(models.scheduler.betas, prediction)
-    parts = (models.transformer, texts, Latents(config, models.vae), loss)
+    latents = Latents({} if models.vae is None else models.vae.config, models.vae)
+    parts = (models.transformer, texts, latents, loss)
     if isinstance(settings, TextToImageSettings):
         labels, head = settings.labels, None
         if labels is not None:

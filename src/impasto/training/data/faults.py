@@ -19,14 +19,15 @@ class Faults:
 
     Args:
         what: whose faults, for messages.
-        limit: how many faults are accepted: below 1 a share of ``total``, else a number.
+        limit: how many faults are accepted: below 1 a share of ``total``, but at least one (unless it is
+            0) and not all; else a number.
         total: the number of samples.
     """
 
     def __init__(self, what: str, limit: float, total: int):
         limit = finite("max_broken", limit, 0, error=ConfigurationError)
         self.what, self.total = what, total
-        self.limit = limit * total if limit < 1 else limit
+        self.limit = min(max(1.0, limit * total), total - 1) if 0 < limit < 1 else limit
         self.reasons: dict[str, str] = {}  # by the sample's name
 
     def __len__(self) -> int:

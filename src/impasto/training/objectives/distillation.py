@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import ConfigurationError
 from ...nn.changes import is_plain_tensor
 from ...schedulers import process
-from ..data.sample import Sample
+from ..data.sample import Batch, Sample
 from ..running.randomness import Randomness
 from .text_to_image import TextToImage
 from .texts import Text
@@ -87,6 +87,10 @@ class Distillation(TextToImage):
         super().export(folder)
         if self.sampler is not None:
             self.sampler.save_pretrained(folder / "scheduler")
+
+    def flops(self, batch: Batch) -> float:
+        """Not counted: the teacher and others compute, too."""
+        return 0.0
 
     def given(self, samples: Sequence[Sample], device: torch.device, empty: bool = False) -> Given:
         """The samples' captions, or the empty one with its own mask, and their micro-conditions."""

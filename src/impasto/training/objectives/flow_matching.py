@@ -16,6 +16,7 @@ from ...models.glm_image.model import GlmImageTransformer2DModel
 from ...schedulers import noise_schedule, process
 from ..running.randomness import Randomness
 from .base import Loss, Objective, Tensors
+from .diffusion_loss import masked_mean
 
 
 class Reference(NamedTuple):
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     text: Tensor  # [B, M, channels], the glyphs
     reference: Reference | None = None
     mask: Tensor | None = None  # [B, M], true where there is a token; None: everywhere
+    loss_mask: Tensor | None = None  # [B, 1, H, W], the weights of latent pixels in the loss; None: all the same
 
 
 def initialize(transformer: GlmImageTransformer2DModel) -> None:
@@ -72,7 +74,7 @@ class FlowMatching(Objective):
         self.drop, self.spread, self.shift = drop, spread, shift
 
     def forward(self, batch: Tensors, random: Randomness) -> Loss:
-        x0, prior_token_ids, text, reference, mask = batch.values
+        x0, prior_token_ids, text, reference, mask, weights = batch.values
         transformer, count = self.transformer, len(x0)
         height, width = x0.shape[-2:]
         # Stratified times: the same spread in every batch.
@@ -96,7 +98,7 @@ class FlowMatching(Objective):
             bias = references.keys[0].new_zeros(count, 1, 1, references.length)
             references = references._replace(bias=bias.masked_fill(drop[:, None, None, None], -torch.inf))
         velocity = transformer.denoise(xt.to(transformer.dtype), context, modulation, references).float()
-        errors = (velocity - target).square().flatten(1).mean(1)  # [B]
+        errors = masked_mean((velocity - target).square(), weights)  # [B]
         kind = "generated" if reference is None else "edited"
         bands = {
             f"{kind}_{i}": torch.where((share * 4).long().clamp(max=3) == i, errors.detach(), torch.nan)

@@ -23,7 +23,7 @@ from ..data.sample import Sample
 from ..running.randomness import Randomness
 from .base import Loss, Tensors
 from .flow_matching import Batch, FlowMatching
-from .text_to_image import Latents
+from .text_to_image import Latents, loss_mask
 
 
 class GlmImageFlowMatching(FlowMatching):
@@ -69,7 +69,8 @@ class GlmImageFlowMatching(FlowMatching):
         captions = [sample.caption or "" for sample in samples]
         text, mask = encode_glyphs(self.tokenizer, self.text_encoder, captions, self.most_bytes, device)
         keep = None if bool(mask.all()) else mask.bool()
-        return Batch(self.latents(samples, random, device), self._tokens(samples).to(device), text, mask=keep)
+        latents, tokens = self.latents(samples, random, device), self._tokens(samples).to(device)
+        return Batch(latents, tokens, text, mask=keep, loss_mask=loss_mask(samples, latents))
 
     def _tokens(self, samples: Sequence[Sample]) -> Tensor:
         stored = [sample.extra["prior_token_ids"] for sample in samples if "prior_token_ids" in sample.extra]

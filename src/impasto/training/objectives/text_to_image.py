@@ -171,11 +171,12 @@ class TextToImage(Objective):
         return list(self.transformer.transformer_blocks)
 
     def flops(self, batch: Batch) -> float:
-        """Products of the transformer: its layers on each image token, and attention to image and text tokens.
+        """Products of the transformer: its layers on each image or text token, and attention to both kinds.
 
-        A backward pass takes as many for the activations, and again for the weights if they are trained.
+        Text tokens count with their padding. A backward pass takes as many for the activations, and again for the
+        weights if they are trained.
         """
-        config, weights = self.transformer.config, self._block_weights
+        config, (of_image, of_text) = self.transformer.config, self._block_weights
         width, layers = self.transformer.inner_dim, len(self.transformer.transformer_blocks)
         passes = 3 if next(self.transformer.transformer_blocks.parameters()).requires_grad else 2
         total = 0.0
@@ -183,12 +184,15 @@ class TextToImage(Objective):
             height, columns = self._latent_size(sample)
             tokens = height * columns / config["patch_size"] ** 2
             attention = 4 * tokens * width * (tokens + self.texts.tokens) * layers
-            total += 2 * weights * tokens + attention
+            total += 2 * (of_image * tokens + of_text * self.texts.tokens) + attention
         return total * passes
 
     @functools.cached_property
-    def _block_weights(self) -> int:
-        return sum(p.numel() for p in self.transformer.transformer_blocks.parameters() if p.ndim >= 2)
+    def _block_weights(self) -> tuple[int, int]:
+        """Weights of the blocks' matrices that multiply image tokens, and of those that multiply text tokens."""
+        matrices = [(name, p) for name, p in self.transformer.transformer_blocks.named_parameters() if p.ndim >= 2]
+        of_text = sum(p.numel() for name, p in matrices if ".attn2.to_k." in name or ".attn2.to_v." in name)
+        return sum(p.numel() for _, p in matrices) - of_text, of_text
 
     def _latent_size(self, sample: Sample) -> tuple[int, int]:
         if sample.posterior is not None:

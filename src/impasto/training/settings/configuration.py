@@ -155,13 +155,16 @@ _NOT_OF_OTHERS = ("path", "crop", "flip", "real_prompt_ratio", *_CONTENT)
 #: The models that an objective trains, and those that it can train.
 _TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text-to-image": (("transformer",), ("text_encoder",)),
-    "lcm": (("transformer",), ("text_encoder",)),
-    "dmd": (("transformer",), ("text_encoder",)),
+    "lcm": (("transformer",), ()),  # the teacher reads the same texts
+    "dmd": (("transformer",), ()),
     "flow-matching": (("transformer",), ()),
     "autoencoder": (("vae",), ()),
     "text-encoder": (("text_encoder",), ()),
     "textual-inversion": ((), ()),
 }
+
+
+_WITHOUT_MASKS = ("autoencoder", "text-encoder", "lcm", "dmd")
 
 
 class SourceSettings(Section):
@@ -361,6 +364,8 @@ class Configuration(Settings):
             raise ValueError(f"adapter: {self.objective.kind} trains none; leave it out")
         if self.data.pack_pixels is not None and self.objective.kind != "text-to-image":
             raise ValueError(f"data.pack_pixels: {self.objective.kind} takes batches of one size; leave it out")
+        if self.objective.kind in _WITHOUT_MASKS and any(source.mask_suffix for source in self.sources):
+            raise ValueError(f"mask_suffix: {self.objective.kind} has no masks of the loss; leave it out")
         if (self.models.family == "glm-image") != isinstance(self.objective, FlowMatchingSettings):
             raise ValueError("models.family glm-image and objective.kind flow-matching belong together")
         if self.models.family == "glm-image" and self.models.pipeline is None:
@@ -387,6 +392,9 @@ class Configuration(Settings):
                 raise ValueError(
                     f"models.{name}.train: the objective {kind} trains it; leave it out, or train an adapter"
                 )
+        texts_adapted = self.adapter is not None and self.adapter.text_encoder_rank is not None
+        if texts_adapted and "text_encoder" not in possible:
+            raise ValueError(f"adapter.text_encoder_rank: {kind} keeps the text encoder; leave it out")
         if self.adapter is not None and models.text_encoder.train:
             raise ValueError("models.text_encoder.train: under an adapter it is frozen; give adapter.text_encoder_rank")
         for name in ("vae", "text_encoder", "tokenizer", "scheduler") if models.family == "glm-image" else ():
