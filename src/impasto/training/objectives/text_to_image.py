@@ -190,7 +190,8 @@ class TextToImage(Objective):
     @functools.cached_property
     def _block_weights(self) -> tuple[int, int]:
         """Weights of the blocks' matrices that multiply image tokens, and of those that multiply text tokens."""
-        matrices = [(name, p) for name, p in self.transformer.transformer_blocks.named_parameters() if p.ndim >= 2]
+        named = self.transformer.transformer_blocks.named_parameters()
+        matrices = [(name, p) for name, p in named if p.ndim >= 2 and "scale_shift_table" not in name]
         of_text = sum(p.numel() for name, p in matrices if ".attn2.to_k." in name or ".attn2.to_v." in name)
         return sum(p.numel() for _, p in matrices) - of_text, of_text
 
