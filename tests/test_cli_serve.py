@@ -13,12 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from impasto.cli.serve import allowed_hosts, announcement, bounded, pairs, run
+from impasto.cli.serve import allowed_hosts, announcement, pairs, run
 from impasto.errors import ConfigurationError, InputError
 from impasto.serving.http.app import create_app
 from impasto.serving.http.keys import read_keys
 from impasto.serving.http.server import bind, make_server
 from impasto.serving.http.settings import HttpSettings
+from impasto.serving.served import bounded
 from impasto.serving.stub import SCENES, StubService
 
 

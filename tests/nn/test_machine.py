@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,17 @@ def test_memory_of_this_machine() -> None:
         assert 35e6 < process_memory() - before < 45e6
         assert free_memory(CPU) > process_memory() > block.nbytes
     assert machine._bytes_of("/proc/missing", "RssAnon") is None
+
+
+@pytest.mark.parametrize(("limit", "is_limit"), [("3000000000", True), ("max", False), (str(2**63 - 4096), False)])
+def test_the_memory_of_a_container_is_a_bound(
+    limit: str, is_limit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "limit").write_text(f"{limit}\n")
+    (tmp_path / "stat").write_text("anon 1000000000\nfile 1500000000\n")
+    monkeypatch.setattr(
+        machine, "_CONTAINER", (("/none", "/none", "rss"), *[(f"{tmp_path}/limit", f"{tmp_path}/stat", "anon")])
+    )
+    monkeypatch.setattr(machine, "process_memory", lambda: 500_000_000)
+    monkeypatch.setattr(machine, "_bytes_of", lambda path, field: 60_000_000_000)
+    assert free_memory(CPU) == (2_500_000_000 if is_limit else 60_500_000_000)

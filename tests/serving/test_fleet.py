@@ -20,7 +20,7 @@ from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.entries import Tally
 from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
 from impasto.serving.fleet import Fleet
-from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Progress, RawImage
+from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Preview, Progress, RawImage
 from impasto.serving.served import Known, look_at
 from impasto.serving.service import Generation, QueueFullError, TooLargeError, UnavailableError
 
@@ -224,6 +224,25 @@ async def test_jobs_of_an_engine_that_dies_are_run_once_more(model: str) -> None
     assert fleet.stats.restarts == 2
     fleet.submit([job("3"), job("4")])
     assert third.jobs == ["2", "3", "4"]
+    await fleet.close()
+
+
+@in_loop
+async def test_an_image_that_is_run_again_repeats_no_previews(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    engine = await started(fleet)
+    task = asyncio.ensure_future(follow(fleet.submit([job("1")])[0]))
+    engine.turn(Progress("1", 0, 4), Progress("1", 2, 4), Preview("1", 0, PIXEL))
+    engine.kill()
+    await settle()
+    again = FakeEngine.made[1]
+    again.say(Ready(COSTS))
+    await settle()
+    again.turn(Progress("1", 0, 4), Progress("1", 2, 4), Preview("1", 0, PIXEL), Progress("1", 3, 4))
+    again.turn(Preview("1", 1, PIXEL), Finished("1", PIXEL))
+    events = await task
+    assert [event.step for event in events if isinstance(event, Progress)] == [0, 2, 2, 3]
+    assert [event.number for event in events if isinstance(event, Preview)] == [0, 1]
     await fleet.close()
 
 

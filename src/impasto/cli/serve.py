@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..serving.fleet import Fleet
     from ..serving.http.server import Server
     from ..serving.http.settings import HttpSettings
-    from ..serving.service import ServedModel
 
 DEFAULT_MODEL = "scenes=builtin:scenes"
 
@@ -140,6 +139,7 @@ def serve(
         )
 
         from ..serving.fleet import Fleet
+        from ..serving.served import bounded
 
         check_adapters(adapters)
         chosen_dtype = None if dtype is DType.AUTO else dtype.value
@@ -202,14 +202,6 @@ def allowed_hosts(host: str, bound: socket.socket, has_keys: bool, allow_anyone:
             f"--host {host} lets others reach this server; give --api-key-file, or --allow-anyone if that is meant"
         )
     return None
-
-
-def bounded(model: ServedModel, max_side: int | None) -> ServedModel:
-    """The model with its largest image bounded: to ``--max-side``, or four times its own size along a side."""
-    from dataclasses import replace
-
-    side = min(MAX_SIDE, max_side or 4 * max(model.width, model.height))
-    return replace(model, most_side=side, most_pixels=min(model.most_pixels, side * side))
 
 
 def check_adapters(adapters: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -243,9 +244,28 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can use on the device, including those that it uses already."""
     if device.type == "cpu":
         available = _bytes_of("/proc/meminfo", "MemAvailable")
-        return 2**62 if available is None else available + process_memory()
+        return min(2**62 if available is None else available + process_memory(), _container_memory())
     if device.type == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return 2**62
+
+
+#: The limit of a container and what it uses, of which the page cache can be dropped: control groups, version 2 and 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "rss"),
+)
+
+
+def _container_memory() -> int:
+    """Bytes that this process can use in its container, including those that it uses already; very many in none."""
+    for limit, usage, field in _CONTAINER:
+        try:
+            most = int(Path(limit).read_text())  # "max" where there is none
+            used = dict(line.split() for line in Path(usage).read_text().splitlines())
+            return max(0, most - int(used[field])) + process_memory()
+        except (OSError, ValueError, KeyError):
+            continue
     return 2**62
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from .engine.costs import StepCosts
 from .engine.process import EngineProcess
-from .job import Event, Failed, Finished, Job
+from .job import Event, Failed, Finished, Job, Preview, Progress
 from .served import Known
 
 
@@ -23,7 +23,18 @@ class FleetGeneration:
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.accepted = time.perf_counter()
         self.attempts = 0
-        self.begun = self.cancelled = self.ended = False
+        self.step = self.preview = -1  # of the last events: an image that is run again does not go back
+        self.cancelled = self.ended = False
+
+    def is_new(self, event: Progress | Preview) -> bool:
+        """Whether an event tells more than earlier ones; the next ones have to tell more than it."""
+        if isinstance(event, Progress):
+            new = event.step >= self.step
+            self.step = max(self.step, event.step)
+        else:
+            new = event.number > self.preview
+            self.preview = max(self.preview, event.number)
+        return new
 
     def cancel(self) -> None:
         if not self.ended:

@@ -20,7 +20,7 @@ from .admission import Admission
 from .engine.costs import StepCosts
 from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
 from .engine.spec import EngineSpec
-from .job import Failed, Finished, Job, Progress
+from .job import Failed, Finished, Job
 from .served import Known, look_at
 from .service import Generation, ServedModel, UnavailableError
 from .stats import Stats
@@ -348,10 +348,10 @@ class Fleet:
             if isinstance(event, Finished | Failed):
                 self._end(served, generation, event)
                 continue
-            if isinstance(event, Progress) and not generation.begun:
-                generation.begun = True
+            if generation.step < 0:
                 stats.first_step.add(time.perf_counter() - generation.accepted)
-            generation.queue.put_nowait(event)
+            if generation.is_new(event):
+                generation.queue.put_nowait(event)
         if any(isinstance(event, Finished | Failed) for event in turn.events):
             self._dispatch()
         self._count()
@@ -384,7 +384,7 @@ class Fleet:
 
     def _count(self) -> None:
         stats = self.stats
-        begun = sum(each.begun for served in self.served.values() for each in served.sent.values())
+        begun = sum(each.step >= 0 for served in self.served.values() for each in served.sent.values())
         stats.running, stats.waiting = begun, self.unfinished - begun
         stats.models = tuple(name for name, served in self.served.items() if served.state in ("ready", "closing"))
 

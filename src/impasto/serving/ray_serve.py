@@ -106,8 +106,10 @@ def builder(models: dict[str, str], settings: Any, options: dict[str, Any]) -> C
     def build() -> Any:
         from impasto.serving.fleet import Fleet
         from impasto.serving.http.app import create_app
+        from impasto.serving.served import bounded
 
         fleet = Fleet(models, **options)
+        fleet.models = {name: bounded(model) for name, model in fleet.models.items()}
         app = create_app(fleet, settings)
 
         @asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checks import MAX_SIDE
@@ -90,6 +90,12 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
         created=int((found.folder / "model_index.json").stat().st_mtime),
     )
     return Known(served, path, class_name, unit, need)
+
+
+def bounded(model: ServedModel, most_side: int | None = None) -> ServedModel:
+    """The model with its largest image bounded along a side: so, or to four times its own size."""
+    side = min(MAX_SIDE, most_side or 4 * max(model.width, model.height))
+    return replace(model, most_side=side, most_pixels=min(model.most_pixels, side * side))
 
 
 def _scheduler_class(folder: Any) -> str | None:

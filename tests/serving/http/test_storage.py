@@ -40,6 +40,15 @@ def test_links_to_stored_images(tmp_path: Path):
         assert httpx.get(f"{served.url}/v1/images/{answer['data'][0]['id']}/content").status_code == 200
 
 
+def test_servers_with_one_folder_find_each_other_s_images(tmp_path: Path):
+    one, other = Storage(tmp_path, 1000), Storage(tmp_path, 1000)
+    one.save("img-" + "a" * 32, "webp", b"x")
+    assert other.find("img-" + "a" * 32) == (tmp_path / f"img-{'a' * 32}.webp", "webp")
+    (tmp_path / "notes.png").write_bytes(b"x")
+    for id in ("img-" + "b" * 32, "notes", "../notes", ""):
+        assert other.find(id) is None
+
+
 def test_the_oldest_images_are_removed(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("kept")
     storage = Storage(tmp_path, 250)

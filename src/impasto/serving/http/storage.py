@@ -60,6 +60,9 @@ class Storage:
         """The file of an image, and whether it is png, jpeg or webp."""
         with self._lock:
             name = self._kinds.get(id)
+            if name is None and _NAME.fullmatch(f"{id}.png"):  # another server may have stored it in the same folder
+                names = (f"{id}.{kind}" for kind in ("png", "jpeg", "webp"))
+                name = next((each for each in names if (self.folder / each).is_file()), None)
         return None if name is None else (self.folder / name, name.rpartition(".")[2])
 
 
