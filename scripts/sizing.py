@@ -120,7 +120,7 @@ def ways() -> list[Way]:
             "2026-11-26-gpu-1024",
         ),
         Way(
-            "the bundled model, 64 px, 20 guided steps",
+            "the bundled model's first edition, 64 px, 20 guided steps",
             "2 cores with AVX2 (imitated)",
             bundled,
             64,

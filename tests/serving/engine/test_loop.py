@@ -323,8 +323,20 @@ def test_images_wait_until_there_is_room() -> None:
     engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), need=lambda job: job.width, room=40)
     most = []
     jobs = [job(str(i), width=16) for i in range(5)]
-    run(engine, [*jobs, job("wide", width=48)], lambda turn: most.append(engine.tally.running))
+    events = run(engine, [*jobs, job("wide", width=40)], lambda turn: most.append(engine.tally.running))
     assert max(most) == 2
+    assert sum(isinstance(event, Finished) for event in events) == 6
+
+
+def test_an_image_that_cannot_fit_fails_and_one_of_the_model_s_size_is_tried() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), need=lambda job: job.width * 10**9, room=20 * 10**9)
+    wide, *_, small = run(engine, [job("wide", width=48), job("small", width=16)])
+    assert isinstance(wide, Failed)
+    assert wide.reason == "resources"
+    assert "48.0 GB of memory, of 20.0 GB" in wide.message
+    assert isinstance(small, Finished)
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), need=lambda job: job.width or 16, room=0)
+    assert isinstance(run(engine, [job("own", width=16)])[-1], Finished)
 
 
 def test_large_images_leave_places_for_smaller_ones() -> None:

@@ -38,7 +38,7 @@ class Engine:
         costs: what steps cost.
         most_running: images that have begun and are not done.
         need: bytes that a job takes while it runs.
-        room: bytes for all running ones.
+        room: bytes for all running ones; an image that needs more fails, unless it is no larger than the model's own.
         most_tokens: of a shared forward pass.
         choose: the policy; another one to compare it with.
     """
@@ -57,6 +57,8 @@ class Engine:
     ):
         self.stages, self.adapters, self.costs = Stages(pipe), AdapterSwitch(pipe), costs
         self.most_running, self.need, self.room, self.most_tokens = most_running, need, room, most_tokens
+        # By itself an image of the model's own size runs even if the estimate says that it does not fit.
+        self.most_need = max(room, need(Job("", "", "")))
         self.choose, self.clock, self.device = choose, clock, pipe.device
         self.waiting: deque[Entry] = deque()
         self.active: dict[str, Entry] = {}
@@ -115,13 +117,16 @@ class Engine:
                 self._fail(entry, "cancelled", "the client has cancelled it")
             elif entry.job.deadline is not None and now > entry.job.deadline:
                 self._fail(entry, "deadline", "the image was not done in time")
+            elif entry.need > self.most_need:
+                what = f"the image needs about {entry.need / 1e9:.1f} GB of memory, of {self.most_need / 1e9:.1f} GB"
+                self._fail(entry, "resources", f"{what}; ask for a smaller one, or for smaller references")
 
     def _admit(self) -> None:
         free = self.most_running - len(self.active)
         if not self.waiting or free <= 0:
             return
         first = self.waiting[0]
-        # An image that is alone is let in: whether it fits at all was decided before it was accepted.
+        # An image that is alone is let in: one that is too large has been refused.
         room = max(self.room - sum(each.need for each in self.active.values()), 0 if self.active else first.need)
         found = [self.waiting[i] for i in policy.admit([each.need for each in self.waiting], self.overtaken, room)]
         begin = self._with_places(found)[:free]
