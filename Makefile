@@ -30,7 +30,7 @@ help:
 	@echo "make types   mypy, strict"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make docs    the documentation as a site, in out/docs"
-	@echo "make scenes  train the bundled model's second edition in runs/scenes (hours)"
+	@echo "make scenes  train the bundled model in runs/scenes (hours)"
 	@echo "Each of them first builds .venv if it is missing or older than pyproject.toml."
 
 demo: $(CORE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -369,18 +368,11 @@ def train_language_model(out: Path, steps: int) -> None:
 # --- the autoencoder ---
 
 
-def train_vae(out: Path, start: Path, steps: int) -> None:
-    """It reduces sides 8 times. Its inner stages start from the bundled model, which reduces 64 px 4 times."""
+def train_vae(out: Path, steps: int) -> None:
+    """It reduces sides 8 times."""
     torch.manual_seed(SEED)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     folder = out / "autoencoder"
-    own, known = model.state_dict(), AutoencoderKL.from_pretrained(start).float().state_dict()
-    for name, value in known.items():
-        stage = re.match(r"encoder\.down_blocks\.(\d+)\.", name)
-        if stage:  # one more stage comes before it
-            name = f"encoder.down_blocks.{int(stage[1]) + 1}.{name[stage.end() :]}"
-        if name in own and own[name].shape == value.shape:
-            own[name].copy_(value)
     images = [load_images(out, chunk) for chunk in range(AUTOENCODER_CHUNKS)]
     validation = images[0][::8].float() / 127.5 - 1
     objective = Autoencoder(model)
@@ -632,7 +624,7 @@ def main() -> None:
     if options.stage in (None, "render"):
         render(options.out, options.chunks)
     if options.stage in (None, "autoencoder"):
-        train_vae(options.out, root / "src" / "impasto" / "scenes" / "checkpoint" / "vae", options.autoencoder_steps)
+        train_vae(options.out, options.autoencoder_steps)
     if options.stage in (None, "latents"):
         encode(options.out)
     if options.stage in (None, "codebook"):

@@ -52,9 +52,9 @@ def write_adapter(path: Path) -> None:
 def write_images(folder: Path) -> None:
     """The images that examples name."""
     for name in ("lighthouse.jpg", "harbour.jpg", "sign.png"):
-        Image.new("RGB", (64, 64), "teal").save(folder / name)
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (16, 16, 48, 48))
+        Image.new("RGB", (256, 256), "teal").save(folder / name)
+    mask = Image.new("L", (256, 256), 0)
+    mask.paste(255, (64, 64, 192, 192))
     mask.save(folder / "mask.png")
 
 

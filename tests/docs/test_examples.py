@@ -59,7 +59,6 @@ NOT_RUN = {
     "docs/training-distributed.md": "needs several GPUs; tests/training/distributed runs two processes",
     "docs/scenes/model.md": "trains for hours",
     "docs/scenes/glm_image.md": "trains for hours",
-    "docs/scenes/second-edition.md": "trains for hours",
     "examples/emoji/README.md": "trains for hours; tests/test_emoji_example.py runs the chain on a small data set",
     "docs/serving.md": "needs a server; tests/serving runs it in this process",
     "docs/serving-engine.md": "needs a server; tests/serving runs it in this process",

@@ -155,7 +155,7 @@ PLACES: dict[str, tuple[list[str], str]] = {
     "a device that is not there": (["generate", "x", "--output", "x.png", "--device", "cuda:99"], "cuda:99"),
     "a device of 5,000 digits": (["generate", "x", "--output", "x.png", "--device", "cuda:" + "9" * 5000], "cuda"),
     "an image for PixArt": (["generate", "x", "--output", "x.png", "--image", "x.png"], "--image"),
-    "height that no model has": (["generate", "x", "--output", "x.png", "--height", "63"], "height"),
+    "height that no model has": (["generate", "x", "--output", "x.png", "--height", "100000"], "height"),
     "a budget that is too small": (["generate", "x", "--output", "x.png", "--memory-budget", "1KB"], "budget"),
 }
 
