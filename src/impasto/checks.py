@@ -74,6 +74,10 @@ def text(name: str, value: Any, most: int, *, error: type[ImpastoError] = InputE
     return value
 
 
+#: Marks records of the log that quote a prompt: servers leave them out.
+QUOTES_PROMPT = {"quotes_prompt": True}
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """``repr(value)`` for a message: shortened, without control characters. It never raises."""
     try:

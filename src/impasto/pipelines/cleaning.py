@@ -14,11 +14,9 @@ import logging
 import re
 import urllib.parse
 
-from ..checks import shown
+from ..checks import QUOTES_PROMPT, shown
 
 logger = logging.getLogger("impasto")
-#: Marks log records that quote a prompt: servers leave them out.
-QUOTES_PROMPT = {"quotes_prompt": True}
 
 _LABELS = r"[a-zA-Z0-9.\-]"
 _DOMAIN = rf"{_LABELS}+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b\/?(?!@)"

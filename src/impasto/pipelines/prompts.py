@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import MAX_TOKENS, shown, whole_number
+from ..checks import MAX_TOKENS, QUOTES_PROMPT, shown, whole_number
 from ..errors import InputError
 from ..nn.changes import adapters_in_force
 from ..nn.precision import precision_of
-from .cleaning import QUOTES_PROMPT
 from .learned_tokens import pattern_of, spelled_out
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ...checks import QUOTES_PROMPT
 from ...errors import ImpastoError
-from ...pipelines.cleaning import QUOTES_PROMPT
 from ..job import Event, Failed, Job
 from .costs import StepCosts
 from .entries import Tally, reason_of
