@@ -67,6 +67,8 @@ def test_sizes_are_bounded():
     large = replace(SCENES, width=64, height=64, most_pixels=4096**2)
     assert (bounded(large, None).most_side, bounded(large, None).most_pixels) == (256, 256**2)
     assert bounded(large, 1000).most_side == 1000
+    small = bounded(large, 32)
+    assert (small.width, small.height, small.most_side) == (32, 32, 32)
     assert bounded(replace(large, most_pixels=100), 1000).most_pixels == 100
 
 

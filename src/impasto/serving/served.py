@@ -93,9 +93,10 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
 
 
 def bounded(model: ServedModel, most_side: int | None = None) -> ServedModel:
-    """The model with its largest image bounded along a side: so, or to four times its own size."""
+    """The model with its largest and its usual image bounded along a side: so, or to four times its own size."""
     side = min(MAX_SIDE, most_side or 4 * max(model.width, model.height))
-    return replace(model, most_side=side, most_pixels=min(model.most_pixels, side * side))
+    width, height, most = min(model.width, side), min(model.height, side), min(model.most_pixels, side * side)
+    return replace(model, width=width, height=height, most_side=side, most_pixels=most)
 
 
 def _scheduler_class(folder: Any) -> str | None:
