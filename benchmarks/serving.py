@@ -3,7 +3,9 @@
     python benchmarks/serving.py --simulate [--requests 10000]
     python benchmarks/serving.py --load [--seconds 60] [--concurrency 8 32] [--dtype float32] [--pixels 64 ... ]
     python benchmarks/serving.py --company 500 [--dtype float32]
+    python benchmarks/serving.py --load --model xl-512 --device cuda --dtype bfloat16
 
+``--model xl-512``: XL/2 for 512 px with random weights, and sizes of 256 to 1024 tokens.
 ``--load``: closed loop: so many clients, each of which asks for the next image when it has one; five sizes of 64 to 256
 tokens, 10, 20 or 30 steps. The policies take turns of ``--seconds``, ``--rounds`` times, with the same requests.
 ``--company``: random requests of all kinds, each alone, and all of them with up to 24 others at a time. No caches.
@@ -95,11 +97,40 @@ class Turn:
 
 
 def load_pipe(options: argparse.Namespace) -> Any:
+    if options.model == "xl-512":
+        return random_xl(options.device, getattr(torch, options.dtype))
     from impasto.memory.inspection import resolve_pipeline
     from impasto.registry import pipeline_class
 
     cls = pipeline_class(resolve_pipeline(options.model)[1])
     pipe = cls.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_xl(device: str, dtype: torch.dtype) -> Any:
+    """XL/2 for 512 px with SDXL's autoencoder and the bundled model's small text encoder, of random weights."""
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    import impasto
+    from image import SDXL_VAE, T5_XXL
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        parts = {
+            "transformer": impasto.PixArtTransformer2DModel(
+                sample_size=64, caption_channels=T5_XXL["d_model"], use_additional_conditions=False
+            ),
+            "vae": impasto.AutoencoderKL(**SDXL_VAE),
+            "text_encoder": T5EncoderModel(T5Config(**{**T5_XXL, "num_layers": 1, "d_ff": 1024})),
+        }
+    torch.set_default_dtype(torch.float32)
+    pipe = impasto.PixArtSigmaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(Path(impasto.__file__).parent / "scenes" / "checkpoint" / "tokenizer"),
+        scheduler=impasto.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+        **{name: part.eval() for name, part in parts.items()},
+    ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

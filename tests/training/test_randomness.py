@@ -39,6 +39,20 @@ def test_seed_step_and_place_each_change_the_numbers(name: str) -> None:
     assert len({tuple(row.flatten().tolist()) for row in found[0]}) == 4
 
 
+def test_large_batches_get_the_same_numbers_from_any_number_of_threads() -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            random = Randomness(1, 7, first=2)
+            found.append([random.normal([3, 250_000]), random.normal([3, 250_000])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert torch.equal(found[0][0][:1], Randomness(1, 7, first=2).normal([1, 250_000]))
+    assert Randomness(1, 7).normal([2, 0, 3]).shape == (2, 0, 3)
+
+
 def test_the_distributions() -> None:
     random = Randomness(0, 0)
     normal, uniform, integers = random.normal([50, 2000]), random.uniform([50, 2000]), random.integers(5, [50, 2000])

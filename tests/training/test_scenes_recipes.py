@@ -140,6 +140,12 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
         assert any(path.suffix == ".safetensors" for path in (adapter / "result").rglob("*")), name
 
 
+@pytest.mark.gpu
+def test_the_chain_on_a_gpu(tmp_path: Path) -> None:
+    """Training takes a GPU that is there: all that an objective makes has to be on it."""
+    test_the_chain_of_the_bundled_model(tmp_path)
+
+
 def test_the_base_has_at_most_20_megabytes_in_float16() -> None:
     from transformers import T5Config, T5EncoderModel
 

@@ -27,9 +27,10 @@ class LabelHead(nn.Module):
         super().__init__()
         self.patch_size = transformer.patch_size
         self.classes = tuple(classes)
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]):  # the same numbers on every device
             seed_torch(seed, 0, torch.device("cpu"))
             self.read = nn.Linear(transformer.inner_dim, self.patch_size**2 * sum(classes))
+        self.read.to(next(transformer.parameters()).device)
         self.tokens: Tensor | None = None
         self.hook = transformer.transformer_blocks[block].register_forward_hook(self._keep)
 
