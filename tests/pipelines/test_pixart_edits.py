@@ -437,6 +437,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative strength": ({"strength": -0.1}, "strength"),
     "no strength": ({"strength": None}, "strength"),
     "NaN": ({"strength": float("nan")}, "strength"),
+    "no step of many": ({"strength": 0.02, "num_inference_steps": 49}, "of 49 steps; give at least 0.0205"),
     "no step": ({"strength": 0.2}, "strength=0.2 leaves none of 4 steps; give at least 0.25"),
     "range": ({"image": IMAGE.astype(np.float32)}, r"must be in \[0, 1\]"),
     "huge": ({"image": torch.zeros(1, 1, 1).expand(3, 10**6, 10**6)}, "too large"),

@@ -8,6 +8,7 @@ Shapes: P prompts, B images, C latent channels, h x w latent pixels, M text toke
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,9 +80,9 @@ class Schedule(NamedTuple):
         """Only the last steps, a fraction ``strength`` of all, but at least one."""
         taken = int(self.steps * finite("strength", strength, 0.0, 1.0))
         if taken < 1:
-            least = f"{1 / self.steps:.3g}"
+            least = math.ceil(1e4 / self.steps) / 1e4
             raise InputError(
-                f"strength={strength} leaves none of {self.steps} steps; give at least {least}, or more steps"
+                f"strength={strength} leaves none of {self.steps} steps; give at least {least:g}, or more steps"
             )
         return self._replace(skipped=self.steps - taken)
 

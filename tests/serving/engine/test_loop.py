@@ -109,6 +109,7 @@ def test_images_are_those_of_the_pipeline() -> None:
         job("text", **fields),
         job("ddim", scheduler="ddim", **fields),
         job("image", given=GivenImages((given,), strength=0.5), **fields),
+        job("least", given=GivenImages((given,), strength=5e-324), **fields),
         job("mask", given=GivenImages((given,), mask.tobytes(), 1.0), **fields),
         job("region", given=GivenImages((given,), mask.tobytes(), 1.0, padding=2), **fields),
     ]
@@ -123,6 +124,7 @@ def test_images_are_those_of_the_pipeline() -> None:
         "text": lambda **seed: pipe("a cat", height=16, width=16, **common, **seed),
         "ddim": lambda **seed: other("a cat", height=16, width=16, **common, **seed),
         "image": lambda **seed: to_image("a cat", strength=0.5, **edit, **seed),
+        "least": lambda **seed: to_image("a cat", strength=0.25, **edit, **seed),  # one step
         "mask": lambda **seed: inpaint("a cat", overlay=True, **masked, **seed),
         "region": lambda **seed: inpaint("a cat", padding_mask_crop=2, **masked, **seed),
     }

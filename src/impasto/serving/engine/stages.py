@@ -6,6 +6,7 @@ Jobs of one pipeline share its components; each has a run of its own, with its o
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,8 @@ class Stages:
         arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(job.seed)]}
         height, width = self._sides(job)
         if given is not None:
-            arguments |= {"image": _tensor(given.images[0]), "strength": given.strength}
+            one_step = min(1.0, math.nextafter(1 / job.steps, 2.0))  # clients expect an image at any strength
+            arguments |= {"image": _tensor(given.images[0]), "strength": max(given.strength, one_step)}
             if given.mask is not None:
                 arguments |= self._masked(job, given)
         arguments |= {"height": height, "width": width, "use_resolution_binning": job.binning}
