@@ -111,7 +111,8 @@ def main() -> None:
     what = f"a training step of XL/2, {options.layers} layers, {options.pixels} px, batch {options.batch}"
     details = {"dtype": options.dtype, "real tokens": options.real_tokens}
     how = [name for name in ("compiled", "checkpointing") if getattr(options, name)]
-    name = "-".join([f"train-step-{options.pixels}-{options.dtype}", *how, *(["gpu"] * (options.device == "cuda"))])
+    parts = [f"train-step-{options.pixels}-{options.dtype}", f"text{options.real_tokens}", *how]
+    name = "-".join([*parts, *(["gpu"] * (options.device == "cuda"))])
     measure.write(name, {"what": ", ".join([what, *how]), **details, "losses": losses, **result})
 
 

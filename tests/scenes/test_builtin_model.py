@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from impasto.checkpoints.adapters.file import AdapterDefaults
 from impasto.checkpoints.hub import resolve
+from impasto.pipelines.adapters import ChosenAdapter, adapter_defaults
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.scenes.evaluate import held_out_prompts, judge_images
 from impasto.scenes.judge import read
 from impasto.scenes.reading import Reading
 from impasto.scenes.source import ScenesSource
 from impasto.scenes.world import ON_TOP
+from impasto.schedulers.lcm import LCMScheduler
 from impasto.training.objectives.autoencoder import psnr
 from impasto.training.settings import recipe_files as recipes
+from impasto.transforms.adapters.loading import locate
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,7 @@ def test_it_follows_prompts_that_it_never_saw(pipeline: PixArtSigmaPipeline, hei
     prompts = held_out_prompts(6, seed=height)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     texts = [prompt.text for prompt in prompts]
-    images = pipeline(texts, height=height, width=width, generator=generators, num_inference_steps=12).images
+    images = pipeline(texts, height=height, width=width, generator=generators).images
     assert {image.size for image in images} == {(width, height)}
     counts = judge_images(prompts, images).counts()
     for attribute, bar in (("colours", 0.9), ("shapes", 0.85), ("relations", 0.8), ("whole", 0.6)):
@@ -125,3 +131,28 @@ def test_the_prompt_changes_the_image(pipeline: PixArtSigmaPipeline) -> None:
     assert torch.equal(first, again)
     assert (first - other).abs().mean() > 0.02
     assert first.std() > 0.05
+
+
+def test_its_adapter_needs_four_steps_and_leaves_nothing_behind(pipeline: PixArtSigmaPipeline) -> None:
+    name = "builtin:scenes-lcm"
+    assert locate(name).stat().st_size <= 4_000_000
+    chosen = ChosenAdapter.parse(name)
+    assert adapter_defaults([chosen]) == AdapterDefaults("lcm", 4, 1.0)
+
+    def draw(texts: list[str], **options: Any) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(i) for i in range(len(texts))]
+        return list(pipe(texts, generator=generators, **options).images)
+
+    pipe = PixArtSigmaPipeline.from_pipe(pipeline)
+    before = draw(["a red cube"], num_inference_steps=1)[0]
+    pipe.load_lora_weights(name)
+    pipe.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    prompts = held_out_prompts(8, seed=4)
+    images = draw([prompt.text for prompt in prompts], num_inference_steps=4, guidance_scale=1.0)
+    counts = judge_images(prompts, images).counts()
+    for attribute, bar in (("colours", 0.85), ("shapes", 0.8), ("relations", 0.8), ("whole", 0.6)):
+        hits, of = counts[attribute]
+        assert hits >= bar * of, (attribute, hits, of)
+    pipe.unload_lora_weights()
+    pipe.scheduler = pipeline.scheduler
+    assert np.array_equal(np.asarray(draw(["a red cube"], num_inference_steps=1)[0]), np.asarray(before))
