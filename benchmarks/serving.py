@@ -1,7 +1,7 @@
 """The engine against other policies, and an image alone against the same one in company.
 
     python benchmarks/serving.py --simulate [--requests 10000]
-    python benchmarks/serving.py --load [--seconds 60] [--concurrency 8 32] [--dtype float32] [--pixels 64 ... ]
+    python benchmarks/serving.py --load [--seconds 60] [--concurrency 8 32] [--dtype float32]
     python benchmarks/serving.py --company 500 [--dtype float32]
     python benchmarks/serving.py --load --model xl-512 --device cuda --dtype bfloat16
 
@@ -109,7 +109,7 @@ def load_pipe(options: argparse.Namespace) -> Any:
 
 
 def random_xl(device: str, dtype: torch.dtype) -> Any:
-    """XL/2 for 512 px with SDXL's autoencoder and the bundled model's small text encoder, of random weights."""
+    """XL/2 for 512 px, SDXL's autoencoder and a layer of T5 with random weights, and the bundled model's tokenizer."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     import impasto

@@ -93,6 +93,11 @@ class Schedule(NamedTuple):
         return {name: value for name, value in own.items() if value is not None} or {"num_inference_steps": self.steps}
 
 
+def least_strength(steps: int) -> float:
+    """The smallest strength that leaves one of so many steps."""
+    return min(1.0, math.nextafter(1 / steps, 2.0))  # steps * (1 / steps) can be less than 1
+
+
 _PROMPT_FIELDS = ("prompt", "prompt_embeds", "prompt_attention_mask")
 
 

@@ -6,7 +6,6 @@ Jobs of one pipeline share its components; each has a run of its own, with its o
 from __future__ import annotations
 
 import inspect
-import math
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ...pipelines.glm_image_inputs import read_glm_image
 from ...pipelines.glm_image_stages import prior_steps, run_prior
 from ...pipelines.images import ImageProcessor
 from ...pipelines.pixart import PromptEmbeds
-from ...pipelines.request import Request, read_pixart
+from ...pipelines.request import Request, least_strength, read_pixart
 from ...pipelines.resolution import Bins, bins_for, nearest_bin, resize_and_crop
 from ...pipelines.sampling import Run
 from ...registry import SOLVERS, class_of, pipeline_class
@@ -172,8 +171,8 @@ class Stages:
         arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(job.seed)]}
         height, width = self._sides(job)
         if given is not None:
-            one_step = min(1.0, math.nextafter(1 / job.steps, 2.0))  # clients expect an image at any strength
-            arguments |= {"image": _tensor(given.images[0]), "strength": max(given.strength, one_step)}
+            strength = max(given.strength, least_strength(job.steps))  # clients expect an image at any strength
+            arguments |= {"image": _tensor(given.images[0]), "strength": strength}
             if given.mask is not None:
                 arguments |= self._masked(job, given)
         arguments |= {"height": height, "width": width, "use_resolution_binning": job.binning}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WORTH_A_THREAD = 250_000  # normal numbers: about 2 ms
+_WORTH_A_THREAD = 250_000  # normal numbers: some milliseconds
 
 
 class Randomness:
@@ -50,10 +49,11 @@ class Randomness:
 
         threads = min(torch.get_num_threads(), numbers.size // _WORTH_A_THREAD)
         if threads < 2:
-            deque(map(fill, self._all(shape), numbers), maxlen=0)
+            for generator, row in zip(self._all(shape), numbers):
+                fill(generator, row)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                deque(pool.map(fill, self._all(shape), numbers), maxlen=0)
+                list(pool.map(fill, self._all(shape), numbers))  # raises what a thread has raised
         return torch.from_numpy(numbers).view(*shape)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
