@@ -34,7 +34,7 @@ class Failed(NamedTuple):
 
 def run(one: Idiom, lib: ModuleType) -> Any:
     """What an idiom returns, as comparable data, or how it failed."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

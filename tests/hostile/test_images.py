@@ -49,6 +49,7 @@ def pixels(side: int) -> bytes:
 
 
 PNG, JPEG, WEBP = encoded(RAMP, "PNG"), encoded(RAMP, "JPEG"), encoded(RAMP, "WEBP", lossless=True)
+ZEROS, MANY_ZEROS = zlib.compress(bytes(1 << 20)), zlib.compress(bytes(1 << 28))
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/tmp/pwned) (w) file closefile showpage\n"
 #: File name -> content. Formats that Pillow decodes and we do not are among them.
 FILES: dict[str, bytes] = {
@@ -76,11 +77,9 @@ FILES: dict[str, bytes] = {
     "bomb.bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0),
     "bomb.jpg": JPEG.replace(struct.pack(">HH", 4, 4), struct.pack(">HH", 65000, 65000), 1),
     "bomb.webp": b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0" + b"\0\0\0\0\xff\x3f\0\xff\x3f\0" + b"VP8 \0\0\0\0",
-    "text bomb.png": png(1, 1, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 28))), data=pixels(1)),
-    "international bomb.png": png(1, 1, chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(1 << 28))), data=pixels(1)),
-    "many texts.png": png(
-        1, 1, *[chunk(b"zTXt", b"a%d\0\0" % i + zlib.compress(bytes(1 << 20))) for i in range(99)], data=pixels(1)
-    ),
+    "text bomb.png": png(1, 1, chunk(b"zTXt", b"a\0\0" + MANY_ZEROS), data=pixels(1)),
+    "international bomb.png": png(1, 1, chunk(b"iTXt", b"a\0\1\0\0\0" + MANY_ZEROS), data=pixels(1)),
+    "many texts.png": png(1, 1, *[chunk(b"zTXt", b"a%d\0\0" % i + ZEROS) for i in range(99)], data=pixels(1)),
     "pages.tif": encoded(RAMP, "TIFF"),
     "image.ico": encoded(RAMP.resize((16, 16)), "ICO"),
     "image.ppm": encoded(RAMP, "PPM"),

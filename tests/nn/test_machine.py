@@ -24,7 +24,7 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 def processor(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A processor without any extension, that tests add to."""
     found: dict[str, object] = {"architecture": "x86_64", "avx2": True, "bf16": False, "fp16": False, "isa": "AVX512"}
-    monkeypatch.setattr(machine, "_capabilities", lambda: found)
+    monkeypatch.setattr(machine, "_CAPABILITIES", found)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: found["isa"])
     for kind in ("bf16", "fp16"):

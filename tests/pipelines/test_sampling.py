@@ -180,7 +180,7 @@ def test_four_threads_share_a_pixart_pipeline(name: str, dtype: torch.dtype) -> 
         arguments = {"height": size, "width": 16, "use_resolution_binning": False, "output_type": "pt"}
         return lambda: pipe(prompt, num_inference_steps=steps, generator=[seeded(i)], **arguments).images
 
-    calls = [call(i) for i in range(32)]
+    calls = [call(i) for i in range(32 if dtype == torch.float32 else 16)]
     expected = [one() for one in calls]
     assert all(map(torch.equal, threaded(calls), expected))
     assert pipe.vae.dtype == dtype
@@ -202,7 +202,7 @@ def test_four_threads_share_a_glm_image_pipeline(calls: int, dtype: torch.dtype)
         arguments = {"height": 64, "width": 96, "output_type": "pt", "num_inference_steps": 2 + i % 4, **prior}
         return lambda: pipe(f'"{"abc"[i % 3]}"', generator=seeded(i), **arguments).images
 
-    each = [call(i) for i in range(calls)]
+    each = [call(i) for i in range(calls if dtype == torch.float32 else calls // 2)]
     expected = [one() for one in each]
     assert all(map(torch.equal, threaded(each), expected))
 

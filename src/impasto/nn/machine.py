@@ -143,17 +143,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 # --- the processor ---
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# Newer than the oldest torch that is supported. Read here, because compiled code asks, too: marking a function
+# as constant would import the compiler, which takes 2 s.
+_CAPABILITIES: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def processor_has(feature: str) -> bool:
     """Whether the processor has a feature, by the names of ``torch.cpu.get_capabilities``."""
-    return bool(_capabilities().get(feature, False))
-
-
-@functools.cache
-def _capabilities() -> dict[str, object]:
-    # Newer than the oldest torch that is supported.
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return found
+    return bool(_CAPABILITIES.get(feature, False))
 
 
 @functools.cache
@@ -162,7 +159,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     if not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")():
         return False
-    if _capabilities().get("architecture") != "x86_64":
+    if _CAPABILITIES.get("architecture") != "x86_64":
         return True  # oneDNN knows the extensions of ARM
     above = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
     return above and any(processor_has(feature) for feature in _PRODUCTS[dtype])
@@ -183,7 +180,7 @@ def has_onednn_products(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype == torch.float32:  # not measured elsewhere
-        return _capabilities().get("architecture") == "x86_64"
+        return _CAPABILITIES.get("architecture") == "x86_64"
     return dtype == torch.bfloat16 and is_native(dtype)
 
 
@@ -204,7 +201,7 @@ class Processor(NamedTuple):
 def describe_processor() -> Processor:
     """The processor's name and instructions; "in part" lists the libraries that a variable limits to AVX2."""
     capped = []
-    if _capabilities().get("architecture") != "x86_64":
+    if _CAPABILITIES.get("architecture") != "x86_64":
         found = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     elif not processor_has("avx512_f"):
         found = "AVX2" if processor_has("avx2") else "x86_64 without AVX2"
