@@ -347,18 +347,6 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path) -> None:
     assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
 
 
-def test_tensorboard_shows_what_the_log_has(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(nn.Linear(3, 1), tmp_path, 6, log_every=2, report={"tensorboard": True, "progress": False, "peak_flops": 1e9})
-    found = EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
-    assert {"loss", "norm", "rate", "images_per_second", "skipped"} <= set(found.Tags()["scalars"])
-    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
-        (row["step"], pytest.approx(row["loss"])) for row in rows(tmp_path)
-    ]
-
-
 @pytest.mark.parametrize(("name", "saved"), [("prodigy", 3), ("prodigy", 30), ("came", 30)])
 def test_other_optimizers_learn_and_go_on(name: str, saved: int, tmp_path: Path) -> None:
     def start(folder: Path, steps: int) -> None:

@@ -76,3 +76,25 @@ def test_what_cannot_be_used_is_named(body: dict[str, Any], param: str, message:
     assert error["param"] == param
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "other"),
+    [
+        ("/v1/images/generations", {"prompt": "a", "lora": [{"name": "few"}]}, {"num_inference_steps": 9}),
+        ("/sdapi/v1/txt2img", {"prompt": "a <lora:few:1>", "width": 64, "height": 64}, {"steps": 9}),
+    ],
+)
+def test_a_few_step_adapter_says_how_to_generate_unless_the_client_does(
+    path: str, asked: dict[str, Any], other: dict[str, Any]
+):
+    service = StubService()
+    service.adapters = {"few": "builtin:scenes-lcm"}
+    for given in ({}, other, {"guidance_scale" if "v1/images" in path else "cfg_scale": 3.0}):
+        assert call("POST", path, service, json={**asked, **given}).status_code == 200
+    found = [(job.scheduler, job.steps, job.guidance_scale) for job in service.submitted]
+    assert found == [("lcm", 4, 1.0), ("lcm", 9, 1.0), ("lcm", 4, 3.0)]
+    adapter = call("GET", "/v1/models", service).json()
+    assert {"id": "few", "object": "adapter", "steps": 4, "guidance_scale": 1.0, "scheduler": "lcm"} in adapter[
+        "adapters"
+    ]
