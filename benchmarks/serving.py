@@ -258,7 +258,7 @@ def run_load(options: argparse.Namespace) -> None:
         }
     name = f"serving-load-{options.dtype}" + ("-gpu" if options.device == "cuda" else "")
     what = f"closed loop, {options.model}, {options.dtype}, {options.seconds:g} s a turn, {options.rounds} rounds"
-    curves = {"uniform": costs.uniform, "packed": costs.packed}
+    curves = {"uniform": costs.uniform, "packed": costs.packed, "quadratic": costs.quadratic}
     target = measure.write(name, {"what": what, "clock": clock.__name__, "costs": curves, **result})
     plot(result, costs, target.with_suffix(".png") if options.plot is None else Path(options.plot))
 
@@ -293,7 +293,7 @@ def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
     rate.legend(fontsize=8, loc="lower right")
     for name, points in (("one size", costs.uniform), ("several sizes, packed", costs.packed)):
         curve.plot(*zip(*points), marker="o", label=name)
-    curve.set_title("seconds of a step by its tokens", fontsize=10)
+    curve.set_title("seconds of a step by its tokens, without attention", fontsize=10)
     curve.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     print(f"plot in {path}")

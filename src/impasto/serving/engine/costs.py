@@ -16,16 +16,14 @@ class StepCosts:
     """Seconds of a step of a model on a machine.
 
     Attributes:
-        uniform: of batches of images of one size.
-        packed: of batches of several sizes.
-        quadratic: seconds for each pair of tokens of an image in addition: attention beyond what was measured.
-        measured: tokens of the largest image that was measured; the points include the attention of such images.
+        uniform: of batches of images of one size, without attention.
+        packed: of batches of several sizes, without attention.
+        quadratic: seconds of attention for each pair of tokens of an image.
     """
 
     uniform: Points
     packed: Points
     quadratic: float = 0.0
-    measured: int = 0
 
     def seconds(self, tokens: Sequence[int]) -> float:
         """Of one forward pass.
@@ -35,11 +33,8 @@ class StepCosts:
         """
         if not tokens:
             return 0.0
-        most, attention = max(tokens), 0
-        if most > self.measured:
-            attention = sum(each * each - self.measured * self.measured for each in tokens if each > self.measured)
-        points = self.uniform if min(tokens) == most else self.packed
-        return interpolated(points, sum(tokens)) + self.quadratic * attention
+        points = self.uniform if min(tokens) == max(tokens) else self.packed
+        return interpolated(points, sum(tokens)) + self.quadratic * _pairs(tokens)
 
     def job_seconds(self, tokens: int, halves: int, steps: int) -> float:
         """Of all steps of an image by itself."""
@@ -85,44 +80,61 @@ def measure(
     most_tokens: int = 4096,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
-    """Measure the steps of a model: of a small image, and batches of 1, 2, 4, ... images, uniform and packed in turns.
+    """Measure the steps of a model: of a small image, and batches of 1, 2, 4, ... images, uniform and packed.
+
+    Each round takes all of them in turns: a second in which the machine is slow does not make one kind look dear.
 
     Args:
         step: takes one step of images of such sizes.
         small, usual: height and width in tokens of the small image, and of the images of uniform batches.
         others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
-        width: channels of the model: how attention grows beyond what is measured is computed from it.
+        width: channels of the model: how much of a step is attention is computed from it.
         seconds: no batch is begun that would take longer in all.
-        rounds: of each batch; the fastest one counts.
+        rounds: of all batches; the fastest step of each counts.
         most_tokens: of a batch, but for a single image.
     """
-    start, uniform, packed, images = clock(), list[tuple[int, float]](), list[tuple[int, float]](), 1
     step([usual])  # warms up
-    for _ in range(rounds):
+    start = clock()
+    uniform: list[list[tuple[int, int]]] = [[small], [usual]]
+    packed: list[list[tuple[int, int]]] = []
+    fastest: dict[tuple[tuple[int, int], ...], float] = {}
+
+    def take(batch: list[tuple[int, int]]) -> None:
         before = clock()
-        step([small])
-        uniform.append((small[0] * small[1], clock() - before))
-    uniform = [min(uniform)]
-    while True:
-        begun = clock()
-        mixed = sorted(others[i % len(others)] for i in range(images)) if images > 1 else []
-        batches = {"uniform": [usual] * images, **({"packed": mixed} if mixed else {})}
-        found = dict.fromkeys(batches, float("inf"))
-        for _ in range(rounds):
-            for name, batch in batches.items():
-                before = clock()
-                step(batch)
-                found[name] = min(clock() - before, found[name])
-        uniform.append((images * usual[0] * usual[1], found["uniform"]))
-        if mixed:
-            packed.append((sum(h * w for h, w in mixed), found["packed"]))
-        images *= 2
+        step(batch)
+        fastest[*batch] = min(clock() - before, fastest.get((*batch,), float("inf")))
+
+    for batch in uniform:
+        take(batch)
+    images, begun = 2, start
+    while images * usual[0] * usual[1] <= most_tokens:  # the first round finds how many images may be measured
         now = clock()
-        if images * usual[0] * usual[1] > most_tokens or now - start + 2.5 * (now - begun) > seconds:
+        if rounds * (now - start + 2.5 * (now - begun)) > seconds:
             break
-    largest = usual[0] * usual[1]
+        begun = now
+        uniform.append([usual] * images)
+        packed.append(sorted(others[i % len(others)] for i in range(images)))
+        take(uniform[-1])
+        take(packed[-1])
+        images *= 2
+    for _ in range(rounds - 1):
+        for batch in (*uniform, *packed):
+            take(batch)
+
     # A layer takes 24 N D² multiplications in its linear parts and 4 N² D in attention: N tokens, D channels.
-    curve = ascending(uniform)
-    (first, fixed), (last, most) = curve[0], curve[-1]
-    per_token = (most - fixed) / (last - first) if last > first else fixed / first
-    return StepCosts(curve, ascending([*uniform[:2], *packed]), per_token / (6 * width), largest)
+    tokens = [h * w for h, w in (small, usual)]
+    last = len(uniform[-1]) * tokens[1]
+    rise = (fastest[*uniform[-1]] - fastest[small,]) / max(1, last - tokens[0])
+    quadratic = max(0.0, rise) / (6 * width + tokens[1])
+
+    def points(batches: list[list[tuple[int, int]]]) -> Points:
+        lengths = [[h * w for h, w in batch] for batch in batches]
+        return ascending(
+            [(sum(n), fastest[*batch] - quadratic * _pairs(n)) for n, batch in zip(lengths, batches, strict=True)]
+        )
+
+    return StepCosts(points(uniform), points([*uniform[:2], *packed]), quadratic)
+
+
+def _pairs(tokens: Sequence[int]) -> int:
+    return sum(each * each for each in tokens)
