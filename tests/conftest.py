@@ -16,7 +16,7 @@ import torch
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: looking for garbage among its millions of objects takes a tenth of the time."""
+    """What is imported stays: looking for garbage among its millions of objects takes a tenth of a run."""
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 

@@ -23,7 +23,7 @@ COLOURS = ((255, 0, 0), (0, 0, 255))
 
 
 def run(folder: Path, steps: int, **report: Any) -> None:
-    """A run that generates two images at step 4."""
+    """A run that finds two samples of step 4."""
     model = nn.Linear(3, 1)
 
     def loss(step: int, random: Randomness) -> torch.Tensor:

@@ -143,9 +143,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 # --- the processor ---
 
 
-# Newer than the oldest torch that is supported. Read here, because compiled code asks, too: marking a function
-# as constant would import the compiler, which takes 2 s.
-_CAPABILITIES: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+# The oldest torch that is supported lacks the function. It is called here because compiled code reads the result, and
+# ``torch.compiler.assume_constant_result`` would import the compiler, which takes 2 s.
+_CAPABILITIES: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def processor_has(feature: str) -> bool:

@@ -94,7 +94,5 @@ def test_a_few_step_adapter_says_how_to_generate_unless_the_client_does(
         assert call("POST", path, service, json={**asked, **given}).status_code == 200
     found = [(job.scheduler, job.steps, job.guidance_scale) for job in service.submitted]
     assert found == [("lcm", 4, 1.0), ("lcm", 9, 1.0), ("lcm", 4, 3.0)]
-    adapter = call("GET", "/v1/models", service).json()
-    assert {"id": "few", "object": "adapter", "steps": 4, "guidance_scale": 1.0, "scheduler": "lcm"} in adapter[
-        "adapters"
-    ]
+    listed = call("GET", "/v1/models", service).json()["adapters"]
+    assert {"id": "few", "object": "adapter", "steps": 4, "guidance_scale": 1.0, "scheduler": "lcm"} in listed

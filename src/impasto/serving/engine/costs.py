@@ -69,7 +69,7 @@ def ascending(points: Sequence[tuple[int, float]]) -> Points:
 
 
 def measure(
-    step: Callable[[Sequence[tuple[int, int]]], None],
+    step: Callable[[Sequence[tuple[int, int]]], Callable[[], None]],
     small: tuple[int, int],
     usual: tuple[int, int],
     others: Sequence[tuple[int, int]],
@@ -82,26 +82,26 @@ def measure(
 ) -> StepCosts:
     """Measure the steps of a model: of a small image, and batches of 1, 2, 4, ... images, uniform and packed.
 
-    Each round takes all of them in turns: a second in which the machine is slow does not make one kind look dear.
+    Each round takes all of them in turns, so that a slow moment of the machine is less likely to distort one of them.
 
     Args:
-        step: takes one step of images of such sizes.
+        step: prepares a step of images of such sizes, and returns what takes it; only that is measured.
         small, usual: height and width in tokens of the small image, and of the images of uniform batches.
         others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
         width: channels of the model: how much of a step is attention is computed from it.
-        seconds: no batch is begun that would take longer in all.
+        seconds: no batch is begun that would take longer in all, after a step that warms up.
         rounds: of all batches; the fastest step of each counts.
         most_tokens: of a batch, but for a single image.
     """
-    step([usual])  # warms up
+    step([usual])()  # warms up
     start = clock()
     uniform: list[list[tuple[int, int]]] = [[small], [usual]]
     packed: list[list[tuple[int, int]]] = []
     fastest: dict[tuple[tuple[int, int], ...], float] = {}
 
     def take(batch: list[tuple[int, int]]) -> None:
-        before = clock()
-        step(batch)
+        ready, before = step(batch), clock()
+        ready()
         fastest[*batch] = min(clock() - before, fastest.get((*batch,), float("inf")))
 
     for batch in uniform:
@@ -109,7 +109,8 @@ def measure(
     images, begun = 2, start
     while images * usual[0] * usual[1] <= most_tokens:  # the first round finds how many images may be measured
         now = clock()
-        if rounds * (now - start + 2.5 * (now - begun)) > seconds:
+        expected = max(2.5 * (now - begun), 2 * images * fastest[usual,])
+        if rounds * (now - start + expected) > seconds:
             break
         begun = now
         uniform.append([usual] * images)
@@ -122,10 +123,10 @@ def measure(
             take(batch)
 
     # A layer takes 24 N D² multiplications in its linear parts and 4 N² D in attention: N tokens, D channels.
-    tokens = [h * w for h, w in (small, usual)]
-    last = len(uniform[-1]) * tokens[1]
-    rise = (fastest[*uniform[-1]] - fastest[small,]) / max(1, last - tokens[0])
-    quadratic = max(0.0, rise) / (6 * width + tokens[1])
+    least, most = ([h * w for h, w in batch] for batch in ([small], uniform[-1]))
+    linear, pairs = sum(most) - sum(least), _pairs(most) - _pairs(least)
+    rise = fastest[*uniform[-1]] - fastest[small,]
+    quadratic = max(0.0, rise) / max(1, 6 * width * linear + pairs)
 
     def points(batches: list[list[tuple[int, int]]]) -> Points:
         lengths = [[h * w for h, w in batch] for batch in batches]

@@ -121,20 +121,18 @@ def measure_costs(
     width = config["num_attention_heads"] * config["attention_head_dim"]
     kept: dict[tuple[int, tuple[int, int]], Run] = {}
 
-    def step(batch: Sequence[tuple[int, int]]) -> None:
-        runs = []
+    def step(batch: Sequence[tuple[int, int]]) -> Callable[[], None]:
         for place in enumerate(batch):
-            if place not in kept:
+            if place not in kept or kept[place].index >= kept[place].end:
                 kept[place] = dummy_run(pipe, *place[1])
-            runs.append(kept[place])
-        for run in runs:
-            if run.index >= run.end:
-                kept.clear()
-                return step(batch)
-        advance(runs)
-        if pipe.device.type == "cuda":
-            torch.cuda.synchronize(pipe.device)
-        return None
+        runs = [kept[place] for place in enumerate(batch)]
+
+        def take() -> None:
+            advance(runs)
+            if pipe.device.type == "cuda":
+                torch.cuda.synchronize(pipe.device)
+
+        return take
 
     return measure(step, (half, half), (side, side), others, width, seconds=seconds, clock=clock, rounds=rounds)
 
