@@ -18,7 +18,7 @@ import torch
 def pytest_collection_finish() -> None:
     """What is imported stays: looking for garbage among its millions of objects takes a tenth of a run."""
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.collect()  # few objects are left to look at, so garbage is found no later than before
 
 
 @pytest.fixture(autouse=True)

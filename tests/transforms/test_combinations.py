@@ -205,6 +205,7 @@ def _one_process() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _forget_graphs() -> Iterator[None]:
+    torch.compiler.reset()  # those of other tests count, too: there may be eight of a block
     yield
     torch.compiler.reset()
 
