@@ -16,7 +16,7 @@ import torch
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: looking for garbage among its millions of objects takes a tenth of a run."""
+    """What is imported stays, so garbage need not be looked for among its millions of objects."""
     gc.freeze()
     gc.collect()  # few objects are left to look at, so garbage is found no later than before
 
