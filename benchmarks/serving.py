@@ -1,13 +1,14 @@
 """The engine against other policies, and an image alone against the same one in company.
 
     python benchmarks/serving.py --simulate [--requests 10000]
-    python benchmarks/serving.py --load [--seconds 60] [--concurrency 8 32] [--dtype float32]
+    python benchmarks/serving.py --load [--seconds 4] [--rounds 30] [--concurrency 8 32] [--dtype float32]
     python benchmarks/serving.py --company 500 [--dtype float32]
     python benchmarks/serving.py --load --model xl-512 --device cuda --dtype bfloat16
 
 ``--model xl-512``: XL/2 for 512 px with random weights, and sizes of 256 to 1024 tokens.
 ``--load``: closed loop: so many clients, each of which asks for the next image when it has one; five sizes of 64 to 256
-tokens, 10, 20 or 30 steps. The policies take turns of ``--seconds``, ``--rounds`` times, with the same requests.
+tokens, 10, 20 or 30 steps. The policies take turns of ``--seconds``, ``--rounds`` times, with the same requests; each
+goes on where it was, so short turns make it less important that a machine is slower for a while.
 ``--company``: random requests of all kinds, each alone, and all of them with up to 24 others at a time. No caches.
 On the CPU with one thread, processor time is measured, so that other programs count less.
 """
@@ -164,50 +165,78 @@ def scale_of(pipe: Any) -> int:
     return max(1, config["sample_size"] // config["patch_size"] // 16)
 
 
-def serve_for(
-    pipe: Any,
-    costs: StepCosts,
-    policy: Policy,
-    jobs: list[Job],
-    concurrency: int,
-    seconds: float,
-    alone: dict[tuple[int, int, int], float],
-    turn: Turn,
-    clock: Callable[[], float],
-) -> None:
-    """One turn of a closed loop; it ends after so many seconds, and what is in work then does not count."""
-    chosen: list[int] = []
+class Stopwatch:
+    """A clock that stands still except in ``with`` blocks."""
 
-    def recorded(*arguments: Any) -> list[Candidate]:
-        found = policy(*arguments)
-        chosen[:] = [tokens for each in found for tokens in each.tokens]
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._shown, self._since = 0.0, float("nan")
+        self._runs = False
+
+    def __call__(self) -> float:
+        return self._shown + (self._clock() - self._since if self._runs else 0.0)
+
+    def __enter__(self) -> None:
+        self._since, self._runs = self._clock(), True
+
+    def __exit__(self, *_: Any) -> None:
+        self._shown, self._runs = self(), False
+
+
+class ClosedLoop:
+    """So many clients of an engine, which go on in each turn where they were in the one before."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        costs: StepCosts,
+        policy: Policy,
+        jobs: list[Job],
+        concurrency: int,
+        alone: dict[tuple[int, int, int], float],
+        clock: Callable[[], float],
+    ):
+        self.policy, self.concurrency, self.alone, self.done = policy, concurrency, alone, Turn()
+        self.clock = Stopwatch(clock)
+        self.engine = Engine(pipe, costs, choose=self._choose, clock=self.clock)
+        self.coming, self.smallest = iter(jobs), min(job.width * job.height for job in jobs)
+        self.asked = dict[str, tuple[Job, float]]()
+        self.chosen: list[int] = []
+
+    def _choose(self, *arguments: Any) -> list[Candidate]:
+        found = self.policy(*arguments)
+        self.chosen = [tokens for each in found for tokens in each.tokens]
         return found
 
-    engine = Engine(pipe, costs, choose=recorded, clock=clock)
-    coming, asked, smallest = iter(jobs), dict[str, tuple[Job, float]](), min(j.width * j.height for j in jobs)
-    start = clock()
-    while clock() - start < seconds:
-        while len(asked) < concurrency:
-            job = next(coming)
-            asked[job.id] = job, clock()
-            engine.add(job)
-        events, tally = engine.tick()
+    def serve(self, seconds: float) -> None:
+        """One turn."""
+        with self.clock:
+            end = self.clock() + seconds
+            while self.clock() < end:
+                self._tick()
+            self.done.seconds = self.clock()
+
+    def _tick(self) -> None:
+        while len(self.asked) < self.concurrency:
+            job = next(self.coming)
+            self.asked[job.id] = job, self.clock()
+            self.engine.add(job)
+        events, tally = self.engine.tick()
         if tally.batch_tokens:
-            turn.steps.append(([*chosen], tally.seconds["denoise"]))
+            self.done.steps.append((self.chosen, tally.seconds["denoise"]))
         for event in events:
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
             if isinstance(event, Progress) and event.step:
-                job = asked[event.id][0]
-                turn.work += alone[job.height, job.width, job.steps] / job.steps
+                job = self.asked[event.id][0]
+                self.done.work += self.alone[job.height, job.width, job.steps] / job.steps
             if isinstance(event, Finished):
-                job, at = asked.pop(event.id)
-                turn.images += 1
-                slowdown = (clock() - at) / alone[job.height, job.width, job.steps]
-                turn.slowdown.append(slowdown)
-                if job.width * job.height == smallest:
-                    turn.smallest.append(slowdown)
-    turn.seconds += clock() - start
+                job, at = self.asked.pop(event.id)
+                self.done.images += 1
+                slowdown = (self.clock() - at) / self.alone[job.height, job.width, job.steps]
+                self.done.slowdown.append(slowdown)
+                if job.width * job.height == self.smallest:
+                    self.done.smallest.append(slowdown)
 
 
 def time_alone(pipe: Any, costs: StepCosts, jobs: list[Job], clock: Callable[[], float]) -> dict[Any, float]:
@@ -234,11 +263,11 @@ def run_load(options: argparse.Namespace) -> None:
     alone = time_alone(pipe, costs, jobs[:1000], clock)
     result: dict[str, Any] = {}
     for concurrency in options.concurrency:
-        turns = {name: Turn() for name in POLICIES}
-        for number in range(options.rounds):
-            for name, policy in POLICIES.items():
-                shifted = jobs[number * 20_000 :]
-                serve_for(pipe, costs, policy, shifted, concurrency, options.seconds, alone, turns[name], clock)
+        loops = {n: ClosedLoop(pipe, costs, each, jobs, concurrency, alone, clock) for n, each in POLICIES.items()}
+        for _ in range(options.rounds):
+            for loop in loops.values():
+                loop.serve(options.seconds)
+        turns = {name: loop.done for name, loop in loops.items()}
         fair = turns["fair"]
         rate = {name: turn.work / turn.seconds for name, turn in turns.items()}
         uniform = replace(costs, packed=costs.uniform)
@@ -405,8 +434,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a turn of a policy")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn of a policy")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--measuring", type=float, default=20.0, help="seconds of measuring what steps cost")
     parser.add_argument("--requests", type=int, default=10_000, help="of a simulation")
     parser.add_argument("--plot", help="where to write the plot; next to the result if not given")

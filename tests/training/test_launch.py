@@ -21,7 +21,7 @@ from impasto.training.data.sample import Sample
 from impasto.training.launch import launch, preview
 from impasto.training.objectives.autoencoder import images_of, latent_moments
 from impasto.training.settings import recipe_files as recipes
-from impasto.training.settings.configuration import SourceSettings
+from impasto.training.settings.data_settings import SourceSettings
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -158,7 +158,7 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
 
 
 def test_another_program_adds_sources_and_checks(place: Path, tmp_path: Path) -> None:
-    from impasto.training.settings.configuration import SourceSettings
+    from impasto.training.settings.data_settings import SourceSettings
 
     given: list[dict[str, Any]] = []
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from ...checkpoints.adapters.file import AdapterDefaults
 from ...checks import shown
@@ -22,6 +22,14 @@ from .uploads import longest_side
 logger = logging.getLogger("impasto.serve")
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Defaults(NamedTuple):
+    """How to generate where a request does not say."""
+
+    scheduler: str | None  # None: the model's own
+    steps: int
+    guidance_scale: float
 
 
 @dataclass
@@ -55,22 +63,29 @@ class Context:
         """The longest side of an image, in pixels: of a model, or of any."""
         return max(longest_side(one) for one in ([model] if model else self.service.models.values()))
 
-    def adapters(self, chosen: list[tuple[str, float]]) -> tuple[tuple[ChosenAdapter, ...], AdapterDefaults]:
-        """Adapters by their served names, which engines resolve, and how to generate with them."""
+    def adapters(
+        self, model: ServedModel, chosen: list[tuple[str, float]]
+    ) -> tuple[tuple[ChosenAdapter, ...], Defaults]:
+        """Adapters by their served names, which engines resolve, and how a model generates with them."""
         found = tuple(ChosenAdapter(name, weight) for name, weight in chosen)
-        return found, next(
-            (one for one in map(self._defaults_of, found) if one != AdapterDefaults()), AdapterDefaults()
+        silent = AdapterDefaults()
+        asked = next((one for one in (self.defaults_of(name) for name, _ in chosen) if one != silent), silent)
+        return found, Defaults(
+            asked.scheduler if asked.scheduler in model.schedulers else None,
+            asked.steps or model.steps,
+            model.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
         )
 
-    def _defaults_of(self, adapter: ChosenAdapter) -> AdapterDefaults:
-        if adapter.source not in self._defaults:
+    def defaults_of(self, name: str) -> AdapterDefaults:
+        """How an adapter asks to be used, of any model."""
+        if name not in self._defaults:
             try:
-                file = self.service.adapters[adapter.source]
-                self._defaults[adapter.source] = adapter_defaults([ChosenAdapter(file)])
+                file = self.service.adapters[name]
+                self._defaults[name] = adapter_defaults([ChosenAdapter(file)])
             except CheckpointError as error:  # reported when it is applied
                 logger.warning("%s", error)
-                self._defaults[adapter.source] = AdapterDefaults()
-        return self._defaults[adapter.source]
+                self._defaults[name] = AdapterDefaults()
+        return self._defaults[name]
 
     async def decode(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Work on images, in a thread."""

@@ -85,7 +85,7 @@ def _describe(context: Context, model: ServedModel) -> dict[str, Any]:
 
 def _describe_adapter(context: Context, name: str) -> dict[str, Any]:
     """An adapter as clients see it: how to generate with it, where it says so."""
-    _, defaults = context.adapters([(name, 1.0)])
+    defaults = context.defaults_of(name)
     return {
         "id": name,
         "object": "adapter",

@@ -147,19 +147,16 @@ class Reader:
         if stream and n > 1:
             raise ApiError("stream is for one image; leave n out, or stream", "n", code="invalid_value")
         model = self.context.model(given.get("model"))
-        chosen, defaults = self.context.adapters(given.get("lora", []))
-        scheduler = given.get("scheduler")
-        if scheduler is None and defaults.scheduler in model.schedulers:
-            scheduler = defaults.scheduler
-        elif scheduler is not None and scheduler not in model.schedulers:
+        chosen, defaults = self.context.adapters(model, given.get("lora", []))
+        scheduler = given.get("scheduler") or defaults.scheduler
+        if scheduler is not None and scheduler not in model.schedulers:
             raise ApiError(
                 f"{model.name} has the schedulers {', '.join(model.schedulers) or 'of its own alone'}",
                 "scheduler",
                 code="invalid_value",
             )
         edited, width, height = self._sizes(model, given.get("size"), edit)
-        steps = given.get("num_inference_steps", defaults.steps or model.steps)
-        guidance = model.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+        steps = given.get("num_inference_steps", defaults.steps)
         seed = given.get("seed", random_seed())
         jobs = [
             Job(
@@ -171,7 +168,7 @@ class Reader:
                 height=height,
                 binning=given.get("use_resolution_binning", True),
                 steps=min(steps, self.context.settings.max_steps),
-                guidance_scale=given.get("guidance_scale", guidance),
+                guidance_scale=given.get("guidance_scale", defaults.guidance_scale),
                 seed=seed + i,
                 scheduler=scheduler,
                 adapters=chosen,

@@ -35,15 +35,13 @@ from ..objectives.text_to_image import Latents, TextToImage
 from ..objectives.texts import Texts
 from ..running.validation import Validation, measure
 from ..settings.configuration import (
-    OWN_KINDS,
     AutoencoderSettings,
     Configuration,
-    DataSettings,
     FlowMatchingSettings,
-    SourceSettings,
     TextEncoderSettings,
     TextToImageSettings,
 )
+from ..settings.data_settings import OWN_KINDS, DataSettings, SourceSettings
 from ..settings.objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .adapters import add_adapters
 from .components import FAMILIES, Components, load

@@ -15,7 +15,8 @@ from ..objectives.dmd import DistributionMatching
 from ..objectives.lcm import LatentConsistency
 from ..objectives.text_to_image import TextToImage
 from ..objectives.textual_inversion import TextualInversion
-from ..settings.configuration import Configuration, DataSettings, SourceSettings, TextToImageSettings
+from ..settings.configuration import Configuration, TextToImageSettings
+from ..settings.data_settings import DataSettings, SourceSettings
 from ..settings.objective_settings import DmdSettings, LcmSettings, TextualInversionSettings
 from .components import Components
 

@@ -71,13 +71,10 @@ def read_wanted(context: Context, session: Session, fields: dict[str, Any], body
     if count > context.settings.max_images:
         most = context.settings.max_images
         raise ApiError(f"batch_size times n_iter is {count}; at most {most} images are generated at once", "batch_size")
-    adapters, defaults = context.adapters(chosen)
+    adapters, defaults = context.adapters(model, chosen)
     sampler = given.get("sampler_name") or given.get("sampler_index")
-    scheduler = scheduler_of(sampler, model)
-    if scheduler is None and defaults.scheduler in model.schedulers:
-        scheduler = defaults.scheduler
-    steps = min(given.get("steps", defaults.steps or model.steps), context.settings.max_steps)
-    guidance = model.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+    scheduler = scheduler_of(sampler, model) or defaults.scheduler
+    steps = min(given.get("steps", defaults.steps), context.settings.max_steps)
     seed = given.get("seed", -1)
     first = random_seed() if seed == -1 else seed
     previews = session.previews_of(steps)
@@ -90,7 +87,7 @@ def read_wanted(context: Context, session: Session, fields: dict[str, Any], body
             width=width,
             height=height,
             steps=steps,
-            guidance_scale=given.get("cfg_scale", guidance),
+            guidance_scale=given.get("cfg_scale", defaults.guidance_scale),
             seed=first + i,
             scheduler=scheduler,
             adapters=adapters,
