@@ -158,8 +158,6 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
 
 
 def test_another_program_adds_sources_and_checks(place: Path, tmp_path: Path) -> None:
-    from impasto.training.settings.data_settings import SourceSettings
-
     given: list[dict[str, Any]] = []
 
     def make(options: dict[str, Any]) -> Any:

@@ -77,7 +77,7 @@ class Context:
         )
 
     def defaults_of(self, name: str) -> AdapterDefaults:
-        """How an adapter asks to be used, of any model."""
+        """How an adapter of this served name asks to be used, whatever the model."""
         if name not in self._defaults:
             try:
                 file = self.service.adapters[name]
