@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 import measure
+from impasto.pipelines.sampling import Run, advance
 from impasto.serving.engine import stages
-from impasto.serving.engine.costs import StepCosts
-from impasto.serving.engine.loading import measure_costs
+from impasto.serving.engine.costs import StepCosts, ascending
+from impasto.serving.engine.loading import dummy_run, measure_costs
 from impasto.serving.engine.loop import Engine
 from impasto.serving.engine.policy import Candidate, choose
 from impasto.serving.engine.simulation import (
@@ -183,6 +184,37 @@ class Stopwatch:
         self._shown, self._runs = self(), False
 
 
+class UniformCurve:
+    """Steps of images of one size, measured between the turns: what packed ones are compared with."""
+
+    def __init__(self, pipe: Any, costs: StepCosts, clock: Callable[[], float]):
+        self.pipe, self.costs, self.clock = pipe, costs, clock
+        side = pipe.transformer.config["sample_size"] // pipe.transformer.config["patch_size"]
+        sizes = [((side // 2, side // 2), 1), *(((side, side), images) for images in (1, 2, 4, 8))]
+        self.seconds: dict[tuple[tuple[int, int], int], list[float]] = {size: [] for size in sizes}
+        self.runs = dict[tuple[tuple[int, int], int], list[Run]]()
+
+    def measure(self) -> None:
+        """A step of each batch."""
+        for batch, seconds in self.seconds.items():
+            (rows, columns), images = batch
+            if batch not in self.runs or self.runs[batch][0].index >= self.runs[batch][0].end:
+                self.runs[batch] = [dummy_run(self.pipe, rows, columns) for _ in range(images)]
+            start = self.clock()
+            advance(self.runs[batch])
+            if self.pipe.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(self.clock() - start)
+
+    def medians(self) -> StepCosts:
+        points = []
+        for ((rows, columns), images), seconds in self.seconds.items():
+            tokens = rows * columns
+            own = percentile(sorted(seconds), 50) - self.costs.quadratic * images * tokens**2
+            points.append((images * tokens, own))
+        return StepCosts(ascending(points), ascending(points), self.costs.quadratic)
+
+
 class ClosedLoop:
     """So many clients of an engine, which go on in each turn where they were in the one before."""
 
@@ -202,6 +234,7 @@ class ClosedLoop:
         self.coming, self.smallest = iter(jobs), min(job.width * job.height for job in jobs)
         self.asked = dict[str, tuple[Job, float]]()
         self.chosen: list[int] = []
+        self.rates: list[float] = []  # work of each turn per second
 
     def _choose(self, *arguments: Any) -> list[Candidate]:
         found = self.policy(*arguments)
@@ -210,11 +243,13 @@ class ClosedLoop:
 
     def serve(self, seconds: float) -> None:
         """One turn."""
+        work, start = self.done.work, self.clock()
         with self.clock:
-            end = self.clock() + seconds
+            end = start + seconds
             while self.clock() < end:
                 self._tick()
             self.done.seconds = self.clock()
+        self.rates.append((self.done.work - work) / (self.done.seconds - start))
 
     def _tick(self) -> None:
         while len(self.asked) < self.concurrency:
@@ -264,13 +299,15 @@ def run_load(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {}
     for concurrency in options.concurrency:
         loops = {n: ClosedLoop(pipe, costs, each, jobs, concurrency, alone, clock) for n, each in POLICIES.items()}
+        curve = UniformCurve(pipe, costs, clock)
         for _ in range(options.rounds):
             for loop in loops.values():
                 loop.serve(options.seconds)
+            curve.measure()
         turns = {name: loop.done for name, loop in loops.items()}
         fair = turns["fair"]
         rate = {name: turn.work / turn.seconds for name, turn in turns.items()}
-        uniform = replace(costs, packed=costs.uniform)
+        uniform = curve.medians()
         against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
         result[f"{concurrency} clients"] = {
             "images": {name: turn.images for name, turn in turns.items()},
@@ -278,6 +315,12 @@ def run_load(options: argparse.Namespace) -> None:
             # Of steps, each counted with what it takes alone: images that are not done at the end count, too.
             "work per second": {name: round(value, 4) for name, value in rate.items()},
             "throughput against": {n: round(rate["fair"] / v, 3) for n, v in rate.items() if n != "fair" and v},
+            "quartiles of the turns": {
+                n: [round(percentile(_ratios(loops["fair"].rates, loop.rates), q), 3) for q in (25, 50, 75)]
+                for n, loop in loops.items()
+                if n != "fair"
+            },
+            "uniform curve, medians between the turns": uniform.uniform,
             "p95 slowdown": {n: _p95(turn.slowdown) for n, turn in turns.items()},
             "p95 slowdown, smallest": {n: _p95(turn.smallest) for n, turn in turns.items()},
             "p50 slowdown, smallest": {n: _median(turn.smallest) for n, turn in turns.items()},
@@ -290,6 +333,10 @@ def run_load(options: argparse.Namespace) -> None:
     curves = {"uniform": costs.uniform, "packed": costs.packed, "quadratic": costs.quadratic}
     target = measure.write(name, {"what": what, "clock": clock.__name__, "costs": curves, **result})
     plot(result, costs, target.with_suffix(".png") if options.plot is None else Path(options.plot))
+
+
+def _ratios(these: list[float], those: list[float]) -> list[float]:
+    return sorted(one / other for one, other in zip(these, those, strict=True) if other)
 
 
 def _p95(values: list[float]) -> float | None:

@@ -28,10 +28,10 @@ class ProjectedText(NamedTuple):
     text: Tensor | None  # [B, M, D]; None: the image tokens attend to themselves
     bias: Tensor | None  # [B, 1, M], added to the scores; -inf discards
 
-    def attend(self, attn2: Any, x: Tensor) -> Tensor:
+    def attend(self, attn2: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
         batched = x if x.ndim == 3 else x[None]
         attended: Tensor = attn2(batched, self.text, self.bias)
-        return x + attended.view_as(x)
+        return torch.add(x, attended.view_as(x), out=out)
 
     def select(self, rows: slice | Tensor | list[int]) -> ProjectedText:
         return ProjectedText(*(None if x is None else x[rows] for x in self))
@@ -51,10 +51,10 @@ class TextKeys(NamedTuple):
     value: Tensor  # [B, heads, M, d]
     bias: Tensor | None  # [B, 1, 1, M]
 
-    def attend(self, attn2: Any, x: Tensor) -> Tensor:
+    def attend(self, attn2: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
         batched = x if x.ndim == 3 else x[None]
         attended: Tensor = attn2.attend(linear(attn2.to_q, batched), self.key, self.value, self.bias)
-        return x + attended.view_as(x)
+        return torch.add(x, attended.view_as(x), out=out)
 
     def select(self, rows: slice | Tensor | list[int]) -> TextKeys:
         return TextKeys(self.key[rows], self.value[rows], None if self.bias is None else self.bias[rows])
@@ -89,14 +89,21 @@ LayerText: TypeAlias = ProjectedText | TextKeys | list[ProjectedText | TextKeys 
 
 
 def attend_text(attn2: Any, x: Tensor, text: LayerText, layout: Layout | None = None) -> Tensor:
-    """x [B, N, D], or [T, D] with a layout, plus its cross-attention to the text."""
+    """x [B, N, D], or [T, D] with a layout, plus its cross-attention to the text.
+
+    Without gradients, x itself is changed if each image has its own text.
+    """
     if attn2 is None:
         return x
     if not isinstance(text, list):
         return text.attend(attn2, x)
     rows = x if layout is None else layout.split(x)  # B of [N, D]
-    changed = [one.attend(attn2, row) for one, row in zip(text, rows, strict=True)]
-    return torch.stack(changed) if layout is None else torch.cat(changed)
+    if torch.is_grad_enabled():
+        changed = [one.attend(attn2, row) for one, row in zip(text, rows, strict=True)]
+        return torch.stack(changed) if layout is None else torch.cat(changed)
+    for one, row in zip(text, rows, strict=True):
+        one.attend(attn2, row, out=row)
+    return x
 
 
 def encode_layer(attn2: Any, rows: Sequence[Tensor], biases: Sequence[Tensor | None], separate: bool) -> LayerText:

@@ -24,16 +24,16 @@ class AbsorbedText(NamedTuple):
     offsets: Tensor | None  # [M * heads]: what the query's bias and the text's bias add to the scores
     values: Tensor  # [M * heads, D], the output's bias among them; [1, D] for the constant
 
-    def attend(self, attention: Any, x: Tensor) -> Tensor:
-        """x [N, D] plus its cross-attention."""
+    def attend(self, attention: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [N, D] plus its cross-attention; in ``out`` if given, which may be x."""
         if self.scores is None or self.offsets is None:
-            return x + self.values
+            return torch.add(x, self.values, out=out)
         scores = torch.addmm(self.offsets, x, self.scores)  # [N, M * heads]
         # In float32: torch takes five times as long for 16 bits.
         weights = torch.softmax(scores.float().unflatten(-1, (-1, attention.heads)), dim=1).to(x.dtype).flatten(1)
         if torch.is_autocast_enabled("cpu"):  # which would round x, too
-            return x + weights @ self.values
-        return torch.addmm(x, weights, self.values)  # [N, D]
+            return torch.add(x, weights @ self.values, out=out)
+        return torch.addmm(x, weights, self.values, out=out)  # [N, D]
 
 
 def can_absorb(attention: Any, tokens: int) -> bool:
