@@ -293,7 +293,7 @@ def time_alone(pipe: Any, costs: StepCosts, jobs: list[Job], clock: Callable[[],
 
 def run_load(options: argparse.Namespace) -> None:
     pipe, clock = load_pipe(options), choose_clock(options.device)
-    costs = measure_costs(pipe, options.measuring, clock, rounds=5)
+    costs = measure_costs(pipe, options.measuring, clock)
     jobs = requests_of(pipe, 100_000, seed=0)
     alone = time_alone(pipe, costs, jobs[:1000], clock)
     result: dict[str, Any] = {}

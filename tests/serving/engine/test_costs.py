@@ -69,6 +69,21 @@ def test_a_slow_moment_does_not_distort_one_of_them() -> None:
             assert costs.seconds(tokens) == pytest.approx(machine.cost(tokens))
 
 
+def test_a_machine_that_becomes_slower_does_not_distort_them() -> None:
+    """Every step from the second round on takes three times as long, so all of the curve is as much higher."""
+    machine = Machine(slow=(0.4, 1000.0))
+    costs = measure(machine.step, SMALL, USUAL, OTHERS, 100, seconds=10.0, most_tokens=512, clock=machine.clock)
+    for tokens in ((16,), (64,), (64,) * 2, (64,) * 4, (64,) * 8, (32, 96) * 2):
+        assert costs.seconds(tokens) == pytest.approx(3.0 * machine.cost(tokens))
+
+
+def test_a_model_of_one_size_is_measured() -> None:
+    machine = Machine()
+    costs = measure(machine.step, SMALL, SMALL, [SMALL], 100, seconds=10.0, most_tokens=64, clock=machine.clock)
+    assert [tokens for tokens, _ in costs.uniform] == [16, 32, 64]
+    assert costs.seconds((16,) * 4) == pytest.approx(machine.cost((16,) * 4))
+
+
 def test_measuring_is_bounded() -> None:
     machine = Machine()
     measure(machine.step, SMALL, USUAL, OTHERS, 100, seconds=0.6, clock=machine.clock)

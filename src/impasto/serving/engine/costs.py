@@ -6,7 +6,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
+#: Height and width in tokens of each image of a step.
+Batch = tuple[tuple[int, int], ...]
+#: How often each batch is measured, at least.
+ROUNDS = 3
 #: Tokens and seconds of a forward pass, by ascending tokens.
 Points = tuple[tuple[int, float], ...]
 
@@ -76,62 +81,67 @@ def measure(
     width: int,
     *,
     seconds: float = 4.0,
-    rounds: int = 2,
     most_tokens: int = 4096,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
     """Measure the steps of a model: of a small image, and batches of 1, 2, 4, ... images, uniform and packed.
 
-    Each round takes all of them in turns, so that a slow moment of the machine is less likely to distort one of them.
+    Each round takes all of them in turns, and its times are relative to their sum: a machine that is slower for a while
+    has other sums. Of each batch the median of the rounds counts.
 
     Args:
         step: prepares a step of images of such sizes, and returns what takes it; only that is measured.
         small, usual: height and width in tokens of the small image, and of the images of uniform batches.
         others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
         width: channels of the model: how much of a step is attention is computed from it.
-        seconds: no batch is begun that would take longer in all, after a step that warms up.
-        rounds: of all batches; the fastest step of each counts.
+        seconds: of all rounds, three or more unless a step takes too long; a step before them warms up.
         most_tokens: of a batch, but for a single image.
     """
     step([usual])()  # warms up
     start = clock()
-    uniform: list[list[tuple[int, int]]] = [[small], [usual]]
-    packed: list[list[tuple[int, int]]] = []
-    fastest: dict[tuple[tuple[int, int], ...], float] = {}
+    uniform: list[Batch] = [(small,), (usual,)]
+    packed: list[Batch] = []
+    times: dict[Batch, list[float]] = {}  # in each round
 
-    def take(batch: list[tuple[int, int]]) -> None:
+    def take(batch: Batch) -> None:
         ready, before = step(batch), clock()
         ready()
-        fastest[*batch] = min(clock() - before, fastest.get((*batch,), float("inf")))
+        times.setdefault(batch, []).append(clock() - before)
 
-    for batch in uniform:
+    for batch in dict.fromkeys(uniform):
         take(batch)
     images, begun = 2, start
     while images * usual[0] * usual[1] <= most_tokens:  # the first round finds how many images may be measured
         now = clock()
-        expected = max(2.5 * (now - begun), 2 * images * fastest[usual,])
-        if rounds * (now - start + expected) > seconds:
+        expected = max(2.5 * (now - begun), 2 * images * times[usual,][0])
+        if ROUNDS * (now - start + expected) > seconds:
             break
         begun = now
-        uniform.append([usual] * images)
-        packed.append(sorted(others[i % len(others)] for i in range(images)))
-        take(uniform[-1])
-        take(packed[-1])
-        images *= 2
-    for _ in range(rounds - 1):
-        for batch in (*uniform, *packed):
+        uniform.append((usual,) * images)
+        packed.append((*sorted(others[i % len(others)] for i in range(images)),))
+        for batch in dict.fromkeys((uniform[-1], packed[-1])):  # one, if the model is so small that all sizes are one
             take(batch)
+        images *= 2
+    round_ = clock() - start
+    while clock() - start + round_ <= seconds:
+        for batch in [*times]:
+            take(batch)
+    sums = [sum(each) for each in zip(*times.values(), strict=True)]  # of each round
+    found = {
+        batch: median(sums) * median(one / whole for one, whole in zip(each, sums, strict=True))
+        for batch, each in times.items()
+    }
 
     # A layer takes 24 N D² multiplications in its linear parts and 4 N² D in attention: N tokens, D channels.
-    least, most = ([h * w for h, w in batch] for batch in ([small], uniform[-1]))
+    least, most = ([h * w for h, w in batch] for batch in ((small,), uniform[-1]))
     linear, pairs = sum(most) - sum(least), _pairs(most) - _pairs(least)
-    rise = fastest[*uniform[-1]] - fastest[small,]
+    rise = found[uniform[-1]] - found[small,]
     quadratic = max(0.0, rise) / max(1, 6 * width * linear + pairs)
 
-    def points(batches: list[list[tuple[int, int]]]) -> Points:
+    def points(batches: list[Batch]) -> Points:
         lengths = [[h * w for h, w in batch] for batch in batches]
         return ascending(
-            [(sum(n), fastest[*batch] - quadratic * _pairs(n)) for n, batch in zip(lengths, batches, strict=True)]
+            [(sum(n), found[batch] - quadratic * _pairs(n)) for n, batch in zip(lengths, batches, strict=True)]
         )
 
     return StepCosts(points(uniform), points([*uniform[:2], *packed]), quadratic)

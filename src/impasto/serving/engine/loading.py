@@ -108,9 +108,7 @@ def _models(pipe: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_costs(
-    pipe: Any, seconds: float, clock: Callable[[], float] = time.perf_counter, rounds: int = 2
-) -> StepCosts:
+def measure_costs(pipe: Any, seconds: float, clock: Callable[[], float] = time.perf_counter) -> StepCosts:
     """Measure steps of images of the model's size, of a small one, and of smaller and larger ones packed with them."""
     config = pipe.transformer.config
     side = config["sample_size"] // config["patch_size"]
@@ -134,7 +132,7 @@ def measure_costs(
 
         return take
 
-    return measure(step, (half, half), (side, side), others, width, seconds=seconds, clock=clock, rounds=rounds)
+    return measure(step, (half, half), (side, side), others, width, seconds=seconds, clock=clock)
 
 
 def dummy_run(pipe: Any, rows: int, columns: int) -> Run:
