@@ -165,11 +165,9 @@ def attention_by_image(query: Tensor, key: Tensor, value: Tensor, layout: Layout
         whole = [x.transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, T, head_dim] each
         return attention(whole[0], whole[1], whole[2], bias)[0].transpose(0, 1)
     results = []
-    for _, place, count in layout.groups():
-        group = [x[place].unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value)]
-        results.append(
-            attention(group[0], group[1], group[2]).transpose(1, 2).flatten(0, 1)
-        )  # [b * N, heads, head_dim]
+    for group in zip(*(layout.grouped(x) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(1, 2) for x in group)  # [b, heads, N, head_dim] each
+        results.append(attention(q, k, v).transpose(1, 2).flatten(0, 1))  # [b * N, heads, head_dim]
     return torch.cat(results)
 
 

@@ -8,9 +8,9 @@ every layout, they use the layout's tensors instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, reduce
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -47,16 +47,21 @@ class Layout(NamedTuple):
         """Whether a modulation is copied for each token: in compiled blocks, and where that costs less than calls."""
         return self.compares or self.rows.device.type != "cpu"
 
-    def groups(self) -> Iterator[tuple[slice, slice, int]]:
-        """Runs of neighbouring images with as many tokens: their images, their tokens, and how many images they are."""
-        first = start = 0
-        while first < len(self.lengths):
-            length, last = self.lengths[first], first + 1
-            while last < len(self.lengths) and self.lengths[last] == length:
-                last += 1
-            count = last - first
-            yield slice(first, last), slice(start, start + count * length), count
-            first, start = last, start + count * length
+    def grouped(self, x: Tensor) -> list[Tensor]:
+        """A view [b, N, ...] of the tokens of each run of b neighbouring images with N tokens each.
+
+        Args:
+            x: [T, ...].
+        """
+        runs = _runs(self.lengths)
+        parts = x.split([count * length for count, length in runs])
+        return [part.view(count, length, *part.shape[1:]) for part, (count, length) in zip(parts, runs, strict=True)]
+
+    def of_groups(self, x: Tensor) -> Sequence[Tensor]:
+        """The images of each of these runs: [B, ...], or [1, ...] for all of them -> [b, ...] or [1, ...] each."""
+        runs = _runs(self.lengths)
+        parts: tuple[Tensor, ...] = x.split([count for count, _ in runs]) if x.shape[0] > 1 else (x,) * len(runs)
+        return parts
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """A view of each image's tokens."""
@@ -85,6 +90,12 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     return Layout(lengths, max(lengths), rows.to(device), ends.to(device))
 
 
+@lru_cache(maxsize=64)
+def _runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Runs of neighbouring images with as many tokens: how many images, and the tokens of each."""
+    return tuple((len([*images]), length) for length, images in groupby(lengths))
+
+
 # The same layout comes at every step and in every layer: its tensors are made once, and also serve training.
 
 
@@ -111,21 +122,14 @@ def addcmul_by_image(layout: Layout, *factors: Tensor) -> Tensor:
         rows = layout.rows
         own = [x if x.ndim == 2 else x[0] if x.shape[0] == 1 else x[:, 0].index_select(0, rows) for x in factors]
         return torch.addcmul(*own)
-    out: Tensor | None = None
-    if not torch.is_grad_enabled():
-        like = next(x for x in factors if x.ndim == 2)
-        out = torch.empty_like(like, dtype=reduce(torch.promote_types, (x.dtype for x in factors)))
-    results = []
-    for images, place, count in layout.groups():
-        own = [
-            x[place].unflatten(0, (count, -1)) if x.ndim == 2 else (x if x.shape[0] == 1 else x[images])
-            for x in factors
-        ]
-        if out is None:
-            results.append(torch.addcmul(*own).flatten(0, 1))
-        else:
-            torch.addcmul(*own, out=out[place].unflatten(0, (count, -1)))
-    return torch.cat(results) if out is None else out
+    groups = [*zip(*(layout.grouped(x) if x.ndim == 2 else layout.of_groups(x) for x in factors), strict=True)]
+    if torch.is_grad_enabled():
+        return torch.cat([torch.addcmul(*group).flatten(0, 1) for group in groups])
+    like = next(x for x in factors if x.ndim == 2)
+    out = torch.empty_like(like, dtype=reduce(torch.promote_types, (x.dtype for x in factors)))
+    for group, place in zip(groups, layout.grouped(out), strict=True):
+        torch.addcmul(*group, out=place)
+    return out
 
 
 def indices(rows: slice | Tensor | list[int], count: int) -> list[int]:

@@ -94,10 +94,10 @@ def measure(
         small, usual: height and width in tokens of the small image, and of the images of uniform batches.
         others: of the images of packed ones, in turn; of each two, one is as much larger as the other is smaller.
         width: channels of the model: how much of a step is attention is computed from it.
-        seconds: of all rounds, three or more unless a step takes too long; a step before them warms up.
+        seconds: of all rounds, three or more unless a step takes too long; the first one warms up.
         most_tokens: of a batch, but for a single image.
     """
-    step([usual])()  # warms up
+    step((usual,))()  # warms up
     start = clock()
     uniform: list[Batch] = [(small,), (usual,)]
     packed: list[Batch] = []
@@ -122,8 +122,9 @@ def measure(
         for batch in dict.fromkeys((uniform[-1], packed[-1])):  # one, if the model is so small that all sizes are one
             take(batch)
         images *= 2
-    round_ = clock() - start
+    round_ = clock() - start + times[usual,][0]
     while clock() - start + round_ <= seconds:
+        step((usual,))()  # warms up: the largest batch leaves no weights in the caches
         for batch in [*times]:
             take(batch)
     sums = [sum(each) for each in zip(*times.values(), strict=True)]  # of each round
