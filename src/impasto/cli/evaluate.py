@@ -10,6 +10,7 @@ import typer
 from ..checks import MAX_IMAGES, whole_number
 from ..errors import OutputError
 from ..family import GLM_IMAGE, family_of
+from ..memory.allocator import keep_freed_memory
 from . import pipelines
 from .entry import say
 from .options import DType, Guidance, Lora, Model, Steps, check_numbers
@@ -52,6 +53,7 @@ def evaluate(
     steps, guidance_scale = pipelines.choose_numbers(family, defaults, steps, guidance_scale)
     solver = None if family is GLM_IMAGE else pipelines.solver_of(defaults.scheduler)
     device = pipelines.choose_device(None)
+    keep_freed_memory()
     pipe = pipelines.load(model, class_name, device, pipelines.choose_dtype(dtype, device), solver)
     pipelines.apply(pipe, adapters)
     pipe.set_progress_bar_config(disable=True)

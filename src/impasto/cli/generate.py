@@ -14,6 +14,7 @@ from ..checks import MAX_CHARACTERS, MAX_IMAGES, text, whole_number
 from ..errors import InputError, OutputError
 from ..family import GLM_IMAGE, PRIOR_PIXELS, Family, family_of
 from ..files import make_folder
+from ..memory.allocator import keep_freed_memory
 from ..memory.inspection import image_size, read_configs
 from . import pipelines
 from .entry import say
@@ -117,6 +118,7 @@ def generate(
             image_files.check_image_path(file)
 
         if memory_budget is None:
+            keep_freed_memory()
             pipe = pipelines.load(model, class_name, chosen, chosen_dtype, scheduler)
         else:
             from ..memory.plan import Budget

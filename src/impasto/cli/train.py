@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..memory.allocator import keep_freed_memory
 from .entry import say
 
 Config = Annotated[str | None, typer.Argument(metavar="CONFIG", help="A .yaml file, or a recipe of --list.")]
@@ -54,6 +55,7 @@ def train(
         return
     if first:
         say(f"the run is in {folder}: log.jsonl has its progress")
+    keep_freed_memory()
     stopped = launch(configuration, folder, resume, OWN_SOURCES, CHECKS)
     if stopped is not None:
         again = ["impasto", "train", str(folder / "configuration.yaml"), "--output", str(folder), "--resume"]

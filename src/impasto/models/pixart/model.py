@@ -12,6 +12,7 @@ Shapes: B images, C channels, H x W latent pixels, N image tokens, M text tokens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -275,13 +276,13 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
             return self._predict([latents], context, modulation, attention_mask)[0]
         if len({image.shape for image in latents}) == 1:  # one size
             return [*self.denoise(torch.stack([*latents]), context, modulation, attention_mask)]
-        images = [image[None] for image in latents]
         if self._is_watched() or (self.compresses and (is_tracing() or is_compiled(self.transformer_blocks[0]))):
             return [
-                self.denoise(image, context.select([i]), modulation.select([i % len(modulation.shared)]))[0]
-                for i, image in enumerate(images)
+                self.denoise(image[None], context.select([i]), modulation.select([i % len(modulation.shared)]))[0]
+                for i, image in enumerate(latents)
             ]
-        return [output[0] for output in self._predict(images, context, modulation)]
+        batches = [torch.stack([*images]) for _, images in groupby(latents, key=lambda image: image.shape)]
+        return [output for outputs in self._predict(batches, context, modulation) for output in outputs]
 
     def _predict(
         self,
@@ -290,13 +291,16 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         modulation: Modulation,
         attention_mask: Tensor | None = None,
     ) -> list[Tensor]:
-        """One batch [B, C, H, W], or a mixed batch of several [1, C, H, W]."""
+        """One batch [B, C, H, W], or a mixed batch of several [b, C, H, W]."""
         p = self.patch_size
         grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
         embedded = [self._embed(latents, *grid) for latents, grid in zip(batches, grids, strict=True)]
-        counts = [rows * columns for rows, columns in grids]
-        layout = None if len(batches) == 1 else Layout.of(counts, batches[0].device)
-        x = embedded[0] if layout is None else torch.cat([tokens[0] for tokens in embedded])  # [B, N, D] or [T, D]
+        layout, of_images = None, grids
+        if len(batches) > 1:
+            of_images = [grid for grid, latents in zip(grids, batches, strict=True) for _ in range(len(latents))]
+            layout = Layout.of([rows * columns for rows, columns in of_images], batches[0].device)
+        # [B, N, D] or [T, D]
+        x = embedded[0] if layout is None else torch.cat([tokens.flatten(0, 1) for tokens in embedded])
 
         bias = image_bias(attention_mask, x)  # [B, 1, N]
         if context.layers is not None and self._makes_keys_each_step():
@@ -304,14 +308,17 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         dynamic = is_tracing() or is_compiled(self.transformer_blocks[0])
         texts = context.of_layers(len(self.transformer_blocks), layout, dynamic)
         places = layout.as_tensors() if layout is not None and dynamic else layout
-        more = (grids,) if self.compresses else ()
+        more = (of_images,) if self.compresses else ()
         for block, text in zip(self.transformer_blocks, texts, strict=True):
             x = self.in_training(block)(x, modulation.shared, text, bias, places, *more)
 
         shift, scale = (self.scale_shift_table[None] + modulation.timestep).chunk(2, dim=1)  # [B, 1, D] each
-        x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout))
-        outputs = [x] if layout is None else [one[None] for one in layout.split(x)]
-        return [unpatchify(out, *grid, p) for out, grid in zip(outputs, grids, strict=True)]
+        x = self.proj_out(modulated_norm(self.norm_out, x, shift, scale, layout)).flatten(0, -2)  # [T, p * p * C]
+        outputs = x.split([tokens.shape[0] * tokens.shape[1] for tokens in embedded])
+        return [
+            unpatchify(out.unflatten(0, tokens.shape[:2]), *grid, p)
+            for out, tokens, grid in zip(outputs, embedded, grids, strict=True)
+        ]
 
     def _embed(self, latents: Tensor, rows: int, columns: int) -> Tensor:
         x: Tensor = self.pos_embed(latents)  # [B, N, D]
