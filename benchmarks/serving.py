@@ -18,10 +18,11 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,16 +88,37 @@ def _mix(rng: random.Random, count: int) -> list[tuple[int, int, int]]:
 # --- load ---
 
 
+class Finish(NamedTuple):
+    """An image that is done."""
+
+    tokens: int
+    steps: int
+    latency: float
+
+
 @dataclass
-class Turn:
+class Done:
     """What one policy did in its turns."""
 
-    images: int = 0  # finished
-    work: float = 0.0  # seconds that the steps, and so the images, would take one at a time
     seconds: float = 0.0
-    slowdown: list[float] = field(default_factory=list)
-    smallest: list[float] = field(default_factory=list)
     steps: list[tuple[list[int], float]] = field(default_factory=list)  # tokens of the images in a step, seconds
+    images: list[Finish] = field(default_factory=list)
+    #: Steps of images of so many tokens in each turn, and its seconds.
+    turns: list[tuple[Counter[int], float]] = field(default_factory=list)
+
+    def rates(self, alone: dict[int, float]) -> list[float]:
+        """Work per second in each turn: seconds that its steps take one at a time."""
+        return [sum(alone[n] * count for n, count in taken.items()) / seconds for taken, seconds in self.turns]
+
+    def rate(self, alone: dict[int, float]) -> float:
+        """Of all turns. Images that are not done at the end count, too."""
+        parts = zip(self.rates(alone), self.turns, strict=True)
+        return sum(rate * seconds for rate, (_, seconds) in parts) / self.seconds
+
+    def slowdowns(self, alone: dict[int, float], tokens: int | None = None) -> list[float]:
+        """Latency relative to the steps by themselves; of all images, or those of so many tokens."""
+        found = [one for one in self.images if tokens in (None, one.tokens)]
+        return sorted(one.latency / (one.steps * alone[one.tokens]) for one in found)
 
 
 def load_pipe(options: argparse.Namespace) -> Any:
@@ -220,22 +242,14 @@ class ClosedLoop:
     """So many clients of an engine, which go on in each turn where they were in the one before."""
 
     def __init__(
-        self,
-        pipe: Any,
-        costs: StepCosts,
-        policy: Policy,
-        jobs: list[Job],
-        concurrency: int,
-        alone: dict[tuple[int, int, int], float],
-        clock: Callable[[], float],
+        self, pipe: Any, costs: StepCosts, policy: Policy, jobs: list[Job], clients: int, clock: Callable[[], float]
     ):
-        self.policy, self.concurrency, self.alone, self.done = policy, concurrency, alone, Turn()
+        self.policy, self.clients, self.done = policy, clients, Done()
         self.clock = Stopwatch(clock)
         self.engine = Engine(pipe, costs, choose=self._choose, clock=self.clock)
-        self.coming, self.smallest = iter(jobs), min(job.width * job.height for job in jobs)
-        self.asked = dict[str, tuple[Job, float]]()
+        self.coming, self.asked = iter(jobs), dict[str, tuple[Job, float]]()
         self.chosen: list[int] = []
-        self.rates: list[float] = []  # work of each turn per second
+        self.taken = Counter[int]()
 
     def _choose(self, *arguments: Any) -> list[Candidate]:
         found = self.policy(*arguments)
@@ -244,16 +258,15 @@ class ClosedLoop:
 
     def serve(self, seconds: float) -> None:
         """One turn."""
-        work, start = self.done.work, self.clock()
+        self.taken, start = Counter(), self.clock()
         with self.clock:
-            end = start + seconds
-            while self.clock() < end:
+            while self.clock() < start + seconds:
                 self._tick()
             self.done.seconds = self.clock()
-        self.rates.append((self.done.work - work) / (self.done.seconds - start))
+        self.done.turns.append((self.taken, self.done.seconds - start))
 
     def _tick(self) -> None:
-        while len(self.asked) < self.concurrency:
+        while len(self.asked) < self.clients:
             job = next(self.coming)
             self.asked[job.id] = job, self.clock()
             self.engine.add(job)
@@ -264,32 +277,22 @@ class ClosedLoop:
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
             if isinstance(event, Progress) and event.step:
-                job = self.asked[event.id][0]
-                self.done.work += self.alone[job.height, job.width, job.steps] / job.steps
+                self.taken[self._tokens(self.asked[event.id][0])] += 1
             if isinstance(event, Finished):
                 job, at = self.asked.pop(event.id)
-                self.done.images += 1
-                slowdown = (self.clock() - at) / self.alone[job.height, job.width, job.steps]
-                self.done.slowdown.append(slowdown)
-                if job.width * job.height == self.smallest:
-                    self.done.smallest.append(slowdown)
+                assert job.steps is not None
+                self.done.images.append(Finish(self._tokens(job), job.steps, self.clock() - at))
+
+    def _tokens(self, job: Job) -> int:
+        return self.engine.stages.tokens_of(job)
 
 
-def time_alone(pipe: Any, costs: StepCosts, jobs: list[Job], clock: Callable[[], float]) -> dict[Any, float]:
-    """Seconds of each size and number of steps by itself: linear in the steps, measured at two numbers of them."""
-    found = {}
-    for height, width in sorted({(job.height, job.width) for job in jobs}):
-        seconds = {}
-        for steps in (2, 4, 12):  # the first one warms up
-            engine, start = Engine(pipe, costs, clock=clock), clock()
-            engine.add(Job("alone", "model", PROMPTS[0], width=width, height=height, steps=steps, binning=False))
-            while not engine.idle:
-                engine.tick()
-            seconds[steps] = clock() - start
-        slope = (seconds[12] - seconds[4]) / 8
-        for steps in STEPS:
-            found[height, width, steps] = seconds[4] + slope * (steps - 4)
-    return found
+def seconds_alone(one_at_a_time: Done) -> dict[int, float]:
+    """Seconds of a step of an image of so many tokens by itself: medians."""
+    found: dict[int, list[float]] = {}
+    for tokens, seconds in one_at_a_time.steps:
+        found.setdefault(tokens[0], []).append(seconds)
+    return {tokens: percentile(sorted(seconds), 50) for tokens, seconds in found.items()}
 
 
 def run_load(options: argparse.Namespace) -> None:
@@ -297,44 +300,48 @@ def run_load(options: argparse.Namespace) -> None:
     pipe, clock = load_pipe(options), choose_clock(options.device)
     costs = measure_costs(pipe, options.measuring, clock)
     jobs = requests_of(pipe, 100_000, seed=0)
-    alone = time_alone(pipe, costs, jobs[:1000], clock)
     result: dict[str, Any] = {}
-    for concurrency in options.concurrency:
-        loops = {n: ClosedLoop(pipe, costs, each, jobs, concurrency, alone, clock) for n, each in POLICIES.items()}
+    for clients in options.concurrency:
+        loops = {name: ClosedLoop(pipe, costs, each, jobs, clients, clock) for name, each in POLICIES.items()}
         curve = UniformCurve(pipe, costs, clock)
         for _ in range(options.rounds):
             for loop in loops.values():
                 loop.serve(options.seconds)
             curve.measure()
-        turns = {name: loop.done for name, loop in loops.items()}
-        fair = turns["fair"]
-        rate = {name: turn.work / turn.seconds for name, turn in turns.items()}
-        uniform = curve.medians()
-        against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
-        result[f"{concurrency} clients"] = {
-            "images": {name: turn.images for name, turn in turns.items()},
-            "images per second": {name: round(turn.images / turn.seconds, 4) for name, turn in turns.items()},
-            # Of steps, each counted with what it takes alone: images that are not done at the end count, too.
-            "work per second": {name: round(value, 4) for name, value in rate.items()},
-            "throughput against": {n: round(rate["fair"] / v, 3) for n, v in rate.items() if n != "fair" and v},
-            "quartiles of the turns": {
-                n: [round(percentile(_ratios(loops["fair"].rates, loop.rates), q), 3) for q in (25, 50, 75)]
-                for n, loop in loops.items()
-                if n != "fair"
-            },
-            "uniform curve, medians between the turns": uniform.uniform,
-            "p95 slowdown": {n: _p95(turn.slowdown) for n, turn in turns.items()},
-            "p95 slowdown, smallest": {n: _p95(turn.smallest) for n, turn in turns.items()},
-            "p50 slowdown, smallest": {n: _median(turn.smallest) for n, turn in turns.items()},
-            "packed step against uniform curve, median": _median(against),
-            "packed steps": len(against),
-            "tokens of a step, median": _median([float(sum(tokens)) for tokens, _ in fair.steps]),
-        }
+        done = {name: loop.done for name, loop in loops.items()}
+        result[f"{clients} clients"] = compare(done, curve.medians())
     name = f"serving-load-{options.dtype}" + ("-gpu" if options.device == "cuda" else "")
     what = f"closed loop, {options.model}, {options.dtype}, {options.seconds:g} s a turn, {options.rounds} rounds"
     curves = {"uniform": costs.uniform, "packed": costs.packed, "quadratic": costs.quadratic}
     target = measure.write(name, {"what": what, "clock": clock.__name__, "costs": curves, **result})
     plot(result, costs, target.with_suffix(".png") if options.plot is None else Path(options.plot))
+
+
+def compare(done: dict[str, Done], uniform: StepCosts) -> dict[str, Any]:
+    """What the policies did with as many clients."""
+    fair, others = done["fair"], [name for name in done if name != "fair"]
+    alone = seconds_alone(done["first in, first out"])
+    if not {n for each in done.values() for taken, _ in each.turns for n in taken} <= alone.keys():
+        raise SystemExit("too few turns: taking one image at a time has not come to images of every size")
+    rates = {name: each.rate(alone) for name, each in done.items()}
+    ratios = {name: _ratios(fair.rates(alone), done[name].rates(alone)) for name in others}
+    smallest = {name: each.slowdowns(alone, min(alone)) for name, each in done.items()}
+    against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
+    return {
+        "images": {name: len(each.images) for name, each in done.items()},
+        "images per second": {name: round(len(each.images) / each.seconds, 4) for name, each in done.items()},
+        "seconds of a step alone, by tokens": alone,
+        "work per second": {name: round(rate, 4) for name, rate in rates.items()},
+        "throughput against": {name: round(rates["fair"] / rates[name], 3) for name in others},
+        "quartiles of the turns": {n: [round(percentile(r, q), 3) for q in (25, 50, 75)] for n, r in ratios.items()},
+        "p95 slowdown": {name: _p95(each.slowdowns(alone)) for name, each in done.items()},
+        "p95 slowdown, smallest": {name: _p95(each) for name, each in smallest.items()},
+        "p50 slowdown, smallest": {name: _median(each) for name, each in smallest.items()},
+        "uniform curve, medians between the turns": uniform.uniform,
+        "packed step against uniform curve, median": _median(against),
+        "packed steps": len(against),
+        "tokens of a step, median": _median([float(sum(tokens)) for tokens, _ in fair.steps]),
+    }
 
 
 def _ratios(these: list[float], those: list[float]) -> list[float]:
