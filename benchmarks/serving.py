@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 import measure
-from impasto.memory.allocator import keep_freed_memory
 from impasto.pipelines.sampling import Run, advance
 from impasto.serving.engine import stages
 from impasto.serving.engine.costs import StepCosts, ascending
@@ -296,7 +295,6 @@ def seconds_alone(one_at_a_time: Done) -> dict[int, float]:
 
 
 def run_load(options: argparse.Namespace) -> None:
-    keep_freed_memory()  # as the process of an engine does
     pipe, clock = load_pipe(options), choose_clock(options.device)
     costs = measure_costs(pipe, options.measuring, clock)
     jobs = requests_of(pipe, 100_000, seed=0)

@@ -19,7 +19,6 @@ from typing import Any
 
 from ...checks import QUOTES_PROMPT
 from ...errors import ImpastoError
-from ...memory.allocator import keep_freed_memory
 from ..job import Event, Failed, Job
 from .costs import StepCosts
 from .entries import Tally, reason_of
@@ -135,8 +134,6 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logger.addFilter(without_prompts)
-    if spec.budget is None:
-        keep_freed_memory()
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
     try:
