@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     """Keep up to 256 MB that tensors on the CPU have freed for the next ones, instead of returning it to the system.
 
     glibc returns what is free at the end of its heap as soon as that is more than twice the largest block that was
-    freed. The next step gets the same pages again, one page fault each, which is 5 to 10 % of the time of many steps.
+    freed. The next step gets the same pages again, one page fault each: up to a tenth of its time.
     Blocks of more than 32 MB are returned in any case.
 
     It changes the whole process, so it is for processes that are ours and have no memory budget. Environment variables
