@@ -31,7 +31,7 @@ import measure
 from impasto.pipelines.sampling import Run, advance
 from impasto.serving.engine import stages
 from impasto.serving.engine.costs import StepCosts, ascending
-from impasto.serving.engine.loading import dummy_run, measure_costs
+from impasto.serving.engine.loading import dummy_run, measure_costs, prepare_memory
 from impasto.serving.engine.loop import Engine
 from impasto.serving.engine.policy import Candidate, choose
 from impasto.serving.engine.simulation import (
@@ -295,6 +295,7 @@ def seconds_alone(one_at_a_time: Done) -> dict[int, float]:
 
 
 def run_load(options: argparse.Namespace) -> None:
+    prepare_memory(limited=False)
     pipe, clock = load_pipe(options), choose_clock(options.device)
     costs = measure_costs(pipe, options.measuring, clock)
     jobs = requests_of(pipe, 100_000, seed=0)

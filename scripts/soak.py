@@ -4,7 +4,8 @@
 
 Starts ``impasto serve`` with the bundled model and a short queue. Clients ask for images of several sizes and numbers
 of steps; some leave early, some read slowly, some send bad requests; once the engine is killed. Memory is the sum of
-the proportional set sizes (PSS) of the processes of the server. Linux only; needs ``impasto[serve]`` and httpx.
+the proportional set sizes (PSS) of the processes of the server, averaged over each minute. Linux only; needs
+``impasto[serve]`` and httpx.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "a cube", "model": "no-such-model"},
 )
 CLIENTS = {"plain": 6, "streaming": 3, "leaving": 3, "slow": 2, "bad": 1, "crowd": 1}
-
-
+#: Seconds between readings of the memory, which follows the work of each moment; a minute's is the mean.
+SAMPLE = 5.0
 OWN_SIZE = {"use_resolution_binning": False}  # images of several sizes, not all of one bin
 
 
@@ -170,8 +171,11 @@ async def soak(url: str, server: int, minutes: float, seed: int) -> dict[str, An
 
     async def watch() -> None:
         for share in range(1, 21):
-            await asyncio.sleep(max(0.0, start + minutes * 3 * share - time.monotonic()))
-            memory[f"{minutes * share / 20:.1f}"] = pss(server) / 1e6
+            samples: list[int] = []
+            while (left := start + minutes * 3 * share - time.monotonic()) > 0:
+                await asyncio.sleep(min(SAMPLE, left))
+                samples.append(pss(server))
+            memory[f"{minutes * share / 20:.1f}"] = statistics.fmean(samples) / 1e6
             if share == 3:
                 os.kill(engine_of(server), signal.SIGKILL)
 
@@ -189,7 +193,7 @@ async def soak(url: str, server: int, minutes: float, seed: int) -> dict[str, An
             for p in (50, 90, 95, 99)
         },
         "mean latency": statistics.fmean(sorted_latencies),
-        "PSS in MB by minute": memory,
+        "PSS in MB, mean of each minute": memory,
         "PSS at the end over that at a quarter": [*memory.values()][-1] / [*memory.values()][4],
         "metrics": [line for line in metrics.split("\n") if line.startswith("impasto_") and "_bucket" not in line],
     }

@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next tensors: each is tried in a process of its own."""
+"""Freed memory, and kernels that are kept: each is tried in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from impasto.memory.allocator import limit_kernel_caches
 
 SCRIPT = """
 import resource, sys
@@ -28,9 +30,32 @@ with torch.no_grad():
 print(faults[-1] - faults[3])
 """
 
+SHAPES = """
+import ctypes, sys
+import torch
+from impasto.memory.allocator import limit_kernel_caches, return_freed_memory
+from impasto.nn.backends.onednn import linear_gelu
 
-def run(what: str, **variables: str) -> list[str]:
-    command = [sys.executable, "-c", SCRIPT, what]
+if sys.argv[1] == "limit":
+    limit_kernel_caches()
+
+
+def resident():
+    return_freed_memory()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+
+layer, memory = torch.nn.Linear(64, 64), []
+with torch.no_grad():
+    for rows in range(8, 1608, 8):
+        linear_gelu(layer, torch.randn(rows, 64), "tanh")
+        memory.append(resident())
+print((memory[-1] - memory[79]) >> 20)
+"""
+
+
+def run(what: str, script: str = SCRIPT, **variables: str) -> list[str]:
+    command = [sys.executable, "-c", script, what]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.split()
 
@@ -45,3 +70,18 @@ def test_freed_memory_is_kept() -> None:
 
 def test_environment_variables_are_respected() -> None:
     assert run("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads what Linux knows of the process")
+def test_kernels_of_few_shapes_are_kept() -> None:
+    """120 shapes after the first 80: their kernels replace those."""
+    (grown,) = run("limit", SHAPES)
+    assert int(grown) <= 8, f"{grown} MB"
+
+
+def test_as_many_kernels_are_kept_as_the_user_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is restored
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    limit_kernel_caches()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "64")

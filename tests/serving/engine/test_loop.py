@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +358,14 @@ def test_the_beginning_of_an_image_is_charged_to_it() -> None:
     served, spent = engine.active["1"].candidate.served, engine.active["1"].text
     assert served > spent > 0
     assert engine.level >= spent
+
+
+def test_freed_memory_is_returned_while_images_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on by a second with each reading: several readings in a turn, and one return in five seconds."""
+    returned: list[float] = []
+    now = count()
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=lambda: float(next(now)))
+    monkeypatch.setattr(loop, "return_freed_memory", lambda: returned.append(float(next(now))))
+    images(run(engine, [job("1", steps=6)]))
+    assert len(returned) >= 2
+    assert all(later - earlier > loop.KEEP_FREED for earlier, later in pairwise(returned))

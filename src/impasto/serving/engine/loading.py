@@ -11,6 +11,7 @@ from torch import Generator
 
 from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
+from ...memory.allocator import keep_freed_memory, limit_kernel_caches
 from ...memory.estimate import Workload, base_memory
 from ...memory.inspection import DTYPES, inspect_model
 from ...memory.plan import Budget
@@ -31,6 +32,17 @@ TEXT_TOKENS = 20
 SHARE_OF_FREE = 0.8
 #: Height and width in pixels.
 Size = tuple[int, int]
+
+
+def prepare_memory(limited: bool) -> None:
+    """Set how this process uses memory, before it computes: images of ever new sizes come, one step after the other.
+
+    Args:
+        limited: whether the engine has a memory budget, which freed memory would count against.
+    """
+    limit_kernel_caches()
+    if not limited:
+        keep_freed_memory()
 
 
 def device_of(spec: EngineSpec) -> torch.device:

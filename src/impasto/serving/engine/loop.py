@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...memory.allocator import return_freed_memory
 from ...pipelines.sampling import advance
 from ..job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Reason
 from . import policy
@@ -28,6 +29,8 @@ logger = logging.getLogger("impasto")
 #: Images of one size that are decoded in one batch, and pixels of their latents, but for a single image.
 DECODE_AT_ONCE = 4
 MOST_LATENT_PIXELS = 1 << 14
+#: Seconds after which freed memory is returned: blocks of many sizes leave gaps that few others fit.
+KEEP_FREED = 5.0
 
 
 class Engine:
@@ -69,6 +72,7 @@ class Engine:
         self.switching = 0.0  # seconds of the last change of adapters
         self.overtaken = 0
         self.tally = Tally()
+        self.returned = self.clock()
 
     # --- what comes from outside ---
 
@@ -107,6 +111,9 @@ class Engine:
         if chosen:
             self._step(chosen)
         self._decode(self.clock() - start if chosen else 0.0)
+        if self.clock() > self.returned + KEEP_FREED:
+            return_freed_memory()
+            self.returned = self.clock()
         self.tally.running, self.tally.waiting = len(self.entries) - len(self.waiting), len(self.waiting)
         return self.events, self.tally
 

@@ -19,14 +19,18 @@ from typing import Any
 
 from ...checks import QUOTES_PROMPT
 from ...errors import ImpastoError
+from ...memory.allocator import return_freed_memory
 from ..job import Event, Failed, Job
 from .costs import StepCosts
 from .entries import Tally, reason_of
-from .loading import load_pipeline, measure_costs, memory_need
+from .loading import load_pipeline, measure_costs, memory_need, prepare_memory
 from .loop import Engine
 from .spec import EngineSpec
 
 logger = logging.getLogger("impasto")
+
+#: Seconds after which an engine without images returns the memory that it has freed.
+REST = 1.0
 
 
 # --- messages to an engine: a Job, or one of these ---
@@ -145,7 +149,7 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
         return
     connection.send(Ready(engine.costs))
     while True:
-        messages = [incoming.get()] if engine.idle else []
+        messages = [_wait(incoming)] if engine.idle else []
         while not incoming.empty():
             messages.append(incoming.get())
         for message in messages:
@@ -161,6 +165,15 @@ def run_engine(connection: Connection, spec: EngineSpec) -> None:
             connection.send(Turn(*engine.tick()))
 
 
+def _wait(incoming: queue.SimpleQueue[Any]) -> Any:
+    """The next message. Freed memory is returned if none comes for a while."""
+    try:
+        return incoming.get(timeout=REST)
+    except queue.Empty:
+        return_freed_memory()
+        return incoming.get()
+
+
 def _listen(connection: Connection, incoming: queue.SimpleQueue[Any]) -> None:
     while True:
         try:
@@ -171,6 +184,7 @@ def _listen(connection: Connection, incoming: queue.SimpleQueue[Any]) -> None:
 
 def make_engine(spec: EngineSpec) -> Engine:
     """Load a model, and measure what its steps cost."""
+    prepare_memory(spec.limited)
     pipe = load_pipeline(spec)
     costs = spec.costs or measure_costs(pipe, spec.seconds)
     need, room = memory_need(pipe, spec)
