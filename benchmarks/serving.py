@@ -374,7 +374,7 @@ def plot(result: dict[str, Any], costs: StepCosts, path: Path) -> None:
             axis.bar([x + 0.27 * (i - 1) for x in range(len(values))], values, 0.25, label=name)
         axis.set_xticks(range(len(result)), list(result))
         axis.set_title(title, fontsize=10)
-    rate.legend(fontsize=8, loc="lower right")
+    slow.legend(fontsize=8, loc="upper left")
     for name, points in (("one size", costs.uniform), ("several sizes, packed", costs.packed)):
         curve.plot(*zip(*points), marker="o", label=name)
     curve.set_title("seconds of a step by its tokens, without attention", fontsize=10)
