@@ -31,7 +31,7 @@ print(faults[-1] - faults[3])
 """
 
 SHAPES = """
-import ctypes, sys
+import sys
 import torch
 from impasto.memory.allocator import limit_kernel_caches, return_freed_memory
 from impasto.nn.backends.onednn import linear_gelu

@@ -1,4 +1,4 @@
-"""What an engine takes its jobs to need, and how many tokens their images have."""
+"""What an engine takes its jobs to need, how its process uses memory, and how many tokens images have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from impasto import PixArtSigmaPipeline
 from impasto.serving import served
-from impasto.serving.engine import stages
+from impasto.serving.engine import loading, stages
 from impasto.serving.engine.loading import memory_need
 from impasto.serving.engine.spec import EngineSpec
 from impasto.serving.job import GivenImages, Job, RawImage
@@ -54,3 +54,12 @@ def test_each_reference_of_an_edit_needs_memory(tmp_path: Path) -> None:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     each = 2 * config["num_layers"] * width * 4 * (64 // (config["patch_size"] * pipe.vae_scale_factor)) ** 2
     assert needs[1] - needs[0] == needs[2] - needs[1] == each
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_freed_memory_does_not_count_against_a_budget(limited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(loading, "limit_kernel_caches", lambda: done.append("limited"))
+    monkeypatch.setattr(loading, "keep_freed_memory", lambda: done.append("kept"))
+    loading.prepare_memory(limited)
+    assert done == (["limited"] if limited else ["limited", "kept"])
