@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from impasto.training.running.philox import normal_rows, philox
 from impasto.training.running.randomness import Randomness, seed_torch
 
 DRAWS: dict[str, Callable[[Randomness, int], Tensor]] = {
@@ -93,3 +94,51 @@ def test_torch_is_seeded_by_seed_and_step() -> None:
     with torch.random.fork_rng([]):
         assert number(0, 1) == number(0, 1)
         assert len({number(0, 1), number(0, 2), number(1, 1)}) == 3
+
+
+def test_a_gpu_draws_known_bits_for_known_counters() -> None:
+    """The answers that Random123 publishes for Philox4x32-10."""
+    for word, key, expected in (
+        (0, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (0xFFFFFFFF, (0xFFFFFFFF, 0xFFFFFFFF), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ):
+        one = torch.tensor([word])
+        assert tuple(int(found) for found in philox((one, one, one, one), key)) == expected
+
+
+def test_what_a_gpu_draws_is_normal_and_depends_on_seed_step_place_and_draw() -> None:
+    def rows(seed: int = 3, step: int = 5, place: int = 0, draw: int = 0) -> Tensor:
+        places = torch.arange(place, place + 100)
+        return normal_rows(seed, step, places, torch.full_like(places, draw), 1002)
+
+    x = rows().double()
+    assert x.shape == (100, 1002)
+    assert float(x.mean()) == pytest.approx(0, abs=0.012)
+    assert float(x.std()) == pytest.approx(1, abs=0.01)
+    assert float((x < -1).double().mean()) == pytest.approx(0.1587, abs=0.005)
+    assert float((x.abs() > 3).double().mean()) == pytest.approx(0.0027, abs=0.0006)
+    for one, other in ((x[1:], x[:-1]), (x[:, 1:], x[:, :-1]), (x[:, 2:], x[:, :-2])):
+        assert float((one * other).mean()) == pytest.approx(0, abs=0.012)
+    for other in (rows(seed=4), rows(seed=3 + 2**32), rows(step=6), rows(place=100), rows(draw=1)):
+        assert abs(float((x * other).mean())) < 0.012
+    assert torch.equal(rows(place=40)[:60], rows()[40:])
+
+
+def test_draws_on_a_gpu_follow_each_other_in_parts_of_a_batch_as_in_the_whole() -> None:
+    def drawn(random: Randomness, count: int) -> Tensor:
+        return random._on_device([count, 2, 3], torch.device("cpu"))
+
+    whole, share = Randomness(1, 7), Randomness(1, 7, first=2)
+    first, second = drawn(whole, 6), drawn(whole, 6)
+    assert not torch.equal(first, second)
+    assert torch.equal(drawn(share[0:2], 2), first[2:4])  # parts take turns, as images of several sizes do
+    assert torch.equal(drawn(share[2:4], 2), first[4:])
+    assert torch.equal(drawn(share, 4), second[2:])
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_its_formula_says() -> None:
+    found = Randomness(3, 5, first=2).normal([4, 10, 100], torch.device("cuda"))
+    places = torch.arange(2, 6)
+    expected = normal_rows(3, 5, places, torch.zeros_like(places), 1000)
+    assert torch.allclose(found.cpu().flatten(1), expected, atol=1e-5)

@@ -20,7 +20,7 @@ from impasto.training.data.folders import FolderSource
 from impasto.training.data.images import Reading
 from impasto.training.data.loader import Data
 from impasto.training.data.order import Order
-from impasto.training.data.sample import Batch, Sample, Source
+from impasto.training.data.sample import Batch, Sample, Source, stacked
 from impasto.training.data.views import Views
 
 from .folder_of_images import smooth_image, write_folder
@@ -176,3 +176,37 @@ def test_errors_of_workers_arrive(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(InputError, match="no sample of step 0 can be read"):
         data([source], workers=1, max_broken=2).batch(0)
+
+
+def test_a_batch_as_it_is_read_is_stacked_without_copying(tmp_path: Path) -> None:
+    class Posteriors:
+        def __len__(self) -> int:
+            return 8
+
+        def size(self, index: int) -> tuple[int, int]:
+            return 16, 16
+
+        def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
+            posterior = torch.full([2, 2, 2], index).half(), torch.full([2, 2, 2], -index).half()
+            return Sample(posterior=posterior, labels=torch.full([3], index, dtype=torch.uint8))
+
+    samples = data([Posteriors()]).batch(0).samples
+    means, deviations = (stacked([*tensors]) for tensors in zip(*(s.posterior for s in samples if s.posterior)))
+    labels = stacked([s.labels for s in samples if s.labels is not None])
+    assert torch.equal(means, -deviations)
+    assert means.shape == (4, 2, 2, 2)
+    assert means.dtype == torch.float16
+    assert torch.equal(labels[:, 0], means[:, 0, 0, 0].byte())
+    assert len(set(labels[:, 0].tolist())) == 4
+    first = samples[0].posterior
+    assert first is not None
+    assert means.data_ptr() == first[0].data_ptr()
+
+
+def test_other_tensors_are_stacked_by_copying() -> None:
+    row = torch.arange(12.0).view(4, 3)
+    for tensors in ([row[0], row[2]], [row[1], row[0]], [row[0], torch.ones(3)], [row[:, 0], row[:, 1]], [row[0]] * 2):
+        found = stacked(tensors)
+        assert torch.equal(found, torch.stack(tensors))
+        assert found.data_ptr() != row.data_ptr()
+    assert torch.equal(stacked([row[1], row[2]]), row[1:3])

@@ -93,9 +93,10 @@ def work(folder: Path) -> dict[str, Any]:
         shard(net, [net.block], processes, torch.float32)
         named = {n: p.detach() for n, p in net.named_parameters()}
         matrices = [p for p in named.values() if isinstance(p, DTensor) and p.ndim == 2]
+        summed = each_by_one(matrices, lambda several: [m.cumsum(0) for m in several])
         found["each"] = [
             full(DTensor.from_local(part, m.device_mesh, m.placements, shape=m.shape, stride=m.stride()))
-            for part, m in zip(each_by_one(matrices, lambda m: m.cumsum(0)), matrices, strict=True)
+            for part, m in zip(summed, matrices, strict=True)
         ]
         found["expected"] = [full(m).cumsum(0) for m in matrices]
         found.update(stored(folder, named, processes))

@@ -232,7 +232,7 @@ class CachedSource:
                 tensors = {name: file.get_tensor(prefix + name) for name in own}
                 has_none = caption is None or not self.settings.has_texts
                 text = None if has_none else file.get_tensor(text_key(caption or "")).float()
-            posterior = tensors["mean"].float(), tensors["std"].float()
+            posterior = tensors["mean"], tensors["std"]
         except (SafetensorError, KeyError) as error:
             path = self.folder / self._chunks[index]
             raise InputError(f"{path} lacks tensors of {shown(record['name'])}: {error}; cache it again") from error

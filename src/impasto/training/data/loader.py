@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pickle
 import traceback
@@ -199,49 +200,53 @@ def _leave_group(worker: int) -> None:
 
 @dataclass
 class _Packed:
-    """Samples whose tensors are parts of ``buffers``, by dtype."""
+    """Samples whose tensors are parts of ``buffers``: those of a field are next to each other."""
 
     samples: list[Any]
-    buffers: dict[torch.dtype, Tensor]
+    buffers: dict[_Field, Tensor]
+
+
+_Field = tuple[str, torch.dtype]
 
 
 @dataclass
 class _Part:
-    """A tensor's place in the buffer of its dtype."""
+    """A tensor's place in the buffer of its field."""
 
-    dtype: torch.dtype
+    field: _Field
     start: int
     shape: tuple[int, ...]
 
 
 def _pack(samples: Sequence[Sample]) -> _Packed:
-    parts: dict[torch.dtype, list[Tensor]] = {}
-    lengths: dict[torch.dtype, int] = {}
+    parts: dict[_Field, list[Tensor]] = {}
+    lengths: dict[_Field, int] = {}
 
-    def put(value: Any) -> Any:
+    def put(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            start = lengths.get(value.dtype, 0)
-            parts.setdefault(value.dtype, []).append(value.reshape(-1))
-            lengths[value.dtype] = start + value.numel()
-            return _Part(value.dtype, start, tuple(value.shape))
-        return _mapped(value, put)
+            field = name, value.dtype
+            start = lengths.get(field, 0)
+            parts.setdefault(field, []).append(value.reshape(-1))
+            lengths[field] = start + value.numel()
+            return _Part(field, start, tuple(value.shape))
+        return _mapped(value, put, name)
 
-    packed = [put(vars(sample)) for sample in samples]
-    return _Packed(packed, {dtype: torch.cat(several) for dtype, several in parts.items()})
+    packed = [put(vars(sample), "") for sample in samples]
+    return _Packed(packed, {field: torch.cat(several) for field, several in parts.items()})
 
 
 def _unpack(packed: _Packed) -> list[Sample]:
-    def take(value: Any) -> Any:
+    def take(value: Any, name: str) -> Any:
         if isinstance(value, _Part):
-            length = int(torch.Size(value.shape).numel())
-            return packed.buffers[value.dtype][value.start : value.start + length].view(value.shape)
-        return _mapped(value, take)
+            length = math.prod(value.shape)
+            return packed.buffers[value.field][value.start : value.start + length].view(value.shape)
+        return _mapped(value, take, name)
 
-    return [Sample(**take(fields)) for fields in packed.samples]
+    return [Sample(**take(fields, "")) for fields in packed.samples]
 
 
-def _mapped(value: Any, function: Any) -> Any:
-    """A dict or tuple with the function applied to its values; anything else unchanged."""
+def _mapped(value: Any, function: Any, name: str) -> Any:
+    """A dict or tuple with the function applied to its values and their names; anything else unchanged."""
     if isinstance(value, dict):
-        return {name: function(each) for name, each in value.items()}
-    return tuple(function(each) for each in value) if isinstance(value, tuple) else value
+        return {key: function(each, f"{name}.{key}") for key, each in value.items()}
+    return tuple(function(each, f"{name}.{i}") for i, each in enumerate(value)) if isinstance(value, tuple) else value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .captions import Captions
@@ -17,7 +19,7 @@ class Sample:
     """One sample. A source leaves what it does not have as None."""
 
     image: Tensor | None = None  # [3, H, W] float32 in [-1, 1]
-    posterior: tuple[Tensor, Tensor] | None = None  # mean and deviation [C, h, w] float32, unscaled: not the image
+    posterior: tuple[Tensor, Tensor] | None = None  # mean and deviation [C, h, w], unscaled: not the image
     caption: str | None = None
     text: Tensor | None = None  # [M, D] features of the caption's real tokens: instead of running the text encoder
     size: tuple[int, int] | None = None  # original height and width in pixels, before resizing (micro-conditions)
@@ -79,6 +81,18 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def on(self, device: torch.device) -> Batch:
+        """The same with posteriors and labels on a device, where those of one size are next to each other."""
+        if device.type == "cpu" or any(sample.posterior is None for sample in self.samples):
+            return self
+        means, deviations = (_moved([*tensors], device) for tensors in zip(*(s.posterior for s in self.samples)))
+        labels = [sample.labels for sample in self.samples]
+        there = [each for each in labels if each is not None]
+        moved = _moved(there, device) if len(there) == len(labels) else labels
+        rows = zip(self.samples, means, deviations, moved)
+        samples = [replace(s, posterior=(mean, std), labels=of_each) for s, mean, std, of_each in rows]
+        return replace(self, samples=samples)
+
     def split(self, size: int | None = None) -> list[Batch]:
         """Micro-batches of at most ``size`` samples, equally many on all ranks, because they work together in each.
 
@@ -89,6 +103,28 @@ class Batch:
         starts = range(0, longest, size or longest)
         parts = [self.samples[i : i + (size or longest)] or spare for i in starts]
         return [replace(self, samples=part, first=self.first + i) for i, part in zip(starts, parts, strict=True)]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one [B, ...]; not copied if they are next to each other, as a reader packs them."""
+    first = tensors[0]
+    memory, size = first.untyped_storage().data_ptr(), first.numel()
+    if all(
+        t.shape == first.shape
+        and t.dtype == first.dtype
+        and t.is_contiguous()
+        and t.untyped_storage().data_ptr() == memory
+        and t.storage_offset() == first.storage_offset() + i * size
+        for i, t in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack([*tensors])
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """On a device, by one copy of those of each shape that follow each other."""
+    groups = (stacked([*some]) for _, some in itertools.groupby(tensors, key=lambda t: t.shape))
+    return [each for group in groups for each in group.to(device)]
 
 
 def cuts(costs: Sequence[int], world: int) -> list[int]:

@@ -85,18 +85,18 @@ def _squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
-def each_by_one(matrices: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def each_by_one(matrices: Sequence[Tensor], function: Callable[[Sequence[Tensor]], list[Tensor]]) -> list[Tensor]:
     """Apply a function to whole matrices, of which each process computes a share.
 
     Args:
         matrices: [n, m], plain, or all sharded in the same way along their first dimension.
-        function: from a matrix to one of the same shape.
+        function: from matrices to as many of the same shapes.
 
     Returns:
         This process's shards of the results.
     """
     if not matrices or not is_sharded(matrices[0]):
-        return [function(local(matrix)) for matrix in matrices]
+        return function([local(matrix) for matrix in matrices])
     first = matrices[0]
     assert isinstance(first, DTensor)
     dimension = next(i for i, place in enumerate(first.placements) if isinstance(place, Shard))
@@ -114,7 +114,7 @@ def each_by_one(matrices: Sequence[Tensor], function: Callable[[Tensor], Tensor]
         ]
         _wait(gathered)
         if rank < len(several):
-            whole = function(parts[0].flatten(0, 1)[: several[rank].shape[0]])
+            (whole,) = function([parts[0].flatten(0, 1)[: several[rank].shape[0]]])
             parts[0].flatten(0, 1)[: len(whole)] = whole
         scattered = [
             dist.scatter(shard, [*parts[0]] if i == rank else None, group=group, group_src=i, async_op=True)

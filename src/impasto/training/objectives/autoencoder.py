@@ -43,7 +43,7 @@ class Autoencoder(Objective):
     def forward(self, batch: Batch, random: Randomness) -> Loss:
         x = images_of(batch.samples, self.vae.device)  # [B, 3, H, W]
         posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
-        noise = random.normal(posterior.mean.shape).to(posterior.mean)
+        noise = random.normal(posterior.mean.shape, posterior.mean.device).to(posterior.mean)
         z = posterior.mean + posterior.std * noise  # [B, C, h, w]
         difference = self.vae.decode(z).sample.float() - x
         mse, l1 = errors(difference)  # [B]

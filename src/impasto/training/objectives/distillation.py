@@ -160,7 +160,7 @@ class Distillation(TextToImage):
             factor = 2 ** (len(levels) - 1)
             height, width = first.image.shape[-2:]
             shape = torch.Size([self.transformer.in_channels, height // factor, width // factor])
-        return random.normal([len(samples), *shape]).to(device)
+        return random.normal([len(samples), *shape], device)
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class DistributionMatching(Distillation):
         z = self.noise_like(batch.samples, random, device)  # [B, C, H, W]
         low, high = self.noise_levels
         t, r = (random.integers(high - low + 1, [count]).to(device) + low for _ in range(2))  # [B] each
-        noise, other = (random.normal(z.shape).to(device) for _ in range(2))
+        noise, other = (random.normal(z.shape, device) for _ in range(2))
         given, empty = (self.given(batch.samples, device, empty=empty) for empty in (False, True))
 
         # The teacher comes first: it uses the parameters in whose place the generator's are. It sees the generator's

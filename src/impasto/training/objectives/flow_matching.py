@@ -81,7 +81,7 @@ class FlowMatching(Objective):
         share = random.stratified(count).to(x0.device)
         timestep, sigma = self.times(share, height * width // transformer.config["patch_size"] ** 2)
         sigma = process.per_sample(sigma, x0)
-        noise = random.normal(x0.shape).to(x0.device)
+        noise = random.normal(x0.shape, x0.device)
         xt = process.add_noise(x0, noise, 1 - sigma, sigma)
         target = process.prediction_target("flow_prediction", x0, noise, 1 - sigma, sigma)
         drop = random.uniform([count]).to(x0.device) < self.drop

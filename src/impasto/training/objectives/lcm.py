@@ -62,7 +62,7 @@ class LatentConsistency(Distillation):
         device = next(self.transformer.parameters()).device
         count = len(batch.samples)
         x0 = self.latents(batch.samples, random, device)  # [B, C, H, W]
-        noise = random.normal(x0.shape).to(device)
+        noise = random.normal(x0.shape, device)
         t = (random.integers(self.intervals, [count]).to(device) + 1) * self.stride - 1  # [B]
         s = (t - self.stride).clamp(min=0)
         given, empty = (self.given(batch.samples, device, empty=empty) for empty in (False, True))
@@ -114,6 +114,6 @@ class LatentConsistency(Distillation):
             t = torch.full([len(x)], time, device=x.device)
             x = self.consistency(x, t, given)
             if i + 1 < steps:
-                fresh = random.normal(x.shape).to(x.device)
+                fresh = random.normal(x.shape, x.device)
                 x = self.loss.add_noise(x, fresh, torch.full_like(t, times[i + 1]))
         return x

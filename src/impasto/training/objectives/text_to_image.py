@@ -20,7 +20,7 @@ from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
 from ...transforms.token_routing import TokenRouting
-from ..data.sample import Batch, Sample
+from ..data.sample import Batch, Sample, stacked
 from ..running.randomness import Randomness
 from .autoencoder import images_of
 from .base import Loss, Objective
@@ -48,10 +48,10 @@ class Latents(nn.Module):
         """Samples of the posterior, [B, C, H, W] float32."""
         posteriors = [sample.posterior for sample in samples if sample.posterior is not None]
         if len(posteriors) == len(samples):
-            mean, std = (torch.stack(tensors).to(device).float() for tensors in zip(*posteriors))
+            mean, std = (stacked(tensors).to(device).float() for tensors in zip(*posteriors))
         else:
             mean, std = self.posterior(samples)
-        noise = random.normal(mean.shape).to(device)
+        noise = random.normal(mean.shape, device)
         return scaled(mean + std * noise, self.config)
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class TextToImage(Objective):
         dropped = random.uniform([count]) < self.caption_dropout
         text, mask = self.texts(samples, dropped)  # [B, M, D], [B, M]
         t = self.sample_timesteps(count, random).to(device)  # [B]
-        noise = [random[one].normal(x.shape).to(device) for one, x in zip(sizes, x0)]
+        noise = [random[one].normal(x.shape, device) for one, x in zip(sizes, x0)]
         xt = [self.loss.add_noise(x, e, t[one]) for one, x, e in zip(sizes, x0, noise)]
         if self.routing is not None and self.training:
             self.routing.choose(self._scores(sizes, x0, random))
@@ -136,7 +136,7 @@ class TextToImage(Objective):
             parts["bound"] = bound
         labels = [sample.labels for sample in samples if sample.labels is not None]
         if self.label_head is not None and self.training and len(labels) == count:
-            wrong = self.label_head([torch.stack(labels[one]).to(device) for one in sizes])
+            wrong = self.label_head([stacked(labels[one]).to(device) for one in sizes])
             each = each + self.label_weight(batch.step) * wrong
             parts["labels"] = wrong
         return Loss(each, parts)

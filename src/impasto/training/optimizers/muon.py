@@ -6,6 +6,7 @@ same in the fastest dtype of the machine. Their states are interchangeable.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..distributed.shards import each_by_one, local
 #: Of the odd quintic a x + b x³ + c x⁵, whose iteration brings singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+_TOGETHER = 2**24  # numbers of matrices that iterate together
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,18 +56,36 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(state["momentum_buffer"], momentum)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """Approximately U Vᵀ of the singular value decomposition U S Vᵀ, by Newton-Schulz iterations.
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Approximately U Vᵀ of the singular value decomposition U S Vᵀ of each matrix, by Newton-Schulz iterations.
+
+    Matrices of one shape iterate together, as a GPU launches products of small ones more slowly than it computes them.
 
     Args:
-        matrix: [out, in]; a kernel [out, in, ...] counts as [out, all].
+        matrices: [out, in]; a kernel [out, in, ...] counts as [out, all].
     """
+    flat = [matrix.flatten(1) for matrix in matrices]
+    wide = [x.T if x.shape[0] > x.shape[1] else x for x in flat]  # the smaller Gram matrix
+    by_shape: dict[torch.Size, list[int]] = {}
+    for number, x in enumerate(wide):
+        by_shape.setdefault(x.shape, []).append(number)
+    found: dict[int, Tensor] = {}
+    for shape, numbers in by_shape.items():
+        size = max(1, _TOGETHER // shape.numel())
+        for some in (numbers[i : i + size] for i in range(0, len(numbers), size)):
+            x = torch.stack([wide[number] for number in some]).to(fast_dtype(wide[some[0]].device))
+            found |= zip(some, _iterated(x))
+    return [
+        (found[number].T if wide[number] is not x else found[number]).to(matrix.dtype).view_as(matrix)
+        for number, (matrix, x) in enumerate(zip(matrices, flat))
+    ]
+
+
+def _iterated(x: Tensor) -> Tensor:
+    """Of matrices [K, out, in], at most as high as wide."""
     a, b, c = COEFFICIENTS
-    x = matrix.flatten(1).to(fast_dtype(matrix.device))
-    x = x / x.norm().clamp(min=1e-7)  # singular values of at most 1
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x  # the smaller Gram matrix
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype).view_as(matrix)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x

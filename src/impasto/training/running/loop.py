@@ -21,6 +21,7 @@ from ..distributed.processes import ALONE, Processes
 from ..objectives.base import Data, Objective
 from ..settings.config import Settings
 from . import checkpoints
+from .ahead import Ahead
 from .guard import signals
 from .report import Reporter
 from .run import Run
@@ -86,8 +87,10 @@ def train(
         means = Means()
         if run.unchecked is not None:
             _check(run, check, folder, start, reporter)
+        ahead = Ahead(data, settings.steps, processes, run.device, active=run.device.type == "cuda")
+        stack.callback(ahead.close)
         for step in range(start, settings.steps):
-            batch = data.batch(step, processes.rank, processes.count)
+            batch = ahead.batch(step)
             loss, parts = run.gradients(batch)
             norm = run.update(step, loss)
             means.add({"loss": loss, "norm": norm, **parts})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .philox import normal_rows
+
+CPU = torch.device("cpu")
 _WORTH_A_THREAD = 250_000  # normal numbers: some milliseconds
 
 
@@ -31,6 +35,7 @@ class Randomness:
     def __init__(self, seed: int, step: int, first: int = 0, batch: int | None = None):
         self.seed, self.step, self.first, self.batch = seed, step, first, batch
         self._sample = functools.cache(lambda place: _generator(seed, step, place))
+        self._draws: Counter[int] = Counter()  # of each sample, on a GPU
         #: For random numbers of the whole batch; the same in all processes.
         self.shared = _generator(seed, step, None)
 
@@ -40,8 +45,20 @@ class Randomness:
         of_some.first = self.first + some.start
         return of_some
 
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers [B, ...], float32, by as many threads as torch has: a GPU would wait for them."""
+    def normal(self, shape: Sequence[int], device: torch.device = CPU) -> Tensor:
+        """Standard normal numbers [B, ...], float32. A GPU draws its own, as it would wait for those of the host: they
+        differ from those, but not between GPUs.
+        """
+        return self._on_host(shape).to(device) if device.type == "cpu" else self._on_device(shape, device)
+
+    def _on_device(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        places = range(self.first, self.first + shape[0])
+        which = torch.tensor([[*places], [self._draws[place] for place in places]], device=device)
+        self._draws.update(places)
+        return normal_rows(self.seed, self.step, which[0], which[1], math.prod(shape[1:])).view(*shape)
+
+    def _on_host(self, shape: Sequence[int]) -> Tensor:
+        """By as many threads as torch has."""
         numbers = np.empty([shape[0], math.prod(shape[1:])], np.float32)
 
         def fill(generator: np.random.Generator, row: np.ndarray[Any, Any]) -> None:
