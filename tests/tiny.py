@@ -71,7 +71,9 @@ def tiny_tokenizer(model_max_length: int = 512) -> T5Tokenizer:
         return T5Tokenizer.from_pretrained(write_tokenizer(Path(folder), model_max_length))
 
 
-def tiny_text_encoder(d_model: int = 32, num_layers: int = 2, seed: int = 0) -> T5EncoderModel:
+def tiny_text_encoder(
+    d_model: int = 32, num_layers: int = 2, seed: int = 0, dropout_rate: float = 0.1
+) -> T5EncoderModel:
     """A T5 v1.1 encoder (gated gelu) with random weights, in evaluation mode; a new one each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,6 +86,7 @@ def tiny_text_encoder(d_model: int = 32, num_layers: int = 2, seed: int = 0) -> 
                 num_layers=num_layers,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
+                dropout_rate=dropout_rate,
                 tie_word_embeddings=False,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -329,3 +330,89 @@ def test_operations_are_those_of_linear_layers_and_attention() -> None:
     n, m = 16, 8  # 8 x 8 latents in patches of 2 x 2, padded texts
     forward = 2 * layers * (14 * width**2 * n + 2 * width**2 * m + 2 * width * n * (n + m))
     assert objective(parts).flops(flat(0, 2)) == 3 * 2 * forward  # forward and twice backward, of two images
+
+
+def apart(one: TextToImage, batch: Batch, random: Randomness, below: int) -> Tensor:
+    """The squared differences [B] that the loss of agreement asks for, from two plain passes; NaN where it does not."""
+    found, given = [], Randomness(random.seed, random.step)
+    x0 = one.latents(batch.samples, given, torch.device("cpu"))
+    dropped = given.uniform([len(batch.samples)]) < one.caption_dropout
+    t = one.sample_timesteps(len(batch.samples), given)
+    xt = one.loss.add_noise(x0, given.normal(x0.shape), t)
+    for i, sample in enumerate(batch.samples):
+        predictions = []
+        for drop in (False, True):
+            text, mask = one.texts([sample], torch.tensor([drop]))
+            output = one.transformer(xt[i : i + 1], text, t[i : i + 1], encoder_attention_mask=mask).sample
+            predictions.append(output[:, : x0.shape[1]])
+        error = (predictions[0] - predictions[1]).square().mean()
+        found.append(error if t[i] < below and not dropped[i] else error * torch.nan)
+    return torch.stack(found)
+
+
+def test_agreement_is_the_difference_of_predictions_with_and_without_captions_at_low_noise() -> None:
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
+    options: dict[str, Any] = {"caption_dropout": 0.3, "agreement_below": 600}
+    plain = objective(parts, **options)
+    one = objective(parts, agreement_weight=3.0, **options).train()
+    batch, random = flat(0, 12), Randomness(0, 0)
+    expected = apart(one, batch, random, 600)
+    loss = one(batch, random)
+    assert 2 < int(expected.isnan().sum()) < 10
+    assert torch.allclose(loss.parts["agreement"], expected, rtol=1e-4, atol=1e-7, equal_nan=True)
+    before = plain.train()(batch, Randomness(0, 0)).each
+    assert torch.allclose(loss.each, before + 3 * expected.nan_to_num(), rtol=1e-4, atol=1e-6)
+    assert "agreement" not in one.eval()(batch, Randomness(0, 0)).parts
+
+
+def test_agreement_draws_the_prediction_without_the_caption_and_leaves_the_other() -> None:
+    """With an encoder whose features only the caption's tokens reach, its gradient is that of the empty caption."""
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
+    one = objective(parts, caption_dropout=0.0, agreement_below=1000, agreement_weight=1.0, bound_weight=0.0).train()
+    batch = flat(0, 4)
+    loss = one(batch, Randomness(0, 0))
+    embeddings = one.text_encoder.get_input_embeddings().weight  # type: ignore[union-attr, operator]
+    (gradient,) = torch.autograd.grad(loss.each.sum(), embeddings, retain_graph=True)
+    (without,) = torch.autograd.grad(
+        objective(parts, caption_dropout=0.0, bound_weight=0.0).train()(batch, Randomness(0, 0)).each.sum(), embeddings
+    )
+    ids = one.texts.tokenizer(["", "red", "blue cube"]).input_ids
+    only_in_captions = sorted({i for row in ids[1:] for i in row} - set(ids[0]))
+    assert torch.allclose(gradient[only_in_captions], without[only_in_captions], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(gradient[ids[0]], without[ids[0]], rtol=1e-2)
+
+
+def given(t: Tensor, count: int, random: Randomness) -> Tensor:
+    random.uniform([count])  # which drawing them would take
+    return t
+
+
+def test_a_packed_batch_agrees_as_batches_of_one_size_do() -> None:
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
+    options: dict[str, Any] = {"agreement_below": 1000, "agreement_weight": 1.0, "caption_dropout": 0.0}
+    samples = [
+        Sample(posterior=(torch.full((4, size, 8), value), torch.zeros(4, size, 8)), caption="red")
+        for size, value in ((8, 1.0), (8, -1.0), (12, 0.5))
+    ]
+    packed = objective(parts, packed=True, **options).train()
+    random = Randomness(0, 0)
+    for shape in ([2, 4, 8, 8], [1, 4, 12, 8]):
+        random[slice(0, 2) if shape[0] == 2 else slice(2, 3)].normal(shape)
+    random.uniform([3])  # as a step draws, up to its timesteps
+    t = packed.sample_timesteps(3, random)
+    one = packed(Batch(samples, 0, 3, 0), Randomness(0, 0))
+    for i, sample in enumerate(samples):
+        alone = objective(parts, **options).train()
+        alone.sample_timesteps = functools.partial(given, t[i : i + 1])  # type: ignore[method-assign]
+        other = alone(Batch([sample], i, 3, 0), Randomness(0, 0, first=i, batch=3))
+        assert torch.allclose(one.parts["agreement"][i], other.parts["agreement"][0], rtol=1e-3)
+
+
+def test_without_low_noise_nothing_is_added() -> None:
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
+    one = objective(parts, agreement_below=1, agreement_weight=5.0, timesteps="uniform").train()
+    loss = one(flat(0, 4), Randomness(0, 0))
+    assert loss.parts["agreement"].isnan().all()
+    assert torch.equal(loss.each, objective(parts, timesteps="uniform").train()(flat(0, 4), Randomness(0, 0)).each)
+    loss.each.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in one.parameters())

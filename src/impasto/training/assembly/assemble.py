@@ -151,7 +151,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
     latents = Latents({} if models.vae is None else models.vae.config, models.vae)
     parts = (models.transformer, texts, latents, loss)
     if isinstance(settings, TextToImageSettings):
-        labels, head = settings.labels, None
+        labels, agreement, head = settings.labels, settings.agreement, None
         if labels is not None:
             head = LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
         objective = TextToImage(
@@ -162,6 +162,8 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             bound_weight=settings.bound_weight,
             label_head=head,
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
+            agreement_below=0 if agreement is None else agreement.below,
+            agreement_weight=0.0 if agreement is None else agreement.weight,
             routing=routing_of(settings, models.transformer),
             packed=configuration.data.pack_pixels is not None,
         )

@@ -72,6 +72,9 @@ class TextToImage(Objective):
         timesteps: ``uniform``, or ``stratified``: the same spread in every batch.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         label_weight: of the loss of ``label_head``, at a step.
+        agreement_below, agreement_weight: the weight of the squared difference of the predictions without and with the
+            caption at timesteps below the first. An image with so little noise shows what its caption says: what
+            differs there is error, which guidance multiplies.
         routing: lets tokens of the transformer skip blocks in training.
         packed: whether batches have images of several sizes.
     """
@@ -89,6 +92,8 @@ class TextToImage(Objective):
         bound_weight: float = 1.0,
         label_head: LabelHead | None = None,
         label_weight: Callable[[int], float] = lambda step: 0.3,
+        agreement_below: int = 0,
+        agreement_weight: float = 0.0,
         routing: TokenRouting | None = None,
         packed: bool = False,
     ):
@@ -98,6 +103,7 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.label_head, self.label_weight = label_head, label_weight
+        self.agreement_below, self.agreement_weight = agreement_below, agreement_weight
         self.routing, self.packed = routing, packed
         if latents.vae is not None:
             self.freeze(latents.vae)
@@ -108,7 +114,8 @@ class TextToImage(Objective):
         x0 = [self.latents(samples[one], random[one], device) for one in sizes]  # of each size [b, C, H, W]
         dropped = random.uniform([count]) < self.caption_dropout
         text, mask = self.texts(samples, dropped)  # [B, M, D], [B, M]
-        t = self.sample_timesteps(count, random).to(device)  # [B]
+        times = self.sample_timesteps(count, random)  # [B]
+        t = times.to(device)
         noise = [random[one].normal(x.shape, device) for one, x in zip(sizes, x0)]
         xt = [self.loss.add_noise(x, e, t[one]) for one, x, e in zip(sizes, x0, noise)]
         if self.routing is not None and self.training:
@@ -139,7 +146,53 @@ class TextToImage(Objective):
             wrong = self.label_head([stacked(labels[one]).to(device) for one in sizes])
             each = each + self.label_weight(batch.step) * wrong
             parts["labels"] = wrong
+        if self.agreement_weight and self.training:
+            counts = (times < self.agreement_below) & ~dropped
+            apart = self._disagreement(samples, sizes, inputs, [out[:, : x0[0].shape[1]] for out in outputs], t, counts)
+            counts = counts.to(device)
+            each = each + self.agreement_weight * counts * apart
+            parts["agreement"] = apart.detach().where(counts, torch.nan)
         return Loss(each, parts)
+
+    def _disagreement(
+        self,
+        samples: Sequence[Sample],
+        sizes: Sequence[slice],
+        inputs: Sequence[Tensor],
+        predictions: Sequence[Tensor],
+        t: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        """The squared difference [B] of the predictions without captions from those with them, which stay as they are.
+
+        Args:
+            inputs, predictions: of the samples of each size, [b, C, H, W].
+            counts: [B], on the host: those that are compared; of the others the result is 0, and means nothing.
+        """
+        chosen = counts.nonzero()[:, 0].tolist() or [0]  # all ranks run the transformer equally often
+        some, device = [samples[i] for i in chosen], t.device
+        text, mask = self.texts(some, torch.ones(len(chosen), dtype=torch.bool))
+        if len(sizes) == 1:
+            given: Tensor | list[Tensor] = inputs[0][chosen]
+            targets = [predictions[0][chosen]]
+        else:
+            images, wanted = ([image for x in each for image in x] for each in (inputs, predictions))
+            given, targets = [images[i] for i in chosen], [wanted[i][None] for i in chosen]
+        output = self.transformer(
+            given,
+            text.to(device, self.transformer.dtype),
+            t[chosen],
+            self.micro_conditions(some, device),
+            encoder_attention_mask=mask.to(device),
+        ).sample
+        alone = [output] if len(sizes) == 1 else [image[None] for image in output]
+        found = [
+            (x[:, : y.shape[1]].float() - y.detach().float()).square().flatten(1).mean(1)
+            for x, y in zip(alone, targets)
+        ]
+        return torch.zeros(len(samples), device=device).index_put(
+            (torch.tensor(chosen, device=device),), torch.cat(found)
+        )
 
     def _scores(self, sizes: Sequence[slice], x0: Sequence[Tensor], random: Randomness) -> Tensor | list[Tensor]:
         """Random numbers for the tokens of each image: [B, N], or B of [N]."""
@@ -185,7 +238,8 @@ class TextToImage(Objective):
             tokens = height * columns / config["patch_size"] ** 2
             attention = 4 * tokens * width * (tokens + self.texts.tokens) * layers
             total += 2 * (of_image * tokens + of_text * self.texts.tokens) + attention
-        return total * passes
+        again = self.agreement_below / self.loss.steps if self.agreement_weight else 0.0
+        return total * passes * (1 + again * (1 - self.caption_dropout))
 
     @functools.cached_property
     def _block_weights(self) -> tuple[int, int]:

@@ -34,6 +34,20 @@ class LabelSettings(Section):
     classes: Annotated[list[Count], Field(min_length=1)]
 
 
+class AgreementSettings(Section):
+    """A loss on the difference between the predictions without and with the caption where noise is low.
+
+    An image with little noise shows what its caption says. What still differs is error, which guidance multiplies.
+
+    Attributes:
+        below: which timestep.
+        weight: of the squared difference.
+    """
+
+    below: Count = 500
+    weight: Positive = 4.0
+
+
 class TextToImageSettings(Denoising):
     """A PixArt transformer on images and captions.
 
@@ -42,6 +56,8 @@ class TextToImageSettings(Denoising):
         weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         labels: a further loss on labels of the latents.
+        agreement: a further loss that makes guidance harmless at low noise, at the cost of a second pass of the samples
+            that have little.
         token_routing: tokens skip blocks in training; None: none do.
     """
 
@@ -51,7 +67,14 @@ class TextToImageSettings(Denoising):
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
     labels: LabelSettings | None = None
+    agreement: AgreementSettings | None = None
     token_routing: TokenRoutingSettings | None = None
+
+    @model_validator(mode="after")
+    def _one_pass(self) -> TextToImageSettings:
+        if self.agreement is not None and self.token_routing is not None:
+            raise ValueError("agreement compares predictions for all tokens; leave token_routing out")
+        return self
 
 
 class FlowMatchingSettings(Section):
