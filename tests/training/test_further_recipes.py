@@ -127,7 +127,11 @@ def test_what_contradicts_itself_is_refused() -> None:
         ("dmd", "adapter={rank: 4}", "dmd trains none"),
         ("dmd", "objective.noise_levels=[9, 3]", "ascending"),
         ("dreambooth-lora", "data.sources.1.caption=null", "generate"),
-        ("dreambooth", "objective={kind: text-to-image, agreement: {below: 500}, token_routing: {end: 2}}", "leave token_routing out"),
+        (
+            "dreambooth",
+            "objective={kind: text-to-image, agreement: {below: 500}, token_routing: {end: 2}}",
+            "leave token_routing out",
+        ),
         ("lcm", "objective.decay=0.9", "target_decay"),
         ("textual-inversion", "objective.vectors=0", "vectors"),
     ):

@@ -163,7 +163,10 @@ class TextToImage(Objective):
         t: Tensor,
         counts: Tensor,
     ) -> Tensor:
-        """The squared difference [B] of the predictions without captions from those with them, which stay as they are.
+        """The squared difference [B] of the predictions without captions from those with them.
+
+        Both are drawn to each other: then the gradients of what they share cancel, and what is learned is to use the
+        caption less. Drawn to a constant, the prediction without captions takes the other along, away from the data.
 
         Args:
             inputs, predictions: of the samples of each size, [b, C, H, W].
@@ -186,10 +189,7 @@ class TextToImage(Objective):
             encoder_attention_mask=mask.to(device),
         ).sample
         alone = [output] if len(sizes) == 1 else [image[None] for image in output]
-        found = [
-            (x[:, : y.shape[1]].float() - y.detach().float()).square().flatten(1).mean(1)
-            for x, y in zip(alone, targets)
-        ]
+        found = [(x[:, : y.shape[1]].float() - y.float()).square().flatten(1).mean(1) for x, y in zip(alone, targets)]
         return torch.zeros(len(samples), device=device).index_put(
             (torch.tensor(chosen, device=device),), torch.cat(found)
         )

@@ -45,7 +45,7 @@ class AgreementSettings(Section):
     """
 
     below: Count = 500
-    weight: Positive = 4.0
+    weight: Positive = 8.0
 
 
 class TextToImageSettings(Denoising):
