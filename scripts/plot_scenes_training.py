@@ -23,7 +23,10 @@ Rows = list[dict[str, float]]
 
 RECORDS = Path(__file__).resolve().parents[1] / "docs" / "scenes" / "training"
 #: The transformer's stages in their order, with the size of a batch.
-STAGES = {"128": 64, "128-continued": 64, "256": 32, "multiaspect": 64, "multiaspect-continued": 64}
+STAGES = {
+    "128": 64, "128-continued": 64, "256": 32, "multiaspect": 64, "multiaspect-continued": 64, "multiaspect-gpu": 512,
+    "agreement": 24,
+}  # fmt: skip
 BANDS = {"t0_250": "t < 250", "t250_500": "250 to 500", "t500_750": "500 to 750", "t750_1000": "t ≥ 750"}
 ATTRIBUTES = ("background", "count", "colours", "shapes", "sizes", "relations", "whole")
 

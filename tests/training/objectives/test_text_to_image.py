@@ -346,7 +346,7 @@ def apart(one: TextToImage, batch: Batch, random: Randomness, below: int) -> Ten
             output = one.transformer(xt[i : i + 1], text, t[i : i + 1], encoder_attention_mask=mask).sample
             predictions.append(output[:, : x0.shape[1]])
         error = (predictions[0] - predictions[1]).square().mean()
-        found.append(error if t[i] < below and not dropped[i] else error * torch.nan)
+        found.append(error if t[i] < below and not dropped[i] else torch.tensor(torch.nan))
     return torch.stack(found)
 
 
