@@ -31,6 +31,9 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         layer: any; oneDNN multiplies only plain linear ones, also if idle dropout follows, and the others are called.
         x: [..., in_features].
     """
+    if not _computes(x):
+        called: Tensor = layer(x)
+        return called
     alone = layer
     if is_plain(layer, nn.Sequential):
         awake = [inner for inner in layer.children() if not is_plain(inner, nn.Dropout)]
@@ -105,14 +108,17 @@ def _pack(weight: Tensor, rows: int) -> Tensor:
 
 def multiplies(layer: nn.Module, x: Tensor) -> bool:
     """Whether oneDNN's product can replace a call of a layer: a plain one on the CPU, without gradients."""
-    if not is_plain(layer, nn.Linear) or x.device.type != "cpu":
+    if not _computes(x) or not is_plain(layer, nn.Linear):
         return False
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if weight.dtype != x.dtype or weight.device != x.device:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if weight.dtype != x.dtype or weight.device != x.device or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     return has_onednn_products(x.dtype)
+
+
+def _computes(x: Tensor) -> bool:
+    """Whether it could at all: asked first, because a GPU waits for a host that looks at every layer."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
