@@ -39,7 +39,7 @@ def test_batches_and_errors_come_with_their_step(active: bool) -> None:
         ahead.batch(3)
     assert [ahead.batch(step).step for step in (4, 5, 1)] == [4, 5, 1]  # also after an error, and after a jump
     ahead.close()
-    # In turns; of the six steps none is read twice but those that a jump asked for, and none after the last.
+    # The jump back to step 1 reads that and the next one again; nothing is read after the last step.
     assert data.read[:6] == [0, 1, 2, 3, 4, 5]
     assert set(data.read) == set(range(6))
     assert any(name.startswith("ahead") for name in data.threads) == active

@@ -403,6 +403,13 @@ def test_a_packed_batch_agrees_as_batches_of_one_size_do() -> None:
         assert torch.allclose(one.parts["agreement"][i], other.parts["agreement"][0], rtol=1e-3)
 
 
+def test_agreement_below_a_timestep_that_does_not_exist_is_refused() -> None:
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1)
+    objective(parts, agreement_below=1000, agreement_weight=1.0)
+    with pytest.raises(ConfigurationError, match="at most 1000, not 1001"):
+        objective(parts, agreement_below=1001, agreement_weight=1.0)
+
+
 def test_without_low_noise_nothing_is_added() -> None:
     parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
     one = objective(parts, agreement_below=1, agreement_weight=5.0, timesteps="uniform").train()

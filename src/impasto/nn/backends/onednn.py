@@ -120,5 +120,5 @@ def multiplies(layer: nn.Module, x: Tensor) -> bool:
 
 
 def _computes(x: Tensor) -> bool:
-    """Whether it could at all: asked first, because a GPU waits for a host that looks at every layer."""
+    """Whether any layer's product could be replaced. Asked first, as looking at each layer makes a GPU wait."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()

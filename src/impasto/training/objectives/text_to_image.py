@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InputError
+from ...errors import ConfigurationError, InputError
 from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
@@ -103,6 +103,11 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.label_head, self.label_weight = label_head, label_weight
+        if agreement_below > loss.steps:
+            raise ConfigurationError(
+                f"agreement.below is a timestep, at most {loss.steps}, not {agreement_below}; start with half of "
+                f"that, as guidance needs the difference at high noise"
+            )
         self.agreement_below, self.agreement_weight = agreement_below, agreement_weight
         self.routing, self.packed = routing, packed
         if latents.vae is not None:

@@ -18,7 +18,7 @@ from ..distributed.shards import each_by_one, local
 #: Of the odd quintic a x + b x³ + c x⁵, whose iteration brings singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-_TOGETHER = 2**24  # numbers of matrices that iterate together
+_TOGETHER = 2**24  # elements of the matrices that iterate together, which takes several times their memory
 
 
 class Muon(torch.optim.Optimizer):
