@@ -132,6 +132,7 @@ def test_what_contradicts_itself_is_refused() -> None:
             "objective={kind: text-to-image, agreement: {below: 500}, token_routing: {end: 2}}",
             "leave token_routing out",
         ),
+        ("dreambooth", "objective={kind: text-to-image, timestep_range: [500, 500]}", "below the second.* is empty"),
         ("lcm", "objective.decay=0.9", "target_decay"),
         ("textual-inversion", "objective.vectors=0", "vectors"),
     ):

@@ -332,6 +332,15 @@ def test_operations_are_those_of_linear_layers_and_attention() -> None:
     assert objective(parts).flops(flat(0, 2)) == 3 * 2 * forward  # forward and twice backward, of two images
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
+def test_a_range_of_timesteps(timesteps: Any) -> None:
+    """All of it is trained, and nothing else."""
+    one = objective(models(), timesteps=timesteps, timestep_range=(400, 410))
+    assert set(one.sample_timesteps(1000, Randomness(0, 0)).tolist()) == set(range(400, 410))
+    with pytest.raises(ConfigurationError, match="ends at 1001, and there are 1000 timesteps"):
+        objective(models(), timestep_range=(400, 1001))
+
+
 def apart(one: TextToImage, batch: Batch, random: Randomness, below: int) -> Tensor:
     """The squared differences [B] that the loss of agreement asks for, from two plain passes; NaN where it does not."""
     found, given = [], Randomness(random.seed, random.step)

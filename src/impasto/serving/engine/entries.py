@@ -53,6 +53,15 @@ class Entry:
         assert self.begun is not None
         return self.begun
 
+    def seconds(self, now: float) -> dict[str, float]:
+        """What a finished image took, by stage."""
+        return {
+            "wait": self.started - self.came,
+            "text": self.text,
+            "denoise": self.denoised - self.started - self.text,
+            "decode": now - self.denoised,
+        }
+
 
 @dataclass
 class Decoding:

@@ -353,15 +353,8 @@ class Engine:
         elif done.number is not None:
             self.events.append(Preview(id, done.number, image))
         else:
-            now = self.clock()
-            seconds = {
-                "wait": entry.started - entry.came,
-                "text": entry.text,
-                "denoise": entry.denoised - entry.started - entry.text,
-                "decode": now - entry.denoised,
-            }
             self._forget(entry)
-            self.events.append(Finished(id, image, seconds))
+            self.events.append(Finished(id, image, entry.seconds(self.clock())))
 
     # --- ends ---
 

@@ -158,6 +158,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             *parts,
             caption_dropout=settings.caption_dropout,
             timesteps=settings.timesteps,
+            timestep_range=settings.timestep_range,
             weighting=settings.weighting,
             bound_weight=settings.bound_weight,
             label_head=head,

@@ -70,6 +70,7 @@ class TextToImage(Objective):
     Args:
         caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
         timesteps: ``uniform``, or ``stratified``: the same spread in every batch.
+        timestep_range: those that are trained, from the first to below the second; None: all.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         label_weight: of the loss of ``label_head``, at a step.
         agreement_below, agreement_weight: the weight of the squared difference of the predictions without and with the
@@ -88,6 +89,7 @@ class TextToImage(Objective):
         *,
         caption_dropout: float = 0.1,
         timesteps: Timesteps = "uniform",
+        timestep_range: tuple[int, int] | None = None,
         weighting: Weighting = "none",
         bound_weight: float = 1.0,
         label_head: LabelHead | None = None,
@@ -102,6 +104,11 @@ class TextToImage(Objective):
         self.text_encoder = texts.encoder
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
+        self.first_timestep, self.end_timestep = timestep_range or (0, loss.steps)
+        if self.end_timestep > loss.steps:
+            raise ConfigurationError(
+                f"timestep_range ends at {self.end_timestep}, and there are {loss.steps} timesteps"
+            )
         self.label_head, self.label_weight = label_head, label_weight
         if agreement_below > loss.steps:
             raise ConfigurationError(
@@ -206,9 +213,10 @@ class TextToImage(Objective):
         return scores[0] if len(sizes) == 1 else [row for of_size in scores for row in of_size]
 
     def sample_timesteps(self, count: int, random: Randomness) -> Tensor:
+        span = self.end_timestep - self.first_timestep
         if self.timesteps == "uniform":
-            return random.integers(self.loss.steps, [count])
-        return (random.stratified(count, self.packed) * self.loss.steps).long().clamp(max=self.loss.steps - 1)
+            return self.first_timestep + random.integers(span, [count])
+        return self.first_timestep + (random.stratified(count, self.packed) * span).long().clamp(max=span - 1)
 
     def micro_conditions(self, samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor] | None:
         """The original size [B, 2] in pixels and the aspect ratio [B, 1] of the training size, for alpha at 1024 px."""

@@ -53,6 +53,8 @@ class TextToImageSettings(Denoising):
 
     Attributes:
         caption_dropout: the share of captions replaced by the empty one, for classifier-free guidance.
+        timestep_range: the timesteps that are trained, from the first to below the second; None: all. What an image
+            shows is decided at high noise, its edges at low noise.
         weighting: of the squared error by timestep; see ``DiffusionLoss.weights``.
         bound_weight: of the variational bound, if the transformer predicts a variance.
         labels: a further loss on labels of the latents.
@@ -64,11 +66,18 @@ class TextToImageSettings(Denoising):
     kind: Literal["text-to-image"] = "text-to-image"
     caption_dropout: Share = 0.1
     timesteps: Timesteps = "uniform"
+    timestep_range: tuple[Annotated[int, Field(ge=0)], Count] | None = None
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
     labels: LabelSettings | None = None
     agreement: AgreementSettings | None = None
     token_routing: TokenRoutingSettings | None = None
+
+    @model_validator(mode="after")
+    def _range(self) -> TextToImageSettings:
+        if self.timestep_range is not None and self.timestep_range[0] >= self.timestep_range[1]:
+            raise ValueError(f"timestep_range goes from the first to below the second; {self.timestep_range} is empty")
+        return self
 
     @model_validator(mode="after")
     def _one_pass(self) -> TextToImageSettings:
