@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_transformer, tiny_vae
 from tests.tiny_adapters import DIALECTS
 from tests.tiny_glm import TRANSFORMER
@@ -101,6 +101,49 @@ def test_peft_loads_what_is_saved_in_its_form(kind: str, tmp_path: Path) -> None
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {"base_model.model.proj_out.alpha", "base_model.model.transformer_blocks.0.attn1.to_q.alpha"} <= names
+
+
+def merged_as_comfyui(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """A layer's weight with its adapter, by ComfyUI's rules; what is used is taken from the tensors."""
+
+    def take(ending: str) -> Tensor | None:
+        return tensors.pop(f"transformer.{name}.{ending}", None)
+
+    alpha, dora = take("alpha"), take("dora_scale")
+    take("lora_magnitude_vector")  # it reads dora_scale
+    down, up = take("lora_A.weight"), take("lora_B.weight")
+    change, rank = None, 0
+    if down is not None and up is not None:
+        change, rank = up @ down, len(down)
+    halves = [take(f"hada_w{i}_{half}") for i in (1, 2) for half in "ab"]
+    if all(half is not None for half in halves):
+        change, rank = (halves[0] @ halves[1]) * (halves[2] @ halves[3]), len(halves[1])  # type: ignore
+    factors = []
+    for i in (1, 2):
+        whole, left, right = take(f"lokr_w{i}"), take(f"lokr_w{i}_a"), take(f"lokr_w{i}_b")
+        if left is not None and right is not None:
+            whole, rank = left @ right, len(right)
+        factors.append(whole)
+    if all(factor is not None for factor in factors):
+        change = torch.kron(*factors)  # type: ignore[arg-type]
+    if change is None:
+        return weight
+    weight = weight + change * (float(alpha) / rank if alpha is not None and rank else 1.0)
+    return weight if dora is None else weight * dora / weight.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_comfyui_reads_what_is_saved(kind: str, tmp_path: Path) -> None:
+    """Its names are "transformer." before ours, and every tensor has a meaning there."""
+    model = with_adapter(kind)
+    tensors = load_file(save(tmp_path, {"transformer": model}, "default"))
+    plain = tiny_transformer()
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(merged_as_comfyui(module.weight, name, tensors))
+        assert not tensors
+        assert close(predict(plain), predict(model))
 
 
 def glm_predict(model: Any) -> Tensor:
