@@ -3,7 +3,8 @@
     python scripts/soak.py --minutes 20 --output soak.json
 
 Starts ``impasto serve`` with the bundled model and a short queue. Clients ask for images of several sizes and numbers
-of steps; some leave early, some read slowly, some send bad requests; once the engine is killed. Memory is the sum of
+of steps, edit images, or speak A1111's interface; some leave early, some read slowly, some send bad requests; once the
+engine is killed. Memory is the sum of
 the proportional set sizes (PSS) of the processes of the server, averaged over each minute. Linux only; needs
 ``impasto[serve]`` and httpx.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import os
 import random
@@ -22,10 +25,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
 BAD: tuple[dict[str, Any], ...] = (
     {},
@@ -35,7 +40,7 @@ BAD: tuple[dict[str, Any], ...] = (
     {"prompt": "x" * 30_000},
     {"prompt": "a cube", "model": "no-such-model"},
 )
-CLIENTS = {"plain": 6, "streaming": 3, "leaving": 3, "slow": 2, "bad": 1, "crowd": 1}
+CLIENTS = {"plain": 6, "streaming": 3, "leaving": 3, "slow": 2, "bad": 1, "crowd": 1, "editing": 1, "a1111": 1}
 #: Seconds between readings of the memory, which follows the work of each moment; a minute's is the mean.
 SAMPLE = 5.0
 OWN_SIZE = {"use_resolution_binning": False}  # images of several sizes, not all of one bin
@@ -95,6 +100,35 @@ class Soak:
     async def slow(self, client: httpx.AsyncClient) -> None:
         await self.streaming(client, 0.3, "slow")
 
+    async def editing(self, client: httpx.AsyncClient) -> None:
+        """Image to image, and half of the time inpainting of the lower half."""
+        files = {"image": ("image.png", png((128, 128), "RGB", (200, 80, 40)), "image/png")}
+        if self.rng.random() < 0.5:
+            mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+            mask.paste((0, 0, 0, 0), (0, 64, 128, 128))
+            files["mask"] = ("mask.png", encoded(mask), "image/png")
+        fields = {"prompt": "a red cube", "seed": str(self.rng.randrange(2**31)), "num_inference_steps": "10"}
+        answer = await client.post("/v1/images/edits", data=fields, files=files)
+        self.note("editing", answer)
+        await asyncio.sleep(1)
+
+    async def a1111(self, client: httpx.AsyncClient) -> None:
+        """Text to image or image to image, while another connection watches and sometimes interrupts."""
+        body = {"prompt": "a blue sphere", "width": 128, "height": 128, "steps": self.rng.choice([4, 10, 20])}
+        kind = self.rng.choice(["txt2img", "img2img"])
+        if kind == "img2img":
+            image = base64.b64encode(png((128, 128), "RGB", (40, 80, 200))).decode()
+            body |= {"init_images": [image], "denoising_strength": 0.6}
+        answering = asyncio.create_task(client.post(f"/sdapi/v1/{kind}", json=body))
+        await asyncio.sleep(self.rng.uniform(0, 1))
+        watched, interrupted = [await client.get("/sdapi/v1/progress")], self.rng.random() < 0.2
+        if interrupted:
+            watched.append(await client.post("/sdapi/v1/interrupt"))
+        self.problems += [f"a1111: {each.url} {each.status_code}" for each in watched if each.status_code != 200]
+        # Interrupted before its first preview, an image is answered with none.
+        self.note("a1111", await answering, () if interrupted else ("images",))
+        await asyncio.sleep(1)
+
     async def leaving(self, client: httpx.AsyncClient) -> None:
         try:
             async with asyncio.timeout(self.rng.uniform(0.01, 1.5)):
@@ -122,10 +156,14 @@ class Soak:
                 self.problems.append("a 429 has no Retry-After")
         await asyncio.sleep(20)
 
-    def note(self, kind: str, answer: httpx.Response) -> None:
+    def note(self, kind: str, answer: httpx.Response, image: Sequence[str | int] = ("data", 0, "b64_json")) -> None:
         self.outcomes[f"{kind} {answer.status_code}"] += 1
-        if answer.status_code == 200 and not answer.json()["data"][0]["b64_json"]:
-            self.problems.append("an answer has no image")
+        if answer.status_code == 200:
+            found = answer.json()
+            for key in image:
+                found = found[key]
+            if not found:
+                self.problems.append(f"{kind}: an answer has no image")
         if answer.status_code not in (200, 429, 500):
             self.problems.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
 
@@ -137,6 +175,16 @@ class Soak:
                 except httpx.HTTPError as error:
                     self.problems.append(f"{kind}: {type(error).__name__}: {error}")
                     await asyncio.sleep(1)
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def png(size: tuple[int, int], mode: str, colour: tuple[int, ...]) -> bytes:
+    return encoded(Image.new(mode, size, colour))
 
 
 def family(pid: int) -> list[int]:
