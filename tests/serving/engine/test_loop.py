@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Generator
 
 from impasto import DDIMScheduler, PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
@@ -182,12 +183,15 @@ def test_cancelled_and_late_jobs_end_at_the_next_step() -> None:
 
 
 def test_a_job_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An input that cannot be used, an adapter that is not there, a step that raises, and NaN."""
+    """An input that cannot be used, an adapter that is not there or does not fit, a step that raises, and NaN."""
     pipe = tiny_pipeline(PixArtSigmaPipeline)
+    misfit = tmp_path / "misfit.safetensors"
+    save_file({f"transformer.proj_out.lora_{x}.weight": torch.ones(3, 3) for x in "AB"}, misfit)
     black = GivenImages((RawImage(16, 16, bytes(768)),), bytes(256))
     jobs = [
         job("black", given=black),
         job("adapter", adapters=(ChosenAdapter(str(tmp_path / "none.safetensors")),)),
+        job("misfit", adapters=(ChosenAdapter(str(misfit)),)),
         job("raises", scheduler="ddim", seed=13),
         job("nan", seed=14),
         *(job(str(i), seed=i, width=12 + 4 * i) for i in range(3)),
@@ -210,7 +214,7 @@ def test_a_job_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     events = run(engine, jobs, poison)
     reasons = {event.id: event.reason for event in events if isinstance(event, Failed)}
-    assert reasons == {"black": "input", "adapter": "engine", "raises": "engine", "nan": "engine"}
+    assert reasons == {"black": "input", "adapter": "engine", "misfit": "input", "raises": "engine", "nan": "engine"}
     found = {event.id: event.image for event in events if isinstance(event, Finished)}
     assert {id: np.abs(array(found[id]) - array(alone[id])).max() <= 1 for id in alone} == dict.fromkeys(alone, True)
 

@@ -256,6 +256,27 @@ def test_slow_clients_are_disconnected(client: httpx.Client, served: Running):
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request arrives too slowly"
 
 
+@pytest.mark.parametrize(
+    ("path", "kind", "part"),
+    [
+        (GENERATIONS, "application/json", b'{"prompt": "a'),
+        (EDITS, "multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na'),
+        ("/sdapi/v1/txt2img", "application/json", b'{"prompt": "a'),
+    ],
+)
+def test_clients_that_leave_while_they_send(path: str, kind: str, part: bytes, caplog: pytest.LogCaptureFixture):
+    """They are counted as such, not as faults of the server."""
+    with running() as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+            connection.sendall(head.encode() + part)
+        counted = f'impasto_http_requests_total{{method="POST",path="{path}",status="499"}} 1.0'
+        until(lambda: counted in httpx.get(f"{served.url}/metrics").text)
+        assert 'status="500"' not in httpx.get(f"{served.url}/metrics").text
+        assert httpx.post(f"{served.url}{GENERATIONS}", json={"prompt": "a"}).status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_body_that_never_ends_is_cut_off():
     with running(receive_seconds=0.5, body_seconds=0.3) as served:
         start = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import InputError, ResourceError
+from ...errors import InputError, ResourceError, WeightsMismatchError
 from ..job import Job, Reason
 from .policy import Candidate
 from .stages import Begun
@@ -76,6 +76,8 @@ def reason_of(error: Exception) -> tuple[Reason, str]:
     """Why a job failed, for its client. What went wrong inside is for the log."""
     if isinstance(error, InputError):
         return "input", str(error)
+    if isinstance(error, WeightsMismatchError):
+        return "input", "an adapter does not fit this model; ask for one that was made for it, or for another model"
     if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
         return "resources", "the image did not fit the memory; try a smaller one, or try again later"
     return "engine", "the image could not be generated because of a fault of the server"

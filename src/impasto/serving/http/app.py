@@ -89,7 +89,8 @@ def _health_router(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """Whether requests are accepted: 503 while the default model is loaded, and when the server ends."""
+        """Whether images are generated: 503 while the default model is loaded, for which requests wait, and when the
+        server ends."""
         if not service.ready:
             raise ApiError("not ready", status=503, headers=errors.RETRY)
         return JSONResponse({"status": "ready"})

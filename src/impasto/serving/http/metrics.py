@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from starlette.requests import ClientDisconnect
 
 from ...checks import printable
 from .. import stats
@@ -119,7 +120,7 @@ class _Layer:
         self.metrics.open.inc()
         try:
             await self.app(scope, receive, watched)
-        except ClientLeftError:
+        except (ClientLeftError, ClientDisconnect):  # while it waited, or in the middle of what it sent
             status = CLIENT_LEFT
         finally:
             self.metrics.open.dec()
