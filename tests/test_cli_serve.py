@@ -1,10 +1,14 @@
-"""``impasto serve``: its options, and how it begins and ends. The service has no model."""
+"""``impasto serve``: its options, and how it begins and ends, mostly without a model."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +16,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from torch import ones
 
 from impasto.cli.serve import allowed_hosts, announcement, pairs, run
 from impasto.errors import ConfigurationError, InputError
@@ -21,6 +28,8 @@ from impasto.serving.http.server import bind, make_server
 from impasto.serving.http.settings import HttpSettings
 from impasto.serving.served import bounded
 from impasto.serving.stub import SCENES, StubService
+
+from .tiny import tiny_transformer, write_pipeline
 
 
 def test_pairs():
@@ -125,3 +134,64 @@ def test_sigterm_ends_the_server_when_accepted_images_are_done():
     assert found[1:] == [503, True]
     assert str(found[0]).startswith(": progress")
     assert fleet.closed
+
+
+def children_of(pid: int) -> list[int]:
+    """The descendants of a process (Linux)."""
+    found = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    return [each for child in found for each in (child, *children_of(child))]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.cluster)])
+def test_the_command_with_its_options(end: signal.Signals, tmp_path: Path):
+    """A server and its engine, in processes of their own: what is printed works, and so does each option."""
+    key, model, style = "0123456789abcdefghij", write_pipeline(tmp_path / "model"), tmp_path / "style.safetensors"
+    out, width = tiny_transformer().proj_out.weight.shape
+    factors = {"A": ones(1, width), "B": ones(out, 1)}
+    save_file({f"transformer.proj_out.lora_{name}.weight": factor for name, factor in factors.items()}, style)
+    (tmp_path / "keys").write_text(f"# ours\n{key}\n")
+    options = ["--model", f"tiny={model}", "--alias", "dall-e-3=tiny", "--lora", f"style={style}", "--port", "0"]
+    options += ["--api-key-file", "keys", "--memory-budget", "4GB", "--storage", "kept", "--no-settings"]
+    options += ["--queue", "3", "--max-steps", "60", "--max-side", "128"]
+    command = [sys.executable, "-m", "impasto", "serve", *options]
+    server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout is not None
+        address, page, curl = (server.stdout.readline() for _ in range(3))
+        assert "serves tiny at" in address
+        engines = children_of(server.pid)
+        subprocess.run(["bash", "-c", curl], cwd=tmp_path, check=True, timeout=60)
+        assert Image.open(tmp_path / "image.png").format == "PNG"
+        with httpx.Client(base_url=page.split()[1], headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+            assert httpx.get(client.base_url.join("v1/models")).status_code == 401
+            wanted = {"prompt": "a cube", "model": "dall-e-3", "size": "64x64", "num_inference_steps": 2, "seed": 1}
+
+            def ask(**changes: object) -> httpx.Response:
+                return client.post("v1/images/generations", json=wanted | changes)
+
+            with_style = {"lora": [{"name": "style", "weight": 1.0}]}
+            plain, styled = (ask(**more).json()["data"][0]["b64_json"] for more in ({}, with_style))
+            assert plain != styled
+            assert not Image.open(io.BytesIO(base64.b64decode(plain))).info  # --no-settings
+            kept = httpx.get(ask(response_format="url").json()["data"][0]["url"]).content
+            assert Image.open(io.BytesIO(kept)).size == (64, 64)
+            assert len([*(tmp_path / "kept").rglob("*.png")]) == 4  # all so far
+            for changes in ({"num_inference_steps": 61}, {"size": "192x192"}, {"lora": [{"name": "other"}]}):
+                assert ask(**changes).status_code == 400, changes
+            assert "3" in ask(n=4).json()["error"]["message"]  # --queue
+            with client.stream(
+                "POST", "v1/images/generations", json=wanted | {"stream": True, "num_inference_steps": 60}
+            ) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                server.send_signal(end)
+                if end == signal.SIGTERM:
+                    assert "event: image_generation.completed" in [*lines]
+        assert server.wait(60) == (0 if end == signal.SIGTERM else -signal.SIGKILL)
+        left = time.monotonic() + 20
+        while any(Path(f"/proc/{each}").exists() for each in engines):
+            assert time.monotonic() < left, "an engine outlives its server"
+            time.sleep(0.05)
+    finally:
+        server.kill()
+        server.wait()
