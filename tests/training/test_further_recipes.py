@@ -105,12 +105,16 @@ def test_a_word_is_learned(place: Path, tmp_path: Path) -> None:
     source = "{path: %s, caption: a photo of <subject>}" % (place / "images")
     changes = ["steps=20", "checkpoints.every=10", "optimizer.rate=0.3", "objective.start_from=red"]
     changes.append(f"validation={{count: 8, source: {source}}}")
+    changes.append("samples={prompts: [a photo of <subject>, a red cube], steps: 2}")
     launch(tiny("textual-inversion", place, *changes), tmp_path)
     losses = [row["validation"] for row in rows(tmp_path) if "validation" in row]
     assert losses[-1] < losses[0]
     pipe = PixArtSigmaPipeline.from_pretrained(place / "sigma")
     pipe.load_textual_inversion(tmp_path / "result")
     assert "<subject>_3" in pipe.tokenizer.get_vocab()
+    learned, other = ([*(tmp_path / "samples").glob(f"*-{i}.png")] for i in (0, 1))
+    assert len({path.read_bytes() for path in learned}) == 2  # as the word is after each checkpoint
+    assert len({path.read_bytes() for path in other}) == 1
 
 
 def test_a_stage_starts_under_another_configuration(place: Path, tmp_path: Path) -> None:
@@ -135,6 +139,9 @@ def test_what_contradicts_itself_is_refused() -> None:
         ("dreambooth", "objective={kind: text-to-image, timestep_range: [500, 500]}", "below the second.* is empty"),
         ("lcm", "objective.decay=0.9", "target_decay"),
         ("textual-inversion", "objective.vectors=0", "vectors"),
+        ("textual-inversion", "export=pipeline", "the result of training a word is its file"),
+        ("scenes-autoencoder", "samples={prompts: [a]}", "autoencoder has no model that generates images"),
+        ("scenes-text-encoder", "samples={prompts: [a]}", "text-encoder has no model that generates images"),
     ):
         with pytest.raises(InputError, match=message):
             recipes.read(name, [change])

@@ -197,6 +197,39 @@ def test_what_is_missing_is_named(
     assert not (tmp_path / "run" / "configuration.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("transformer", {"config": {"num_layer": 1}}, "did you mean 'num_layers'"),
+        ("vae", {"config": {"latent_channel": 4}}, "did you mean 'latent_channels'"),
+        ("text_encoder", {"config": {"num_layer": 1}}, "did you mean 'num_layers'"),
+        ("text_encoder", {"start_from": "pipeline", "config": {"dropout_rate": 0.0}}, "keeps its own"),
+    ],
+)
+def test_settings_that_a_model_does_not_take_are_refused(
+    name: str, settings: dict[str, Any], message: str, place: Path, tmp_path: Path
+) -> None:
+    if "start_from" in settings:
+        settings = settings | {"start_from": str(place / settings["start_from"])}
+    models = {"pipeline": str(place / "pipeline"), name: settings}
+    with pytest.raises(ConfigurationError, match=message):
+        launch(configuration(place, models=models), tmp_path / "run")
+
+
+def test_a_trained_text_encoder_has_checkpoints(place: Path, tmp_path: Path) -> None:
+    """``gradient_checkpointing`` reaches each model, and changes no number."""
+    logs = []
+    for on in (False, True):
+        each = {"gradient_checkpointing": on}
+        models = {"pipeline": str(place / "pipeline"), "transformer": each, "text_encoder": {"train": True, **each}}
+        wanted = configuration(place, models=models)
+        made = assemble(wanted, tmp_path / "none", writes=False).components
+        assert (made.transformer.is_gradient_checkpointing, made.text_encoder.is_gradient_checkpointing) == (on, on)
+        launch(wanted, tmp_path / str(on))
+        logs.append([row["loss"] for row in rows(tmp_path / str(on)) if "loss" in row])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 def test_the_configuration_of_a_checkpoint_is_kept_with_it(place: Path, tmp_path: Path) -> None:
     launch(configuration(place), tmp_path)
     stored = json.loads((tmp_path / "checkpoints" / "step-00000004" / "state.json").read_text())["state"]["settings"]

@@ -356,7 +356,8 @@ def _checks(
         if validation is not None:
             values |= measure(objective, validation)
         if configuration.samples is not None:
-            components.write_samples(configuration.samples, images, step)
+            prompts = objective.prompts(configuration.samples.prompts)
+            components.write_samples(configuration.samples, prompts, images, step)
         for name, options in configuration.checks.items():
             values |= checks[name](components.pipeline(), options)
         return values

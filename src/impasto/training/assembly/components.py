@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ...checkpoints import hub
 from ...checkpoints.layout import INDEX_NAME
+from ...checks import shown
 from ...errors import ConfigurationError
 from ...family import ALPHA, GLM_IMAGE, SIGMA, Family
 from ...files import make_folder
@@ -85,11 +87,17 @@ class Components:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def write_samples(self, settings: SampleSettings, folder: Path | None, step: int) -> None:
-        """Generate images of fixed prompts with fixed seeds, and write them as PNG files if there is a folder."""
+    def write_samples(
+        self, settings: SampleSettings, prompts: Mapping[str, Any], folder: Path | None, step: int
+    ) -> None:
+        """Generate images of fixed prompts with fixed seeds, and write them as PNG files if there is a folder.
+
+        Args:
+            prompts: those of the settings, as arguments of a pipeline; see ``Objective.prompts``.
+        """
         generators = [torch.Generator().manual_seed(i) for i in range(len(settings.prompts))]
         images = self.pipeline()(
-            settings.prompts,
+            **prompts,
             generator=generators,
             guidance_scale=settings.guidance_scale,
             num_inference_steps=settings.steps,
@@ -145,8 +153,7 @@ def load_encoders(configuration: Configuration, device: torch.device, texts: boo
         ConfigurationError: one of them is trained.
     """
     models = configuration.models
-    adapted = configuration.adapter is not None and configuration.adapter.text_encoder_rank is not None
-    if texts and (models.text_encoder.train or adapted):
+    if texts and configuration.trains_texts:
         raise ConfigurationError(
             "the text_encoder is trained here, so what it encodes changes and cannot be cached; cache latents alone "
             "(--latents-only)"
@@ -193,7 +200,7 @@ class _Reader:
     def transformer(self, settings: ComponentSettings) -> Any:
         folder = self.folder("transformer", settings)
         if folder is None:
-            model = PixArtTransformer2DModel(**settings.config)
+            model = PixArtTransformer2DModel.from_config({}, **settings.config)
             initialize(model)
         else:
             dtype = torch.float32 if self.adapter is None else self.dtype
@@ -211,7 +218,7 @@ class _Reader:
     def vae(self, settings: ComponentSettings, trained: bool) -> Any:
         folder = self.folder("vae", settings)
         if folder is None:
-            model = AutoencoderKL(**settings.config)
+            model = AutoencoderKL.from_config({}, **settings.config)
         else:
             model = AutoencoderKL.from_pretrained(folder, **settings.config)
         if settings.gradient_checkpointing:
@@ -258,10 +265,21 @@ class _Reader:
         if folder is None:
             from transformers import T5Config, T5EncoderModel
 
-            model: Any = T5EncoderModel(T5Config(vocab_size=len(tokenizer), **settings.config))
+            known = T5Config().to_dict()
+            for name in settings.config.keys() - known.keys():
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigurationError(f"models.text_encoder.config: T5 has no {shown(name)}{hint}")
+            model: Any = T5EncoderModel(T5Config(**{"vocab_size": len(tokenizer), **settings.config}))
         else:
+            if settings.config:
+                raise ConfigurationError(
+                    "models.text_encoder.config: a stored text encoder keeps its own; leave out config or start_from"
+                )
             dtype = torch.float32 if settings.train else self.dtype
             model = load_component(["transformers", "T5EncoderModel"], folder, dtype, None, None)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.to(self.device)
 
     def scheduler(self) -> Any:

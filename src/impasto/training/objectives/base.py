@@ -68,6 +68,10 @@ class Objective(nn.Module):
             module.eval()
         return self
 
+    def prompts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """How a pipeline of the models is given these prompts, as arguments."""
+        return {"prompt": list(texts)}
+
     def state_buffers(self) -> dict[str, Tensor]:
         """The buffers that are part of a run: persistent ones, but for those of frozen modules and quantized layers."""
         frozen = {id(inner) for module in self._frozen for inner in module.modules()}

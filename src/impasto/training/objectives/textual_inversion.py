@@ -54,8 +54,12 @@ class LearnedTexts(Texts):
                     f"the caption {shown(sample.caption)} does not hold {shown(self.name)}, which is to be learned; "
                     f"set the captions of the images, such as caption: 'a photo of {self.name}'"
                 )
-            captions.append("" if drop else prepare(sample.caption or "", self.clean, self.concepts))
-        return self._trained(captions)
+            captions.append("" if drop else sample.caption or "")
+        return self.encode(captions)
+
+    def encode(self, captions: Sequence[str]) -> Text:
+        """Features of captions with or without the word."""
+        return self._trained([prepare(caption, self.clean, self.concepts) for caption in captions])
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Features [B, M, D] of tokens [B, M]."""
@@ -96,6 +100,14 @@ class TextualInversion(TextToImage):
         self.freeze(self.transformer)
         assert self.text_encoder is not None
         self.freeze(self.text_encoder)
+
+    @torch.no_grad()
+    def prompts(self, texts: Sequence[str]) -> dict[str, Any]:
+        """As features: the models' own tokenizer does not know the word."""
+        learned: Any = self.texts
+        embeds, mask = (each.chunk(2) for each in learned.encode([*texts, *[""] * len(texts)]))
+        given = {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
+        return {**given, "negative_prompt_embeds": embeds[1], "negative_prompt_attention_mask": mask[1]}
 
     def export(self, folder: Path) -> None:
         """``learned_embeds.safetensors``, as ``load_textual_inversion`` reads it here and in diffusers."""

@@ -286,9 +286,9 @@ class Configuration(Settings):
 
     @property
     def trains_texts(self) -> bool:
-        """Whether the text encoder changes."""
+        """Whether captions are encoded in another way after a step."""
         adapted = self.adapter is not None and self.adapter.text_encoder_rank is not None
-        return bool(self.models.text_encoder.train) or adapted
+        return bool(self.models.text_encoder.train) or adapted or self.objective.kind == "textual-inversion"
 
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
@@ -311,8 +311,11 @@ class Configuration(Settings):
                 raise ValueError(f"checkpoints.best: {best} needs a validation, or leave it out")
             if best not in measured:
                 raise ValueError(f"checkpoints.best: {self.objective.kind} measures {', '.join(measured)}, not {best}")
-        if self.adapter is not None and self.export == "pipeline":
-            raise ValueError("export: the result of training an adapter is its file; leave it 'trained'")
+        if self.export == "pipeline" and (self.adapter is not None or self.objective.kind == "textual-inversion"):
+            what = "an adapter" if self.adapter is not None else "a word"
+            raise ValueError(f"export: the result of training {what} is its file; leave it 'trained'")
+        if self.samples is not None and self.objective.kind in ("autoencoder", "text-encoder"):
+            raise ValueError(f"samples: {self.objective.kind} has no model that generates images; leave it out")
         return self
 
     @model_validator(mode="after")
