@@ -89,7 +89,7 @@ def test_an_adapter_is_trained_saved_and_loaded(kind: str, tmp_path: Path) -> No
             assert all(torch.equal(again[name].tensors[part], tensor) for part, tensor in layer.tensors.items())
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_peft_loads_what_is_saved_in_its_form(kind: str, tmp_path: Path) -> None:
     model = with_adapter(kind)
     model.save_lora_adapter(tmp_path, weight_name="adapter_model.safetensors")

@@ -81,8 +81,20 @@ def write_adapter(
     make_folder(target.parent)
     write_file(target, serialize(tensors, metadata))
     if peft_form and plain:
-        write_json(target.parent / CONFIG_NAME, next(iter(plain.values())))
+        component, config = next(iter(plain.items()))
+        write_json(target.parent / CONFIG_NAME, _without_scale(config, components[component]))
     return target
+
+
+def _without_scale(config: dict[str, Any], layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
+    """peft's config, in which alpha equals the rank for layers whose scale is in their matrices; see ``stored``."""
+    ranks = config.get("rank_pattern") or {}
+    scaled = {name: ranks.get(name, config["r"]) for name, layer in layers.items() if _has_scale_inside(layer)}
+    return {**config, "alpha_pattern": {**(config.get("alpha_pattern") or {}), **scaled}} if scaled else config
+
+
+def _has_scale_inside(layer: AdapterLayer) -> bool:
+    return layer.kind == "lokr" and layer.rank is None  # whole matrices: readers take no alpha
 
 
 def stored(layer: AdapterLayer) -> dict[str, Tensor]:
@@ -90,7 +102,7 @@ def stored(layer: AdapterLayer) -> dict[str, Tensor]:
     tensors = dict(layer.tensors)
     magnitude = tensors.pop("magnitude", None)
     rank, scale = layer.rank, layer.scale
-    if rank is None and layer.kind == "lokr":  # whole matrices: readers take no alpha
+    if _has_scale_inside(layer):
         tensors["w1"], rank, scale = tensors["w1"] * scale, 1, 1.0
     prefix = {"lokr": "lokr_", "loha": "hada_"}.get(layer.kind, "")
     found = {_LORA[part] if layer.kind == "lora" else prefix + part: tensor for part, tensor in tensors.items()}
