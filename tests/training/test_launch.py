@@ -253,6 +253,24 @@ def test_a_dry_run_shows_data_memory_and_time_and_writes_nothing(place: Path, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_left_out_is_counted(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = write_images(tmp_path / "images")
+    for name in ("000.png", "001.png"):
+        (images / name).write_bytes(b"no image")
+    (images / "002.png").write_bytes((images / "002.png").read_bytes()[:-30])  # its size can be read
+    lines = (images / "metadata.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({"file_name": "003.png", "text": ""})
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    data = {"sources": [{"path": str(images)}], "batch_size": 8, "sizes": [[16, 16]], "max_broken": 5}
+    text = preview(configuration(place, data=data), tmp_path / "run")
+    assert "16 x 16: 29 images" in text
+    left_out = [line.strip() for line in text.splitlines() if "left out" in line]
+    assert left_out == ["left out: 2 cannot be read as an image", "left out: 1 it has no caption"]
+    launch(configuration(place, data=data), tmp_path / "run")
+    assert "2 images are left out: cannot be read as an image" in caplog.text
+    assert "1 images were left out while training: cannot be read as an image" in caplog.text
+
+
 def test_a_dry_run_generates_no_class_images(place: Path, tmp_path: Path) -> None:
     generated = {"path": str(tmp_path / "class"), "caption": "a photo of a dog", "generate": {"count": 12}}
     data = {"sources": [{"path": str(place / "images")}, generated], "batch_size": 8, "sizes": [[16, 16]]}

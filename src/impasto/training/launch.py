@@ -52,7 +52,7 @@ def launch(
     with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
         assembled = assemble(configuration, folder, sources, checks, processes, folder / "sizes")
         if processes.is_main:
-            for reason, count in assembled.data.order.dropped.items():
+            for reason, count in assembled.data.left_out.items():
                 logger.warning("%d images are left out: %s", count, reason)
 
         def started() -> None:
@@ -67,6 +67,8 @@ def launch(
                 _export(configuration, assembled, folder / "result")
         finally:
             assembled.data.close()
+            for reason, count in assembled.data.faults.counts().items():
+                logger.warning("%d images were left out while training: %s", count, reason)
     return stopped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,6 +207,7 @@ def open_data(
     held: Source | None = None
     if wanted is not None and wanted.source is not None:
         held = open_source(wanted.source, kinds, settings.max_broken, indices)
+    unusable = sum((faults_of(source) for source in (*opened, held)), Counter[str]())
     caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
     for cache in caches:
         assert isinstance(configuration.objective, Denoising)
@@ -225,12 +227,18 @@ def open_data(
     order = Order(
         opened, buckets, settings.batch_size, configuration.seed, repeats, shares, pack_pixels=settings.pack_pixels
     )
-    data = Data(order, opened, settings.workers, settings.max_broken)
+    data = Data(order, opened, settings.workers, settings.max_broken, unusable)
     if wanted is None or held is None:
         return data, None, caches
     at_once = wanted.batch_size or configuration.micro_batch or 16
     faults = data.faults if wanted.source is None else Faults("validation", settings.max_broken, len(held))
     return data, Validation.read(held, buckets, wanted.count, at_once, faults), caches
+
+
+def faults_of(source: Source | None) -> Counter[str]:
+    """How many samples, or whole shards, a source has left out, by reason."""
+    found = [getattr(source, name, None) for name in ("faults", "damaged")]
+    return sum((each.counts() for each in found if each is not None), Counter[str]())
 
 
 def buckets_of(settings: DataSettings) -> Buckets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 
 from ...checks import finite
@@ -12,6 +13,7 @@ logger = logging.getLogger("impasto")
 
 _SHOWN = 3  # in the error
 _LOGGED = 100  # by name; beyond that they are counted only
+_QUOTED = re.compile(r"'[^']*' ?")  # such as the path of a file
 
 
 class Faults:
@@ -54,4 +56,4 @@ class Faults:
 
     def counts(self) -> Counter[str]:
         """How many faults there are, by reason, without what differs from file to file."""
-        return Counter(reason.split(":")[0] for reason in self.reasons.values())
+        return Counter(_QUOTED.sub("", reason).split(":")[0] for reason in self.reasons.values())

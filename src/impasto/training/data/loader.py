@@ -7,7 +7,8 @@ import math
 import os
 import pickle
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,13 +35,23 @@ class Data:
         sources: the same as those of the order.
         workers: processes that read ahead; 0 reads in this process when a batch is asked for.
         max_broken: how many samples may turn out to be broken: below 1 a share of all, else a number.
+        unusable: how many samples the sources have left out from the beginning, by reason.
 
     Attributes:
+        left_out: how many samples are in no batch, by reason.
         faults: the samples that turned out to be broken, by name.
     """
 
-    def __init__(self, order: Order, sources: Sequence[Source], workers: int = 0, max_broken: float = 0.01):
+    def __init__(
+        self,
+        order: Order,
+        sources: Sequence[Source],
+        workers: int = 0,
+        max_broken: float = 0.01,
+        unusable: Mapping[str, int] | None = None,
+    ):
         self.order, self.sources = order, sources
+        self.left_out = Counter(unusable or {}) + order.dropped
         self.workers = whole_number("workers", workers, 0, 256, error=ConfigurationError)
         self.faults = Faults("the data", max_broken, sum(len(source) for source in sources))
         self._reader: tuple[tuple[int, int, int], Iterator[_Read]] | None = None  # for (step, rank, world)
