@@ -16,6 +16,7 @@ from impasto.nn import machine
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.serving import admission
 from impasto.serving import fleet as fleets
+from impasto.serving.admission import Admission
 from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.entries import Tally
 from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
@@ -392,16 +393,17 @@ async def test_images_to_edit_are_bounded(model: str) -> None:
     fleet = fleet_of({"tiny": model}, waiting=4)
     engine = await started(fleet)
     given = GivenImages((RawImage(16, 16, bytes(768)),), bytes(256))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(admission, "MOST_GIVEN", 2048)
-        fleet.submit([job("1", given=given), job("2", given=given), job("3")])
-        with pytest.raises(QueueFullError, match="to edit"):
-            fleet.submit([job("4", given=given)])
-        engine.turn(Finished("1", PIXEL))
-        await settle()
+    assert Admission({}, 4, fleet.stats, free=200 << 20).most_given == 10 << 20  # twice as much may be in memory
+    assert fleet.admission.most_given <= admission.MOST_GIVEN
+    fleet.admission.most_given = 2048
+    fleet.submit([job("1", given=given), job("2", given=given), job("3")])
+    with pytest.raises(QueueFullError, match="to edit"):
         fleet.submit([job("4", given=given)])
-        with pytest.raises(TooLargeError, match="fewer"):  # it never fits
-            fleet.submit([job(str(i), given=given) for i in range(5, 8)])
+    engine.turn(Finished("1", PIXEL))
+    await settle()
+    fleet.submit([job("4", given=given)])
+    with pytest.raises(TooLargeError, match="fewer"):  # it never fits
+        fleet.submit([job(str(i), given=given) for i in range(5, 8)])
     with pytest.raises(TooLargeError, match="at most 4 images"):
         fleet.submit([job(str(i)) for i in range(5, 10)])
     await fleet.close()

@@ -12,8 +12,9 @@ from .stats import Stats
 
 #: Seconds after which clients try again, at most: with more, they do not.
 MOST_RETRY_AFTER = 120
-#: Bytes of the images and masks that were given for jobs which have not ended.
-MOST_GIVEN = 2_000_000_000
+#: Bytes of the images and masks that were given for jobs which have not ended: at most, and as a share of the free
+#: memory, as they may be here and in an engine.
+MOST_GIVEN, SHARE_GIVEN = 2_000_000_000, 0.05
 
 
 class Admission:
@@ -23,10 +24,12 @@ class Admission:
         served: the models, with the jobs of each.
         limit: how many jobs may be unfinished.
         stats: counts what is refused.
+        free: bytes of memory that this machine has free.
     """
 
-    def __init__(self, served: Mapping[str, Served], limit: int, stats: Stats):
+    def __init__(self, served: Mapping[str, Served], limit: int, stats: Stats, free: int):
         self.served, self.limit, self.stats = served, limit, stats
+        self.most_given = min(MOST_GIVEN, int(SHARE_GIVEN * free))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Check that all of these jobs can be accepted.
@@ -45,14 +48,14 @@ class Admission:
                     f"at most {side} x {side} do"
                 )
         given = sum(map(given_bytes, jobs))
-        if len(jobs) > self.limit or given > MOST_GIVEN:
+        if len(jobs) > self.limit or given > self.most_given:
             self.stats.rejected["size"] += len(jobs)
             what = f"{len(jobs)} images" if len(jobs) > self.limit else f"{given:,} bytes of images to edit"
             raise TooLargeError(
-                f"the request has {what}; this server accepts at most {self.limit} images, and {MOST_GIVEN:,} bytes "
-                "of images to edit, one for each result; ask for fewer at once"
+                f"the request has {what}; this server accepts at most {self.limit} images, and {self.most_given:,} "
+                "bytes of images to edit, one for each result; ask for fewer at once"
             )
-        if given and self.given + given > MOST_GIVEN:
+        if given and self.given + given > self.most_given:
             self.stats.rejected["full"] += len(jobs)
             raise QueueFullError("too many images to edit are waiting; try again later", self.retry_after(len(jobs)))
         if self.unfinished + len(jobs) > self.limit:

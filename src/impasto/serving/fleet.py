@@ -72,7 +72,7 @@ class Fleet:
         costs: Mapping[str, StepCosts] | None = None,
         process: Callable[[EngineSpec, Callable[[Any, Any], None]], EngineProcess] = EngineProcess,
     ):
-        from ..nn.machine import free_memory
+        from ..nn.machine import CPU, free_memory
         from .engine.loading import SHARE_OF_FREE, device_of
 
         if not models:
@@ -94,7 +94,7 @@ class Fleet:
         self.adapters: Mapping[str, str] = dict(adapters or {})
         self.recorded, self.run_process = dict(costs or {}), process
         self.stats = Stats()
-        self.admission = Admission(self.served, waiting, self.stats)
+        self.admission = Admission(self.served, waiting, self.stats, free_memory(CPU))
         self.draining = self.closed = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.watch: asyncio.Task[None] | None = None
