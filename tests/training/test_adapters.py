@@ -73,6 +73,31 @@ def test_only_the_adapter_is_trained(adapter: dict[str, Any], place: Path, tmp_p
     assert not found.objective.state_buffers()
 
 
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_it_is_trained_on_quantized_weights(base: str, place: Path, tmp_path: Path) -> None:
+    wanted = configuration(place, {"base": base}, optimizer={"rate": 1e-2}, steps=24)
+    launch(wanted, tmp_path)
+    losses = [row["validation"] for row in rows(tmp_path) if "validation" in row]
+    assert losses[-1] < losses[0]
+    pipe = PixArtSigmaPipeline.from_pretrained(place / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    before = latents(pipe)
+    pipe.load_lora_weights(tmp_path / "result")  # on plain weights
+    assert not torch.equal(latents(pipe), before)
+
+
+def test_each_has_the_rate_that_is_written(place: Path, tmp_path: Path) -> None:
+    wanted = configuration(place, {"text_encoder_rank": 2}, schedule={"kind": "constant"})
+    assembled = assemble(wanted, tmp_path)
+    run = Run(assembled.objective.train(), wanted)
+    loss, _ = run.gradients(assembled.data.batch(0))
+    run.update(0, loss)
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    found = {name.split(".")[0]: rates[id(parameter)] for name, parameter in run.masters.named.items()}
+    assert found == {"transformer": 1e-2, "text_encoder": 1e-3}
+
+
 def test_targets_that_do_not_exist_are_named(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="to_nowhere"):
         assemble(configuration(place, {"targets": ["to_nowhere"]}), tmp_path)
