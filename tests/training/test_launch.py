@@ -58,8 +58,10 @@ def test_a_transformer_is_trained_measured_sampled_and_saved(place: Path, tmp_pa
         checkpoints={"every": 8, "keep": 1},
         validation={"count": 8},
         samples={"prompts": ["a red cube", "a blue cube"], "steps": 1},
+        report={"progress": False, "peak_flops": 1e9},
     )
     launch(wanted, tmp_path)
+    assert all(row["utilization"] > 0 for row in rows(tmp_path) if "images_per_second" in row)
     losses = [row["validation"] for row in rows(tmp_path) if "validation" in row]
     assert len(losses) == 3
     assert losses[-1] < losses[0]

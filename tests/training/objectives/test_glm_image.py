@@ -16,9 +16,13 @@ from impasto.models.glm_image.prior import target_offsets
 from impasto.pipelines.glm_image_stages import shift_of, shifted
 from impasto.pipelines.request import Schedule
 from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from impasto.training.data.sample import Batch as SampleBatch
+from impasto.training.data.sample import Sample
 from impasto.training.objectives.base import ByStep, Tensors
 from impasto.training.objectives.flow_matching import Batch, FlowMatching, Reference, initialize
+from impasto.training.objectives.glm_image import GlmImageFlowMatching
 from impasto.training.objectives.prior import Prior, Sequences, eager_attention, join, scores
+from impasto.training.objectives.text_to_image import Latents
 from impasto.training.objectives.visual_codebook import (
     CodeReader,
     Images,
@@ -239,6 +243,16 @@ def test_a_transformer_learns_from_tokens_and_references(
     train(FlowMatching(again), data, plan, tmp_path)
     for name, value in transformer.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_operations_are_those_of_linear_layers_and_attention(transformer: GlmImageTransformer2DModel) -> None:
+    """Of N image tokens: 24 D² N in linear layers, 4 D N² in attention; forward and twice backward."""
+    one = GlmImageFlowMatching(transformer, Latents({}), None, None, None, None)
+    width, layers, tokens = transformer.inner_dim, len(transformer.transformer_blocks), 4 * 6
+    posterior = (torch.zeros(4, 8, 12), torch.ones(4, 8, 12))
+    batch = SampleBatch([Sample(posterior=posterior)] * 2, 0, 2, 0)
+    forward = layers * (24 * width**2 * tokens + 4 * width * tokens**2)
+    assert one.flops(batch) == 3 * 2 * forward
 
 
 def test_times_are_logit_normal() -> None:

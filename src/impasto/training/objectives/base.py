@@ -143,3 +143,9 @@ class ByStep:
         if isinstance(values, Batch):
             return values
         return Tensors(values, len(values[0]) if self.size is None else self.size, step)
+
+
+def linear_weights(module: nn.Module) -> dict[str, int]:
+    """The numbers of weights of linear layers, quantized or not, by name: each multiplies a token once."""
+    layers = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+    return {name: layer.in_features * layer.out_features for name, layer in layers}

@@ -21,7 +21,7 @@ from ...pipelines.glyphs import encode_glyphs
 from ..data.sample import Batch as Samples
 from ..data.sample import Sample
 from ..running.randomness import Randomness
-from .base import Loss, Tensors
+from .base import Loss, Tensors, linear_weights
 from .flow_matching import Batch, FlowMatching
 from .text_to_image import Latents, loss_mask
 
@@ -80,6 +80,18 @@ class GlmImageFlowMatching(FlowMatching):
         if len(images) < len(samples) or self.prior is None:
             raise InputError("GLM-Image is trained on images, or on samples with prior_token_ids")
         return image_tokens(self.prior, self.processor, torch.stack(images))
+
+    def flops(self, batch: Samples) -> float:
+        """Products of the transformer on image tokens; those on glyphs, which are few, are not counted."""
+        config, blocks = self.transformer.config, self.transformer.transformer_blocks
+        of_tokens = sum(n for name, n in linear_weights(blocks).items() if ".norm1." not in name)
+        attention = 4 * config["num_attention_heads"] * config["attention_head_dim"] * len(blocks)  # of two tokens
+        total = 0.0
+        for sample in batch.samples:
+            height, width = self.latents.size(sample)
+            tokens = height * width / config["patch_size"] ** 2
+            total += tokens * (2 * of_tokens + tokens * attention)
+        return total * (3 if next(blocks.parameters()).requires_grad else 2)
 
     def export(self, folder: Path) -> None:
         self.transformer.save_pretrained(folder / "transformer")

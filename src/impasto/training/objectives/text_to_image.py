@@ -23,7 +23,7 @@ from ...transforms.token_routing import TokenRouting
 from ..data.sample import Batch, Sample, stacked
 from ..running.randomness import Randomness
 from .autoencoder import images_of
-from .base import Loss, Objective
+from .base import Loss, Objective, linear_weights
 from .diffusion_loss import DiffusionLoss, Weighting
 from .labels import LabelHead
 from .texts import Texts
@@ -62,6 +62,14 @@ class Latents(nn.Module):
         images = images_of(samples, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
         distribution = self.vae.encode(images).latent_dist
         return distribution.mean.float(), distribution.std.float()
+
+    def size(self, sample: Sample) -> tuple[int, int]:
+        """Height and width of a sample's latents."""
+        if sample.posterior is not None:
+            return sample.posterior[0].shape[-2], sample.posterior[0].shape[-1]
+        assert sample.image is not None
+        factor = 8 if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return sample.image.shape[-2] // factor, sample.image.shape[-1] // factor
 
 
 class TextToImage(Objective):
@@ -247,7 +255,7 @@ class TextToImage(Objective):
         passes = 3 if next(self.transformer.transformer_blocks.parameters()).requires_grad else 2
         total = 0.0
         for sample in batch.samples:
-            height, columns = self._latent_size(sample)
+            height, columns = self.latents.size(sample)
             tokens = height * columns / config["patch_size"] ** 2
             attention = 4 * tokens * width * (tokens + self.texts.tokens) * layers
             total += 2 * (of_image * tokens + of_text * self.texts.tokens) + attention
@@ -257,17 +265,9 @@ class TextToImage(Objective):
     @functools.cached_property
     def _block_weights(self) -> tuple[int, int]:
         """Weights of the blocks' matrices that multiply image tokens, and of those that multiply text tokens."""
-        named = self.transformer.transformer_blocks.named_parameters()
-        matrices = [(name, p) for name, p in named if p.ndim >= 2 and "scale_shift_table" not in name]
-        of_text = sum(p.numel() for name, p in matrices if ".attn2.to_k." in name or ".attn2.to_v." in name)
-        return sum(p.numel() for _, p in matrices) - of_text, of_text
-
-    def _latent_size(self, sample: Sample) -> tuple[int, int]:
-        if sample.posterior is not None:
-            return sample.posterior[0].shape[-2], sample.posterior[0].shape[-1]
-        assert sample.image is not None
-        factor = 8 if self.latents.vae is None else 2 ** (len(self.latents.vae.config["block_out_channels"]) - 1)
-        return sample.image.shape[-2] // factor, sample.image.shape[-1] // factor
+        weights = linear_weights(self.transformer.transformer_blocks)
+        of_text = sum(n for name, n in weights.items() if ".attn2.to_k" in name or ".attn2.to_v" in name)
+        return sum(weights.values()) - of_text, of_text
 
     def export(self, folder: Path) -> None:
         """The models that were trained, each in its folder."""
