@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "one beta": ("optimizer: {betas: [0.9]}", "optimizer: muon has 2 betas, not 1"),
     "the confidence of AdamW": ("optimizer: {name: adamw, betas: [0.9, 0.99, 0.9]}", "adamw has 2 betas, not 3"),
-    "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps has no effect with came"),
+    "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps is not one of came's"),
     "a caption of a cache": (
         "data: {sources: [{kind: cache, path: x, caption: y}]}",
         "data.sources.0: caption has no effect on a source of the kind cache",

@@ -216,12 +216,6 @@ class AdapterSettings(Section):
     )
     base: Literal["plain", "int8", "nf4"] = "plain"
 
-    @model_validator(mode="after")
-    def _used(self) -> AdapterSettings:
-        if self.text_encoder_rank is None:
-            self.refuse("text_encoder_targets", "without text_encoder_rank")
-        return self
-
 
 class ValidationSettings(Section):
     """Measured with each checkpoint on the averages: the loss of a fixed set of (image, noise, timestep).
@@ -298,8 +292,6 @@ class Configuration(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
-        if self.parallel in ("none", "ddp", "fsdp"):
-            self.refuse("hsdp_shards", f"with parallel {self.parallel}")
         cached = any(source.kind == "cache" for source in self.sources)
         if cached and not isinstance(self.objective, Denoising):
             raise ValueError(f"a cache has no images, which the objective {self.objective.kind} needs; name the images")
