@@ -178,7 +178,7 @@ def test_the_command_with_its_options(end: signal.Signals, tmp_path: Path):
             assert len([*(tmp_path / "kept").rglob("*.png")]) == 4  # all so far
             for changes in ({"num_inference_steps": 61}, {"size": "192x192"}, {"lora": [{"name": "other"}]}):
                 assert ask(**changes).status_code == 400, changes
-            assert "3" in ask(n=4).json()["error"]["message"]  # --queue
+            assert "accepts at most 3 images" in ask(n=4).json()["error"]["message"]  # --queue
             with client.stream(
                 "POST", "v1/images/generations", json=wanted | {"stream": True, "num_inference_steps": 60}
             ) as answer:

@@ -61,7 +61,7 @@ def stored(module: nn.Module) -> Iterator[Tensor]:
 def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any, **options: Any) -> Tensor:
     """Attention that keeps no scores; on the meta device torch takes the formula."""
     assert mask is None
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=options.get("scale"))[0]  # type: ignore[no-any-return]
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=options.get("scale"))[0]
 
 
 def peak_of_a_step(base: str, layers: int, pixels: int) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def peak_of_a_step(base: str, layers: int, pixels: int) -> tuple[int, int]:
         model = GlmImageTransformer2DModel(num_attention_heads=32, attention_head_dim=128, num_layers=layers)
     torch.set_default_dtype(default)
     model.requires_grad_(False)
-    quantize(model, base, keep_originals=False)  # type: ignore[arg-type]
+    quantize(model, base, keep_originals=False)
     add(model, adapter_config(settings, settings.rank, settings.targets), "default")
     model.enable_gradient_checkpointing()
     latents, tokens = pixels // 8, (pixels // 16) ** 2

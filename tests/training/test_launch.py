@@ -267,7 +267,7 @@ def test_what_is_left_out_is_counted(place: Path, tmp_path: Path, caplog: pytest
     text = preview(configuration(place, data=data), tmp_path / "run")
     assert "16 x 16: 29 images" in text
     left_out = [line.strip() for line in text.splitlines() if "left out" in line]
-    assert left_out == ["left out: 2 cannot be read as an image", "left out: 1 it has no caption"]
+    assert left_out == ["left out: 2: cannot be read as an image", "left out: 1: it has no caption"]
     launch(configuration(place, data=data), tmp_path / "run")
     assert "2 images are left out: cannot be read as an image" in caplog.text
     assert "1 images were left out while training: cannot be read as an image" in caplog.text

@@ -117,7 +117,7 @@ def merged_as_comfyui(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> 
         change, rank = up @ down, len(down)
     halves = [take(f"hada_w{i}_{half}") for i in (1, 2) for half in "ab"]
     if all(half is not None for half in halves):
-        change, rank = (halves[0] @ halves[1]) * (halves[2] @ halves[3]), len(halves[1])  # type: ignore
+        change, rank = (halves[0] @ halves[1]) * (halves[2] @ halves[3]), len(halves[1])
     factors = []
     for i in (1, 2):
         whole, left, right = take(f"lokr_w{i}"), take(f"lokr_w{i}_a"), take(f"lokr_w{i}_b")
@@ -125,7 +125,7 @@ def merged_as_comfyui(weight: Tensor, name: str, tensors: dict[str, Tensor]) -> 
             whole, rank = left @ right, len(right)
         factors.append(whole)
     if all(factor is not None for factor in factors):
-        change = torch.kron(*factors)  # type: ignore[arg-type]
+        change = torch.kron(*factors)
     if change is None:
         return weight
     weight = weight + change * (float(alpha) / rank if alpha is not None and rank else 1.0)

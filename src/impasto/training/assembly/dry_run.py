@@ -29,7 +29,7 @@ def describe(configuration: Configuration, assembled: Assembled) -> str:
     lines = ["", "data"]
     for (height, width), count in sorted(order.in_buckets.items()):
         lines.append(f"  {height} x {width}: {count} images")
-    lines += [f"  left out: {count} {reason}" for reason, count in data.left_out.items()]
+    lines += [f"  left out: {count}: {reason}" for reason, count in data.left_out.items()]
     for source in configuration.data.sources:
         if count := lacking(source):
             lines.append(f"  {count} class images will be generated in {source.path}")
