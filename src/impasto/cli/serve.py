@@ -111,45 +111,48 @@ def serve(
     if (c2pa_cert is None) != (c2pa_key is None):
         raise InputError("--c2pa-cert and --c2pa-key belong together; give both")
 
-    from ..serving.http.app import create_app
-    from ..serving.http.keys import read_keys
-    from ..serving.http.provenance import make_signer
-    from ..serving.http.server import bind, make_server
-    from ..serving.http.settings import HttpSettings
+    from ..serving.engine.spawning import spawn
 
-    keys = () if api_key_file is None else read_keys(api_key_file)
-    signer = None if c2pa_cert is None or c2pa_key is None else make_signer(c2pa_cert, c2pa_key, pipelines.version())
-    bound = bind(host, port)
-    try:
-        hosts = allowed_hosts(host, bound, bool(keys), allow_anyone)
-        settings = HttpSettings(
-            keys=keys,
-            origins=tuple(allow_origin or ()),
-            hosts=hosts,
-            max_body=parse_size(max_body),
-            max_buffered=max(HttpSettings.max_buffered, 4 * parse_size(max_body)),
-            max_steps=max_steps,
-            deadline_seconds=timeout,
-            storage=storage,
-            storage_bytes=parse_size(storage_limit),
-            public_url=public_url,
-            settings_in_images=not no_settings,
-            signer=signer,
-            log_prompts=log_prompts,
-        )
-
+    with spawn() as first:  # it imports for seconds, as this process does
+        from ..serving.engine.process import starting_with
         from ..serving.fleet import Fleet
+        from ..serving.http.app import create_app
+        from ..serving.http.keys import read_keys
+        from ..serving.http.provenance import make_signer
+        from ..serving.http.server import bind, make_server
+        from ..serving.http.settings import HttpSettings
         from ..serving.served import bounded
 
-        check_adapters(adapters)
-        chosen_dtype = None if dtype is DType.AUTO else dtype.value
-        fleet = Fleet(models, aliases, adapters, device, chosen_dtype, memory_budget, queue)
-        fleet.models = {name: bounded(one, max_side) for name, one in fleet.models.items()}
-        server = make_server(create_app(fleet, settings), fleet, settings, drain)
-        logging.getLogger("impasto.serve").setLevel(logging.INFO)
-        asyncio.run(run(fleet, server, bound, announcement(models, bound, settings, api_key_file)))
-    finally:
-        bound.close()
+        keys = () if api_key_file is None else read_keys(api_key_file)
+        signer = None
+        if c2pa_cert is not None and c2pa_key is not None:
+            signer = make_signer(c2pa_cert, c2pa_key, pipelines.version())
+        with bind(host, port) as bound:
+            hosts = allowed_hosts(host, bound, bool(keys), allow_anyone)
+            settings = HttpSettings(
+                keys=keys,
+                origins=tuple(allow_origin or ()),
+                hosts=hosts,
+                max_body=parse_size(max_body),
+                max_buffered=max(HttpSettings.max_buffered, 4 * parse_size(max_body)),
+                max_steps=max_steps,
+                deadline_seconds=timeout,
+                storage=storage,
+                storage_bytes=parse_size(storage_limit),
+                public_url=public_url,
+                settings_in_images=not no_settings,
+                signer=signer,
+                log_prompts=log_prompts,
+            )
+            check_adapters(adapters)
+            chosen_dtype = None if dtype is DType.AUTO else dtype.value
+            fleet = Fleet(
+                models, aliases, adapters, device, chosen_dtype, memory_budget, queue, process=starting_with(first)
+            )
+            fleet.models = {name: bounded(one, max_side) for name, one in fleet.models.items()}
+            server = make_server(create_app(fleet, settings), fleet, settings, drain)
+            logging.getLogger("impasto.serve").setLevel(logging.INFO)
+            asyncio.run(run(fleet, server, bound, announcement(models, bound, settings, api_key_file)))
 
 
 async def run(fleet: Fleet, server: Server, bound: socket.socket, ready: Sequence[str]) -> None:

@@ -103,22 +103,23 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
     queries[..., :-1] = query
     queries[..., -1:] = -peak
-    keys = _with_ones(key).transpose(2, 3)  # [B, heads, d + 1, M]
-    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)  # [B, heads, N, d]
+    # Images are short where they are many: a tile may have heads of several.
+    queries, keys, values = (x.flatten(0, 1) for x in (queries, _with_ones(key), value))  # [B * heads, N or M, ...]
+    found = value.new_empty(batch * heads, length, value.shape[3])
 
     rows = max(min(_LEAST_ROWS, length), _TILE_SCORES // key.shape[2])
-    at_once = max(1, rows // length)  # heads
-    for image in range(batch):
-        for first in range(0, heads, at_once):
-            group = slice(first, first + at_once)
-            for start in range(0, length, rows):
-                tile = slice(start, start + rows)
-                some = queries[image, group, tile]  # [g, n, d + 1]
-                scores = some.new_empty(*some.shape[:2], key.shape[2])  # [g, n, M]
-                torch.baddbmm(scores, some, keys[image, group], beta=0, alpha=scale, out=scores)
-                weights = torch.softmax(scores, dim=-1, out=scores)
-                out[image, group, tile] = weights @ value[image, group]  # [g, n, d]
-    return out
+    at_once = min(batch * heads, max(1, rows // length))  # heads
+    tile = query.new_empty(at_once, min(rows, length), key.shape[2])
+    for first in range(0, batch * heads, at_once):
+        group = slice(first, first + at_once)
+        for start in range(0, length, rows):
+            some = queries[group, start : start + rows]  # [g, n, d + 1]
+            scores = tile[: some.shape[0], : some.shape[1]]  # [g, n, M]
+            torch.baddbmm(scores, some, keys[group].transpose(1, 2), beta=0, alpha=scale, out=scores)
+            weights = torch.softmax(scores, dim=-1, out=scores)
+            torch.bmm(weights, values[group], out=found[group, start : start + rows])  # [g, n, d]
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)  # [B, heads, N, d]
+    return out.copy_(found.view(batch, heads, length, -1))
 
 
 def _peak(query: Tensor, key: Tensor) -> Tensor:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing
 import os
 import queue
-import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from .costs import StepCosts
 from .entries import Tally, reason_of
 from .loading import load_pipeline, measure_costs, memory_need, prepare_memory
 from .loop import Engine
+from .spawning import Spawned, spawn
 from .spec import EngineSpec
 
 logger = logging.getLogger("impasto")
@@ -71,18 +70,16 @@ class EngineProcess:
 
     Args:
         receive: called with each message, and with None once the process has ended, in a thread.
+        spawned: a process that was started before; None: start one.
     """
 
-    def __init__(self, spec: EngineSpec, receive: Callable[[EngineProcess, Any], None]):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, spec: EngineSpec, receive: Callable[[EngineProcess, Any], None], spawned: Spawned | None = None):
+        spawned = spawned or spawn()
         self.spec, self.receive = spec, receive
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=run_engine, args=(theirs, spec), name=f"impasto {spec.name}", daemon=True)
-        self.process.start()
-        theirs.close()
-        atexit.register(self.kill)  # before multiprocessing waits for it: it ignores the signal that asks it to end
+        self.process, self.connection = spawned.process, spawned.connection
         # The pipe may be full while the engine computes: nobody waits for it but this thread.
         self.outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.outgoing.put(spec)
         threading.Thread(target=self._send, name=f"to {spec.name}", daemon=True).start()
         threading.Thread(target=self._receive, name=f"from {spec.name}", daemon=True).start()
 
@@ -118,10 +115,16 @@ class EngineProcess:
                 break
             self.receive(self, message)
         self.process.join()
-        atexit.unregister(self.kill)
+        atexit.unregister(self.process.kill)
         self.outgoing.put(None)
         self.connection.close()
         self.receive(self, None)
+
+
+def starting_with(spawned: Spawned) -> Callable[[EngineSpec, Callable[[Any, Any], None]], EngineProcess]:
+    """What makes engines, the first of them of a process that was started before."""
+    first = [spawned]
+    return lambda spec, receive: EngineProcess(spec, receive, first.pop() if first else None)
 
 
 # --- in the process ---
@@ -133,10 +136,7 @@ def without_prompts(record: logging.LogRecord) -> bool:
 
 
 def run_engine(connection: Connection, spec: EngineSpec) -> None:
-    """The program of an engine's process."""
-    # Both come to the whole group of processes when the server is to end. It decides when the engine does.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Load a model and generate images with it until the connection is closed."""
     logger.addFilter(without_prompts)
     incoming: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, incoming), daemon=True).start()
