@@ -47,7 +47,8 @@ HAS_BROWSER = (test -x "$$IMPASTO_BROWSER" || command -v chromium || command -v 
 test-browser: $(STAMP)
 	@$(PIP) --editable '.[test-browser]'
 	@$(HAS_BROWSER) || test "$$(id -u)" != 0 || \
-	(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	(apt-get -o Acquire::Retries=3 update -qq && \
+	apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends chromium)
 	@$(HAS_BROWSER) || \
 	(echo "Install chromium, or set IMPASTO_BROWSER to the path of a browser that is built on it." >&2; exit 1)
 	$(BIN)/python -m pytest -m browser tests/browser $(PYTEST_ARGS)

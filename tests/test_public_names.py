@@ -105,6 +105,15 @@ def test_pixart_loads_no_other_family_and_nothing_that_only_some_calls_need() ->
     assert "torch._dynamo" not in loaded  # the compiler, whose import takes as long as that of torch
 
 
+def test_building_a_model_on_the_meta_device_does_not_import_the_compiler() -> None:
+    """As inspecting a checkpoint does, and so every start of a server."""
+    build = "impasto.PixArtTransformer2DModel(num_layers=1); impasto.AutoencoderKL()"
+    code = (
+        f"import sys, torch, impasto; torch.set_default_device('meta'); {build}; print('torch._dynamo' in sys.modules)"
+    )
+    assert run(code) == "False"
+
+
 def test_type_checkers_see_the_same_names_as_the_interpreter() -> None:
     """The imports under TYPE_CHECKING, the table of lazy names and ``__all__`` say the same thing."""
     tree = ast.parse(Path(impasto.__file__).read_text(encoding="utf-8"))

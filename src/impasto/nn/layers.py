@@ -58,6 +58,16 @@ def _visits_images(x: Tensor, layout: Layout | None) -> bool:
     return layout is None or not layout.copies
 
 
+def modulation_table(rows: int, width: int) -> nn.Parameter:
+    """[rows, width] of deviation 1 / sqrt(width), as the original starts.
+
+    Not on the meta device, where random normal numbers make torch import its compiler: for seconds, and for nothing.
+    """
+    if torch.get_default_device().type == "meta":
+        return nn.Parameter(torch.empty(rows, width))
+    return nn.Parameter(torch.randn(rows, width) / width**0.5)
+
+
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """[B, height * width, p * p * C] -> [B, C, height * p, width * p]."""
     grid = torch.unflatten(torch.unflatten(tokens, 1, (height, width)), -1, (patch_size, patch_size, -1))

@@ -18,7 +18,7 @@ from ...nn.backends.onednn import linear
 from ...nn.changes import dtype_of
 from ...nn.embeddings import timestep_features
 from ...nn.fused_linear import project
-from ...nn.layers import FeedForward, PatchConvolution, TwoLayerMLP, gated, modulated_norm
+from ...nn.layers import FeedForward, PatchConvolution, TwoLayerMLP, gated, modulated_norm, modulation_table
 from ...nn.tokens import Layout
 from ..compat.attention_processor import ProcessedAttention
 from .kv_compression import Grid, KVCompression
@@ -105,7 +105,7 @@ class PixArtBlock(nn.Module):
         kv_compression: KVCompression | None = None,
     ):
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = modulation_table(6, width)
         self.norm1 = nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
         self.attn1 = Attention(width, None, heads, attention_bias, dropout, upcast_attention, qk_norm, kv_compression)
         self.attn2 = (

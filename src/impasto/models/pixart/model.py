@@ -23,7 +23,7 @@ from ...checkpoints.values import Count, Epsilon, Offset, Patch, Scale, Share
 from ...errors import InputError
 from ...nn.changes import is_compiled, is_plain, is_watched, register_methods
 from ...nn.embeddings import sincos_2d
-from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, unpatchify
+from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, modulation_table, unpatchify
 from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
 from ...nn.tokens import Layout, is_tracing
@@ -163,7 +163,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
             for i in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = modulation_table(2, width)
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
 
     # The three stages

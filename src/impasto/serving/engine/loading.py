@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from ...checkpoints.foreign.from_transformers import class_of_transformers
 from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
 from ...memory.allocator import keep_freed_memory, limit_kernel_caches
@@ -43,6 +44,13 @@ def prepare_memory(limited: bool) -> None:
     limit_kernel_caches()
     if not limited:
         keep_freed_memory()
+
+
+def import_parts() -> None:
+    """Import what the pipelines of all families load: more than half of the time until an engine is ready."""
+    silence_transformers()
+    for name in ("T5Config", "T5EncoderModel", "T5Tokenizer"):
+        class_of_transformers(name)
 
 
 def device_of(spec: EngineSpec) -> torch.device:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+
+from ...errors import ImpastoError
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ def _run(connection: Connection) -> None:
     # Both come to the whole group of processes when the server is to end. It decides when the engine does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from .loading import import_parts
     from .process import run_engine
 
+    with suppress(ImportError, ImpastoError):  # loading a model will say it
+        import_parts()
     try:
         spec = connection.recv()
     except (EOFError, OSError):  # the server has ended

@@ -29,5 +29,5 @@ class EngineSpec:
     budget: int | None = None
     limited: bool = False
     costs: StepCosts | None = None
-    seconds: float = 4.0
+    seconds: float = 2.0
     most_running: int = 64
