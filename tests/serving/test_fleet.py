@@ -19,7 +19,8 @@ from impasto.serving import fleet as fleets
 from impasto.serving.admission import Admission
 from impasto.serving.engine.costs import StepCosts
 from impasto.serving.engine.entries import Tally
-from impasto.serving.engine.process import Broken, Cancel, EngineSpec, Ready, Turn
+from impasto.serving.engine.messages import Broken, Cancel, Ready, Turn
+from impasto.serving.engine.spec import EngineSpec
 from impasto.serving.fleet import Fleet
 from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Preview, Progress, RawImage
 from impasto.serving.served import Known, look_at

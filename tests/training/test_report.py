@@ -32,7 +32,9 @@ def run(folder: Path, steps: int, **report: Any) -> None:
     (folder / "samples").mkdir(exist_ok=True)
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (6, 4), colour).save(folder / "samples" / f"step-00000004-{i}.png")
-    plan = settings(steps, log_every=2, checkpoints={"every": 2}, report={"progress": False, **report})
+    plan = settings(
+        steps, precision="float32", log_every=2, checkpoints={"every": 2}, report={"progress": False, **report}
+    )
     train(Of(model, loss), steps_alone(8), plan, folder)
 
 

@@ -122,7 +122,7 @@ def batch(
                 generate = by_ray(ray, actors, spec, served.scheduler)
             else:
                 from ..serving.batch.generate import by_engine
-                from ..serving.engine.process import make_engine
+                from ..serving.engine.program import make_engine
 
                 generate = by_engine(make_engine(spec), model, served.scheduler, batch_size, within_budget=spec.limited)
             with tqdm(total=len(left), unit="image", disable=None, leave=False) as progress:

@@ -18,7 +18,8 @@ from ..errors import InputError, ResourceError
 from .accepted import FleetGeneration, Served, cancelled, deadline_of, too_late
 from .admission import Admission
 from .engine.costs import StepCosts
-from .engine.process import Broken, Cancel, EngineProcess, Ready, Turn
+from .engine.messages import Broken, Cancel, Ready, Turn
+from .engine.process import EngineProcess
 from .engine.spec import EngineSpec
 from .job import Failed, Finished, Job
 from .served import Known, look_at

@@ -23,7 +23,8 @@ from impasto.serving.batch.outputs import Folders
 from impasto.serving.batch.records import Record
 from impasto.serving.batch.run import in_order, run
 from impasto.serving.engine.costs import StepCosts
-from impasto.serving.engine.process import EngineSpec, make_engine
+from impasto.serving.engine.program import make_engine
+from impasto.serving.engine.spec import EngineSpec
 
 from ...tiny import write_pipeline
 from .test_batch import pixels

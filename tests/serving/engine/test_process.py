@@ -14,8 +14,9 @@ import pytest
 
 from impasto import PixArtAlphaPipeline
 from impasto.pipelines.cleaning import clean_prompt
-from impasto.serving.engine import process
-from impasto.serving.engine.process import starting_with, without_prompts
+from impasto.serving.engine import process, program
+from impasto.serving.engine.process import starting_with
+from impasto.serving.engine.program import without_prompts
 from impasto.serving.engine.spawning import Spawned, spawn
 from impasto.serving.engine.spec import EngineSpec
 
@@ -34,10 +35,10 @@ def test_warnings_that_quote_prompts_are_refused(caplog: pytest.LogCaptureFixtur
 def test_an_idle_engine_returns_memory_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     incoming: queue.SimpleQueue[str] = queue.SimpleQueue()
     returned = threading.Event()
-    monkeypatch.setattr(process, "REST", 0.01)
-    monkeypatch.setattr(process, "return_freed_memory", returned.set)
+    monkeypatch.setattr(program, "REST", 0.01)
+    monkeypatch.setattr(program, "return_freed_memory", returned.set)
     threading.Thread(target=lambda: incoming.put("job" if returned.wait(10) else "nothing was returned")).start()
-    assert process._wait(incoming) == "job"
+    assert program._wait(incoming) == "job"
 
 
 def test_the_first_engine_has_the_process_that_was_started_before(monkeypatch: pytest.MonkeyPatch) -> None:

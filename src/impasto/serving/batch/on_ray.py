@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import MissingDependencyError, ResourceError
-from ..engine.process import make_engine
+from ..engine.program import make_engine
 from ..engine.spec import EngineSpec
 from .generate import by_engine
 from .records import Record

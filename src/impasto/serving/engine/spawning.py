@@ -47,7 +47,7 @@ def _run(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from .loading import import_parts
-    from .process import run_engine
+    from .program import run_engine
 
     with suppress(ImportError, ImpastoError):  # loading a model will say it
         import_parts()
