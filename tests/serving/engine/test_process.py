@@ -1,4 +1,4 @@
-"""The program of an engine's process, as far as it needs none."""
+"""An engine's process and its program, without a model."""
 
 from __future__ import annotations
 

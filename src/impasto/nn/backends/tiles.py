@@ -103,7 +103,7 @@ def _softmax_tiles(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     queries = query.new_empty(batch, heads, length, size + 1)  # [B, heads, N, d + 1]
     queries[..., :-1] = query
     queries[..., -1:] = -peak
-    # Images are short where they are many: a tile may have heads of several.
+    # A tile may hold heads of several images: short images then take fewer calls.
     queries, keys, values = (x.flatten(0, 1) for x in (queries, _with_ones(key), value))  # [B * heads, N or M, ...]
     found = value.new_empty(batch * heads, length, value.shape[3])
 
