@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,32 @@ def test_a_preview_estimates_the_image_without_noise() -> None:
     preview, last = (next(e for e in events if isinstance(e, kind)) for kind in (Preview, Finished))
     assert preview.number == 0
     assert preview.image.pixels != last.image.pixels
+
+
+def test_previews_of_large_images_are_decoded_from_fewer_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, sizes = Stages.decode, []
+
+    def noting(self: Stages, begun: Any, latents: Any) -> Any:
+        sizes.extend(tuple(each.shape[-2:]) for each in latents)
+        return decode(self, begun, latents)
+
+    def previews() -> dict[str, np.ndarray[Any, Any]]:
+        fields = {"prompt": "a red cube", "steps": 4, "previews": 1, "binning": False}
+        jobs = [job("1", width=128, height=64, **fields), job("2", width=84, height=128, **fields)]
+        events = run(make_engine(pipe), jobs)
+        return {event.id: array(event.image) for event in events if isinstance(event, Preview)}
+
+    pipe = PixArtSigmaPipeline.from_pretrained("builtin:scenes")
+    monkeypatch.setattr(Stages, "decode", noting)
+    whole = previews()
+    assert Counter(sizes) == {(8, 16): 2, (16, 10): 2}  # 84 px are generated as 80, and resized
+    sizes.clear()
+    monkeypatch.setattr(stages, "PREVIEW_PIXELS", 48)
+    small = previews()
+    assert Counter(sizes) == {(8, 16): 1, (16, 10): 1, (4, 8): 1, (8, 5): 1}
+    for id, image in whole.items():
+        assert small[id].shape == image.shape
+        assert 0 < np.abs(small[id] - image).mean() < 16  # of 255
 
 
 def test_cancelled_and_late_jobs_end_at_the_next_step() -> None:

@@ -68,7 +68,7 @@ class Decoding:
     """Latents that wait for the decoder."""
 
     entry: Entry
-    latents: Tensor  # [1, C, h, w]
+    latents: Tensor  # [1, C, h, w], fewer than the image's for a preview of a large one
     number: int | None  # of the preview; None: the image itself
 
 

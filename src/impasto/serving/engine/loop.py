@@ -22,7 +22,7 @@ from .adapting import AdapterSwitch
 from .costs import StepCosts
 from .entries import Decoding, Entry, Tally, reason_of
 from .policy import Candidate
-from .stages import Stages
+from .stages import Stages, preview_latents
 
 logger = logging.getLogger("impasto")
 
@@ -274,7 +274,7 @@ class Engine:
             self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
             if run.watched and run.estimate is not None:
                 entry.due.popleft()
-                self.decoding.append(Decoding(entry, run.estimate, entry.previews))
+                self.decoding.append(Decoding(entry, preview_latents(run.estimate), entry.previews))
                 entry.previews += 1
                 run.watched, run.estimate = False, None
             if run.index >= run.end:

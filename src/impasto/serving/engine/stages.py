@@ -6,6 +6,7 @@ Jobs of one pipeline share its components; each has a run of its own, with its o
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from ..job import GivenImages, Job, RawImage
 #: Embeddings of prompts that are kept, the latest ones, and their bytes.
 KEPT_TEXTS = 256
 KEPT_BYTES = 64 << 20
+#: Latent pixels of a preview: those of 512 x 512 px, so that decoding it takes less time than a step of a larger image.
+PREVIEW_PIXELS = 64 * 64
 #: Height and width in pixels; None: the model's.
 Sides = tuple[int | None, int | None]
 
@@ -275,7 +278,10 @@ class Stages:
 
     @torch.no_grad()
     def decode(self, begun: Sequence[Begun], latents: Sequence[Tensor]) -> list[RawImage | Exception]:
-        """The images of latents [1, C, h, w] of one size; what stands in the way of one is in its place."""
+        """The images of latents [1, C, h, w] of one size; what stands in the way of one is in its place.
+
+        Those of previews may be smaller than the latents of their images; what they are decoded to is enlarged.
+        """
         pipe = begun[0].pipe
         found: list[RawImage | Exception] = []
         for each, decoded in zip(begun, pipe.decode(torch.cat([*latents])).split(1), strict=True):
@@ -284,7 +290,8 @@ class Stages:
                 pipe._check_output("vae", decoded)
                 if not bool(decoded.isfinite().all()):
                     raise ArithmeticError("the image has NaN or infinite values: the model overflowed")
-                found.append(self._finished(each, ImageProcessor.denormalize(decoded.float())))
+                image = ImageProcessor.denormalize(decoded.float())
+                found.append(self._finished(each, _enlarged(image, latents[len(found)], each.run.latents)))
             except Exception as error:
                 found.append(error)
         return found
@@ -300,6 +307,23 @@ class Stages:
         if job.height and job.width and not pasted and image.shape[-2:] != (job.height, job.width):
             image = resize_and_crop(image, job.height, job.width)
         return as_raw(image)
+
+
+def preview_latents(latents: Tensor) -> Tensor:
+    """Latents [1, C, h, w] as they are decoded for a preview: means of squares of them if they are many."""
+    height, width = latents.shape[-2:]
+    square = math.ceil(math.sqrt(height * width / PREVIEW_PIXELS))
+    if square <= 1:
+        return latents
+    return F.adaptive_avg_pool2d(latents, [math.ceil(height / square), math.ceil(width / square)])
+
+
+def _enlarged(image: Tensor, latents: Tensor, all_latents: Tensor) -> Tensor:
+    """Pixels [1, 3, H, W] of latents at the size of all latents of the image."""
+    if latents.shape == all_latents.shape:
+        return image
+    size = [image.shape[side] * all_latents.shape[side] // latents.shape[side] for side in (-2, -1)]
+    return F.interpolate(image, size=size, mode="bilinear")
 
 
 def as_raw(image: Tensor) -> RawImage:
