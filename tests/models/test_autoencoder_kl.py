@@ -55,6 +55,21 @@ def test_inference_on_the_cpu_is_in_channels_last_and_its_results_are_not() -> N
 
 
 @torch.no_grad()
+def test_in_16_bits_an_image_does_not_depend_on_its_batch() -> None:
+    model, x = tiny(block_out_channels=(32, 64)).to(torch.bfloat16), torch.randn(3, 3, 48, 64).to(torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encoded = model.encode(x).latent_dist.mean
+        decoded = model.decode(encoded).sample
+        for i in range(3):
+            assert torch.equal(model.encode(x[i : i + 1]).latent_dist.mean, encoded[i : i + 1])
+            assert torch.equal(model.decode(encoded[i : i + 1]).sample, decoded[i : i + 1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
 def test_channels_last_holds() -> None:
     model, x = tiny(), torch.randn(2, 3, 16, 24)
     expected = model(x).sample

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...nn.attention import attention
 from ...nn.fused_linear import project
+from ...nn.tokens import is_tracing
 from ..compat.attention_processor import ProcessedAttention
 from ..compat.surface import GradientCheckpointing
 
@@ -57,7 +58,7 @@ class Encoder(Coder):
             for level, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups, attend)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def blocks(self) -> list[Block]:
@@ -77,7 +78,7 @@ class Decoder(Coder):
             UpBlock(inputs[level], width, layers + 1, groups, upsample=level < len(widths) - 1)
             for level, width in enumerate(outputs)
         )
-        self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, outputs[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(outputs[-1], out_channels, 3, padding=1)
 
     def blocks(self) -> list[Block]:
@@ -155,9 +156,9 @@ class Resnet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.norm1 = GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -168,6 +169,24 @@ class Resnet(nn.Module):
         return shortcut + h  # [B, out_channels, H, W]
 
 
+class GroupNorm(nn.GroupNorm):
+    """Of each image by itself on the CPU, so that an image is bit-equal whatever other images are in its batch.
+
+    Of a batch in channels-last order torch divides the sums among its threads in another way for each size of batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) == 1:
+            return super().forward(x)
+        images = x.split(1)
+        first = super().forward(images[0])
+        normed = torch.empty_like(x, dtype=first.dtype)
+        normed[:1] = first
+        for image, place in zip(images[1:], normed.split(1)[1:], strict=True):
+            place.copy_(super().forward(image))
+        return normed
+
+
 class Attention(ProcessedAttention):
     """x + attention over the positions of the image, with a single head as wide as the level."""
 
@@ -176,7 +195,7 @@ class Attention(ProcessedAttention):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

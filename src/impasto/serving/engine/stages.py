@@ -315,7 +315,7 @@ def preview_latents(latents: Tensor) -> Tensor:
     square = math.ceil(math.sqrt(height * width / PREVIEW_PIXELS))
     if square <= 1:
         return latents
-    return F.adaptive_avg_pool2d(latents, [math.ceil(height / square), math.ceil(width / square)])
+    return F.adaptive_avg_pool2d(latents, (math.ceil(height / square), math.ceil(width / square)))
 
 
 def _enlarged(image: Tensor, latents: Tensor, all_latents: Tensor) -> Tensor:
