@@ -170,13 +170,13 @@ class Resnet(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Of each image by itself on the CPU, so that an image is bit-equal whatever other images are in its batch.
+    """Normalizes each image by itself on the CPU, so that the result does not depend on the other images of its batch.
 
-    Of a batch in channels-last order torch divides the sums among its threads in another way for each size of batch.
+    With channels last, torch divides the sums of a batch among its threads differently for each size of batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) == 1:
+        if is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu" or len(x) < 2:
             return super().forward(x)
         images = x.split(1)
         first = super().forward(images[0])

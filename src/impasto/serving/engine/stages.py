@@ -37,7 +37,7 @@ from ..job import GivenImages, Job, RawImage
 #: Embeddings of prompts that are kept, the latest ones, and their bytes.
 KEPT_TEXTS = 256
 KEPT_BYTES = 64 << 20
-#: Latent pixels of a preview: those of 512 x 512 px, so that decoding it takes less time than a step of a larger image.
+#: Latent pixels of a preview, at most: those of 512 x 512 px. While a preview is decoded, all other images wait.
 PREVIEW_PIXELS = 64 * 64
 #: Height and width in pixels; None: the model's.
 Sides = tuple[int | None, int | None]
@@ -310,7 +310,7 @@ class Stages:
 
 
 def preview_latents(latents: Tensor) -> Tensor:
-    """Latents [1, C, h, w] as they are decoded for a preview: means of squares of them if they are many."""
+    """Latents [1, C, h, w] as they are decoded for a preview: the means of patches of them if there are many."""
     height, width = latents.shape[-2:]
     square = math.ceil(math.sqrt(height * width / PREVIEW_PIXELS))
     if square <= 1:
@@ -319,7 +319,7 @@ def preview_latents(latents: Tensor) -> Tensor:
 
 
 def _enlarged(image: Tensor, latents: Tensor, all_latents: Tensor) -> Tensor:
-    """Pixels [1, 3, H, W] of latents at the size of all latents of the image."""
+    """Pixels [1, 3, H, W], decoded from ``latents``, at the size that ``all_latents`` would be decoded to."""
     if latents.shape == all_latents.shape:
         return image
     size = [image.shape[side] * all_latents.shape[side] // latents.shape[side] for side in (-2, -1)]
