@@ -64,6 +64,11 @@ def computing(module: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if _widened_dtype(module) is None else in_float32()
 
 
+def computed(module: nn.Module, function: Function, *arguments: Any) -> Any:
+    """``function(*arguments)`` in the precision of ``module``, whose weights it uses. Float32 results stay float32."""
+    return _in_its_precision(lambda _, *given: function(*given), narrows=False)(module, *arguments)
+
+
 def checkpointed(block: Function, *arguments: Any) -> Any:
     """Gradient checkpointing: the block is recomputed in the backward pass, in this precision and by these kernels."""
     wide, backend = _thread.is_wide, chosen_backend()

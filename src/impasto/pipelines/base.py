@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor
 
 from ..checks import parse_size
 from ..errors import CheckpointError, ConfigurationError, InputError
-from ..memory.placement import OneAtATime
+from ..memory.placement import OneAtATime, Resident
+from ..models.autoencoder.model import AutoencoderKL
 from ..nn.changes import unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
-from ..nn.precision import adapt, in_float32, without_autocast
+from ..nn.precision import adapt, computed, in_float32, without_autocast
 from .compat.adapters import LoraMethods
 from .compat.calls import Call, calling
 from .compat.methods import PipelineMethods
 from .components import Components
 from .images import ImageProcessor
+from .latents import unscaled
 from .request import Request
 from .resolution import resize_and_crop
 from .single_file import SingleFilePipelines
@@ -103,9 +105,34 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
             return request.latents
         return draw_noise(request.shape, request.generators, self.device, dtype)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
-        raise NotImplementedError
+        with self.using_vae() as (vae, dtype):
+            z = unscaled(latents.to(self.device, dtype), self._latent_statistics(vae))
+            return cast(Tensor, vae.decode(z, return_dict=False)[0])
+
+    @torch.no_grad()
+    def decode_by_layer(self, latents: Tensor) -> Generator[None, None, Tensor]:
+        """The same, for those who do something else in between: yields after each layer.
+
+        It does not yield where layers cannot be called one by one: of an autoencoder that is not ours, takes turns on
+        the device with other components, divides images, is compiled or has hooks.
+        """
+        with self.using_vae() as (vae, dtype):
+            layers = vae.decoder_layers() if isinstance(vae, AutoencoderKL) else None
+            x = unscaled(latents.to(self.device, dtype), self._latent_statistics(vae))
+        if layers is None or type(self.placement) is not Resident:
+            return self.decode(latents)
+        for layer in layers:
+            with self.using_vae():
+                x = computed(vae, layer, x)
+            yield
+        return x.to(dtype)
+
+    def _latent_statistics(self, vae: Any) -> Mapping[str, Any]:
+        """What ``scaled`` reads of the configuration of an autoencoder."""
+        return cast(Mapping[str, Any], vae.config)
 
     def _finish(self, latents: Tensor, request: Request) -> list[Image.Image] | np.ndarray[Any, Any] | Tensor:
         """The images of the last latents, in the requested form and size."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from .glm_image_stages import (
     shifted,
 )
 from .images import ImageProcessor
-from .latents import unscaled
 from .request import Schedule, read_schedule
 from .sampling import DenoisingStep, Run, denoising_steps, drive, own_scheduler, step_options
 
@@ -378,12 +377,8 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
             options=step_options(scheduler, generator=generator),
         )
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
-        with self.using_vae() as (vae, dtype):
-            z = latents.to(self.device, dtype)
-            return cast(Tensor, vae.decode(unscaled(z, latent_statistics(vae)), return_dict=False)[0])
+    def _latent_statistics(self, vae: Any) -> Mapping[str, Any]:
+        return latent_statistics(vae)
 
 
 def _trimmed(embeds: Tensor, mask: Tensor) -> Tensor:

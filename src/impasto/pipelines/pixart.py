@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from .compat.methods import PixArtMethods
 from .compat.textual_inversion import TextualInversion
 from .defaults import with_defaults
 from .images import PixArtImageProcessor
-from .latents import unscaled
 from .learned_tokens import concepts_of
 from .prompts import EncodedTexts, encode_texts, prepare
 from .request import Schedule, read_pixart, read_schedule, read_texts
@@ -306,13 +305,6 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
             start=start,
             known=known,
         )
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w], as the loop yields them, to images [B, 3, H, W] in about [-1, 1]."""
-        with self.using_vae() as (vae, dtype):
-            z = unscaled(latents.to(self.device, dtype), vae.config)
-            return cast(Tensor, vae.decode(z, return_dict=False)[0])
 
     # --- checks ---
 

@@ -88,7 +88,7 @@ def test_images_that_waited_for_a_prior_do_not_catch_up() -> None:
     gap, longest = 0, 0
     while not engine.idle:
         stepped = any(isinstance(event, Progress) and event.id == "first" for event in engine.tick()[0])
-        gap = 0 if stepped or "first" not in engine.entries else gap + 1
+        gap = 0 if stepped or "first" not in engine.active else gap + 1
         longest = max(longest, gap)
     assert longest <= 4
 

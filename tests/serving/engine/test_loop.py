@@ -20,7 +20,7 @@ from impasto import DDIMScheduler, PixArtSigmaImg2ImgPipeline, PixArtSigmaInpain
 from impasto.pipelines import inputs
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.pipelines.sampling import Run
-from impasto.serving.engine import loop, stages
+from impasto.serving.engine import decoding, loop, stages
 from impasto.serving.engine.stages import Stages
 from impasto.serving.job import Failed, Finished, GivenImages, Job, Preview, Progress, RawImage
 
@@ -329,9 +329,9 @@ def test_large_images_are_decoded_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
     pipe = tiny_pipeline(PixArtSigmaPipeline)
     run(make_engine(pipe), jobs)
     pixels = (16 // pipe.vae_scale_factor) ** 2
-    monkeypatch.setattr(loop, "MOST_LATENT_PIXELS", 2 * pixels)
+    monkeypatch.setattr(decoding, "MOST_LATENT_PIXELS", 2 * pixels)
     run(make_engine(pipe), jobs)
-    monkeypatch.setattr(loop, "MOST_LATENT_PIXELS", pixels - 1)
+    monkeypatch.setattr(decoding, "MOST_LATENT_PIXELS", pixels - 1)
     run(make_engine(pipe), jobs)
     assert counts == [4, 2, 2, 1, 1, 1, 1]
 
@@ -400,3 +400,51 @@ def test_freed_memory_is_returned_while_images_come(monkeypatch: pytest.MonkeyPa
     images(run(engine, [job("1", steps=6)]))
     assert len(returned) >= 2
     assert all(later - earlier > loop.KEEP_FREED for earlier, later in pairwise(returned))
+
+
+def test_steps_are_taken_while_an_image_is_decoded() -> None:
+    """On this clock a layer takes as long as a step."""
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=count().__next__)
+    engine.add(job("short", steps=1))
+    engine.add(job("long", steps=60))
+    meanwhile = 0
+    while "short" in engine.entries:
+        decodes = bool(engine.decoder.batch)
+        events, _ = engine.tick()
+        meanwhile += decodes and any(isinstance(event, Progress) and event.id == "long" for event in events)
+    assert meanwhile >= 1
+
+
+def test_room_is_kept_for_what_is_decoded() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), need=lambda job: 30, room=40, clock=count().__next__)
+    together = 0
+
+    def watch(turn: int) -> None:
+        nonlocal together
+        together = max(together, len({*engine.active} | {each.entry.job.id for each in engine.decoder.batch}))
+
+    events = run(engine, [job("1", previews=1), job("2")], watch)
+    assert together == 1
+    assert sum(isinstance(event, Finished) for event in events) == 2
+
+
+def test_an_image_that_is_cancelled_while_it_is_decoded_leaves_the_others_of_its_batch() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=count().__next__)
+    cancelled = set[str]()
+
+    def cancel_one(turn: int) -> None:
+        if len(engine.decoder.batch) == 2 and not cancelled:
+            cancelled.add(engine.decoder.batch[0].entry.job.id)
+            engine.cancel(*cancelled)
+
+    events = run(engine, [job("1"), job("2")], cancel_one)
+    assert {event.id for event in events if isinstance(event, Failed)} == cancelled
+    assert {event.id for event in events if isinstance(event, Finished)} == {"1", "2"} - cancelled
+    assert engine.decoder.idle
+
+
+def test_what_nobody_waits_for_is_not_decoded_further() -> None:
+    engine = make_engine(tiny_pipeline(PixArtSigmaPipeline), clock=count().__next__)
+    run(engine, [job("1")], lambda turn: engine.cancel("1") if engine.decoder.batch else None)
+    assert engine.decoder.work is None
+    assert engine.decoder.idle

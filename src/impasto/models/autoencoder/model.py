@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal, cast, overload
 
 import torch
@@ -21,6 +22,7 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import Count, Levels, Scale, Shift
 from ...checks import shown
 from ...errors import ConfigurationError, InputError
+from ...nn.changes import is_compiled, is_watched
 from ...nn.gaussian import DiagonalGaussianDistribution
 from ...nn.outputs import BaseOutput
 from ..base import Model
@@ -195,6 +197,16 @@ class AutoencoderKL(FusedProjections, GradientCheckpointing, BlendedTiles, Tilin
         """Compute the whole batch at once."""
         self.use_slicing = False
 
+    def decoder_layers(self) -> list[Callable[[Tensor], Tensor]] | None:
+        """What ``decode`` computes, from latents to images in inference, as functions to be called one after the other.
+
+        None if it does more than that: it divides images or batches, or its layers are compiled or have hooks.
+        """
+        if self.use_slicing or self.use_tiling or is_watched(self) or any(map(is_compiled, self.modules())):
+            return None
+        first = [] if self.post_quant_conv is None else [self.post_quant_conv]
+        return [_in_fast_format, *first, *chain(*self.decoder.layers()), Tensor.contiguous]
+
     def _encode(self, x: Tensor) -> Tensor:
         parameters = self._run(self.encoder, x)
         return parameters if self.quant_conv is None else cast(Tensor, self.quant_conv(parameters))
@@ -203,15 +215,10 @@ class AutoencoderKL(FusedProjections, GradientCheckpointing, BlendedTiles, Tilin
         return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        # In inference on the CPU, in the memory format in which convolutions are fastest; every layer preserves it.
-        last = torch.channels_last
-        inference = batch.device.type == "cpu" and not torch.is_grad_enabled()
-        reorders = inference and not batch.is_contiguous(memory_format=last)
-        if reorders:
-            batch = batch.contiguous(memory_format=last)
         slices = (self.use_slicing or self._tiles()) and batch.shape[0] > 1
-        result = torch.cat([function(one) for one in batch.split(1)]) if slices else function(batch)
-        return result.contiguous() if reorders else result
+        ordered = _in_fast_format(batch)
+        result = torch.cat([function(one) for one in ordered.split(1)]) if slices else function(ordered)
+        return result if ordered is batch else result.contiguous()
 
     @classmethod
     def _rename_key(cls, key: str) -> str:
@@ -232,6 +239,14 @@ def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -
         raise ConfigurationError(
             f"{name} has {len(types)} entries and block_out_channels {levels}; each needs one entry for every level"
         )
+
+
+def _in_fast_format(x: Tensor) -> Tensor:
+    """In inference on the CPU, the memory format in which convolutions are fastest; every layer preserves it."""
+    last = torch.channels_last
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous(memory_format=last)
 
 
 def _check_channels(method: str, x: Tensor, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""What an engine keeps of its images: those on their way, latents that wait for the decoder, and why one failed."""
+"""What an engine keeps of the images on their way, and why one failed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ...errors import InputError, ResourceError, WeightsMismatchError
 from ..job import Job, Reason
@@ -61,15 +60,6 @@ class Entry:
             "denoise": self.denoised - self.started - self.text,
             "decode": now - self.denoised,
         }
-
-
-@dataclass
-class Decoding:
-    """Latents that wait for the decoder."""
-
-    entry: Entry
-    latents: Tensor  # [1, C, h, w], fewer than the image's for a preview of a large one
-    number: int | None  # of the preview; None: the image itself
 
 
 def reason_of(error: Exception) -> tuple[Reason, str]:

@@ -20,15 +20,13 @@ from ..job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Rea
 from . import policy
 from .adapting import AdapterSwitch
 from .costs import StepCosts
-from .entries import Decoding, Entry, Tally, reason_of
+from .decoding import Decoder, Decoding
+from .entries import Entry, Tally, reason_of
 from .policy import Candidate
 from .stages import Stages, preview_latents
 
 logger = logging.getLogger("impasto")
 
-#: Images of one size that are decoded in one batch, and pixels of their latents, but for a single image.
-DECODE_AT_ONCE = 4
-MOST_LATENT_PIXELS = 1 << 14
 #: Seconds after which freed memory is returned: blocks of many sizes leave gaps that few others fit.
 KEEP_FREED = 5.0
 
@@ -65,7 +63,7 @@ class Engine:
         self.choose, self.clock, self.device = choose, clock, pipe.device
         self.waiting: deque[Entry] = deque()
         self.active: dict[str, Entry] = {}
-        self.decoding: deque[Decoding] = deque()
+        self.decoder = Decoder(self.stages, self._decoded)
         self.entries: dict[str, Entry] = {}  # all of them, by the ids of their jobs
         self.events: list[Event] = []
         self.level = 0.0  # seconds of service with which new images join
@@ -134,7 +132,8 @@ class Engine:
             return
         first = self.waiting[0]
         # An image that is alone is let in: one that is too large has been refused.
-        room = max(self.room - sum(each.need for each in self.active.values()), 0 if self.active else first.need)
+        used = sum(each.need for each in self.active.values()) + self.decoder.need
+        room = max(self.room - used, 0 if self.active or self.decoder.need else first.need)
         found = [self.waiting[i] for i in policy.admit([each.need for each in self.waiting], self.overtaken, room)]
         begin = self._with_places(found)[:free]
         self.overtaken = 0 if first in found else self.overtaken + len(begin)
@@ -274,13 +273,13 @@ class Engine:
             self.events.append(Progress(entry.job.id, step, steps, self._seconds_left(entry)))
             if run.watched and run.estimate is not None:
                 entry.due.popleft()
-                self.decoding.append(Decoding(entry, preview_latents(run.estimate), entry.previews))
+                self.decoder.waiting.append(Decoding(entry, preview_latents(run.estimate), entry.previews))
                 entry.previews += 1
                 run.watched, run.estimate = False, None
             if run.index >= run.end:
                 entry.denoised = self.clock()
                 del self.active[entry.job.id]
-                self.decoding.append(Decoding(entry, run.latents, None))
+                self.decoder.waiting.append(Decoding(entry, run.latents, None))
                 run.halves.clear()  # the rest of what it took
 
     def _raise_level(self, spent: float) -> None:
@@ -315,31 +314,14 @@ class Engine:
     # --- decoding ---
 
     def _decode(self, seconds: float) -> None:
-        """Decode what waits, in batches of one size: at least one, and no more once ``seconds`` are spent."""
+        """Go on with decoding: by one layer at least, and until ``seconds`` are spent."""
         start = self.clock()
-        while self.decoding:
-            first = self.decoding[0]
-            most = max(1, min(DECODE_AT_ONCE, MOST_LATENT_PIXELS // first.latents.shape[-2:].numel()))
-            alike = [each for each in self.decoding if _alike(each, first)][:most]
-            for each in alike:
-                self.decoding.remove(each)
-            self._decode_batch(alike)
+        while not self.decoder.idle:
+            self.decoder.go_on()
+            self._synchronize()
             if self.clock() - start >= seconds:
                 break
         self._count("decode", self.clock() - start)
-
-    def _decode_batch(self, batch: Sequence[Decoding]) -> None:
-        try:
-            images = self.stages.decode([each.entry.begun_now for each in batch], [each.latents for each in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                self._decoded(batch[0], error)
-            else:
-                for each in batch:
-                    self._decode_batch([each])
-            return
-        for each, image in zip(batch, images, strict=True):
-            self._decoded(each, image)
 
     def _decoded(self, done: Decoding, image: RawImage | Exception) -> None:
         entry, id = done.entry, done.entry.job.id
@@ -377,7 +359,7 @@ class Engine:
             entry.beginning = None
         if entry in self.waiting:
             self.waiting.remove(entry)
-        self.decoding = deque(each for each in self.decoding if each.entry is not entry)
+        self.decoder.forget(entry)
 
     # --- estimates ---
 
@@ -391,8 +373,3 @@ class Engine:
 
     def _count(self, stage: str, seconds: float) -> None:
         self.tally.seconds[stage] = self.tally.seconds.get(stage, 0.0) + seconds
-
-
-def _alike(one: Decoding, other: Decoding) -> bool:
-    same_size = one.latents.shape == other.latents.shape
-    return same_size and one.latents.dtype == other.latents.dtype

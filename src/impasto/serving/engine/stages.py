@@ -277,14 +277,18 @@ class Stages:
     # --- images ---
 
     @torch.no_grad()
-    def decode(self, begun: Sequence[Begun], latents: Sequence[Tensor]) -> list[RawImage | Exception]:
+    def decode(
+        self, begun: Sequence[Begun], latents: Sequence[Tensor]
+    ) -> Generator[None, None, list[RawImage | Exception]]:
         """The images of latents [1, C, h, w] of one size; what stands in the way of one is in its place.
 
-        Those of previews may be smaller than the latents of their images; what they are decoded to is enlarged.
+        Yields where others may take a step: after each layer of the autoencoder. Latents of previews may be smaller
+        than those of their images; what they are decoded to is enlarged.
         """
         pipe = begun[0].pipe
         found: list[RawImage | Exception] = []
-        for each, decoded in zip(begun, pipe.decode(torch.cat([*latents])).split(1), strict=True):
+        pixels = yield from pipe.decode_by_layer(torch.cat([*latents]))
+        for each, decoded in zip(begun, pixels.split(1), strict=True):
             try:
                 pipe._check_output("transformer", latents[len(found)])
                 pipe._check_output("vae", decoded)
