@@ -62,7 +62,7 @@ class Session:
     """Runs code with few steps, and published models replaced by small ones."""
 
     def __init__(self, replacements: Mapping[str, str], monkeypatch: pytest.MonkeyPatch):
-        self.names: dict[str, Any] = {}
+        self.names: dict[str, Any] = {"__name__": "__main__"}
         self.replacements = replacements
         for cls in (PixArtPipeline, PixArtImg2ImgPipeline, PixArtInpaintPipeline, GlmImagePipeline):
             monkeypatch.setattr(cls, "__call__", few_steps(cls.__call__))
@@ -79,7 +79,7 @@ class Session:
     def impasto(self, arguments: list[str]) -> None:
         """Run a command."""
         arguments = [self.replaced(each) for each in arguments]
-        if arguments[0] == "generate":
+        if arguments[0] in ("generate", "batch"):
             arguments += ["--steps", str(STEPS), "--device", "cpu"]  # the last one of an option holds
         if arguments[0] == "train":
             arguments += ["--set", f"steps={STEPS}", "--set", "schedule.warmup=1"]

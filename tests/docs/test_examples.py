@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import impasto
+from impasto.serving.batch.manifest import Manifest
 from impasto.training.settings import recipe_files
 from impasto.training.settings.configuration import Configuration
 
+from ..serving.http.running import running
 from . import session
 from .commands import commands, problem_with
 from .names import Checker
@@ -22,54 +26,51 @@ from .pages import SHELL, Block, blocks, inline, pages
 
 SIGMA, GLM = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "zai-org/GLM-Image"
 
-#: Pages whose Python and `impasto` commands run, in order.
-RUN = (
-    "README.md",
-    "docs/install.md",
-    "docs/first-image.md",
-    "docs/tasks/less-memory.md",
-    "docs/tasks/faster.md",
-    "docs/editing.md",
-    "docs/adapters.md",
-    "docs/lossy.md",
-    "docs/glm_image.md",
-)
-#: The same, but slow.
-RUN_SLOWLY = ("docs/tasks/train.md",)
-
-#: Of these pages, examples that do not run, by a piece of their text.
-LEFT_OUT = {
+#: Commands that do not run, by how they begin. All others do.
+COMMANDS_LEFT_OUT = {
+    "pip install": "installs",
+    "make demo": "installs; docs/first-image.md has its command",
+    "make test": "is this test run",
+    "make scenes": "trains for hours; tests/training/test_scenes_recipes.py runs its recipes",
+    ".venv/bin/pre-commit": "changes the checkout",
     "impasto train": "trains for hours; tests/training runs the recipes",
-    "impasto serve": "runs until it is stopped; tests/serving runs it in this process",
-    "impasto batch": "needs a file of prompts; tests/serving runs it",
-    "impasto evaluate": "generates 200 images; tests/scenes runs it",
+    "impasto cache": "needs a data set; tests/training/jobs has some",
+    "impasto caption": "needs a large model; tests/training/jobs captions with another",
+    "python examples/emoji": "needs a download; tests/test_emoji_example.py runs the chain on a small data set",
+    "impasto generate 'red apple'": "needs the model of examples/emoji",
+    "python scripts/build_scenes_glm_image.py": "trains for hours",
+    "impasto evaluate": "generates 200 images; tests/test_cli.py has it with 3",
     "impasto convert": "needs an original checkpoint; tests/checkpoints/original makes some",
+    "impasto info PixArt-XL": "needs an original checkpoint; tests/checkpoints/original makes some",
+    "impasto serve": "runs until it is stopped; tests/test_cli_serve.py starts and stops it",
+    "impasto batch prompts.jsonl out --ray": "needs Ray; tests/serving/batch/test_ray.py has it",
+    "serve run": "needs Ray; tests/serving/test_ray_serve.py has it",
+    "podman": "needs a container engine; tests/test_deploy.py reads the file",
+    "torchrun": "needs several processes; tests with the marker cluster start them",
+    "srun": "needs Slurm",
+}
+#: Python code that does not run, by a piece of it that no other code has. All other code does.
+CODE_LEFT_OUT = {
+    "from_single_file(": "needs an original checkpoint; tests/checkpoints/original makes some",
+    "compress_keys(": "needs the model of another one; tests/models/test_kv_compression.py has one",
+    "runs/lcm/": "needs the result of a training run; tests/training has some",
+    "runs/dmd/": "needs the result of a training run; tests/training has some",
+    "runs/textual-inversion/": "needs the result of a training run; tests/training has some",
+    "init_process_group()": "needs several processes; tests/pipelines/test_parallel.py starts them",
     "cpu_offload()": "needs a GPU",
     "pipe.compile()": "needs a GPU; tests/pipelines/test_compiling.py compiles on the CPU",
     "device_map=": "needs a GPU",
 }
 
-#: Pages of which no example runs.
-NOT_RUN = {
-    "CONTRIBUTING.md": "this is the test run",
-    "docs/convert.md": "needs original checkpoints; tests/checkpoints/original makes some",
-    "docs/data.md": "needs a data set and a training run; tests/training has them",
-    "docs/distillation.md": "needs training runs; tests/training has them",
-    "docs/training.md": "needs a data set and a training run; tests/training has them",
-    "docs/training-distributed.md": "needs several GPUs; tests/training/distributed runs two processes",
-    "docs/scenes/model.md": "trains for hours",
-    "docs/scenes/glm_image.md": "trains for hours",
-    "examples/emoji/README.md": "trains for hours; tests/test_emoji_example.py runs the chain on a small data set",
-    "docs/serving.md": "needs a server; tests/serving runs it in this process",
-    "docs/serving-engine.md": "needs a server; tests/serving runs it in this process",
-    "docs/serving-a1111.md": "needs a server; tests/serving/http/test_a1111_client.py drives one with this client",
-    "docs/page.md": "needs a server and a browser; tests/serving has them",
-    "docs/batch.md": "tests/serving runs it",
-    "docs/parallel.md": "needs several processes; tests with the marker cluster start them",
-    "docs/deploy.md": "needs a server",
-    "docs/sizing.md": "needs a server",
-}
-OTHER_LANGUAGES = ("yaml", "json", "jsonl", "javascript", "js", "ini", "dockerfile", "http", "text", "html")
+#: Pages with examples of clients, which ask a server without a model.
+CLIENTS = ("docs/serving.md", "docs/serving-a1111.md")
+BATCH, ENGINE, SLOW = "docs/batch.md", "docs/serving-engine.md", "docs/tasks/train.md"
+#: Pages that have a test of their own.
+APART = (*CLIENTS, BATCH, ENGINE, SLOW)
+
+#: Where examples find the files that a page shows, by language.
+FILES = {"yaml": "framed.yaml", "jsonl": "prompts.jsonl"}
+DATA = ("yaml", "json", "jsonl", "text")
 DIRECTIVES = ("{eval-rst}", "{commands}")
 
 
@@ -92,27 +93,35 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def run(
     page: str, folder: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch, everything: bool = False
-) -> session.Session:
-    """Run the examples of a page in a folder, without those that are left out unless ``everything`` is to run."""
+) -> None:
+    """Run the examples of a page in a folder, in order, with those that are left out if ``everything`` is to run."""
     monkeypatch.chdir(folder)
     runner = session.Session(models, monkeypatch)
     for block in blocks(page):
-        if block.language == "python" and (everything or not left_out(block.text)):
-            runner.python(block.text)
-        elif block.language in SHELL:
-            for words in commands(block.text):
-                if words[0] == "impasto" and (everything or not left_out(" ".join(words))):
-                    runner.impasto(words[1:])
-        elif block.language == "yaml":
-            Path("framed.yaml").write_text(block.text)
-    return runner
+        if block.language in FILES:
+            Path(FILES[block.language]).write_text(block.text)
+        for example in examples(block, everything):
+            if block.language == "python":
+                runner.python(example)
+            else:
+                program, *arguments = shlex.split(example)
+                assert program == "impasto", f"{block}: nothing runs {example}, and no reason is given"
+                runner.impasto(arguments)
 
 
-def left_out(text: str) -> bool:
-    return any(piece in text for piece in LEFT_OUT)
+def examples(block: Block, everything: bool = False) -> list[str]:
+    """What runs of a block: its code, or commands."""
+    if block.language == "python":
+        return [block.text] if everything or not any(piece in block.text for piece in CODE_LEFT_OUT) else []
+    found = [shlex.join(words) for words in commands(block.text)] if block.language in SHELL else []
+    return [each for each in found if everything or not each.startswith((*COMMANDS_LEFT_OUT,))]
 
 
-@pytest.mark.parametrize("page", RUN)
+def pages_that_run() -> list[str]:
+    return [page for page in pages() if any(examples(block) for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", [page for page in pages_that_run() if page not in APART])
 def test_examples_run(
     page: str, prepared: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,22 +132,49 @@ def test_examples_run(
     if page == "README.md":
         models = {**models, "PATH": "builtin:scenes", "ADAPTER": "style"}
         (tmp_path / "cube.png").write_bytes((tmp_path / "sign.png").read_bytes())
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red cube"}\n')
     if page == "docs/adapters.md":
         (tmp_path / "detail.safetensors").write_bytes((tmp_path / "style.safetensors").read_bytes())
-    runner = run(page, tmp_path, models, monkeypatch)
+    run(page, tmp_path, models, monkeypatch)
     images = list(tmp_path.rglob("*.png"))
     assert len(images) > 2, "nothing was generated"
     assert few.exists() == (page == "docs/adapters.md")
-    assert runner is not None
+
+
+@pytest.mark.parametrize("page", CLIENTS)
+def test_examples_of_clients_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as served:
+        run(page, tmp_path, {"8000": str(served.port)}, monkeypatch)
+    jobs = served.service.submitted
+    assert [job.seed for job in jobs] == ([7, 8] if page == "docs/serving.md" else [7])
+    assert {(job.width, job.height, job.steps, job.guidance_scale) for job in jobs} == {(256, 256, 20, 4.5)}
+    assert (tmp_path / "cube.png").exists() == (page == "docs/serving-a1111.md")
+
+
+def test_examples_of_batches_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (256, 256), "teal").save(tmp_path / "photos" / "forest.jpg")
+    run(BATCH, tmp_path, {}, monkeypatch)
+    found = {line["id"]: tmp_path / "out" / line["file"] for line in Manifest(tmp_path / "out").own()}
+    sizes = {name: Image.open(path).size for name, path in found.items()}
+    assert sizes == {"000000": (256, 256), "cone": (128, 96), "000002": (256, 256)}
+
+
+def test_the_example_of_the_engine_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, as a file of its own would import everything once more."""
+    run(ENGINE, tmp_path, {"height=192": "height=192, steps=2"}, monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [[f"{seed}", "320", "192"] for seed in range(4)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN_SLOWLY)
 def test_slow_examples_run(
-    page: str, prepared: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.copy_written(prepared, tmp_path)
-    run(page, tmp_path, models, monkeypatch, everything=True)
+    run(SLOW, tmp_path, models, monkeypatch, everything=True)
     assert len(list(tmp_path.glob("framed/*.png"))) == 24
     assert len(list(tmp_path.glob("framed-images/*.png"))) == 2
 
@@ -163,11 +199,10 @@ def found_in(block: Block, checker: Checker) -> list[str]:
         return [f"{' '.join(words)}: {problem}" for words in commands(block.text) if (problem := problem_with(words))]
     if block.language == "yaml":
         return wrong_settings(yaml.safe_load(block.text))
-    if block.language == "json":
-        for text in [block.text] if block.text.startswith(("{\n", "[\n")) else block.text.splitlines():
+    if block.language in ("json", "jsonl"):
+        for text in [block.text] if block.language == "json" else block.text.splitlines():
             json.loads(text)
-    known = (*OTHER_LANGUAGES, *DIRECTIVES)
-    return [] if block.language in known else [f"nothing checks the language {block.language!r}"]
+    return [] if block.language in (*DATA, *DIRECTIVES) else [f"nothing checks the language {block.language!r}"]
 
 
 def wrong_inline(code: str) -> str | None:
@@ -206,12 +241,12 @@ def leaves(content: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def test_every_page_with_examples_is_run_or_says_why_not() -> None:
-    with_code = {page for page in pages() for block in blocks(page) if block.language in ("python", *SHELL)}
-    assert not with_code - {*RUN, *RUN_SLOWLY, *NOT_RUN}
-    assert not {*RUN, *RUN_SLOWLY} & set(NOT_RUN)
-    everything = "".join(block.text for page in (*RUN, *RUN_SLOWLY) for block in blocks(page))
-    assert not [piece for piece in LEFT_OUT if piece not in everything], "left out, but not there"
+def test_what_is_left_out_is_there() -> None:
+    found = [(block.language, each) for page in pages() for block in blocks(page) for each in examples(block, True)]
+    code = [each for language, each in found if language == "python"]
+    others = [each for language, each in found if language != "python"]
+    assert not [piece for piece in CODE_LEFT_OUT if sum(piece in each for each in code) != 1]
+    assert not [start for start in COMMANDS_LEFT_OUT if not any(each.startswith(start) for each in others)]
 
 
 @pytest.mark.parametrize(
