@@ -44,7 +44,7 @@ def finite(
         found = math.nan
     if not math.isfinite(found) or not least <= found <= most or (above is not None and found <= above):
         bounds = [] if above is None else [f"above {above:g}"]
-        bounds += [f"of {least:g} or more"] if math.isfinite(least) else []
+        bounds += [f"of {least:g} or more"] if math.isfinite(least) and above is None else []
         bounds += [f"of {most:g} or less"] if math.isfinite(most) else []
         raise error(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f", not {shown(value)}")
     return found

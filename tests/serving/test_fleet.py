@@ -23,7 +23,7 @@ from impasto.serving.engine.messages import Broken, Cancel, Ready, Turn
 from impasto.serving.engine.spec import EngineSpec
 from impasto.serving.fleet import Fleet
 from impasto.serving.job import Event, Failed, Finished, GivenImages, Job, Preview, Progress, RawImage
-from impasto.serving.served import Known, look_at
+from impasto.serving.served import Inspected, look_at
 from impasto.serving.service import Generation, QueueFullError, TooLargeError, UnavailableError
 
 from ..tiny import write_pipeline
@@ -44,7 +44,7 @@ def _looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @lru_cache
-def look_at_once(*arguments: Any) -> Known:
+def look_at_once(*arguments: Any) -> Inspected:
     return look_at(*arguments)
 
 
@@ -485,6 +485,7 @@ def test_what_cannot_be_served_is_refused(model: str, tmp_path: Path) -> None:
         Fleet({"tiny": model}, memory_budget="1MB")
 
 
+@pytest.mark.programs
 def test_a_killed_engine_loses_no_image(model: str) -> None:
     """A real process: the image of a job whose engine was killed in the middle is that of one that was not."""
 

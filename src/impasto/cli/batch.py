@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..checks import MAX_IMAGES, parse_size, whole_number
-from ..errors import InputError
+from ..errors import InputError, ResourceError
 from .cache import read_part
 from .entry import say
 from .options import DType, Guidance, Model, Steps, check_numbers
@@ -64,6 +64,8 @@ def batch(
 ) -> None:
     """Generate an image for each record of PROMPTS.jsonl. Run it again after an interruption.
 
+    The exit status is 0 only if each record has its image.
+
     A record has a prompt, and if need be: id, negative_prompt, size ("WxH") or width and height, num_inference_steps,
     guidance_scale, seed, scheduler, lora, and image, mask and strength for edits.
     """
@@ -93,15 +95,15 @@ def batch(
     chosen = pipelines.choose_device(device) if ray is None or device is None else as_device(device)
     precision = None if dtype is DType.AUTO else dtype.value
     path = os.path.abspath(model) if os.path.exists(model) else model  # actors have another working folder
-    known = look_at(model, path, chosen, precision, budget)
+    inspected = look_at(model, path, chosen, precision, budget)
     # Without a budget: what is free now must not decide which records are accepted. Images that do not fit fail alone.
-    served = known.served if budget is not None else replace(known.served, most_pixels=MOST_PIXELS)
+    served = inspected.served if budget is not None else replace(inspected.served, most_pixels=MOST_PIXELS)
     options = Options(seed, steps, guidance_scale)
     records = batches.part_of(batches.in_order(read_records(prompts, served, options)), part)
     spec = EngineSpec(
         model,
-        known.path,
-        known.class_name,
+        inspected.path,
+        inspected.class_name,
         device,
         precision,
         budget,
@@ -137,3 +139,6 @@ def batch(
         say(f"failed: {fault}", error=True)
     skipped = len(records) - len(left)
     say(f"{out}: {counts.generated} generated, {skipped} skipped, {counts.failed} failed")
+    if counts.failed:
+        count = f"{counts.failed} of {len(records)}"
+        raise ResourceError(f"{count} images could not be generated; run the same command to try them again")

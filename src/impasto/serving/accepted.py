@@ -12,7 +12,7 @@ from typing import Literal
 from .engine.costs import StepCosts
 from .engine.process import EngineProcess
 from .job import Event, Failed, Finished, Job, Preview, Progress
-from .served import Known
+from .served import Inspected
 
 
 class FleetGeneration:
@@ -27,7 +27,7 @@ class FleetGeneration:
         self.cancelled = self.ended = False
 
     def is_new(self, event: Progress | Preview) -> bool:
-        """Whether an event tells more than earlier ones; the next ones have to tell more than it."""
+        """Whether an event goes beyond the earlier ones. If so, later ones are compared with it."""
         if isinstance(event, Progress):
             new = event.step >= self.step
             self.step = max(self.step, event.step)
@@ -48,12 +48,12 @@ class FleetGeneration:
                 return
 
 
-class Served:
+class ModelState:
     """A model: its engine if it is loaded, what waits for it and what it works on."""
 
-    def __init__(self, known: Known, share: int | None):
-        self.known, self.share = known, share
-        self.name = known.served.name
+    def __init__(self, inspected: Inspected, share: int | None):
+        self.inspected, self.share = inspected, share
+        self.name = inspected.served.name
         self.state: Literal["absent", "loading", "ready", "closing"] = "absent"
         self.process: EngineProcess | None = None
         self.costs: StepCosts | None = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from .accepted import FleetGeneration, Served, given_bytes
+from .accepted import FleetGeneration, ModelState, given_bytes
 from .job import Job
 from .service import QueueFullError, TooLargeError
 from .stats import Stats
 
-#: Seconds after which clients try again, at most: with more, they do not.
+#: Seconds after which clients are asked to try again, at most: after longer ones they do not by themselves.
 MOST_RETRY_AFTER = 120
 #: Bytes of the images and masks that were given for jobs which have not ended: at most, and as a share of the free
 #: memory, as they may be here and in an engine.
@@ -27,7 +27,7 @@ class Admission:
         free: bytes of memory that this machine has free.
     """
 
-    def __init__(self, served: Mapping[str, Served], limit: int, stats: Stats, free: int):
+    def __init__(self, served: Mapping[str, ModelState], limit: int, stats: Stats, free: int):
         self.served, self.limit, self.stats = served, limit, stats
         self.most_given = min(MOST_GIVEN, int(SHARE_GIVEN * free))
 
@@ -38,7 +38,7 @@ class Admission:
             RefusedError: its subclass says why.
         """
         for job in jobs:
-            served = self.served[job.model].known.served
+            served = self.served[job.model].inspected.served
             first = served if job.given is None else job.given.images[0]
             if (job.width or first.width) * (job.height or first.height) > served.most_pixels:
                 self.stats.rejected["size"] += len(jobs)
@@ -81,14 +81,14 @@ class Admission:
         mean = sum(seconds) / len(seconds) if seconds else 1.0
         return max(1, min(MOST_RETRY_AFTER, math.ceil(count * mean)))
 
-    def _accepted(self) -> Iterator[tuple[Served, FleetGeneration]]:
+    def _accepted(self) -> Iterator[tuple[ModelState, FleetGeneration]]:
         for served in self.served.values():
             for generation in (*served.pending, *served.sent.values()):
                 yield served, generation
 
 
-def _seconds(served: Served, job: Job) -> float:
+def _seconds(served: ModelState, job: Job) -> float:
     if served.costs is None:
         return 1.0
     halves = 2 if job.guidance_scale > 1.0 else 1
-    return served.costs.job_seconds(served.known.tokens(job), halves, job.steps)
+    return served.costs.job_seconds(served.inspected.tokens(job), halves, job.steps)

@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 from ..checks import parse_size, shown
 from ..errors import InputError, ResourceError
-from .accepted import FleetGeneration, Served, cancelled, deadline_of, too_late
+from .accepted import FleetGeneration, ModelState, cancelled, deadline_of, too_late
 from .admission import Admission
 from .engine.costs import StepCosts
 from .engine.messages import Broken, Cancel, Ready, Turn
 from .engine.process import EngineProcess
 from .engine.spec import EngineSpec
 from .job import Failed, Finished, Job
-from .served import Known, look_at
-from .service import Generation, ServedModel, UnavailableError
+from .served import Inspected, ServedModel, look_at
+from .service import Generation, UnavailableError
 from .stats import Stats
 
 logger = logging.getLogger("impasto")
@@ -82,13 +82,13 @@ class Fleet:
         self.limited = memory_budget is not None
         where = device_of(EngineSpec("", "", "", device))
         budget = None if memory_budget is None else parse_size(memory_budget)
-        known = {name: look_at(name, path, where, dtype, budget) for name, path in models.items()}
-        if budget is None and len(known) > 1:  # they share what is free
+        inspected = {name: look_at(name, path, where, dtype, budget) for name, path in models.items()}
+        if budget is None and len(inspected) > 1:  # they share what is free
             budget = int(SHARE_OF_FREE * free_memory(where))
         self.budget = budget
-        shares = {name: self._share_of(each, len(known)) for name, each in known.items()}
-        self.served = {name: Served(each, shares[name]) for name, each in known.items()}
-        self.models: Mapping[str, ServedModel] = {name: each.served for name, each in known.items()}
+        shares = {name: self._share_of(each, len(inspected)) for name, each in inspected.items()}
+        self.served = {name: ModelState(each, shares[name]) for name, each in inspected.items()}
+        self.models: Mapping[str, ServedModel] = {name: each.served for name, each in inspected.items()}
         for alias, name in (aliases or {}).items():
             _of(self.models, name, f"model for the alias {shown(alias)}")
         self.aliases: Mapping[str, str] = dict(aliases or {})
@@ -101,9 +101,9 @@ class Fleet:
         self.watch: asyncio.Task[None] | None = None
         self.changed = asyncio.Event()  # set when a job or an engine has changed its state
 
-    def _share_of(self, known: Known, count: int) -> int | None:
+    def _share_of(self, model: Inspected, count: int) -> int | None:
         """The memory of one model's engine; a model of which nothing is known takes all."""
-        return None if self.budget is None else min(self.budget, max(known.need or self.budget, self.budget // count))
+        return None if self.budget is None else min(self.budget, max(model.need or self.budget, self.budget // count))
 
     # --- the life of the service ---
 
@@ -201,7 +201,7 @@ class Fleet:
             generation.cancelled = True
             served.process.send(Cancel(generation.job.id))
 
-    def _end(self, served: Served, generation: FleetGeneration, event: Finished | Failed) -> None:
+    def _end(self, served: ModelState, generation: FleetGeneration, event: Finished | Failed) -> None:
         """The last event of a job."""
         if generation in served.pending:
             served.pending.remove(generation)
@@ -238,7 +238,7 @@ class Fleet:
                 self._unload(served)
         self._count()
 
-    def _send(self, served: Served) -> None:
+    def _send(self, served: ModelState) -> None:
         assert served.process is not None
         served.used = time.monotonic()
         while served.pending and len(served.sent) < MOST_SENT:
@@ -258,7 +258,7 @@ class Fleet:
         _of(self.models, model, "model")
         return replace(job, model=model, adapters=chosen)
 
-    def _has_room(self, wanted: Served) -> bool:
+    def _has_room(self, wanted: ModelState) -> bool:
         """Whether a model may be loaded; if not, the least recently used ones begin to make room."""
         loaded = [served for served in self.served.values() if served.state != "absent"]
         if self.budget is None or wanted.share is None:
@@ -275,12 +275,12 @@ class Fleet:
                 free += served.share or 0
         return False
 
-    def _load(self, served: Served) -> None:
-        known = served.known
+    def _load(self, served: ModelState) -> None:
+        inspected = served.inspected
         spec = EngineSpec(
             name=served.name,
-            path=known.path,
-            class_name=known.class_name,
+            path=inspected.path,
+            class_name=inspected.class_name,
             device=self.device,
             dtype=self.dtype,
             budget=served.share,
@@ -297,7 +297,7 @@ class Fleet:
             served.state, served.error = "absent", f"its process could not be started: {error}"
             self._cannot_be_loaded(served)
 
-    def _cannot_be_loaded(self, served: Served) -> None:
+    def _cannot_be_loaded(self, served: ModelState) -> None:
         """End all jobs for it; later ones try again. Why is for the log."""
         logger.error("%s cannot be loaded: %s", served.name, served.error)
         served.loads = 0
@@ -306,7 +306,7 @@ class Fleet:
             self._end(served, generation, Failed(generation.job.id, "engine", message))
         self.changed.set()
 
-    def _unload(self, served: Served) -> None:
+    def _unload(self, served: ModelState) -> None:
         served.state = "closing"
         assert served.process is not None
         served.process.kill()
@@ -334,7 +334,7 @@ class Fleet:
             self._ended(served)
         self.changed.set()
 
-    def _take(self, served: Served, turn: Turn) -> None:
+    def _take(self, served: ModelState, turn: Turn) -> None:
         tally, stats = turn.tally, self.stats
         if tally.batch_tokens:
             stats.batch_tokens = tally.batch_tokens
@@ -357,7 +357,7 @@ class Fleet:
             self._dispatch()
         self._count()
 
-    def _ended(self, served: Served) -> None:
+    def _ended(self, served: ModelState) -> None:
         """An engine's process has ended: as it should, or not."""
         expected, was_loading = served.state == "closing" or self.closed, served.state == "loading"
         served.process, served.state, served.yields = None, "absent", False

@@ -24,7 +24,7 @@ class GivenImages:
     Attributes:
         images: one for PixArt; for GLM-Image one or several references.
         mask: 255 where the image is repainted, 0 where it is kept: width * height bytes, or None for image to image.
-        strength: how much may change, above 0, at most 1.
+        strength: how much may change, 0 to 1; at least one step is taken.
         padding: generate only what surrounds the mask, with so many pixels on each side, and paste it back; None: all.
     """
 

@@ -1,4 +1,4 @@
-"""What interfaces need to know of a model, from the JSON files and headers of its checkpoint."""
+"""The models that are served: what interfaces need to know of them, read from their checkpoints without the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..memory.inspection import image_size, inspect_model, resolve_pipeline
 from ..pipelines.resolution import bins_for, nearest_bin
 from ..registry import SOLVERS
 from .job import Job
-from .service import ServedModel
 
 #: The scheduler of GLM-Image, which takes no other one.
 FLOW = "flow"
@@ -24,8 +23,43 @@ MOST_PIXELS = 4096 * 4096
 
 
 @dataclass(frozen=True)
-class Known:
-    """A model that can be served.
+class ServedModel:
+    """What interfaces need to know of a model.
+
+    Attributes:
+        family: "PixArt-α", "PixArt-Σ" or "GLM-Image".
+        width, height: of an image if the request does not say, in pixels.
+        multiple: sides are multiples of it; others are generated at the nearest size and resized.
+        most_pixels: of an image.
+        steps, guidance_scale: if the request does not say.
+        scheduler: its own, by the names of ``Job.scheduler``.
+        schedulers: the names that it takes.
+        edits, masks: whether it takes images to edit, and masks.
+        created: Unix time.
+        most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
+        most_images: how many images an edit takes.
+    """
+
+    name: str
+    family: str
+    width: int
+    height: int
+    multiple: int
+    most_pixels: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    schedulers: tuple[str, ...]
+    edits: bool
+    masks: bool
+    created: int
+    most_side: int = 0
+    most_images: int = 1
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model that can be served, and what its engine needs to know.
 
     Attributes:
         class_name: of its pipeline.
@@ -48,7 +82,7 @@ class Known:
         return max(1, width // self.unit) * max(1, height // self.unit)
 
 
-def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | None) -> Known:
+def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | None) -> Inspected:
     """Read what a model is and what it needs; no weights are loaded.
 
     Args:
@@ -89,7 +123,7 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
         most_images=MOST_REFERENCES if family is GLM_IMAGE else 1,
         created=int((found.folder / "model_index.json").stat().st_mtime),
     )
-    return Known(served, path, class_name, unit, need)
+    return Inspected(served, path, class_name, unit, need)
 
 
 def bounded(model: ServedModel, most_side: int | None = None) -> ServedModel:

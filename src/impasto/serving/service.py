@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ImpastoError
 from .job import Event, Job
+from .served import ServedModel
 from .stats import Stats
 
 
@@ -42,41 +42,6 @@ class TooLargeError(RefusedError):
     """The job does not fit the memory of the server, whatever it does."""
 
     status = 400
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """What interfaces need to know of a model.
-
-    Attributes:
-        family: "PixArt-α", "PixArt-Σ" or "GLM-Image".
-        width, height: of an image if the request does not say, in pixels.
-        multiple: sides are multiples of it; others are generated at the nearest size and resized.
-        most_pixels: of an image.
-        steps, guidance_scale: if the request does not say.
-        scheduler: its own, by the names of ``Job.scheduler``.
-        schedulers: the names that it takes.
-        edits, masks: whether it takes images to edit, and masks.
-        created: Unix time.
-        most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
-        most_images: how many images an edit takes.
-    """
-
-    name: str
-    family: str
-    width: int
-    height: int
-    multiple: int
-    most_pixels: int
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    schedulers: tuple[str, ...]
-    edits: bool
-    masks: bool
-    created: int
-    most_side: int = 0
-    most_images: int = 1
 
 
 class Generation(Protocol):

@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from .job import Event, Failed, Finished, Job, Preview, Progress, RawImage
-from .service import Generation, QueueFullError, ServedModel, UnavailableError
+from .served import ServedModel
+from .service import Generation, QueueFullError, UnavailableError
 from .stats import Stats
 
 SCENES = ServedModel(

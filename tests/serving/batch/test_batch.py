@@ -110,6 +110,27 @@ def test_failures_are_recorded_and_tried_again(tmp_path: Path) -> None:
     assert missing(todo, manifest, "m") == []
 
 
+def test_the_exit_status_says_whether_every_record_has_its_image(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = {"b"}
+
+    def by_engine(*_: Any, **__: Any) -> Any:
+        return lambda each: (Made(r, error="no memory") if r.prompt in failing else Made(r, png(r)) for r in each)
+
+    monkeypatch.setattr("impasto.serving.engine.program.make_engine", lambda spec: None)
+    monkeypatch.setattr("impasto.serving.batch.generate.by_engine", by_engine)
+    prompts = write(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
+    arguments = ["batch", prompts, str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
+    assert command(*arguments) == 1
+    said = capsys.readouterr()
+    assert "2 generated, 0 skipped, 1 failed" in said.out
+    assert "1 of 3 images could not be generated; run the same command" in said.err
+    failing.clear()
+    assert command(*arguments) == 0
+    assert "1 generated, 2 skipped, 0 failed" in capsys.readouterr().out
+
+
 def test_images_that_come_twice_count_once(tmp_path: Path) -> None:
     todo, manifest = records(3), Manifest(tmp_path)
     counts = run(todo, lambda each: (Made(r, png(r)) for r in [*each, *each]), Folders(tmp_path), manifest, "m")
@@ -147,6 +168,7 @@ def make_forty(folder: Path, kind: str, started: Path) -> None:
     run(left, lambda each: (Made(r, png(r)) for r in each), output, manifest, "m")
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
 def test_a_batch_that_is_killed_at_any_moment_has_no_gaps_and_no_duplicates(kind: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")

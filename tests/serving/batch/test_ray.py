@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from impasto import ray_cluster
 from impasto.errors import ResourceError
 from impasto.serving.batch import on_ray
 from impasto.serving.batch.generate import by_engine
@@ -166,6 +167,7 @@ def test_the_devices_are_those_of_the_cluster(
         shutdown=lambda: None,
     )
     monkeypatch.setattr(on_ray, "require_ray", lambda: ray)
+    monkeypatch.setattr(ray_cluster, "require_ray", lambda: ray)
     spec = EngineSpec("tiny", "model", "PixArtSigmaPipeline", device)
     (made,) = on_ray.by_ray("local", 1, spec, "dpm++")(records(1))
     assert made.record.index == 0

@@ -90,6 +90,22 @@ def test_repaints_what_is_white(client: webuiapi.WebUIApi, served: Running):
     assert (levels[0], levels[15]) == (255, 0)
 
 
+def test_values_as_a1111_takes_them(client: webuiapi.WebUIApi, served: Running):
+    texts = {"steps": "12", "cfg_scale": "7", "width": "16", "height": " 8", "seed": "5", "enable_hr": "false"}
+    found = client.post_and_get_api_result(f"{client.baseurl}/txt2img", {"prompt": "a", **texts}, False)
+    assert found.image.size == (16, 8)
+    assert (found.info["steps"], found.info["cfg_scale"], found.info["seed"]) == (12, 7.0, 5)
+
+    image = webuiapi.b64_img(Image.new("RGB", (16, 8), "blue"))
+    texts = {"resize_mode": "1", "mask_blur": "4", "inpaint_full_res": "0", "send_images": "true"}
+    for mask in ("", None):
+        body = {"init_images": [image], "mask": mask, "denoising_strength": 0, "steps": 20, **texts}
+        assert client.post_and_get_api_result(f"{client.baseurl}/img2img", body, False).image.size == (16, 8)
+        given = served.service.submitted[-1].given
+        assert (given.mask, given.strength) == (None, 0)
+    assert client.post_and_get_api_result(f"{client.baseurl}/txt2img", {"send_images": 0}, False).images == []
+
+
 def test_lists(client: webuiapi.WebUIApi):
     assert client.util_get_model_names() == ["scenes"]
     assert client.get_sd_models()[0]["title"] == "scenes"
@@ -126,6 +142,8 @@ def test_lists(client: webuiapi.WebUIApi):
         ({"batch_size": 4, "n_iter": 3}, 400, "at most 10 images"),
         ({"width": 2048}, 400, "width must be a whole number from 1 to 1024"),
         ({"cfg_scale": "high"}, 400, "cfg_scale"),
+        ({"steps": "2.5"}, 400, "steps must be a whole number"),
+        ({"enable_hr": "true"}, 400, "enable_hr is 'true'"),
     ],
 )
 def test_refusals(client: webuiapi.WebUIApi, changes: dict[str, Any], status: int, message: str):
@@ -140,7 +158,7 @@ def test_keys_are_passwords_and_options_belong_to_a_key():
     other = "abcdefghij0123456789"
     with running(_two_models(), keys=(KEY, other)) as served:
         stranger = webuiapi.WebUIApi(port=served.port)
-        with pytest.raises(RuntimeError, match="401"):
+        with pytest.raises(RuntimeError, match=r"401.*detail"):
             stranger.txt2img(prompt="a")
         clients = [webuiapi.WebUIApi(port=served.port, username="me", password=key) for key in (KEY, other)]
         assert [client.util_get_current_model() for client in clients] == ["scenes", "scenes"]
@@ -187,6 +205,28 @@ def test_progress_skip_and_interrupt():
         assert len(results[0].images) == 3  # previews of what was ended
         assert not served.service.unfinished
         assert other.get_progress()["progress"] == 0.0
+
+
+def test_an_interrupt_before_the_first_preview():
+    """Clients take the first image of an answer: it is one in which nothing is to be seen yet."""
+    with running(StubService(seconds=0.02)) as served:
+        client, results = webuiapi.WebUIApi(port=served.port), list[Any]()
+        image, mask = Image.new("RGB", (16, 8)), Image.new("L", (16, 8), 255)
+        edit: dict[str, Any] = {"images": [image], "mask_image": mask}
+        for work in (
+            lambda: client.txt2img(prompt="a", steps=200, batch_size=2, width=32, height=24, seed=3),
+            lambda: client.img2img(prompt="a", steps=200, width=32, height=32, **edit),
+        ):
+            client.set_options({"live_previews_enable": False})
+            thread = threading.Thread(target=lambda work=work: results.append(work()))
+            thread.start()
+            _until(client.get_progress, lambda answer: answer["state"]["sampling_step"] > 0)
+            client.interrupt()
+            thread.join(20)
+    assert [result.image.size for result in results] == [(32, 24), (16, 8)]
+    assert [len(result.images) for result in results] == [1, 1]
+    assert results[0].image.getpixel((0, 0)) == (128, 128, 128)
+    assert results[0].info["all_seeds"] == [3]
 
 
 def _until(ask: Callable[[], Any], done: Callable[[Any], bool]) -> Any:

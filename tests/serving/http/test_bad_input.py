@@ -23,7 +23,7 @@ from tests.serving.http.test_client import until
 from impasto.serving.stub import StubService
 
 KEY = "0123456789abcdefghij"
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+GENERATIONS, EDITS, TXT2IMG = "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,15 @@ def check(answer: httpx.Response, status: int, *said: str, param: str | None = N
         assert words in error["message"]
     if param is not None:
         assert error["param"] == param
+
+
+def check_a1111(answer: httpx.Response, status: int, *said: str) -> None:
+    """The same of an error under /sdapi, as its clients read it."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert set(body) == {"error", "detail", "body", "errors"}
+    for words in said:
+        assert words in body["detail"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,20 @@ def test_forms_that_cannot_be_used(client: httpx.Client, files: Any, data: dict[
         check(client.post(EDITS, files=files, data=data), 400, "there is no field")
         return
     check(client.post(EDITS, files=files, data=data), 400, param=param)
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "said"),
+    [
+        ([("file", ("x.png", png()))], {"prompt": "a"}, "there is no field 'file'"),
+        ([("imag", ("x.png", png()))], {"prompt": "a"}, "did you mean image?"),
+        ([("image", ("x.png", png())), ("prompt", ("p.txt", b"a"))], {}, "prompt must be a text, not a file"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "lora[][name]": "style"}, "did you mean lora as a JSON text"),
+        ([("image", ("x.png", png()))], {"prompt": "a", "strength": "2"}, "a finite number above 0 and of 1 or less"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_said(client: httpx.Client, files: Any, data: dict[str, str], said: str):
+    check(client.post(EDITS, files=files, data=data), 400, said)
 
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "http://127.0.0.1:1/x.png", "data:image/png,abc", 5, ["x", 5], {}])
@@ -239,6 +262,12 @@ def test_header_bombs(client: httpx.Client, served: Running):
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the headers are too large"
 
 
+def test_headers_that_are_too_large_together(client: httpx.Client):
+    many = {f"X-{i}": "a" * 1000 for i in range(33)}  # each is small enough for the parser
+    check(client.get("/health", headers=many), 431, "the headers are too large")
+    check_a1111(client.get("/sdapi/v1/options", headers=many), 431, "the headers are too large")
+
+
 def test_what_is_not_http(client: httpx.Client, served: Running):
     for sent in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET\r\n\r\n", b"\0" * 100 + b"\r\n\r\n"):
         answer = exchange(served, sent)
@@ -311,10 +340,13 @@ def test_keys():
             {"Authorization": b"Bearer \xff\xfe"},
             {"Authorization": "Basic !!!"},
         ):
-            for path in (GENERATIONS, "/v1/anything", "/sdapi/v1/txt2img"):
+            for path in (GENERATIONS, "/v1/anything"):
                 answer = client.post(path, json={"prompt": "a"}, headers=headers)
                 check(answer, 401, "a key is needed")
-                assert answer.headers["www-authenticate"].startswith("Basic" if "sdapi" in path else "Bearer")
+                assert answer.headers["www-authenticate"] == "Bearer"
+            answer = client.post("/sdapi/v1/txt2img", json={"prompt": "a"}, headers=headers)
+            check_a1111(answer, 401, "a key is needed", "the password of HTTP basic authentication")
+            assert answer.headers["www-authenticate"].startswith("Basic")
         check(client.get("/metrics"), 401)
         assert client.get("/health").status_code == 200
         assert client.post(GENERATIONS, json={"prompt": "a"}, headers={"Authorization": f"Bearer {KEY}"}).is_success
@@ -328,6 +360,8 @@ def test_web_pages_of_other_origins():
         check(httpx.post(url, json={"prompt": "a"}, headers={"Origin": "http://evil.example"}), 403)
         check(httpx.post(url, json={"prompt": "a"}, headers={"Origin": "null"}), 403)
         check(httpx.post(url, json={"prompt": "a"}, headers={"Host": "evil.example"}), 421)
+        check_a1111(httpx.post(f"{served.url}{TXT2IMG}", json={}, headers={"Origin": "http://evil.example"}), 403)
+        check_a1111(httpx.post(f"{served.url}{TXT2IMG}", json={}, headers={"Host": "evil.example"}), 421)
         assert httpx.post(url, json={"prompt": "a"}, headers={"Origin": served.url}).is_success
         answer = httpx.options(url, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
         assert "access-control-allow-origin" not in answer.headers

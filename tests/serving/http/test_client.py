@@ -54,6 +54,7 @@ def test_generates_with_extensions(client: openai.OpenAI, served: Running):
         quality="hd",
         style="vivid",
         user="me",
+        complexity="low",
         response_format="b64_json",
         extra_body={
             "seed": 5,
@@ -142,6 +143,12 @@ def test_a_mask_without_transparency_is_repainted_where_it_is_white(client: open
     assert levels.getpixel((2, 2)) == 255
     assert levels.getpixel((20, 2)) == 0
     assert job.adapters[0] == ("style", 1.0)
+
+
+def test_adapters_of_edits_are_a_text(client: openai.OpenAI):
+    image = png(Image.new("RGB", (64, 64)))
+    with pytest.raises(openai.BadRequestError, match="did you mean lora as a JSON text"):
+        client.images.edit(image=image, prompt="a", extra_body={"lora": [{"name": "style"}]})
 
 
 def test_edits_stream(client: openai.OpenAI):

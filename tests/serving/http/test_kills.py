@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from PIL import Image
 from tests.serving.http.running import running
 
@@ -44,6 +45,7 @@ def ask(url: str, given: dict[str, bytes | None]) -> None:
         pass
 
 
+@pytest.mark.programs
 def test_stored_images_survive_a_server_that_is_killed_under_load(tmp_path: Path):
     storage = tmp_path / "images"
     given = dict[str, bytes | None]()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
+from tests.serving.http.running import running
 
 from impasto.serving.http.app import create_app
 from impasto.serving.http.settings import HttpSettings
@@ -64,7 +66,10 @@ def test_an_image_may_be_generated_at_its_own_size():
         ({"prompt": "a", "n": True}, "n", "whole number"),
         ({"prompt": "a", "size": "2048x8"}, "size", "1 to 1024"),
         ({"prompt": "a", "use_resolution_binning": "no"}, "use_resolution_binning", "true or false"),
-        ({"prompt": "a", "response_format": "url"}, "response_format", "b64_json"),
+        ({"prompt": "a", "response_format": "url"}, "response_format", "start the server with --storage FOLDER"),
+        ({"prompt": "a", "steps": 5}, "steps", "did you mean num_inference_steps?"),
+        ({"prompt": "a", "width": 64}, "width", "did you mean size, as in 256x256?"),
+        ({"prompt": "a", "cfg_scale": 5}, "cfg_scale", "did you mean guidance_scale?"),
         ({"prompt": "a", "stream": True, "n": 2}, "n", "one image"),
         ({"prompt": "a", "lora": [{"name": "styl"}]}, "lora", "did you mean style"),
     ],
@@ -96,3 +101,19 @@ def test_a_few_step_adapter_says_how_to_generate_unless_the_client_does(
     assert found == [("lcm", 4, 1.0), ("lcm", 9, 1.0), ("lcm", 4, 3.0)]
     listed = call("GET", "/v1/models", service).json()["adapters"]
     assert {"id": "few", "object": "adapter", "steps": 4, "guidance_scale": 1.0, "scheduler": "lcm"} in listed
+
+
+def test_what_answers_get_answers_head(tmp_path: Path):
+    with running(storage=tmp_path / "images") as served, httpx.Client(base_url=served.url) as client:
+        body = {"prompt": "a", "response_format": "url"}
+        stored = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+        for path in ("/health", "/ready", "/v1/models", "/v1/models/scenes", "/sdapi/v1/options", "/", stored):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == str(len(get.content))
+        assert client.head("/v1/models/none").status_code == 404
+        assert client.head("/v1/images/generations").headers["allow"] == "POST"
+        served.service.ready = False
+        assert client.head("/ready").status_code == 503
+        described = client.get("/openapi.json").json()["paths"].values()
+        assert {method for operations in described for method in operations} == {"get", "post"}

@@ -5,13 +5,12 @@ The model, adapters and images to edit have to be on a disk that all machines of
 
 from __future__ import annotations
 
-import importlib
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...errors import MissingDependencyError, ResourceError
+from ...ray_cluster import ray_session, require_ray, threads_of_an_actor
 from ..engine.program import make_engine
 from ..engine.spec import EngineSpec
 from .generate import by_engine
@@ -42,20 +41,6 @@ class Worker:
         }
 
 
-def require_ray() -> Any:
-    """The library.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        ray: Any = importlib.import_module("ray")
-        importlib.import_module("ray.data")
-    except ImportError as error:
-        raise MissingDependencyError("--ray needs Ray: pip install 'impasto[ray]'") from error
-    return ray
-
-
 def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Generate:
     """What generates the images of records on a Ray cluster. Work of actors and machines that end is done again.
 
@@ -67,35 +52,22 @@ def by_ray(address: str, actors: int, spec: EngineSpec, scheduler: str) -> Gener
     Raises:
         MissingDependencyError: Ray is not installed.
     """
-    ray = require_ray()
+    require_ray()
 
     def generate(records: Sequence[Record]) -> Iterator[Made]:
-        try:
-            ray.init(address=address, log_to_driver=False)  # "local" starts one, even if another one runs
-        except Exception as error:
-            raise ResourceError(f"there is no Ray cluster at {address!r}: {type(error).__name__}: {error}") from error
-        try:
-            ray.data.DataContext.get_current().enable_progress_bars = False
-            resources = ray.cluster_resources()
-            device = spec.device or ("cuda" if resources.get("GPU", 0) >= 1 else "cpu")  # this machine may have none
-            cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-            fewest = min((count for count in cores if count), default=1)
-            threads = max(1, min(fewest, int(resources.get("CPU", 1)) // actors))
+        with ray_session(address) as ray:
+            gpus = ray.cluster_resources().get("GPU", 0)
+            device = spec.device or ("cuda" if gpus >= 1 else "cpu")  # this machine may have none
             by_index = {record.index: record for record in records}
             batches = -(-len(records) // spec.most_running)
             rows = ray.data.from_items([{"record": pickle.dumps(record)} for record in records]).map_batches(
                 Worker,
-                fn_constructor_args=(replace(spec, device=device), scheduler, threads),
+                fn_constructor_args=(replace(spec, device=device), scheduler, threads_of_an_actor(ray, actors)),
                 batch_size=spec.most_running,
                 concurrency=min(actors, batches),  # begins with those that have a place, and grows with the cluster
                 num_gpus=1 if device.startswith("cuda") else 0,
             )
             for row in rows.iter_rows():
                 yield Made(by_index[row["index"]], row["png"], row["seconds"], row["error"] or None)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise ResourceError(f"a Ray actor has failed: {type(cause).__name__}: {str(cause)[:600]}") from error
-        finally:
-            ray.shutdown()
 
     return generate

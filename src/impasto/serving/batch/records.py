@@ -28,7 +28,7 @@ from ...errors import ImpastoError, InputError
 from ...pipelines.adapters import ChosenAdapter, adapter_defaults
 from ...pipelines.image_files import measure_image
 from ...pipelines.request import Schedule
-from ..service import ServedModel
+from ..served import ServedModel
 
 FIELDS = (
     "id",
@@ -208,7 +208,7 @@ def _record(line: bytes, index: int, folder: Path, model: ServedModel, options: 
     if width * height > model.most_pixels:
         raise InputError(f"{width} x {height} pixels are more than the {model.most_pixels:,} of {model.name}")
     chosen = [_adapter(source, folder, adapters) for source in _list("lora", given.get("lora"))]
-    tuned = next((each for _, each in chosen if each != AdapterDefaults()), AdapterDefaults())
+    tuned = AdapterDefaults.first(each for _, each in chosen)
     scheduler = given.get("scheduler", tuned.scheduler if tuned.scheduler in model.schedulers else None)
     if scheduler is not None and scheduler not in model.schedulers:
         raise InputError(f"its scheduler is {shown(scheduler)}; {model.name} takes {', '.join(model.schedulers)}")
@@ -217,9 +217,9 @@ def _record(line: bytes, index: int, folder: Path, model: ServedModel, options: 
         name = str(name)
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise InputError(f"its id is {shown(name)}; an id is up to 95 letters, digits, - and _")
-    steps = _first(given.get("num_inference_steps"), options.steps, tuned.steps, model.steps)
+    asked = given.get("num_inference_steps", options.steps), given.get("guidance_scale", options.guidance_scale)
+    steps, guidance = tuned.numbers(model, *asked)
     steps = whole_number("num_inference_steps", steps, most=MAX_STEPS)
-    guidance = _first(given.get("guidance_scale"), options.guidance_scale, tuned.guidance_scale, model.guidance_scale)
     strength = finite("strength", given.get("strength", 1.0 if mask is not None else 0.8), above=0.0, most=1.0)
     if images and model.masks:
         Schedule(steps, None, None).at(strength)  # leaves at least one step
@@ -240,11 +240,6 @@ def _record(line: bytes, index: int, folder: Path, model: ServedModel, options: 
         strength,
         folder,
     )
-
-
-def _first(*values: Any) -> Any:
-    """The first one that is given."""
-    return next(value for value in values if value is not None)
 
 
 def _size(given: Mapping[str, Any], usual: tuple[int, int]) -> tuple[int, int]:

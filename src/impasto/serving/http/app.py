@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as StarletteRequest
 from starlette.routing import Route
@@ -61,11 +62,12 @@ def create_app(service: Service, settings: HttpSettings | None = None) -> FastAP
     app.state.context = context
     errors.install(app)
     metrics = Metrics(service)
-    app.include_router(openai_router(context))
-    app.include_router(a1111_router(context))
+    routers = [openai_router(context), a1111_router(context), _health_router(service, metrics)]
     if storage is not None:
-        app.include_router(_content_router(storage))
-    app.include_router(_health_router(service, metrics))
+        routers.append(_content_router(storage))
+    for router in routers:
+        app.include_router(router)
+        app.include_router(_heads(router))
     app.router.routes += _page_routes()
     app.openapi = lambda: describe(app, context)  # type: ignore[method-assign]
     # The last one is the outermost.
@@ -73,10 +75,19 @@ def create_app(service: Service, settings: HttpSettings | None = None) -> FastAP
     app.add_middleware(Guard, settings=settings)
     if settings.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "HEAD", "POST"], allow_headers=["*"]
         )
     app.add_middleware(metrics.layer)
     return app
+
+
+def _heads(router: APIRouter) -> APIRouter:
+    """HEAD for each path that a router has for GET, as monitors and link checkers ask; uvicorn leaves out the body."""
+    heads = APIRouter()
+    for route in router.routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            heads.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+    return heads
 
 
 def _health_router(service: Service, metrics: Metrics) -> APIRouter:

@@ -12,7 +12,8 @@ from ...checkpoints.adapters.file import AdapterDefaults
 from ...checks import shown
 from ...errors import CheckpointError
 from ...pipelines.adapters import ChosenAdapter, adapter_defaults
-from ..service import ServedModel, Service
+from ..served import ServedModel
+from ..service import Service
 from .errors import ApiError
 from .fields import nearest
 from .settings import HttpSettings
@@ -68,13 +69,8 @@ class Context:
     ) -> tuple[tuple[ChosenAdapter, ...], Defaults]:
         """Adapters by their served names, which engines resolve, and how a model generates with them."""
         found = tuple(ChosenAdapter(name, weight) for name, weight in chosen)
-        silent = AdapterDefaults()
-        asked = next((one for one in (self.defaults_of(name) for name, _ in chosen) if one != silent), silent)
-        return found, Defaults(
-            asked.scheduler if asked.scheduler in model.schedulers else None,
-            asked.steps or model.steps,
-            model.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-        )
+        asked = AdapterDefaults.first(self.defaults_of(name) for name, _ in chosen)
+        return found, Defaults(asked.scheduler if asked.scheduler in model.schedulers else None, *asked.numbers(model))
 
     def defaults_of(self, name: str) -> AdapterDefaults:
         """How an adapter of this served name asks to be used, whatever the model."""

@@ -67,9 +67,7 @@ def describe(app: FastAPI, context: Context) -> dict[str, Any]:
         document = get_openapi(
             title=app.title, version="1", description="Images of prompts, by PixArt and GLM-Image.", routes=app.routes
         )
-        document.get("components", {}).pop("schemas", {}).get("HTTPValidationError")
-        components = {"Error": _ERROR, **_answers(context)}
-        document["components"] = {"schemas": components}
+        document["components"] = {"schemas": {"Error": _ERROR, **_answers(context)}}
         keys = bool(context.settings.keys)
         if keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -88,10 +86,9 @@ def _complete(path: str, method: str, operation: dict[str, Any], context: Contex
     statuses = {403, *(_POST if method == "post" else ()), *_OF_PATH.get(path, ())}
     statuses |= {400} if any(one["in"] == "query" for one in operation.get("parameters", [])) else set()
     statuses |= ({401} if protected else set()) | (set() if context.settings.hosts is None else {421})
+    error = _reference("Error") if not path.startswith("/sdapi") else {"type": "object"}
     for status in sorted(statuses):
-        content = {} if path.startswith("/sdapi") else {"application/json": {"schema": _reference("Error")}}
-        if path.startswith("/sdapi"):
-            content = {"application/json": {"schema": {"type": "object"}}}
+        content = {"application/json": {"schema": error}}
         responses[str(status)] = {"description": _MEANINGS[status], "content": content}
     if protected:
         operation["security"] = [{"key": []}]

@@ -20,8 +20,6 @@ from .storage import hide_ids
 
 logger = logging.getLogger("impasto.serve")
 
-MAX_RETRY_AFTER = 120  # seconds: clients do not retry by themselves after longer ones
-
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _FAILED = {"input": 400, "resources": 400, "cancelled": 503, "deadline": 504, "engine": 500}
 
@@ -60,9 +58,13 @@ def of_fault(error: Exception) -> ApiError:
     return ApiError("the server failed; its log has the reason", status=500)
 
 
-def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of every error."""
+def error_body(
+    message: str, status: int, param: str | None = None, code: str | None = None, *, path: str = ""
+) -> dict[str, Any]:
+    """The body of every error, as the clients of a path read it."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    if path.startswith("/sdapi/"):
+        return {"error": kind, "detail": message, "body": "", "errors": message}
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -83,9 +85,7 @@ def _answer(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    body = error_body(message, status, param, code)
-    if request.url.path.startswith("/sdapi/"):  # as its clients read errors
-        body = {"error": body["error"]["type"], "detail": message, "body": "", "errors": message}
+    body = error_body(message, status, param, code, path=request.url.path)
     return JSONResponse(body, status, dict(headers or {}))
 
 
@@ -123,7 +123,7 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RefusedError)
     headers = {}
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, min(MAX_RETRY_AFTER, error.retry_after)))
+        headers["Retry-After"] = str(error.retry_after)
     code = {429: "queue_full", 503: "unavailable"}.get(error.status, "too_large")
     return _answer(request, str(error), error.status, None, code, headers)
 

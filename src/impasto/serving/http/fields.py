@@ -83,7 +83,8 @@ class Text(Kind):
 
     def schema(self) -> Schema:
         found: Schema = {"type": "string", "maxLength": self.most}
-        return found | ({"minLength": 1, "pattern": r"\S"} if self.required else {})
+        # Python's spaces include some control characters, which those of other languages do not.
+        return found | ({"minLength": 1, "pattern": r"[^\s\x1c-\x1f]"} if self.required else {})
 
     def read(self, name: str, value: Any) -> str:
         found = text(name, value, self.most)
@@ -97,13 +98,15 @@ class OneOf(Kind):
     """A name of a list."""
 
     names: tuple[str, ...]
+    hint: str = ""  # for errors: how to get another one
 
     def schema(self) -> Schema:
         return {"type": "string", "enum": list(self.names)}
 
     def read(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
-            raise InputError(f"{name} must be one of {', '.join(self.names)}, not {shown(value)}{nearest(value, self)}")
+            hint = nearest(value, self) or self.hint
+            raise InputError(f"{name} must be one of {', '.join(self.names)}, not {shown(value)}{hint}")
         return value
 
 
@@ -190,8 +193,11 @@ def nearest(value: Any, known: OneOf | Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def read_fields(fields: Mapping[str, Kind], given: Mapping[str, Any], *, form: bool = False) -> dict[str, Any]:
+def read_fields(fields: Mapping[str, Kind], given: Mapping[str, Any], *, texts: bool = False) -> dict[str, Any]:
     """The values of a request, checked. What is null or not given is left out.
+
+    Args:
+        texts: whether any value may be given as a text, as in forms.
 
     Raises:
         ApiError: an unknown field, or a value that cannot be used.
@@ -200,23 +206,32 @@ def read_fields(fields: Mapping[str, Kind], given: Mapping[str, Any], *, form: b
     for name, value in given.items():
         kind = fields.get(name)
         if kind is None:
-            raise ApiError(
-                f"there is no field {shown(name)}{nearest(name, fields)}",
-                printable_name(name),
-                code="unknown_parameter",
-            )
+            raise unknown_field(name, fields)
         if value is None:
             continue
         try:
-            found[name] = kind.from_text(name, value) if form and isinstance(value, str) else kind.read(name, value)
+            found[name] = kind.from_text(name, value) if texts and isinstance(value, str) else kind.read(name, value)
         except InputError as error:
             raise ApiError(str(error), name, code="invalid_value") from error
     return found
 
 
-def printable_name(name: str) -> str:
-    """A client's name for a field, short enough to send back."""
-    return shown(name)[1:-1]
+#: What clients mean by the names that other interfaces have for these fields.
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "width": "size, as in 256x256",
+    "height": "size, as in 256x256",
+    # OpenAI's client writes a list of objects into a form so:
+    "lora[][name]": 'lora as a JSON text, as in [{"name": "style", "weight": 0.8}]',
+    "lora[][weight]": 'lora as a JSON text, as in [{"name": "style", "weight": 0.8}]',
+}
+
+
+def unknown_field(name: str, fields: Iterable[str]) -> ApiError:
+    """The error for a name that is none of these."""
+    other = _OTHER_NAMES.get(name)
+    hint = f"; did you mean {other}?" if other else nearest(name, fields)
+    return ApiError(f"there is no field {shown(name)}{hint}", shown(name)[1:-1], code="unknown_parameter")
 
 
 def parse_json(body: bytes, name: str = "the body") -> Any:

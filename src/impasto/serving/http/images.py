@@ -7,11 +7,8 @@ import base64
 from PIL import Image
 
 from ...pipelines.image_files import GenerationSettings, encode_image
-from ..image_settings import settings_of
 from ..job import RawImage
 from .settings import HttpSettings
-
-__all__ = ["base64_text", "encode", "settings_of"]
 
 #: By the names of ``output_format``.
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}

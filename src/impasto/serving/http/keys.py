@@ -64,16 +64,20 @@ class Guard:
         headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
         path: str = scope["path"]
         if not self._knows_host(headers.get(b"host", "")):
-            await answer_error(send, "the server is not addressed by this name; see impasto serve --host", 421)
+            message = "the server is not addressed by this name; see impasto serve --host"
+            await answer_error(scope, send, message, 421)
         elif not self._knows_origin(headers):
-            await answer_error(send, "web pages of this origin may not call the server; see --allow-origin", 403)
+            message = "web pages of this origin may not call the server; see --allow-origin"
+            await answer_error(scope, send, message, 403)
         elif self.keys and _PROTECTED.match(path) and not (_CONTENT.fullmatch(path) or scope["method"] == "OPTIONS"):
             if self._has_key(headers.get(b"authorization", "")):
                 await self.app(scope, receive, send)
                 return
-            kind = 'Basic realm="impasto"' if path.startswith("/sdapi") else "Bearer"
-            message = "a key is needed, and the request has none that is known; send it as Authorization: Bearer KEY"
-            await answer_error(send, message, 401, {"WWW-Authenticate": kind})
+            kind, how = "Bearer", "as Authorization: Bearer KEY"
+            if path.startswith("/sdapi"):
+                kind, how = 'Basic realm="impasto"', "as the password of HTTP basic authentication"
+            message = f"a key is needed, and the request has none that is known; send it {how}"
+            await answer_error(scope, send, message, 401, {"WWW-Authenticate": kind})
         else:
             await self.app(scope, receive, send)
 

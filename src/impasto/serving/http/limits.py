@@ -40,7 +40,7 @@ class Limits:
             await self.app(scope, receive, send)
             return
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            await answer_error(send, "the headers are too large", 431)
+            await answer_error(scope, send, "the headers are too large", 431)
             return
         scope[_BODY] = body = _Body(self, scope, receive)
         try:
@@ -101,10 +101,12 @@ class _Body:
             self.complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
-async def answer_error(send: Send, message: str, status: int, headers: dict[str, str] | None = None) -> None:
+async def answer_error(
+    scope: Scope, send: Send, message: str, status: int, headers: dict[str, str] | None = None
+) -> None:
     """Answer with an error outside of the application."""
     from starlette.responses import JSONResponse
 
-    response = JSONResponse(error_body(message, status), status, headers)
+    response = JSONResponse(error_body(message, status, path=scope["path"]), status, headers)
     await send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body})

@@ -15,11 +15,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ...checks import printable
 from ...errors import OutputError
+from ..image_settings import settings_of
 from ..job import Event, Failed, Finished, Job, Preview, Progress
-from ..service import Generation, ServedModel
+from ..served import ServedModel
+from ..service import Generation
 from .context import Context
 from .errors import ApiError, error_body, of_failure, of_fault
-from .images import base64_text, encode, settings_of
+from .images import base64_text, encode
 from .limits import release
 from .reading import ImageRequest, Reader
 from .running import events_of, generate

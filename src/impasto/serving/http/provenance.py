@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import ConfigurationError, MissingDependencyError
@@ -60,7 +61,7 @@ def make_signer(certificate: Path, key: Path, version: str) -> Signer:
     return sign
 
 
-def _algorithm_of(sign_as: object) -> str:
+def _algorithm_of(sign_as: Callable[[str, bytes, str], bytes]) -> str:
     """The algorithm that fits certificate and key: the one with which a small image can be signed."""
     from PIL import Image
 
@@ -69,7 +70,7 @@ def _algorithm_of(sign_as: object) -> str:
     problem: Exception | None = None
     for algorithm in _ALGORITHMS:
         try:
-            sign_as(algorithm, file.getvalue(), "image/png")  # type: ignore[operator]
+            sign_as(algorithm, file.getvalue(), "image/png")
         except Exception as error:  # c2pa raises one class for each kind of fault
             problem = problem or error
         else:

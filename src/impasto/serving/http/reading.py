@@ -12,11 +12,24 @@ from starlette.datastructures import FormData, UploadFile
 from ...checks import MAX_CHARACTERS, MAX_GUIDANCE, MAX_SIDE
 from ...errors import InputError
 from ..job import GivenImages, Job
-from ..service import ServedModel
+from ..served import ServedModel
 from . import uploads
 from .context import Context
 from .errors import ApiError
-from .fields import Adapters, Flag, Kind, Number, OneOf, Schema, Size, Text, Whole, parse_json, read_fields
+from .fields import (
+    Adapters,
+    Flag,
+    Kind,
+    Number,
+    OneOf,
+    Schema,
+    Size,
+    Text,
+    Whole,
+    parse_json,
+    read_fields,
+    unknown_field,
+)
 from .images import DEFAULT_QUALITY, MEDIA_TYPES
 from .running import deadline, new_id, random_seed
 
@@ -57,7 +70,9 @@ class Reader:
             "model": Text(200),
             "n": Whole(1, settings.max_images),
             "size": Size(context.longest_side()),
-            "response_format": OneOf(("b64_json", "url") if context.storage else ("b64_json",)),
+            "response_format": OneOf(("b64_json", "url"))
+            if context.storage
+            else OneOf(("b64_json",), "; for url, start the server with --storage FOLDER"),
             "output_format": OneOf(tuple(MEDIA_TYPES)),
             "output_compression": Whole(0, 100),
             "stream": Flag(),
@@ -71,6 +86,7 @@ class Reader:
             "lora": Adapters(tuple(service.adapters)),
             # Accepted without effect:
             "quality": OneOf(("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")),
+            "complexity": OneOf(("low", "medium", "high")),
             "style": OneOf(("vivid", "natural")),
             "background": OneOf(("auto", "opaque")),
             "moderation": OneOf(("auto", "low")),
@@ -93,7 +109,7 @@ class Reader:
         """Of ``/v1/images/edits``: a form, or JSON with images as base64 or data URIs. Raises ApiError."""
         if _media_type(request) == _FORM:
             texts, files = await self._form(request)
-            given = read_fields(self.edit_fields, texts, form=True)
+            given = read_fields(self.edit_fields, texts, texts=True)
         else:
             body = await read_json(self.context, request, f"{_FORM} or application/json")
             files = {name: _listed_files(name, body.pop(name, None)) for name in ("image", "mask")}
@@ -111,8 +127,10 @@ class Reader:
             for name, value in form.multi_items():
                 plain = name.removesuffix("[]")
                 if isinstance(value, UploadFile):
+                    if name in self.edit_fields:
+                        raise ApiError(f"{name} must be a text, not a file", name, code="invalid_value")
                     if plain not in files:
-                        raise ApiError(f"{name[:100]} must be a text, not a file", name[:100], code="invalid_value")
+                        raise unknown_field(name, [*files, *self.edit_fields])
                     files[plain].append(await value.read())
                 elif plain in files:
                     files[plain] += _listed_files(plain, value)

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...pipelines.image_files import decode_image, measure_image
 from ...pipelines.images import to_rgb
 from ..job import GivenImages, RawImage
-from ..service import ServedModel
+from ..served import ServedModel
 
 _DATA_URI = re.compile(r"data:[\w.+/-]{0,80}(;[\w=.-]{1,80}){0,3},", re.ASCII)
 

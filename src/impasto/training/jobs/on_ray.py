@@ -5,14 +5,13 @@ The data and the cache have to be on a disk that all machines of the cluster see
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import MissingDependencyError, ResourceError
 from ...files import append_line
+from ...ray_cluster import ray_session, require_ray, threads_of_an_actor
 from ..assembly.assemble import MakeSource
 from ..data.cached import EMPTY, read_index
 from ..settings.configuration import Configuration
@@ -60,18 +59,14 @@ def run_on_ray(
     """Write what is missing of the caches of a configuration on a Ray cluster.
 
     Args:
-        address: of the cluster; "auto" finds a running one, "local" starts one in this machine.
+        address: of the cluster; "auto" finds a running one, "local" starts one, even if another one runs.
         actors: that hold models; each takes a GPU, unless ``device`` is "cpu".
 
     Raises:
         MissingDependencyError: Ray is not installed.
         ResourceError: there is no cluster at the address, or an actor has failed; what was written is kept.
     """
-    try:
-        ray: Any = importlib.import_module("ray")
-        importlib.import_module("ray.data")
-    except ImportError as error:
-        raise MissingDependencyError("--ray needs Ray: pip install 'impasto[ray]'") from error
+    require_ray()
     import torch
 
     local = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,14 +78,8 @@ def run_on_ray(
         return counts
     folders = [job.folder for job in jobs]
     del jobs  # and the models
-    try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    except Exception as error:
-        raise ResourceError(f"there is no Ray cluster at {address!r}: {type(error).__name__}: {error}") from error
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        cores = min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
-        threads = max(1, min(cores, int(ray.cluster_resources().get("CPU", 1)) // actors))
+    with ray_session(address) as ray:
+        threads = threads_of_an_actor(ray, actors)
         lines = ray.data.from_items(work).map_batches(
             Worker,
             fn_constructor_args=(
@@ -108,11 +97,6 @@ def run_on_ray(
         for row in lines.iter_rows():
             append_line(folders[row["source"]] / "index-ray.jsonl", row["line"])
             counts["written"] += json.loads(row["line"])["file"] != EMPTY
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise ResourceError(f"a Ray actor has failed: {type(cause).__name__}: {str(cause)[:600]}") from error
-    finally:
-        ray.shutdown()
     return counts
 
 

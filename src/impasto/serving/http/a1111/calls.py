@@ -45,12 +45,15 @@ class Call:
     async def run(self, request: Request, service: Service) -> list[tuple[Job, RawImage]]:
         """The images. Of a job that was ended by ``interrupt`` or ``skip``, its last preview if there is one.
 
+        There is at least one image, as clients take the first one: a grey one if all jobs ended before their previews.
+
         Raises:
             RefusedError, ApiError, ClientLeftError: as ``running.generate``.
         """
         self.generations = service.submit(self.jobs)
         found = await gather(request, self.generations, self._follow)
-        return [(job, image) for job, image in zip(self.jobs, found) if image is not None]
+        images = [(job, image) for job, image in zip(self.jobs, found) if image is not None]
+        return images or [(self.jobs[0], _grey(self.jobs[0]))]
 
     async def _follow(self, generation: Generation) -> RawImage | None:
         id = generation.job.id
@@ -84,6 +87,12 @@ class Call:
         """How much is done, from 0 to 1."""
         done = [1.0 if job.id in self.ended else min(1.0, self.steps[job.id] / job.steps) for job in self.jobs]
         return sum(done) / len(done)
+
+
+def _grey(job: Job) -> RawImage:
+    """An image of the size of the result in which nothing is to be seen yet."""
+    result = job.given.images[0] if job.given is not None and job.given.padding is not None else job
+    return RawImage(result.width, result.height, bytes([128]) * (3 * result.width * result.height))
 
 
 class Session:

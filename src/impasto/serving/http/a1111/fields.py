@@ -18,14 +18,14 @@ from ..reading import MAX_SEED
 
 
 @dataclass(frozen=True)
-class Switch(Kind):
+class Switch(Flag):
     """True or false, or 1 or 0."""
 
     def schema(self) -> Schema:
         return {"enum": [True, False, 1, 0]}
 
     def read(self, name: str, value: Any) -> bool:
-        return bool(value) if value in (0, 1) and isinstance(value, int) else Flag().read(name, value)
+        return super().read(name, bool(value) if value in (0, 1) and isinstance(value, int) else value)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ _OFF: dict[str, str] = {
     "refiner_checkpoint": "no refiner",
     "script_name": "no scripts",
 }
+#: How texts switch it off, in any case.
+_OFF_TEXTS = ("", "none", "false", "0")
 
 
 def text_fields(context: Context) -> dict[str, Kind]:
@@ -90,7 +92,7 @@ def text_fields(context: Context) -> dict[str, Kind]:
         "sampler_name": Text(100),
         "sampler_index": Text(100),
         "override_settings": Settings(),
-        "send_images": Flag(),
+        "send_images": Switch(),
     }
 
 
@@ -99,7 +101,7 @@ def image_fields(context: Context) -> dict[str, Kind]:
     return text_fields(context) | {
         "init_images": Files(context.settings.max_images),
         "mask": Files(),
-        "denoising_strength": Number(0, 1, above=0),
+        "denoising_strength": Number(0, 1),
         "resize_mode": Whole(0, 3),
         "mask_blur": Number(0, 256),
         "mask_blur_x": Number(0, 256),
@@ -111,14 +113,15 @@ def image_fields(context: Context) -> dict[str, Kind]:
 
 
 def read_known(fields: Mapping[str, Kind], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The known fields of a request, checked.
+    """The known fields of a request, checked. Numbers and flags may be texts, as in A1111; a mask may be empty.
 
     Raises:
         ApiError: a value that cannot be used, or that asks for what is absent.
     """
     for name, meaning in _OFF.items():
-        if body.get(name) not in (None, False, 0, "", "None"):
-            message = f"{name} is {shown(body[name])}, and this server has {meaning}; leave it out"
+        value = body.get(name)
+        if (value.strip().lower() if isinstance(value, str) else value) not in (None, False, 0, *_OFF_TEXTS):
+            message = f"{name} is {shown(value)}, and this server has {meaning}; leave it out"
             raise ApiError(message, name, code="not_supported")
     scripts = body.get("alwayson_scripts")
     if scripts is not None and scripts != [] and not isinstance(scripts, dict):
@@ -128,7 +131,8 @@ def read_known(fields: Mapping[str, Kind], body: Mapping[str, Any]) -> dict[str,
         if not _is_off(arguments):
             message = f"alwayson_scripts has {shown(name)}, and this server has no scripts; leave it out"
             raise ApiError(message, "alwayson_scripts", code="not_supported")
-    return read_fields(fields, {name: value for name, value in body.items() if name in fields})
+    known = {name: value for name, value in body.items() if name in fields and (name, value) != ("mask", "")}
+    return read_fields(fields, known, texts=True)
 
 
 def _is_off(arguments: Any) -> bool:
@@ -162,5 +166,6 @@ def schema_of(context: Context, fields: Mapping[str, Kind]) -> dict[str, Any]:
         ]
     if "init_images" in fields:
         properties["init_images"] = fields["init_images"].schema()
+        properties["mask"] = {"anyOf": [*properties["mask"]["anyOf"], {"const": ""}]}
         schema["required"] = ["init_images"]
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

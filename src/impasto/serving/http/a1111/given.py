@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from ....errors import InputError
 from ....pipelines.images import to_rgb
 from ...job import GivenImages
-from ...service import ServedModel
+from ...served import ServedModel
 from .. import uploads
 
 DEFAULT_STRENGTH, DEFAULT_BLUR, DEFAULT_PADDING = 0.75, 4, 0

@@ -16,10 +16,11 @@ from fastapi.responses import JSONResponse, Response
 from ....checks import printable
 from ....errors import InputError
 from ....pipelines.image_files import GenerationSettings, settings_text
+from ...image_settings import settings_of
 from ...job import Job, RawImage
 from .. import uploads
 from ..context import Context
-from ..images import base64_text, encode, settings_of
+from ..images import base64_text, encode
 from ..limits import release
 from ..reading import read_json
 from . import lists

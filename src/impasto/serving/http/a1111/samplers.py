@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...service import ServedModel
+from ...served import ServedModel
 from ..errors import ApiError
 from ..fields import nearest
 
