@@ -100,8 +100,12 @@ def test_evaluate_takes_frames_adapters_and_their_words(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("nothing.safetensors", "does not exist"),
+        ("nothing.safetensors", "no adapter 'nothing.safetensors': it is no file, no folder, and no hub id"),
+        ("somewhere/nothing.safetensors", "Give one of these, or builtin:scenes-lcm."),
+        ("~/nothing", "no adapter '~/nothing'"),
         ("builtin:x", "no bundled adapter 'builtin:x'"),
+        ("builtin:scenes-lcm:abc", "the weight of 'builtin:scenes-lcm' must be a number, not 'abc'"),
+        ("{strange}:abc", "flux.safetensors' must be a number, not 'abc'"),
         ("{strange}", "does not fit"),
         ("{strange}:nan", "finite"),
     ],
@@ -114,6 +118,16 @@ def test_an_adapter_that_cannot_be_used_is_an_error(model: Path, given: str, wor
     assert result.exit_code == 1
     assert words in result.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_folder_of_a_training_run_has_its_adapter_in_the_result(model: Path, tmp_path: Path) -> None:
+    pipe = load(model)
+    pipe.load_lora_weights(adapter(model, tmp_path, "diffusers"))
+    pipe.save_adapter(tmp_path / "run" / "result")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    result = generate(model, "--lora", tmp_path / "run", "--steps", 1, "--output", tmp_path / "x.png")
+    assert result.exit_code == 0, result.output
+    assert read_settings(tmp_path / "x.png").extra["Lora"] == "run 1"
 
 
 def test_info_describes_an_adapter(model: Path, tmp_path: Path) -> None:

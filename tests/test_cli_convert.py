@@ -41,9 +41,24 @@ def test_convert_says_what_it_did(tmp_path: Path) -> None:
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path / "out", torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.kv_compression_layers == [1, 2]
+    refused = call("convert", tmp_path / "out", tmp_path / "a.pth")
+    assert refused.exit_code == 1
+    assert "exists already" in refused.output
     again = call("convert", tmp_path / "out", tmp_path / "b.pth")
     assert again.exit_code == 0, again.output
     assert torch.load(tmp_path / "b.pth", weights_only=True)["state_dict"]["t_block.1.bias"].dtype == torch.bfloat16
+
+
+def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
+    torch.save(originals.pixart(), tmp_path / "a.pth")  # a width without a known number of heads
+    heads = call("convert", tmp_path / "a.pth", tmp_path / "out")
+    assert heads.exit_code == 1
+    assert "(--heads of impasto convert)" in heads.output
+    lora = {f"transformer.proj_out.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    adapter = call("convert", written(lora, tmp_path / "lora.safetensors"), tmp_path / "out")
+    assert adapter.exit_code == 1
+    assert "is an adapter, not a model" in adapter.output
+    assert "--lora" in adapter.output
 
 
 def test_a_failure_is_one_line_and_leaves_the_target_as_it_was(tmp_path: Path) -> None:
@@ -51,7 +66,7 @@ def test_a_failure_is_one_line_and_leaves_the_target_as_it_was(tmp_path: Path) -
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04 not really")
     for options in ((), ("--kv-compression", "uniform:x")):
-        result = call("convert", tmp_path / "a.pth", tmp_path / "out", *options)
+        result = call("convert", tmp_path / "a.pth", tmp_path / "out", "--overwrite", *options)
         assert result.exit_code == 1
         assert result.output.startswith("error: ")
         assert result.output.count("\n") == 1
@@ -61,7 +76,7 @@ def test_a_failure_is_one_line_and_leaves_the_target_as_it_was(tmp_path: Path) -
 FILES = {
     "original.pth": (originals.pixart(micro=True, conv=(2,), qk_norm=True, scale=2.0), "", "micro-conditions (α)"),
     "sigma.safetensors": (originals.pixart(side=None), "", "Not in the file: sample_size 64"),
-    "comfy.safetensors": (originals.pixart(), "model.diffusion_model.", "behind model.diffusion_model."),
+    "comfy.safetensors": (originals.pixart(), "model.diffusion_model.", "with the prefix model.diffusion_model."),
     "ours.safetensors": (tiny_transformer().state_dict(), "", "2 layers of width 24"),
     "dit.pt": (originals.dit(), "", "To start training PixArt-α from it: impasto convert"),
     "vae.ckpt": (originals.autoencoder(3), "first_stage_model.", "3 levels of 4, 8, 8 channels, 4 of latents"),
@@ -77,6 +92,13 @@ def test_info_recognizes_each_kind_of_file(name: str, tmp_path: Path) -> None:
     assert expected in result.output
     assert f"{sum(x.numel() for x in state.values()):,} values, stored as float32" in result.output
     assert "impasto convert" in result.output
+
+
+def test_info_of_weights_with_a_config_reads_it(tmp_path: Path) -> None:
+    tiny_transformer(sample_size=16, interpolation_scale=3).save_pretrained(tmp_path)
+    result = call("info", tmp_path / "diffusion_pytorch_model.safetensors")
+    assert "images of 128 x 128 px, positions interpolated by 3" in result.output
+    assert "Not in the file" not in result.output
 
 
 def test_info_of_other_files_and_of_broken_values(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from .checkpoints.original.convert import Component, component_of, to_original
 from .checkpoints.stored import describe, iterate_tensors
 from .checkpoints.weights import disk_errors, write_weights
 from .checks import shown
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, OutputError
 from .files import plain_path, write_file
 from .folders import reading, saving
 from .models.base import Model
@@ -48,6 +48,7 @@ def convert(
     weights: files.Weights | None = None,
     component: str | None = None,
     dtype: torch.dtype | str | None = "auto",
+    overwrite: bool = False,
     **config: Any,
 ) -> Converted:
     """Convert a single file to a folder, or a folder to a single file, completely or not at all.
@@ -59,18 +60,22 @@ def convert(
         weights: ``"raw"`` or ``"ema"``, of a training checkpoint with both.
         component: ``"transformer"`` or ``"vae"``, where the source has both.
         dtype: of the written weights; as stored by default.
+        overwrite: replace the target if it is a file, or the folder of a model, that exists.
         config: values that the file does not have, such as ``num_attention_heads`` or ``sample_size``; of a DiT also
             the options of ``start_from_dit``.
 
     Raises:
         CheckpointError: the source is damaged, holds something else, or has unknown or missing tensors.
         InputError: a value has to be given.
-        OutputError: the target cannot be written.
+        OutputError: the target exists, or cannot be written.
     """
     chosen = parse_dtype(dtype, None)
     if component not in (None, *_SOURCES):
         raise InputError(f"component must be 'transformer' or 'vae', not {component!r}")
     destination = plain_path(target)
+    is_model = os.path.isfile(destination / Model.config_name)
+    if not overwrite and (is_model or (os.path.lexists(destination) and not os.path.isdir(destination))):
+        raise OutputError(f"{destination} exists already; give another name, or overwrite=True (--overwrite)")
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         if config or weights:
             raise InputError(f"{', '.join([*config, *(['weights'] if weights else [])])}: a folder says this itself")
@@ -105,8 +110,9 @@ def _to_folder(
             f"it computes what the DiT computes at timestep {timestep:g}, without a class and whatever the caption"
         ]
     else:
-        found = component_of(file, str(part.kind.class_name), given)
-        notes = list(found.assumed)
+        stored = cls.arguments_next_to(file)
+        found = component_of(file, str(part.kind.class_name), {**stored, **given})
+        notes = [f"its config is that next to {file.path.name}"] if stored else list(found.assumed)
     model = cls.of_component(found, file.path)  # on the meta device: the tensors fit
     written = {name: x.to(dtype) if dtype and x.is_floating_point() else x for name, x in found.tensors.items()}
     with saving(target, _superseded) as staging:
@@ -131,7 +137,9 @@ def _part(file: files.SingleFile, role: str | None) -> files.Part:
         return file.part(*(("AutoencoderKL",) if role == "vae" else transformers))
     held = file.parts()
     if len({part.kind.class_name == "AutoencoderKL" for part in held}) == 2:
-        raise InputError(f"{file.path} holds a transformer and an autoencoder; say which one: 'transformer' or 'vae'")
+        raise InputError(
+            f"{file.path} holds a transformer and an autoencoder; give component='transformer' or 'vae' (--component)"
+        )
     return file.part("AutoencoderKL", *transformers)
 
 
@@ -174,8 +182,8 @@ def _to_file(source: Path, target: Path, role: str | None, dtype: torch.dtype | 
 def _class_in(folder: Path) -> str:
     name = Model._read_config(folder / "config.json").get("_class_name")
     known = sorted({kind.class_name for kind in files.KINDS if kind.class_name})
-    found = "PixArtTransformer2DModel" if name == "Transformer2DModel" else name
-    if not isinstance(found, str) or found not in known:
+    found = files.ALIASES.get(name, name) if isinstance(name, str) else None
+    if found is None or found not in known:
         raise CheckpointError(
             f"{folder}: its config says _class_name {shown(name)}; what can be converted is {', '.join(known)}"
         )

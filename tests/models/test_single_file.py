@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "module."])
-def test_a_transformer_behind_any_prefix(prefix: str, suffix: str, tmp_path: Path) -> None:
+def test_a_transformer_with_any_prefix(prefix: str, suffix: str, tmp_path: Path) -> None:
     state = originals.pixart(micro=True, scale=2.0)
     plain = PixArtTransformer2DModel.from_single_file(state, **GIVEN)
     loaded = PixArtTransformer2DModel.from_single_file(write(state, tmp_path / f"a{suffix}", prefix), **GIVEN)
@@ -64,6 +65,33 @@ def test_the_config_of_a_folder_decides(tmp_path: Path) -> None:
         }
     with pytest.raises(CheckpointError, match="num_layers asks for 3"):
         PixArtTransformer2DModel.from_single_file(tmp_path / "a.safetensors", config=place, num_layers=3)
+
+
+def test_the_config_next_to_a_file_decides_if_it_is_that_models(tmp_path: Path, caplog: Any) -> None:
+    model = tiny_transformer(sample_size=16, interpolation_scale=3)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    loaded = PixArtTransformer2DModel.from_single_file(file)
+    assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
+        k: v for k, v in model.config.items() if k[0] != "_"
+    }
+    assert caplog.text == ""
+    assert PixArtTransformer2DModel.from_single_file(file, sample_size=8).config.sample_size == 8
+    tiny_vae().save_config(tmp_path)
+    assert PixArtTransformer2DModel.from_single_file(file, **GIVEN).config.sample_size == 64
+    other = file.rename(tmp_path / "other.safetensors")
+    model.save_config(tmp_path)
+    assert PixArtTransformer2DModel.from_single_file(other, **GIVEN).config.sample_size == 64
+
+
+def test_an_early_config_leaves_micro_conditions_to_the_tensors(tmp_path: Path) -> None:
+    """The class has them at a sample size of 128, as α; a Σ has none."""
+    model = tiny_transformer(sample_size=128, use_additional_conditions=False)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_additional_conditions": None}))
+    loaded = PixArtTransformer2DModel.from_single_file(model.state_dict(), config=tmp_path)
+    assert loaded.config.use_additional_conditions is False
 
 
 def test_what_is_assumed_is_logged(caplog: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests import tiny_glm
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import DIALECTS, Written
@@ -20,6 +20,7 @@ from impasto.checkpoints.adapters.file import AdapterDefaults
 from impasto.errors import ConfigurationError, InputError, WeightsMismatchError
 from impasto.pipelines.adapters import ChosenAdapter, adapter_defaults, apply_adapters
 from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.transforms.adapters import save
 
 PROMPTS = ["a red cube", "a blue sphere on a wall"]
 
@@ -151,6 +152,54 @@ def test_several_adapters_have_weights_by_component_and_layer(pipe: Any, tmp_pat
     pipe.unload_lora_weights()
     assert torch.equal(generate(pipe), generate(untouched))
     assert pipe.get_list_adapters() == {}
+
+
+def test_after_deletion_all_components_have_the_same_active_adapters(pipe: Any, tmp_path: Path) -> None:
+    layers = {"transformer": "proj_out", "text_encoder": "encoder.block.0.layer.0.SelfAttention.q"}
+    files = {}
+    for component, layer in layers.items():
+        out, inputs = getattr(pipe, component).get_submodule(layer).weight.shape
+        shapes = {"A": (2, inputs), "B": (out, 2)}
+        files[component] = {f"{component}.{layer}.lora_{x}.weight": torch.randn(*s) for x, s in shapes.items()}
+    both = {**files["transformer"], **files["text_encoder"]}
+    for name, tensors in (("b", files["transformer"]), ("c", files["text_encoder"]), ("a", both)):
+        pipe.load_lora_weights(tensors, adapter_name=name)
+    pipe.set_adapters("a")
+    pipe.delete_adapters("a")
+    assert pipe.get_active_adapters() == ["b"]
+    pipe.load_lora_weights(both, adapter_name="a")
+    pipe.set_adapters(["a", "b"])
+    pipe.delete_adapters("a")
+    assert pipe.get_active_adapters() == ["b"]
+
+
+def test_comfyui_reads_the_text_encoder_only_by_its_own_names(pipe: Any, tmp_path: Path, caplog: Any) -> None:
+    """Its names are "text_encoders." and the name of its T5; what we have read from them computes the same."""
+    file, _ = write(pipe, tmp_path, "diffusers")
+    pipe.load_lora_weights(file)
+    expected = generate(pipe)
+    with caplog.at_level("INFO", logger="impasto"):
+        pipe.save_adapter(tmp_path / "diffusers")
+        assert "ComfyUI reads the text encoder's layers only if they are saved with comfyui=True" in caplog.text
+        caplog.clear()
+        pipe.save_adapter(tmp_path / "comfyui", comfyui=True)
+        assert "ComfyUI" not in caplog.text
+    own, theirs = (
+        {
+            name.partition(".encoder.")[0]
+            for name in load_file(path / "pytorch_lora_weights.safetensors")
+            if ".encoder." in name
+        }
+        for path in (tmp_path / "diffusers", tmp_path / "comfyui")
+    )
+    assert (own, theirs) == ({"text_encoder"}, {"text_encoders.t5xxl.transformer"})
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "comfyui")
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"], "text_encoder": ["default_0"]}
+    assert close(generate(pipe), expected)
+    parts = {"text_encoder": pipe.text_encoder}
+    with pytest.raises(InputError, match="which ComfyUI reads for transformers only"):
+        save(tmp_path, parts, "default_0", weight_name="adapter_model.safetensors", comfyui=True)
 
 
 def test_fused_layers_are_plain_and_unfusing_and_unloading_are_exact(pipe: Any, tmp_path: Path) -> None:

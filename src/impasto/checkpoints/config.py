@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeAli
 
 from ..checks import printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
+from . import hub
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
 from .frozen import Config as Config
 from .keywords import settle
@@ -34,7 +35,7 @@ _Path: TypeAlias = "str | os.PathLike[str]"
 
 
 #: Keywords that say where a config is.
-PLACE = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download")
+PLACE = ("subfolder", *hub.OPTIONS)
 #: Further keywords of a download.
 DOWNLOAD = ("mirror", "proxies", "resume_download", "user_agent", "local_dir", "local_dir_use_symlinks")
 
@@ -255,8 +256,6 @@ class Configurable:
     @classmethod
     def _config_path(cls, model: str | os.PathLike[str], subfolder: str | None = None, **place: Any) -> Path:
         """The path of the config file, downloaded if need be."""
-        from . import hub
-
         if isinstance(model, str | os.PathLike) and os.path.isfile(model):
             return Path(model)
         file = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name

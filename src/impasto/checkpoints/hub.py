@@ -15,6 +15,8 @@ from .layout import holds_weights, weight_patterns
 
 #: Models that come with the package.
 BUILTIN = {"builtin:scenes": "scenes/checkpoint"}
+#: The keywords of ``resolve`` that are options of the download.
+OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 
 
 def resolve(

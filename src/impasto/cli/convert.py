@@ -59,6 +59,7 @@ def convert(
         int | None, typer.Option(metavar="N", help="Of the text encoder of a start from a DiT; 4096 by default.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the new layers of a start from a DiT.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
 ) -> None:
     """Convert a checkpoint of the original PixArt code, ComfyUI, latent diffusion or DiT to a folder, or back."""
     given: dict[str, Any] = {
@@ -78,6 +79,7 @@ def convert(
         weights=None if weights is None else weights.value,
         component=None if component is None else component.value,
         dtype=dtype.value,
+        overwrite=overwrite,
         **{name: value for name, value in given.items() if value is not None},
     )
     which = "" if converted.weights is None else f", its {converted.weights} weights"

@@ -50,7 +50,7 @@ def evaluate(
 
     family = family_of(class_name)
     adapters, defaults = pipelines.choose_adapters(lora or [])
-    steps, guidance_scale = pipelines.choose_numbers(family, defaults, steps, guidance_scale)
+    steps, guidance_scale = defaults.numbers(family, steps, guidance_scale)
     solver = None if family is GLM_IMAGE else pipelines.solver_of(defaults.scheduler)
     device = pipelines.choose_device(None)
     keep_freed_memory()

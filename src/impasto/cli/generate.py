@@ -97,7 +97,7 @@ def generate(
     family = family_of(class_name)
     chosen_adapters, defaults = pipelines.choose_adapters(lora or [])
     adapter_names = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in chosen_adapters)
-    steps, guidance_scale = pipelines.choose_numbers(family, defaults, steps, guidance_scale)
+    steps, guidance_scale = defaults.numbers(family, steps, guidance_scale)
     if scheduler is None and family is not GLM_IMAGE:
         scheduler = pipelines.solver_of(defaults.scheduler)
     if family is GLM_IMAGE and scheduler is not None:

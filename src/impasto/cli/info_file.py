@@ -29,8 +29,8 @@ def describe_file(path: str, deep: bool) -> Iterator[str]:
     if not parts or any(name.startswith("controlnet.") for name in file.tensors):
         file.part("PixArtTransformer2DModel")  # says what it holds
     for part in parts:
-        behind = f", behind {part.prefix}" if part.prefix else ""
-        yield f"{path}: {part.kind.description}{behind}"
+        prefix = f", with the prefix {part.prefix}" if part.prefix else ""
+        yield f"{path}: {part.kind.description}{prefix}"
         yield from _describe(file, part)
     if file.weights is not None:
         other = "ema" if file.weights == "raw" else "raw"
@@ -89,13 +89,16 @@ def _of_pixart(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _config(file: SingleFile, part: Part) -> tuple[Mapping[str, Any], list[str]]:
-    """The config but for the number of heads, which no tensor tells."""
+    """The config but for the number of heads, which the tensors do not say."""
     from ..checkpoints.original.convert import component_of
+    from ..registry import class_of
 
     class_name = str(part.kind.class_name)
     given = {} if class_name == "AutoencoderKL" else {"num_attention_heads": 1}
-    found = component_of(file, class_name, given)
-    return found.config, found.assumed
+    cls: Any = class_of(class_name)
+    stored = {name: value for name, value in cls.arguments_next_to(file).items() if value is not None}
+    found = component_of(file, class_name, {**given, **stored})
+    return found.config, [] if stored else found.assumed
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..checkpoints.adapters.file import AdapterDefaults
-    from ..family import Family
     from ..memory.plan import Budget
     from ..pipelines.adapters import ChosenAdapter
     from ..training.distributed.processes import Processes
@@ -111,15 +110,6 @@ def choose_adapters(given: list[str]) -> tuple[list[ChosenAdapter], AdapterDefau
 
     chosen = [ChosenAdapter.parse(text) for text in given]
     return chosen, adapter_defaults(chosen)
-
-
-def choose_numbers(
-    family: Family, defaults: AdapterDefaults, steps: int | None, guidance_scale: float | None
-) -> tuple[int, float]:
-    """Steps and guidance scale: those given, else those that adapters ask for, else the family's."""
-    if guidance_scale is None:
-        guidance_scale = family.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
-    return defaults.steps or family.steps if steps is None else steps, guidance_scale
 
 
 def solver_of(name: str | None) -> Solver | None:

@@ -19,7 +19,7 @@ from .dtypes import parse_dtype
 
 if TYPE_CHECKING:
     from ..checkpoints.original.convert import Component
-    from ..checkpoints.original.files import Weights
+    from ..checkpoints.original.files import SingleFile, Weights
 
 logger = logging.getLogger("impasto")
 
@@ -56,9 +56,10 @@ class SingleFiles:
         Args:
             pretrained_model_link_or_path_or_dict: a ``.safetensors`` file, a pickle of tensors (``.pth``, ``.pt``,
                 ``.ckpt``, ``.bin``), the address of one on the hub, or a state dict. Names are those of the original
-                code, behind any prefix (``model.diffusion_model.``, ``first_stage_model.``), or of diffusers.
-            config: a folder or repository with the config, of the model or of a whole pipeline; without one, sizes are
-                read from the tensors, and a warning says what is not in them.
+                code, with any prefix (``model.diffusion_model.``, ``first_stage_model.``), or of diffusers.
+            config: a folder or repository with the config, of the model or of a whole pipeline. Without one, weights
+                that were saved with a config have that which is next to them; of others, sizes are read from the
+                tensors, and a warning says what is not in them.
             subfolder: the folder of the config in it.
             dtype, torch_dtype: as in ``from_pretrained``.
             weights: ``"raw"`` or ``"ema"``, of a training checkpoint with both; by default those that the original
@@ -92,8 +93,9 @@ class SingleFiles:
             values = {**model_class._arguments(cls._config_of(config, subfolder, place), {}), **values}
         model_class.checked_arguments({}, **values)
         file = read_single_file(pretrained_model_link_or_path_or_dict, weights, **place)
-        component = component_of(file, cls._single_file_class(), values)
-        for sentence in component.assumed if config is None else ():
+        stored = cls.arguments_next_to(file) if config is None else {}
+        component = component_of(file, cls._single_file_class(), {**stored, **values})
+        for sentence in component.assumed if config is None and not stored else ():
             logger.warning("%s: %s; give it, or config=FOLDER, if it is another", file.path.name, sentence)
         model = cls.of_component(component, file.path)
         loading.fill(model, component.tensors.items(), dtype=chosen, device=target, copy=disable_mmap)
@@ -104,6 +106,24 @@ class SingleFiles:
         adapt(model)
         model.eval().register_to_config(_name_or_path=os.fspath(file.path))
         return cast(Self, model)
+
+    @classmethod
+    def arguments_next_to(cls, file: SingleFile) -> dict[str, Any]:
+        """The arguments in the config of this model that was saved with a file of weights; none if there is no such."""
+        from ..checkpoints.layout import WEIGHTS
+        from ..checkpoints.original.files import ALIASES
+
+        model_class = cast(Any, cls)
+        path = file.path.with_name(model_class.config_name)
+        if not WEIGHTS.fullmatch(file.path.name) or not path.is_file():
+            return {}
+        config = model_class.load_config(path)
+        name = config.get("_class_name")
+        if not isinstance(name, str) or ALIASES.get(name, name) != cls._single_file_class():
+            return {}
+        logger.info("%s: its config is %s", file.path.name, path)
+        found: dict[str, Any] = model_class._arguments(config, {})
+        return found
 
     @classmethod
     def of_component(cls, component: Component, path: Path) -> Any:

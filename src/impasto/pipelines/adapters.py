@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoints.adapters.file import AdapterDefaults
+from ..checkpoints.adapters.file import SUFFIXES, AdapterDefaults
 from ..checkpoints.adapters.file import adapter_defaults as read_defaults
-from ..checks import finite
+from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
 from ..transforms.adapters import locate
 
@@ -28,17 +28,19 @@ class ChosenAdapter(NamedTuple):
         """``FILE`` or ``FILE:WEIGHT``; the file may be a folder, ``builtin:NAME`` or a hub id.
 
         Raises:
-            InputError: there is no file, or the weight is not finite.
+            InputError: there is no file, or the weight is not a finite number.
         """
         source, colon, number = text.rpartition(":")
-        try:
-            weight = float(number) if colon and not os.path.exists(text) else None
-        except ValueError:
-            weight = None
-        chosen = cls(text) if weight is None else cls(source, finite(f"the weight of {source}", weight))
-        if not chosen.source:
+        is_name = not colon or source == "builtin" or os.path.exists(text) or "/" in number or number.endswith(SUFFIXES)
+        if not (text if is_name else source):
             raise InputError("an adapter is given as FILE or FILE:WEIGHT")
-        return chosen
+        if is_name:
+            return cls(text)
+        try:
+            weight = float(number)
+        except ValueError:
+            raise InputError(f"the weight of {shown(source, 200)} must be a number, not {shown(number)}") from None
+        return cls(source, finite(f"the weight of {source}", weight))
 
     @property
     def name(self) -> str:
@@ -52,8 +54,7 @@ def adapter_defaults(chosen: Sequence[ChosenAdapter]) -> AdapterDefaults:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    found = [read_defaults(locate(adapter.source)) for adapter in chosen]
-    return next((defaults for defaults in found if defaults != AdapterDefaults()), AdapterDefaults())
+    return AdapterDefaults.first([read_defaults(locate(adapter.source)) for adapter in chosen])
 
 
 def apply_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> None:

@@ -17,7 +17,7 @@ from impasto.conversion import EXTRAS_NAME, convert
 from impasto.errors import CheckpointError, InputError, OutputError, WeightsMismatchError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
-from ...tiny import write_pipeline
+from ...tiny import tiny_transformer, write_pipeline
 from . import originals
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -118,6 +118,28 @@ def test_an_autoencoder_there_and_back(tmp_path: Path) -> None:
     image = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(loaded(image).sample, alone(image).sample, atol=1e-6)
+
+
+def test_a_config_next_to_the_weights_of_its_model_is_theirs(tmp_path: Path) -> None:
+    model = tiny_transformer(sample_size=16, interpolation_scale=3, norm_eps=1e-5)
+    model.save_pretrained(tmp_path / "transformer")
+    done = convert(tmp_path / "transformer" / WEIGHTS, tmp_path / "out")
+    assert done.notes == [f"its config is that next to {WEIGHTS}"]
+    stored = [(tmp_path / place / "config.json").read_text() for place in ("transformer", "out")]
+    assert stored[0] == stored[1]
+
+
+def test_what_exists_is_replaced_only_if_asked(tmp_path: Path) -> None:
+    source = write(originals.pixart(), tmp_path / "a.pth")
+    convert(source, tmp_path / "out", num_attention_heads=2)
+    before = source.read_bytes()
+    for arguments in ((tmp_path / "out", source), (source, tmp_path / "out")):
+        with pytest.raises(OutputError, match=r"exists already; .* overwrite=True \(--overwrite\)"):
+            convert(*arguments)
+    assert source.read_bytes() == before
+    convert(tmp_path / "out", source, overwrite=True)
+    assert source.read_bytes() != before
+    convert(source, tmp_path / "out", num_attention_heads=2, overwrite=True)
 
 
 # DiT
@@ -261,8 +283,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("impasto.checkpoints.weights.save_file", full)
+    again = write(originals.pixart(seed=1), tmp_path / "b.pth")
     with pytest.raises(OutputError, match="No space left"):
-        convert(write(originals.pixart(seed=1), tmp_path / "b.pth"), tmp_path / "out", num_attention_heads=2)
+        convert(again, tmp_path / "out", num_attention_heads=2, overwrite=True)
     monkeypatch.setattr("torch.save", full)
     with pytest.raises(OutputError, match="No space left"):
         convert(tmp_path / "out", tmp_path / "back.pth")

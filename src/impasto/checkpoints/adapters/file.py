@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
 
-from ...checks import finite, printable, shown, whole_number
+from ...checks import MAX_GUIDANCE, MAX_STEPS, finite, printable, shown, whole_number
 from ...errors import CheckpointError, CheckpointNotFoundError
 from ..config import read_json
 from ..stored import describe, iterate_tensors, listing
@@ -34,6 +34,20 @@ FILE_NAMES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
+#: The ends of the names of adapter files.
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+#: Where a training run has what it has trained.
+_OF_RUN = "result"
+
+
+class Usual(Protocol):
+    """A model, or a family of them, that says how to generate with it."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def guidance_scale(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -44,10 +58,21 @@ class AdapterDefaults:
     steps: int | None = None
     guidance_scale: float | None = None
 
+    @classmethod
+    def first(cls, found: Iterable[AdapterDefaults]) -> AdapterDefaults:
+        """Those of several adapters: of the first that says something."""
+        return next((each for each in found if each != cls()), cls())
+
+    def numbers(self, model: Usual, steps: int | None = None, guidance_scale: float | None = None) -> tuple[int, float]:
+        """Steps and guidance scale: those that are asked for, else the adapter's, else the model's."""
+        if steps is None:
+            steps = model.steps if self.steps is None else self.steps
+        if guidance_scale is None:
+            guidance_scale = model.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return steps, guidance_scale
+
     def checked(self, where: str) -> AdapterDefaults:
         """Raise CheckpointError for values that no call accepts."""
-        from ...checks import MAX_GUIDANCE, MAX_STEPS
-
         if self.scheduler is not None and (not isinstance(self.scheduler, str) or len(self.scheduler) > 100):
             raise CheckpointError(f"{where}: the scheduler must be a name, not {shown(self.scheduler)}")
         if self.steps is not None:
@@ -171,7 +196,8 @@ def find_adapter_file(folder: Path, weight_name: str | None = None) -> Path:
     """The adapter file in a folder.
 
     Args:
-        weight_name: of the file; if None, the usual names are looked for, then a single ``.safetensors``.
+        weight_name: of the file; if None, the usual names are looked for, also in the ``result`` of a training run,
+            then a single ``.safetensors``.
 
     Raises:
         CheckpointNotFoundError: there is none, or several that could be meant.
@@ -181,9 +207,10 @@ def find_adapter_file(folder: Path, weight_name: str | None = None) -> Path:
         if not chosen.is_file():
             raise CheckpointNotFoundError(f"there is no adapter file {printable(str(chosen))}")
         return chosen
-    for name in FILE_NAMES:
-        if (folder / name).is_file():
-            return folder / name
+    for place in (folder, folder / _OF_RUN):
+        for name in FILE_NAMES:
+            if (place / name).is_file():
+                return place / name
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]

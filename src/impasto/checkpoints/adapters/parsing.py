@@ -60,8 +60,12 @@ def is_adapter(path: Path) -> bool:
     Raises:
         CheckpointError: the file is damaged.
     """
-    found = [_ending(name) for name in describe([path])]
-    return any(match is not None and match[1] is not None for match in found)
+    return has_adapter(describe([path]))
+
+
+def has_adapter(names: Iterable[str]) -> bool:
+    """Whether some of these names of tensors are those of an adapter."""
+    return any(match[1] is not None for name in names if (match := _ending(name)) is not None)
 
 
 def find_layers(tensors: Iterable[tuple[str, Tensor]], where: str) -> list[FoundLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,13 @@ from ..config import write_json
 from .file import CONFIG_NAME, DEFAULTS, METADATA, AdapterDefaults
 from .layer import AdapterLayer
 
+logger = logging.getLogger("impasto")
+
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 #: A file of this name is written as peft does: with its prefix, and its config in a file next to it.
 PEFT_NAME = "adapter_model.safetensors"
+#: What ComfyUI reads before the names of a component's layers, where that is not the component's name.
+_COMFYUI = {"text_encoder": "text_encoders.t5xxl.transformer."}
 _LORA = {"A": "lora_A.weight", "B": "lora_B.weight", "mid": "lora_mid.weight"}
 
 
@@ -33,6 +38,7 @@ def write_adapter(
     weight_name: str | None = None,
     dtype: torch.dtype | None = None,
     defaults: AdapterDefaults | None = None,
+    comfyui: bool = False,
 ) -> Path:
     """Write the adapters of components to one file, with ``.alpha`` of every layer and peft's configs.
 
@@ -41,9 +47,11 @@ def write_adapter(
         components: by name ("transformer", "text_encoder"), and of each the adapters of its layers.
         configs: of peft, by component.
         weight_name: of the file, ``pytorch_lora_weights.safetensors`` by default. ``adapter_model.safetensors``, for
-            one component, is written in peft's form, with ``adapter_config.json``; ComfyUI reads it too.
+            one component, is written in peft's form, with ``adapter_config.json``; ComfyUI reads that of a transformer.
         dtype: of the tensors; None: as they are.
         defaults: how to generate with the adapter.
+        comfyui: name the layers of a text encoder (T5) as ComfyUI does, and not as diffusers does. Those of a
+            transformer have names that both read.
 
     Returns:
         the file.
@@ -62,9 +70,12 @@ def write_adapter(
     peft_form = name == PEFT_NAME
     if peft_form and len(components) > 1:
         raise InputError(f"{PEFT_NAME} is peft's form, for one component; save {', '.join(components)} one by one")
+    if peft_form and comfyui and any(component in _COMFYUI for component in components):
+        raise InputError(f"{PEFT_NAME} is peft's form, which ComfyUI reads for transformers only; give another name")
+    prefixes = _COMFYUI if comfyui else {}
     tensors: dict[str, Tensor] = {}
     for component, layers in components.items():
-        prefix = "base_model.model." if peft_form else f"{component}."
+        prefix = "base_model.model." if peft_form else prefixes.get(component, f"{component}.")
         for layer_name, layer in layers.items():
             for ending, tensor in stored(layer).items():
                 changed = tensor if dtype is None or ending == "alpha" else tensor.to(dtype)
@@ -80,6 +91,8 @@ def write_adapter(
     target = plain_path(folder) / name
     make_folder(target.parent)
     write_file(target, serialize(tensors, metadata))
+    if not comfyui and any(component in _COMFYUI for component in components):
+        logger.info("%s: ComfyUI reads the text encoder's layers only if they are saved with comfyui=True", target)
     if peft_form and plain:
         component, config = next(iter(plain.items()))
         write_json(target.parent / CONFIG_NAME, _without_scale(config, components[component]))

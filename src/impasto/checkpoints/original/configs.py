@@ -1,4 +1,4 @@
-"""The config of a component, from the shapes of its tensors; what no tensor tells comes from names or is assumed."""
+"""The config of a component, from the shapes of its tensors; what these do not say comes from names or is assumed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pixart_config(tensors: Tensors, extras: Tensors, name: str, given: Mapping[s
         name: of the file: published ones say the family and the size of the images.
         given: values that are known.
     """
-    patch_weight = _tensor(tensors, "pos_embed.proj.weight", 4)  # [D, C, p, p]
+    patch_weight = tensor_of(tensors, "pos_embed.proj.weight", 4)  # [D, C, p, p]
     width, channels, patch, _ = patch_weight.shape
     text = _channels(tensors, "caption_projection.linear_1.weight")
     cross = _channels(tensors, "transformer_blocks.0.attn2.to_k.weight")
@@ -50,8 +50,8 @@ def pixart_config(tensors: Tensors, extras: Tensors, name: str, given: Mapping[s
     config: dict[str, Any] = {
         **_heads(width, given),
         "in_channels": channels,
-        "out_channels": _tensor(tensors, "proj_out.weight", 2).shape[0] // patch**2,
-        "num_layers": _count(tensors, "transformer_blocks"),
+        "out_channels": tensor_of(tensors, "proj_out.weight", 2).shape[0] // patch**2,
+        "num_layers": count_of(tensors, "transformer_blocks"),
         "cross_attention_dim": cross,
         "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in tensors,
         "patch_size": patch,
@@ -63,9 +63,11 @@ def pixart_config(tensors: Tensors, extras: Tensors, name: str, given: Mapping[s
         config["qk_norm"] = True
     if conv:
         config["kv_compression"] = "conv"
-        config["kv_compression_factor"] = _tensor(tensors, conv[0], 4).shape[-1]  # [D, 1, R, R]
+        config["kv_compression_factor"] = tensor_of(tensors, conv[0], 4).shape[-1]  # [D, 1, R, R]
         config["kv_compression_layers"] = sorted(int(each.split(".")[1]) for each in conv)
-    return Guess({**config, **given}, assumed)
+    # Early configs lack the key, and the class's rule for None is wrong for Σ at 1024: the tensors decide.
+    settled = {key: value for key, value in given.items() if (key, value) != ("use_additional_conditions", None)}
+    return Guess({**config, **settled}, assumed)
 
 
 def _positions(
@@ -118,40 +120,43 @@ def _is_sigma(extras: Tensors, micro: bool, name: str) -> bool:
 def glm_image_config(tensors: Tensors, given: Mapping[str, Any]) -> Guess:
     """The config of a GLM-Image transformer."""
     patch = given.get("patch_size", 2)
-    patches = _tensor(tensors, "image_projector.proj.weight", 2)  # [D, C p p]
+    patches = tensor_of(tensors, "image_projector.proj.weight", 2)  # [D, C p p]
     width = patches.shape[0]
-    times = _tensor(tensors, "time_condition_embed.timestep_embedder.linear_1.weight", 2)
+    times = tensor_of(tensors, "time_condition_embed.timestep_embedder.linear_1.weight", 2)
     heads = given.get("num_attention_heads")
     head = width // heads if heads else given.get("attention_head_dim", _GLM_HEAD_CHANNELS)
     if not head or width % head:
-        raise InputError(f"the number of heads of a width of {width} is not stored; give num_attention_heads=...")
+        raise InputError(
+            f"the number of heads of a width of {width} is not stored; give num_attention_heads=... (--heads of "
+            f"impasto convert)"
+        )
     config = {
         "patch_size": patch,
         "in_channels": patches.shape[1] // patch**2,
-        "out_channels": _tensor(tensors, "proj_out.weight", 2).shape[0] // patch**2,
-        "num_layers": _count(tensors, "transformer_blocks"),
+        "out_channels": tensor_of(tensors, "proj_out.weight", 2).shape[0] // patch**2,
+        "num_layers": count_of(tensors, "transformer_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": width // head,
-        "text_embed_dim": _tensor(tensors, "glyph_projector.net.0.proj.weight", 2).shape[1],
+        "text_embed_dim": tensor_of(tensors, "glyph_projector.net.0.proj.weight", 2).shape[1],
         "time_embed_dim": times.shape[0],
-        "condition_dim": _tensor(tensors, "time_condition_embed.condition_embedder.linear_1.weight", 2).shape[1] // 4,
-        "prior_vq_quantizer_codebook_size": _tensor(tensors, "prior_token_embedding.weight", 2).shape[0],
+        "condition_dim": tensor_of(tensors, "time_condition_embed.condition_embedder.linear_1.weight", 2).shape[1] // 4,
+        "prior_vq_quantizer_codebook_size": tensor_of(tensors, "prior_token_embedding.weight", 2).shape[0],
     }
     return Guess({**config, **given}, [])
 
 
 def autoencoder_config(tensors: Tensors, name: str, given: Mapping[str, Any]) -> Guess:
     """The config of an autoencoder, from tensors under our names."""
-    levels = _count(tensors, "encoder.down_blocks")
-    widths = [_tensor(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4).shape[0] for i in range(levels)]
-    latents = _tensor(tensors, "decoder.conv_in.weight", 4).shape[1]
+    levels = count_of(tensors, "encoder.down_blocks")
+    widths = [tensor_of(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4).shape[0] for i in range(levels)]
+    latents = tensor_of(tensors, "decoder.conv_in.weight", 4).shape[1]
     config: dict[str, Any] = {
-        "in_channels": _tensor(tensors, "encoder.conv_in.weight", 4).shape[1],
-        "out_channels": _tensor(tensors, "decoder.conv_out.weight", 4).shape[0],
+        "in_channels": tensor_of(tensors, "encoder.conv_in.weight", 4).shape[1],
+        "out_channels": tensor_of(tensors, "decoder.conv_out.weight", 4).shape[0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": widths,
-        "layers_per_block": _count(tensors, "encoder.down_blocks.0.resnets"),
+        "layers_per_block": count_of(tensors, "encoder.down_blocks.0.resnets"),
         "latent_channels": latents,
         "sample_size": 512,
         "use_quant_conv": "quant_conv.weight" in tensors,
@@ -174,17 +179,22 @@ def _heads(width: int, given: Mapping[str, Any]) -> dict[str, int]:
     if not heads or width % heads:
         raise InputError(
             f"the number of heads is not stored, and a width of {width} is none of the known ones or cannot be divided "
-            f"by it; give num_attention_heads=..."
+            f"by it; give num_attention_heads=... (--heads of impasto convert)"
         )
     return {"num_attention_heads": heads, "attention_head_dim": width // heads}
 
 
 def _channels(tensors: Tensors, name: str) -> int | None:
     """The inputs of a linear layer; None if there is none of this name."""
-    return _tensor(tensors, name, 2).shape[1] if name in tensors else None
+    return tensor_of(tensors, name, 2).shape[1] if name in tensors else None
 
 
-def _tensor(tensors: Tensors, name: str, ndim: int) -> Tensor:
+def tensor_of(tensors: Tensors, name: str, ndim: int) -> Tensor:
+    """The tensor of this name.
+
+    Raises:
+        WeightsMismatchError: there is none, it is empty, or it has another number of dimensions.
+    """
     if name not in tensors:
         raise WeightsMismatchError(f"the file lacks {name}; it is incomplete, or of another model")
     if tensors[name].ndim != ndim or 0 in tensors[name].shape:
@@ -192,6 +202,6 @@ def _tensor(tensors: Tensors, name: str, ndim: int) -> Tensor:
     return tensors[name]
 
 
-def _count(tensors: Tensors, path: str) -> int:
+def count_of(tensors: Tensors, path: str) -> int:
     """How many members a list has."""
     return len({name.removeprefix(f"{path}.").split(".")[0] for name in tensors if name.startswith(f"{path}.")})

@@ -34,7 +34,7 @@ def component_of(file: files.SingleFile, class_name: str, given: Mapping[str, An
 
     Raises:
         CheckpointError: there is none, or names in it are unknown; the message has them.
-        InputError: a value that the file does not tell has to be given.
+        InputError: a value that the file does not contain has to be given.
     """
     part = file.part(class_name)
     found, extras = part.tensors, dict[str, Tensor]()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...checks import shown
 from ...errors import CheckpointError, CheckpointNotFoundError, InputError
+from ..adapters.parsing import has_adapter
 from ..stored import checked_tensors, iterate_tensors, listing, load_pickle, tensor_headers
 
 #: Which weights of a training checkpoint: those that were trained, or their average.
@@ -19,6 +20,8 @@ Weights = Literal["raw", "ema"]
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 #: Where training programs store the trained weights and their average, and which of them they generate with.
 _CONTAINERS: tuple[tuple[str, str, Weights], ...] = (("state_dict", "state_dict_ema", "raw"), ("model", "ema", "ema"))
+#: Early PixArt repositories have the name of a base class.
+ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 #: Of other components or of training, in files of an autoencoder.
 _OF_TRAINING = ("loss.", "model_ema.")
 _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+?)(?:\?.*)?")
@@ -111,6 +114,11 @@ class SingleFile(NamedTuple):
         if fitting:
             raise CheckpointError(f"{self.path} holds several components for a {wanted}: {held}")
         hint = " Convert it with `impasto convert`." if any(part.kind is DIT for part in parts) else ""
+        if not parts and has_adapter(self.tensors):
+            raise CheckpointError(
+                f"{self.path} is an adapter, not a model: load it into a pipeline, by load_lora_weights() or "
+                f"`impasto generate --lora`"
+            )
         if not parts:
             hint = f" Its tensors are named like {listing(self.tensors, 3) or 'nothing'}."
         raise CheckpointError(f"{self.path} holds no {wanted}, but {held or 'nothing that is known here'}.{hint}")
@@ -121,7 +129,7 @@ class SingleFile(NamedTuple):
 
 
 def recognize(names: Iterable[str]) -> list[tuple[Kind, str]]:
-    """The kinds of components that have their marks among the names, each behind which prefix."""
+    """The kinds of components that have their marks among the names, each with which prefix."""
     known = set(names)
     found = []
     for kind in KINDS:
@@ -158,7 +166,7 @@ def read_single_file(source: Any, weights: Weights | None = None, **hub_options:
     path = _local(source, hub_options)
     if path.suffix == ".safetensors":
         if weights == "ema":
-            raise InputError(f"{path} holds one set of weights; leave weights away")
+            raise InputError(f"{path} holds one set of weights; leave weights out")
         tensor_headers(path)
         return SingleFile(path, dict(iterate_tensors(path)), None)
     if path.suffix not in PICKLES:
@@ -196,5 +204,5 @@ def _chosen(path: Path, content: Any, weights: Weights | None) -> SingleFile:
                 raise InputError(f"{path} has no {choice} weights, only {' and '.join(held)}")
             return SingleFile(path, checked_tensors(path, held[choice]), choice if len(held) == 2 else None)
     if weights == "ema":
-        raise InputError(f"{path} holds one set of weights; leave weights away")
+        raise InputError(f"{path} holds one set of weights; leave weights out")
     return SingleFile(path, checked_tensors(path, content), None)

@@ -118,7 +118,7 @@ def _same(*names: str) -> list[Row]:
 _TIMES = "adaln_single.emb"
 _BLOCK = "transformer_blocks.{}"
 
-#: PixArt's original code. ComfyUI has the same names behind a prefix.
+#: PixArt's original code. ComfyUI has the same names with a prefix.
 PIXART = Table(
     [
         ("x_embedder.proj", ("pos_embed.proj",)),

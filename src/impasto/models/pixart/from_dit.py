@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checkpoints.original.configs import pixart_config
+from ...checkpoints.original.configs import count_of, pixart_config, tensor_of
 from ...checkpoints.original.names import PIXART
 from ...checkpoints.stored import listing
 from ...checks import finite, whole_number
@@ -61,8 +61,8 @@ def start_from_dit(
     whole_number("caption_channels", caption_channels)
     tensors = {key: tensor.double() for key, tensor in dit.items()}
     whole_number("seed", seed, 0, 2**63 - 1)
-    width = _take(tensors, "t_embedder.mlp.2.bias", 1).shape[0]
-    depth = 1 + max((int(key.split(".")[1]) for key in tensors if _is_block(key)), default=-1)
+    width = tensor_of(tensors, "t_embedder.mlp.2.bias", 1).shape[0]
+    depth = count_of(tensors, "blocks")
 
     t = timestep_features(torch.tensor([timestep])).double()  # [1, 256]
     first, second = _linear(tensors, "t_embedder.mlp.0", width, 256), _linear(tensors, "t_embedder.mlp.2", width, width)
@@ -110,7 +110,7 @@ def _text_layers(width: int, depth: int, caption_channels: int, seed: int) -> di
 
 def _no_class(tensors: Mapping[str, Tensor], width: int, null_class: bool | None) -> Tensor:
     """The embedding [D] of no class."""
-    table = _take(tensors, "y_embedder.embedding_table.weight", 2)
+    table = tensor_of(tensors, "y_embedder.embedding_table.weight", 2)
     if table.shape[1] != width:
         raise WeightsMismatchError(f"the class embeddings have shape {list(table.shape)}; expected [classes, {width}]")
     trained = table.shape[0] == _IMAGENET + 1 if null_class is None else null_class
@@ -118,20 +118,7 @@ def _no_class(tensors: Mapping[str, Tensor], width: int, null_class: bool | None
 
 
 def _linear(tensors: Mapping[str, Tensor], name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
-    weight, bias = _take(tensors, f"{name}.weight", 2), _take(tensors, f"{name}.bias", 1)
+    weight, bias = tensor_of(tensors, f"{name}.weight", 2), tensor_of(tensors, f"{name}.bias", 1)
     if weight.shape != (out, inner) or bias.shape != (out,):
         raise WeightsMismatchError(f"{name} has a weight of shape {list(weight.shape)}; expected {[out, inner]}")
     return weight, bias
-
-
-def _take(tensors: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
-    if name not in tensors:
-        raise WeightsMismatchError(f"the file lacks {name}, which every DiT has; it is incomplete or of another model")
-    if tensors[name].ndim != ndim or 0 in tensors[name].shape:
-        raise WeightsMismatchError(f"{name} has shape {list(tensors[name].shape)}; expected {ndim} dimensions")
-    return tensors[name]
-
-
-def _is_block(key: str) -> bool:
-    parts = key.split(".")
-    return len(parts) > 2 and parts[0] == "blocks" and parts[1].isdecimal() and len(parts[1]) < 6

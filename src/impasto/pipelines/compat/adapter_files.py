@@ -200,6 +200,7 @@ class LoraFiles(Components):
         weight_name: str | None = None,
         dtype: torch.dtype | None = None,
         defaults: AdapterDefaults | None = None,
+        comfyui: bool = False,
     ) -> Path:
         """Write an adapter of the pipeline, of all components that it adapts, to one file.
 
@@ -208,6 +209,7 @@ class LoraFiles(Components):
             weight_name: of the file, ``pytorch_lora_weights.safetensors`` by default.
             dtype: of the tensors; None: as they are.
             defaults: how to generate with it.
+            comfyui: name the layers of the text encoder as ComfyUI does, and not as diffusers does.
 
         Returns:
             the file.
@@ -218,9 +220,8 @@ class LoraFiles(Components):
         if adapter_name is None and len(active) != 1:
             raise InputError(f"give the adapter_name of the one to save: {', '.join(active) or 'none'} are active")
         name = active[0] if adapter_name is None else adapter_name
-        return adapters.save(
-            Path(save_directory), self._loadable(), name, weight_name=weight_name, dtype=dtype, defaults=defaults
-        )
+        given: dict[str, Any] = {"weight_name": weight_name, "dtype": dtype, "defaults": defaults, "comfyui": comfyui}
+        return adapters.save(Path(save_directory), self._loadable(), name, **given)
 
 
 def _tensors(layers: Mapping[str, Any]) -> dict[str, Tensor]:

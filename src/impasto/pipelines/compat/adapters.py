@@ -102,12 +102,21 @@ class LoraMethods(LoraFiles):
             adapters.enable(module, True)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters from all components; a layer without any is a plain one again."""
+        """Remove adapters from all components; a layer without any is a plain one again.
+
+        The active ones that are left stay active; if there is none, the first of the others becomes active.
+        """
         from ...transforms import adapters
 
+        before = self.get_active_adapters()
         for module, own in self._having(adapter_names).values():
             if own:
                 adapters.delete(module, own)
+        left = list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
+        kept = [name for name in before if name in left]
+        if left and kept != before:  # each component has chosen by itself
+            for module, own in self._having(kept or left[0]).values():
+                adapters.activate(module, own)
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters: images are bit by bit what they were. Weights into which some are fused stay so."""

@@ -129,11 +129,22 @@ def load(module: nn.Module, bound: Bound, name: str | None = None) -> str:
         layers = {key: _padded(layer, rank) for key, layer in layers.items()}
     add(module, _config(kind, layers), name)
     by_name = {place.name: place.layer for place in tuners(module)}
+    made, filled = [], []
     for key, layer in layers.items():
         tuner = next(one for one in nested(by_name[key]) if name in adapters_in(one))
+        made.append(_shapes(tuner, name))
         _fill(tuner, name, layer, own[key])
+        filled.append(_shapes(tuner, name))
+    record = record_of(module)
+    if made != filled and record is not None:
+        record.unlike_config.add(name)
     activate(module, name)
     return name
+
+
+def _shapes(tuner: Any, name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of an adapter in a layer of peft."""
+    return {key: tuple(x.shape) for key, x in tuner.named_parameters() if name in key.split(".")}
 
 
 def next_name(*modules: nn.Module) -> str:
@@ -182,8 +193,18 @@ def _config(kind: str, layers: Bound) -> Any:
         return library.LoraConfig(lora_alpha=alpha, use_dora=dora, **common)
     if kind == "loha":
         return library.LoHaConfig(alpha=alpha, use_effective_conv2d=True, **common)
-    both = any("w1_a" in layer.tensors for layer in layers.values())
-    return library.LoKrConfig(alpha=alpha, decompose_both=both, use_effective_conv2d=True, **common)
+    common["decompose_both"] = any("w1_a" in layer.tensors for layer in layers.values())
+    return library.LoKrConfig(
+        alpha=alpha, decompose_factor=_decompose_factor(layers), use_effective_conv2d=True, **common
+    )
+
+
+def _decompose_factor(layers: Bound) -> int:
+    """The factor with which peft divides layers as these do: the one size of all first matrices, or its default."""
+    tensors = [layer.tensors for layer in layers.values()]
+    shapes = [t["w1"].shape if "w1" in t else (t["w1_a"].shape[0], t["w1_b"].shape[1]) for t in tensors]
+    sizes = {size for shape in shapes for size in shape}
+    return sizes.pop() if len(sizes) == 1 else -1
 
 
 def _fill(tuner: Any, name: str, layer: AdapterLayer, own: Any) -> None:

@@ -100,6 +100,8 @@ class Adapters(Change):
         self.fused: list[Place] = []
         self.fused_names: list[str] = []
         self.hotswap_rank: int | None = None
+        #: Adapters with matrices of other shapes than peft makes from their configs.
+        self.unlike_config: set[str] = set()
 
 
 def record_of(module: nn.Module) -> Adapters | None:
@@ -269,6 +271,8 @@ def prepare_swapping(module: nn.Module, rank: int, check_compiled: str = "error"
 def delete(module: nn.Module, names: str | Sequence[str]) -> None:
     """Remove adapters. A layer without any is the plain one again.
 
+    The active ones that are left stay active; if there is none, the first of the others becomes active.
+
     Raises:
         InputError: there is no such adapter.
         ConfigurationError: adapters are fused.
@@ -279,16 +283,20 @@ def delete(module: nn.Module, names: str | Sequence[str]) -> None:
     if not left:
         unload(module)
         return
+    before = active(module)
     for place in tuners(module):
         for name in chosen:
             for tuner in nested(place.layer):
                 with quiet():
                     tuner.delete_adapter(name)
         _drop_empty(place)
+    record = record_of(module)
     for name in chosen:
         unwrapped(module).peft_config.pop(name, None)
-    if not active(module):
-        activate(module, left[0])
+        if record is not None:
+            record.unlike_config.discard(name)
+    if set(before) & set(chosen):  # peft chooses for each layer alone
+        activate(module, [name for name in before if name in left] or left[0])
 
 
 def _drop_empty(place: Place) -> None:

@@ -16,6 +16,7 @@ from ...checkpoints.adapters.file import (
     BUILTIN,
     CONFIG_NAME,
     FILE_NAMES,
+    SUFFIXES,
     AdapterFile,
     find_adapter_file,
     from_tensors,
@@ -28,12 +29,11 @@ from .binding import bind
 from .injection import load, next_name, swap
 from .layers import configs_of, delete, refuse_fused, require_adapters
 
-_DOWNLOAD = ("revision", "cache_dir", "local_files_only", "token", "force_download")
 #: Keywords of diffusers that need nothing here.
 _IGNORED = ("proxies", "low_cpu_mem_usage", "_pipeline", "user_agent", "return_lora_metadata", "lora_scale")
 _KNOWN = (
     *("adapter_name", "weight_name", "subfolder", "use_safetensors", "metadata", "alpha", "network_alphas"),
-    *_DOWNLOAD,
+    *hub.OPTIONS,
     *_IGNORED,
 )
 
@@ -75,7 +75,7 @@ class Request:
             metadata=given.get("metadata"),
             alpha=given.get("alpha", given.get("network_alphas")),
             hotswap=bool(hotswap),
-            download={name: given[name] for name in _DOWNLOAD if name in given},
+            download={name: given[name] for name in hub.OPTIONS if name in given},
         )
 
 
@@ -114,7 +114,15 @@ def locate(source: str | os.PathLike[str], request: Request | None = None) -> Pa
     patterns = [
         f"{inside}{file}" for file in (*wanted, CONFIG_NAME, *(() if request.weight_name else ("*.safetensors",)))
     ]
-    folder = hub.resolve(source, allow_patterns=patterns, **request.download)
+    try:
+        if name.endswith(SUFFIXES) and not os.path.isdir(name):  # a file that is not there, and no hub id
+            raise CheckpointNotFoundError("there is no such file")
+        folder = hub.resolve(source, allow_patterns=patterns, **request.download)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"there is no adapter {shown(name, 200)}: it is no file, no folder, and no hub id that can be found. Give "
+            f"one of these, or {', '.join(BUILTIN)}."
+        ) from error
     return find_adapter_file(hub.inside(folder, request.subfolder), request.weight_name)
 
 
