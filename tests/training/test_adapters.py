@@ -98,9 +98,19 @@ def test_each_has_the_rate_that_is_written(place: Path, tmp_path: Path) -> None:
     assert found == {"transformer": 1e-2, "text_encoder": 1e-3}
 
 
-def test_targets_that_do_not_exist_are_named(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="to_nowhere"):
-        assemble(configuration(place, {"targets": ["to_nowhere"]}), tmp_path)
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"targets": ["to_nowhere"]}, "adapter.targets: the PixArt.* has no linear layer 'to_nowhere'"),
+        ({"targets": ["to_q", "to_kk"]}, r"adapter.targets: .* 'to_kk'; did you mean to_k\?"),
+        ({"text_encoder_rank": 2, "text_encoder_targets": ["q", "vv"]}, "adapter.text_encoder_targets: the T5.* 'vv'"),
+    ],
+)
+def test_targets_that_do_not_exist_are_named(
+    adapter: dict[str, Any], message: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        assemble(configuration(place, adapter), tmp_path)
 
 
 def test_rates_of_nothing_are_refused(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 from impasto.errors import InputError
 from impasto.pipelines.pixart import PixArtAlphaPipeline, PixArtSigmaPipeline
+from impasto.training.assembly.assemble import make_objective
+from impasto.training.assembly.components import Components, load
 from impasto.training.launch import launch
 from impasto.training.settings import recipe_files as recipes
-from impasto.training.settings.configuration import Configuration
+from impasto.training.settings.configuration import Configuration, SampleSettings
 
 from ..tiny import write_pipeline
 from .folders import write_images
@@ -34,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(name: str, place: Path, *changes: str) -> Configuration:
     """A recipe for 16 px, with tiny models and batches."""
-    family = recipes.read(name).models.family
+    family = "sigma" if "Sigma" in str(recipes.read(name).models.pipeline) else "alpha"
     small = ["data.base=null", "data.sizes=[[16, 16]]", "data.workers=0", "data.batch_size=4", "micro_batch=null"]
     places = [f"models.pipeline={place / family}", f"data.sources.0.path={place / 'images'}"]
     return recipes.read(name, [*small, *places, "log_every=1", "schedule.warmup=0", *changes])
@@ -49,9 +52,7 @@ def test_every_recipe_has_a_line_that_explains_it() -> None:
 
 @pytest.mark.parametrize("name", ["lcm", "dmd"])
 def test_a_distilled_model_is_a_pipeline_with_its_scheduler(name: str, place: Path, tmp_path: Path) -> None:
-    samples = "samples={prompts: [a red cube], steps: 4, timesteps: %s, guidance_scale: 1}"
-    asked = "null" if name == "lcm" else "[400]"
-    small = ["steps=2", "checkpoints.every=1", "validation={count: 2}", samples % asked]
+    small = ["steps=2", "checkpoints.every=1", "validation={count: 2}", "samples={prompts: [a red cube]}"]
     small += ["objective.intervals=5"] if name == "lcm" else ["objective.pair_steps=1"]
     launch(tiny(name, place, *small), tmp_path)
     assert all(row["distance"] > 0 for row in rows(tmp_path))
@@ -71,6 +72,37 @@ def test_a_distilled_model_is_a_pipeline_with_its_scheduler(name: str, place: Pa
         given |= {"height": 16, "width": 16, "use_resolution_binning": False}
         images.append(torch.as_tensor(pipe("a red cube", **given).images))
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("lcm", {}, {"num_inference_steps": 4, "guidance_scale": 1.0}),
+        ("lcm", {"steps": 2}, {"num_inference_steps": 2, "timesteps": None, "guidance_scale": 1.0}),
+        ("dmd", {}, {"timesteps": [400], "guidance_scale": 1.0}),
+        ("dmd", {"steps": 3, "guidance_scale": 2}, {"num_inference_steps": 3, "timesteps": None, "guidance_scale": 2}),
+        ("dreambooth", {}, {}),  # as the pipeline does
+        ("dreambooth", {"timesteps": [9], "height": 32}, {"timesteps": [9], "height": 32}),
+    ],
+)
+def test_samples_have_the_steps_of_what_is_trained(
+    name: str, given: dict[str, Any], expected: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    wanted = tiny(name, place, "validation=null", "checkpoints.best=null")
+    samples = SampleSettings(prompts=["a red cube"], **given)
+    components = load(wanted, torch.device("cpu"))
+    objective = make_objective(wanted, components)
+
+    def generate(**taken: Any) -> SimpleNamespace:
+        seen.append(taken)
+        return SimpleNamespace(images=[])
+
+    monkeypatch.setattr(Components, "pipeline", lambda self: generate)
+    usual = {**objective.sampling, **objective.prompts(samples.prompts)}
+    components.write_samples(samples, usual, None, 1)
+    assert seen[0].pop("generator")
+    assert seen == [{"prompt": ["a red cube"], **expected}]
 
 
 def test_an_adapter_for_few_steps_says_so(place: Path, tmp_path: Path) -> None:
@@ -121,7 +153,7 @@ def test_a_stage_starts_under_another_configuration(place: Path, tmp_path: Path)
     config = json.loads((place / "sigma" / "transformer" / "config.json").read_text())
     larger = "{start_from: %s, config: {sample_size: 16}, train: true}" % (place / "sigma")
     changes = [f"models.transformer={larger}", "steps=1", "objective.token_routing={start: 1, end: 2}"]
-    launch(tiny("dreambooth", place, "models.family=sigma", f"models.pipeline={place / 'sigma'}", *changes), tmp_path)
+    launch(tiny("dreambooth", place, f"models.pipeline={place / 'sigma'}", *changes), tmp_path)
     after = json.loads((tmp_path / "result" / "transformer" / "config.json").read_text())
     assert (config["sample_size"], after["sample_size"], after["interpolation_scale"]) == (8, 16, 2.0)
 

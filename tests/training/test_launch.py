@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,8 @@ from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.assembly.assemble import assemble, open_data, open_source
 from impasto.training.data.sample import Sample
-from impasto.training.launch import launch, preview
+from impasto.training.distributed.processes import ALONE
+from impasto.training.launch import _held, launch, preview
 from impasto.training.objectives.autoencoder import images_of, latent_moments
 from impasto.training.settings import recipe_files as recipes
 from impasto.training.settings.data_settings import SourceSettings
@@ -159,6 +164,41 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
     assert rows(tmp_path / "parts")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
 
 
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
+    with _held(tmp_path, resume=False, processes=ALONE):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        with pytest.raises(InputError, match="another process trains"), _held(tmp_path, resume=True, processes=ALONE):
+            pass
+    with _held(tmp_path, resume=False, processes=ALONE):
+        assert worker.is_alive()
+    worker.kill()
+    worker.join()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(place: Path, tmp_path: Path) -> None:
+    wait = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, 2); print('here', flush=True); input()"
+    command = [sys.executable, "-c", wait, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"another process trains in .*; give another --output"):
+            launch(configuration(place), tmp_path)
+        assert not (tmp_path / "configuration.yaml").exists()
+        other.kill()
+    launch(configuration(place, steps=1), tmp_path)  # a killed run leaves the folder free
+    seen = []
+
+    def check(pipe: Any, options: dict[str, Any]) -> dict[str, float]:
+        with pytest.raises(InputError, match="another process trains"):
+            launch(configuration(place), tmp_path, resume=True)
+        seen.append(pipe)
+        return {}
+
+    launch(configuration(place, steps=2, checks={"again": {}}), tmp_path, resume=True, checks={"again": check})
+    assert seen
+
+
 def test_another_program_adds_sources_and_checks(place: Path, tmp_path: Path) -> None:
     given: list[dict[str, Any]] = []
 
@@ -288,6 +328,7 @@ def test_a_dry_run_generates_no_class_images(place: Path, tmp_path: Path) -> Non
         ("validation", {"kind": "text-to-image"}, None, "validation needs a validation"),
         ("validation", {"kind": "lcm"}, {"count": 4}, "lcm measures distance, not validation"),
         ("psnr", {"kind": "text-to-image"}, {"count": 4}, "text-to-image measures validation, not psnr"),
+        ("validaton", {"kind": "text-to-image"}, {"count": 4}, "text-to-image measures validation, not validaton"),
     ],
 )
 def test_the_best_value_has_to_be_measured(best: str, objective: Any, validation: Any, message: str) -> None:

@@ -182,7 +182,7 @@ def test_masters_and_averages_are_saved_in_float32(tmp_path: Path) -> None:
     assert not model.training
 
 
-# --- steps that are skipped, signals, the best checkpoint, a full disk ---
+# --- steps that are skipped, signals, a full disk ---
 
 
 def plain(steps: int, **options: Any) -> Settings:
@@ -235,25 +235,6 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_goes_on(tmp_path: 
     assert run_until(tmp_path / "parts", None) is None
     assert run_until(tmp_path / "whole", None) is None
     assert values(tmp_path / "parts") == values(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("which", "best"), [("lowest", 6), ("highest", 4)])
-def test_the_best_checkpoint_is_kept(which: str, best: int, tmp_path: Path) -> None:
-    measured = {4: 5.0, 6: 1.0, 8: 3.0, 10: 2.0, 12: 4.0}  # the first is not a number
-
-    def start(steps: int) -> None:
-        torch.manual_seed(0)
-        model = nn.Linear(3, 1)
-        objective = Of(model, lambda step, random: model(random.normal([8, 3])).square().mean(1))
-        plan = plain(steps, checkpoints={"every": 2, "keep": 1, "best": "error", "best_is": which})
-        train(objective, steps_alone(8), plan, tmp_path, lambda step: {"error": measured.get(step, math.nan)})
-
-    start(8)
-    start(12)
-    assert list(checkpoints.found(tmp_path)) == [best, 12]
-    with pytest.raises(InputError, match=r"checkpoints\.best: there is no value 'psnr'; there are .*loss"):
-        run(nn.Linear(3, 1), tmp_path / "other", 2, checkpoints={"best": "psnr"})
-    assert list(checkpoints.found(tmp_path / "other")) == [2]  # nothing is lost
 
 
 def test_processes_that_see_other_data_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,15 @@ def test_values_are_set_on_the_command_line(tmp_path: Path) -> None:
     assert changed.schedule.warmup == 5
 
 
+@pytest.mark.parametrize("name", ["lora", "finetune", "glm-image"])
+def test_an_objective_without_a_kind_is_the_usual_one(name: str) -> None:
+    change, kind = ("objective.spread=2", "flow-matching") if "glm" in name else ("objective.weighting=min-snr", None)
+    found = recipes.read(name, ["objective=null", change]).objective
+    assert found.kind == (kind or "text-to-image")
+    assert found.model_dump()[change.split(".")[1].split("=")[0]] in (2, "min-snr")
+    assert recipes.read("finetune", ["objective.weighting=min-snr"]).objective.kind == "text-to-image"
+
+
 WRONG: dict[str, tuple[str, str]] = {
     "an unknown key": ("optimiser: {rate: 1}", "there is no 'optimiser' here; did you mean optimizer"),
     "an unknown key inside": ("optimizer: {rates: {}, lr: 1}", r"optimizer: there is no 'lr' here; there are .*rate"),
@@ -57,7 +66,11 @@ WRONG: dict[str, tuple[str, str]] = {
     "no steps": ("steps: null", "steps"),
     "a rate of zero": ("optimizer: {rate: 0}", "optimizer.rate: .*greater than 0"),
     "an unknown optimizer": ("optimizer: {name: adam}", "optimizer.name: .*'muon'"),
-    "an unknown objective": ("objective: {kind: paint}", "objective: .*paint"),
+    "an unknown objective": ("objective: {kind: paint}", r"objective\.kind: must be one of .*lcm, .*, not 'paint'$"),
+    "a misspelt objective": ("objective: {kind: autoencode}", r"objective\.kind: .*; did you mean autoencoder\?$"),
+    "an objective without a kind": ("objective: {vectors: 3}", "objective: there is no 'vectors' here"),
+    "LoKr on int8": ("adapter: {kind: lokr, base: int8}", r"adapter: base: lokr needs ordinary weights, not int8"),
+    "LoHa on nf4": ("adapter: {kind: loha, base: nf4}", r"adapter: base: loha needs ordinary weights, not nf4"),
     "a key of another objective": ("objective: {kind: autoencoder, tokens: 3}", "objective: there is no 'tokens' here"),
     "both sizes": ("data: {base: 512}", "data: give either base"),
     "a base without buckets": ("data: {base: 300, sizes: null}", "data.base: .*300"),
@@ -74,7 +87,10 @@ WRONG: dict[str, tuple[str, str]] = {
         "data: {pack_pixels: 1000}\nobjective: {kind: lcm}",
         "data.pack_pixels: lcm takes batches of one size",
     ),
-    "GLM-Image without its objective": ("models: {family: glm-image, pipeline: x}", "belong together"),
+    "GLM-Image without its objective": (
+        "{models: {family: glm-image, pipeline: x}, objective: {kind: text-to-image}}",
+        "belong together",
+    ),
     "a frozen transformer": ("models: {transformer: {train: false}}", "models.transformer.train: .* trains it"),
     "a trained autoencoder": ("models: {vae: {train: true}}", "models.vae.train: .* does not train it"),
     "an adapter and a trained text encoder": (
@@ -104,6 +120,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "one beta": ("optimizer: {betas: [0.9]}", "optimizer: muon has 2 betas, not 1"),
     "the confidence of AdamW": ("optimizer: {name: adamw, betas: [0.9, 0.99, 0.9]}", "adamw has 2 betas, not 3"),
     "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps is not one of came's"),
+    "the best of nothing": ("checkpoints: {result: best}", "checkpoints: result: best needs the value"),
     "a caption of a cache": (
         "data: {sources: [{kind: cache, path: x, caption: y}]}",
         "data.sources.0: caption has no effect on a source of the kind cache",
@@ -163,12 +180,21 @@ def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path
         ("steps.more=3", "there is a value"),
         ("data.sources.1.path=x", "'1' is not one of the 1 entries"),
         ("optimizer.rate=[1", "--set optimizer.rate is not valid YAML"),
+        ("output=*", r"--set output is not valid YAML: .*; put a text in double quotes: --set 'output=\"\.\.\.\"'"),
+        ("data.sources.0.path=2024", r"data\.sources\.0\.path: must be a text, not 2024; put it in double quotes"),
+        ("output=2024-01-01", r"output: must be a text, not datetime\.date\(2024, 1, 1\); put it in double quotes"),
+        ("output=[a]", r"output: must be a valid string, not \['a'\]"),
         ("optimizer.speed=1", "there is no 'speed' here"),
     ],
 )
 def test_changes_that_cannot_be_made(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         recipes.read(written(tmp_path), [change])
+
+
+def test_texts_in_quotes_may_look_like_numbers_or_yaml(tmp_path: Path) -> None:
+    changed = recipes.read(written(tmp_path), ['data.sources.0.path="2024"', 'output="*"'])
+    assert (changed.data.sources[0].path, changed.output) == ("2024", "*")
 
 
 def test_unknown_names_and_files() -> None:

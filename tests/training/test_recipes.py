@@ -131,6 +131,7 @@ def test_glm_image(name: str, glm_image: Path) -> None:
 def test_only_what_trains_is_on_the_device(glm_image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = small("glm-image-lora", glm_image).model_dump(mode="json")
     wanted["models"]["pipeline"], wanted["precision"] = str(glm_image / "glm"), "float32"
+    wanted["data"]["sizes"] = [[64, 64]]
     quantized = []
 
     def quantize(module: Any, method: str, *, keep_originals: bool, device: torch.device) -> None:

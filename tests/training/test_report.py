@@ -82,11 +82,21 @@ def test_weights_and_biases_are_told_the_same_and_a_run_that_goes_on_is_one_run(
     run(tmp_path, 6, wandb="a project")
     assert [(each["project"], each["resume"]) for each in wandb.begun] == [("a project", "allow")] * 2
     assert wandb.begun[0]["id"] == wandb.begun[1]["id"]
+    assert wandb.begun[0]["name"] == "-".join(tmp_path.parts[-2:])
     assert wandb.begun[1]["config"]["steps"] == 6
     assert wandb.finished == 2
     losses = [(step, what["loss"]) for step, what in wandb.logged if "loss" in what]
     assert losses == [(row["step"], row["loss"]) for row in rows(tmp_path)]
     assert [(step, what["samples"]) for step, what in wandb.logged if "samples" in what] == [(4, [*COLOURS])]
+
+
+def test_runs_in_folders_of_the_same_name_are_different_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder in (tmp_path / "one" / "runs" / "lora", tmp_path / "two" / "runs" / "lora"):
+        folder.mkdir(parents=True)
+        run(folder, 2, wandb="a project")
+    assert wandb.begun[0]["id"] != wandb.begun[1]["id"]
 
 
 def test_a_board_that_is_not_installed_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from impasto.errors import InputError
+from impasto.training.assembly.assemble import hold_out
 from impasto.training.data.buckets import Buckets
 from impasto.training.data.faults import Faults
 from impasto.training.data.sample import Batch, Sample
@@ -63,6 +64,22 @@ def test_a_broken_sample_is_counted_and_the_next_one_takes_its_place() -> None:
         Validation.read(source, BUCKETS, 5, 2, Faults("the data", 1, 9))
     with pytest.raises(InputError, match="no image of its source can be used"):
         Validation.read(Numbered(2, {0, 1}), BUCKETS, 5, 2, faults=Faults("the data", 2, 2))
+
+
+class Sized(Numbered):
+    """Images of which every other one is too small for the bucket."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        return (4, 4) if index % 2 == 0 else (16, 16)
+
+
+def test_images_without_a_bucket_are_not_held_out() -> None:
+    (kept,), held = hold_out([Sized(16, set())], 4, BUCKETS)
+    assert [held.name(i) for i in range(len(held))] == [f"sample {i}" for i in (1, 5, 9, 13)]  # type: ignore[attr-defined]
+    assert len(kept) == 12
+    assert Validation.read(held, BUCKETS, 4, 4, Faults("the data", 0, 4)).batches[0].count == 4
+    with pytest.raises(InputError, match="5 of 8 samples would be held out"):
+        hold_out([Sized(16, set())], 5, BUCKETS)
 
 
 def test_images_of_bytes_are_kept_as_bytes() -> None:

@@ -61,9 +61,12 @@ def cache(
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     from ..training.jobs.cache import run
-    from ..training.jobs.from_configuration import cache_jobs
+    from ..training.jobs.from_configuration import cache_jobs, generate_lacking
 
-    for job in cache_jobs(configuration, out, OWN_SOURCES, pipelines.choose_device(device), **options):
+    chosen = pipelines.choose_device(device)
+    if part == (1, 1):
+        generate_lacking(configuration, chosen)
+    for job in cache_jobs(configuration, out, OWN_SOURCES, chosen, **options):
         with tqdm(total=job.samples(job.missing(part)), unit="sample", disable=None, leave=False) as progress:
             counts = run(job, part, progress.update)
         chunks = f"chunks: {counts['skipped']} skipped, {counts['written']} written"

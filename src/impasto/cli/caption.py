@@ -37,13 +37,12 @@ def caption(
     whole_number("--max-tokens", max_tokens, most=4096)
 
     from ..training.data.captions import LONG_FIELDS, SHORT_FIELDS
-    from ..training.data.listing import list_folder
-    from ..training.jobs.caption import PROMPT, Captioner, caption_folder
+    from ..training.jobs.caption import PROMPT, Captioner, caption_folder, records_of
 
     if field not in (*LONG_FIELDS, *SHORT_FIELDS):
         raise typer.BadParameter(f"--field must be one of {', '.join((*LONG_FIELDS, *SHORT_FIELDS))}")
     prompt = text("--prompt", PROMPT if prompt is None else prompt, MAX_CHARACTERS)
-    count = len(list_folder(folder, mask_suffix=mask_suffix))
+    count = len(records_of(folder, mask_suffix))
 
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import ConfigurationError, InputError
-from ..files import make_folder, write_file
+from ..errors import ConfigurationError, InputError, OutputError
+from ..files import lock, make_folder, write_file
 from .assembly.adapters import export_adapters
 from .assembly.assemble import Assembled, Check, MakeSource, assemble
 from .assembly.dry_run import describe
-from .distributed.processes import joined
+from .distributed.processes import Processes, joined
 from .objectives.autoencoder import latent_moments, standardize
 from .running import checkpoints
 from .running.loop import train
@@ -20,6 +21,9 @@ from .settings.configuration import AutoencoderSettings, Configuration
 from .settings.recipe_files import text_of
 
 logger = logging.getLogger("impasto")
+
+#: Open files that lock folders. A fork, such as a worker that reads data, gives them up: it may outlive a killed run.
+_locks: set[int] = set()
 
 
 def launch(
@@ -41,15 +45,13 @@ def launch(
         None, or the signal that ended the run early, with a checkpoint.
 
     Raises:
-        InputError: the folder has a run already, and ``resume`` is False.
+        InputError: the folder has a run already, and ``resume`` is False; or another process trains in it.
         CheckpointError: the run in it has other settings.
     """
-    last = checkpoints.latest(folder)
-    if last is not None and not resume:
-        raise InputError(
-            f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another --output"
-        )
-    with joined(configuration.parallel, shards=configuration.hsdp_shards) as processes:
+    with (
+        joined(configuration.parallel, shards=configuration.hsdp_shards) as processes,
+        _held(folder, resume, processes),
+    ):
         assembled = assemble(configuration, folder, sources, checks, processes, folder / "sizes")
         if processes.is_main:
             for reason, count in assembled.data.left_out.items():
@@ -57,7 +59,6 @@ def launch(
 
         def started() -> None:
             if processes.is_main:
-                make_folder(folder)
                 write_file(folder / "configuration.yaml", text_of(configuration))
 
         try:
@@ -70,6 +71,42 @@ def launch(
             for reason, count in assembled.data.faults.counts().items():
                 logger.warning("%d images were left out while training: %s", count, reason)
     return stopped
+
+
+@contextlib.contextmanager
+def _held(folder: Path, resume: bool, processes: Processes) -> Iterator[None]:
+    """Within the block, no other run writes into the folder. Its lock ends with the main process, however that ends."""
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_main:
+                make_folder(folder)
+                path = folder / ".lock"
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                    _locks.add(descriptor)
+                    held.callback(_release, descriptor)
+                    lock(descriptor, path, None)
+                except BlockingIOError:
+                    raise InputError(f"another process trains in {folder}; give another --output") from None
+                except OSError as error:
+                    raise OutputError(f"{path} cannot be written: {error.strerror}; choose another place") from error
+                last = checkpoints.latest(folder)
+                if last is not None and not resume:
+                    raise InputError(
+                        f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another "
+                        f"--output"
+                    )
+        yield
+
+
+def _release(*descriptors: int) -> None:
+    for descriptor in _locks.intersection(descriptors):
+        os.close(descriptor)
+        _locks.remove(descriptor)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _release(*_locks))
 
 
 def preview(

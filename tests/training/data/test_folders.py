@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image
 
 from impasto.errors import ConfigurationError, InputError, OutputError
+from impasto.training.assembly.assemble import faults_of
 from impasto.training.data.captions import Captions
 from impasto.training.data.folders import FolderSource
 from impasto.training.data.images import Reading
@@ -48,6 +49,16 @@ def test_metadata_with_short_and_long_captions(tmp_path: Path) -> None:
         "a.png": Captions(("one", "two"), ("a long one",)),
         "sub/b.jpg": Captions(("three",)),
     }
+
+
+def test_images_that_the_metadata_does_not_list_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(8, 8), (8, 8)])
+    assert FolderSource(tmp_path).unlisted == 0
+    for name in ("new.png", "0_mask.png"):
+        smooth_image(8, 8).save(tmp_path / name)
+    source = FolderSource(tmp_path, mask_suffix="_mask")
+    assert (len(source), source.unlisted) == (2, 1)
+    assert faults_of(source) == {"their file of captions does not list them": 1}
 
 
 def test_text_files_next_to_images(tmp_path: Path) -> None:

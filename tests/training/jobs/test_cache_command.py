@@ -138,6 +138,20 @@ def test_what_is_refused(
     assert not (tmp_path / "cache" / "cache.json").exists()
 
 
+def test_images_of_a_class_are_generated_first(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = f"{{path: {tmp_path / 'class'}, caption: a dog, crop: %s, generate: {{count: 2, steps: 1}}}}"
+    command = ["cache", str(place / "config.yaml"), str(tmp_path / "cache"), "--device", "cpu", "--set"]
+    assert run(*command, f"data.sources=[{source % 'random'}]") == 1
+    assert "random crops cannot be cached" in capsys.readouterr().err
+    assert run(*command, f"data.sources=[{source % 'centre'}]", "--shard", "1/2") == 1
+    assert "class lacks 2 images of its class, which one process has to generate first" in capsys.readouterr().err
+    assert not (tmp_path / "class").exists()
+    assert run(*command, f"data.sources=[{source % 'centre'}]") == 0
+    assert len(list((tmp_path / "class").iterdir())) == 2
+    assert [record["captions"] for record in records(tmp_path / "cache")] == [[["a dog"], []]] * 2
+    assert run(*command, f"data.sources=[{source % 'centre'}]", "--shard", "1/2") == 0
+
+
 @pytest.mark.cluster
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
 def test_ray_writes_the_same_cache(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_captions_join_those_that_are_there(tmp_path: Path) -> None:
         Captions(("a person wrote this",), ("an image of 12 x 8",)),
     ]
     assert caption_folder(tmp_path, lambda images: 1 / 0, settings={})["kept"] == 2  # type: ignore[arg-type, return-value]
+
+
+def test_images_that_were_added_later_are_captioned_too(tmp_path: Path) -> None:
+    write_folder(tmp_path, [(8, 8)], captions=False)
+    caption_folder(tmp_path, count, settings={})
+    smooth_image(8, 12).save(tmp_path / "new.png")
+    (tmp_path / "new.txt").write_text("a person wrote this")
+    smooth_image(8, 12).save(tmp_path / "new_mask.png")
+    counts = caption_folder(tmp_path, count, settings={}, mask_suffix="_mask")
+    assert counts == {"captioned": 1, "kept": 1, "broken": 0}
+    source = FolderSource(tmp_path)
+    assert [source.name(i) for i in range(2)] == ["0.png", "new.png"]
+    assert source.captions(1) == Captions(("a person wrote this",), ("an image of 12 x 8",))
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path: Path) -> None:
+    smooth_image(8, 8).save(tmp_path / "ü.png")
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")).write_bytes((tmp_path / "ü.png").read_bytes())
+    except OSError:
+        pytest.skip("this disk takes valid UTF-8 alone")
+    assert caption_folder(tmp_path, count, settings={})["captioned"] == 2
+    assert sorted((tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()) == [
+        r'{"file_name": "\udce9.png", "dense": "an image of 8 x 8"}',
+        '{"file_name": "ü.png", "dense": "an image of 8 x 8"}',
+    ]
+    assert len(FolderSource(tmp_path)) == 2
 
 
 def test_a_killed_job_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch import nn
 
 from ...checkpoints.adapters.file import AdapterDefaults
+from ...checks import shown
+from ...errors import InputError
+from ...transforms.adapters.binding import adaptable
 from ...transforms.adapters.injection import add
 from ...transforms.adapters.layers import peft
 from ...transforms.adapters.saving import save
@@ -25,15 +30,29 @@ def add_adapters(settings: AdapterSettings, models: Components, seed: int) -> No
         seed: of the adapters' weights.
 
     Raises:
-        InputError: a model has no layer of the names in ``targets``.
+        InputError: a model has no layer of one of the names in ``targets``.
         MissingDependencyError: peft is missing.
     """
+    check_targets("adapter.targets", settings.targets, models.transformer)
+    if settings.text_encoder_rank is not None:
+        check_targets("adapter.text_encoder_targets", settings.text_encoder_targets, models.text_encoder)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         add(models.transformer, adapter_config(settings, settings.rank, settings.targets), NAME)
         if settings.text_encoder_rank is not None:
             config = adapter_config(settings, settings.text_encoder_rank, settings.text_encoder_targets)
             add(models.text_encoder, config, NAME)
+
+
+def check_targets(key: str, targets: Sequence[str], module: nn.Module) -> None:
+    """Check that each target names layers: peft is content if one of them does."""
+    parts = [name.split(".") for name in adaptable(module)]
+    known = {".".join(each[i:]) for each in parts for i in range(len(each))}
+    for target in targets:
+        if target not in known:
+            near = difflib.get_close_matches(target, sorted(known), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{key}: the {type(module).__name__} has no linear layer {shown(target)}{hint}")
 
 
 def adapter_config(settings: AdapterSettings, rank: int, targets: list[str]) -> Any:

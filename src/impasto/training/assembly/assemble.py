@@ -45,7 +45,7 @@ from ..settings.configuration import (
 from ..settings.data_settings import OWN_KINDS, DataSettings, SourceSettings
 from ..settings.objective_settings import Denoising, DmdSettings, LcmSettings, TextualInversionSettings
 from .adapters import add_adapters
-from .components import FAMILIES, Components, load
+from .components import Components, family_of_models, load
 from .further_objectives import lacking, make_class_images, make_further, needs_class_images, planned, routing_of
 
 #: Makes a source from its options. Programs add kinds of sources by name.
@@ -211,7 +211,7 @@ def open_data(
     caches = [source for source in (*opened, held) if isinstance(source, CachedSource)]
     for cache in caches:
         assert isinstance(configuration.objective, Denoising)
-        tokens = configuration.objective.tokens or FAMILIES[configuration.models.family].text_tokens
+        tokens = configuration.objective.tokens or family_of_models(configuration.models).text_tokens
         cache.check_settings(buckets, tokens, configuration.objective.clean_captions)
         cache.check_text_encoder(caches[0])
         if cache.settings.has_texts and configuration.trains_texts:
@@ -220,7 +220,7 @@ def open_data(
                 f"of latents alone (--latents-only)"
             )
     if wanted is not None and held is None:
-        opened, held = hold_out(opened, wanted.count)
+        opened, held = hold_out(opened, wanted.count, buckets)
     given = [source.share for source in settings.sources]
     shares = None if any(share is None for share in given) else [share or 0.0 for share in given]
     repeats = None if shares else [source.repeats or 1.0 for source in settings.sources]
@@ -238,7 +238,8 @@ def open_data(
 def faults_of(source: Source | None) -> Counter[str]:
     """How many samples, or whole shards, a source has left out, by reason."""
     found = [getattr(source, name, None) for name in ("faults", "damaged")]
-    return sum((each.counts() for each in found if each is not None), Counter[str]())
+    unlisted = Counter({"their file of captions does not list them": getattr(source, "unlisted", 0)})
+    return sum((each.counts() for each in found if each is not None), +unlisted)
 
 
 def buckets_of(settings: DataSettings) -> Buckets:
@@ -324,19 +325,21 @@ class Part:
         return source.read(inside, target, rng)
 
 
-def hold_out(sources: Sequence[Source], count: int) -> tuple[list[Source], Source]:
-    """The sources without ``count`` of their samples, evenly spread, and these.
+def hold_out(sources: Sequence[Source], count: int, buckets: Buckets) -> tuple[list[Source], Source]:
+    """The sources without ``count`` of their samples, evenly spread over those that have a bucket, and these.
 
     Raises:
         InputError: there are too few samples.
     """
     places = [(source, index) for source in sources for index in range(len(source))]
-    if 2 * count > len(places):
+    bins, _ = buckets.assign(np.array([source.size(index) for source, index in places], np.int64))
+    usable = np.flatnonzero(bins >= 0).tolist()
+    if 2 * count > len(usable):
         raise InputError(
-            f"validation: {count} of {len(places)} samples would be held out, which is more than half; lower its count "
+            f"validation: {count} of {len(usable)} samples would be held out, which is more than half; lower its count "
             f"or give it a source"
         )
-    held = {len(places) * i // count for i in range(count)}
+    held = {usable[len(usable) * i // count] for i in range(count)}
     kept: dict[int, list[tuple[Source, int]]] = {id(source): [] for source in sources}
     for number, place in enumerate(places):
         if number not in held:
@@ -364,8 +367,8 @@ def _checks(
         if validation is not None:
             values |= measure(objective, validation)
         if configuration.samples is not None:
-            prompts = objective.prompts(configuration.samples.prompts)
-            components.write_samples(configuration.samples, prompts, images, step)
+            usual = {**objective.sampling, **objective.prompts(configuration.samples.prompts)}
+            components.write_samples(configuration.samples, usual, images, step)
         for name, options in configuration.checks.items():
             values |= checks[name](components.pipeline(), options)
         return values

@@ -15,7 +15,7 @@ from ...checkpoints import hub
 from ...checkpoints.layout import INDEX_NAME
 from ...checks import shown
 from ...errors import ConfigurationError
-from ...family import ALPHA, GLM_IMAGE, SIGMA, Family
+from ...family import ALPHA, GLM_IMAGE, SIGMA, Family, family_of
 from ...files import make_folder
 from ...memory.inspection import resolve_pipeline
 from ...models.autoencoder.model import AutoencoderKL
@@ -31,9 +31,11 @@ from ..settings.configuration import (
     AutoencoderSettings,
     ComponentSettings,
     Configuration,
+    ModelSettings,
     SampleSettings,
     TextEncoderSettings,
 )
+from .fitting import check_fit
 from .start import start_stage
 
 FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
@@ -87,28 +89,44 @@ class Components:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def write_samples(
-        self, settings: SampleSettings, prompts: Mapping[str, Any], folder: Path | None, step: int
-    ) -> None:
+    def write_samples(self, settings: SampleSettings, usual: Mapping[str, Any], folder: Path | None, step: int) -> None:
         """Generate images of fixed prompts with fixed seeds, and write them as PNG files if there is a folder.
 
         Args:
-            prompts: those of the settings, as arguments of a pipeline; see ``Objective.prompts``.
+            usual: arguments of the pipeline, of which settings may change some; see ``prompts`` and ``sampling`` of
+                ``Objective``.
         """
         generators = [torch.Generator().manual_seed(i) for i in range(len(settings.prompts))]
-        images = self.pipeline()(
-            **prompts,
-            generator=generators,
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.steps,
-            timesteps=settings.timesteps,
-            height=settings.height,
-            width=settings.width,
-        ).images
+        chosen = settings.model_dump(include={"guidance_scale", "timesteps", "height", "width"}, exclude_none=True)
+        if settings.steps is not None and settings.timesteps is None:
+            chosen |= {"num_inference_steps": settings.steps, "timesteps": None}
+        images = self.pipeline()(**{**usual, **chosen}, generator=generators).images
         if folder is not None:
             make_folder(folder)
             for i, image in enumerate(images):
                 save_image(image, folder / f"step-{step:08d}-{i}.png")
+
+
+def family_of_models(models: ModelSettings) -> Family:
+    """The family of a run: that of its pipeline, unless another one is given for a transformer from elsewhere.
+
+    Raises:
+        ConfigurationError: the pipeline is of another family than the one given.
+        CheckpointError: it is not a pipeline.
+    """
+    given = None if models.family is None else FAMILIES[models.family]
+    if models.pipeline is None:
+        return given or SIGMA
+    _, class_name = resolve_pipeline(models.pipeline)
+    own = family_of(class_name)
+    if given is own or (given is None and own is not GLM_IMAGE):
+        return own
+    if given is None or GLM_IMAGE in (given, own) or not models.transformer.is_given:
+        name = next(name for name, family in FAMILIES.items() if family is own)
+        raise ConfigurationError(
+            f"models.family: {models.pipeline} is a {class_name}; set it to {name}, or name another models.pipeline"
+        )
+    return given
 
 
 def load(configuration: Configuration, device: torch.device, texts_are_stored: bool = False) -> Components:
@@ -117,19 +135,21 @@ def load(configuration: Configuration, device: torch.device, texts_are_stored: b
     New weights depend on the seed alone.
 
     Raises:
-        ConfigurationError: a model that is needed is not named.
+        ConfigurationError: a model that is needed is not named, or models or sizes of images do not fit.
         CheckpointError: a folder is not one of a model, or weights do not fit its config.
     """
     models = configuration.models
-    found = Components(FAMILIES[models.family])
     reader = _Reader(configuration, device)
+    found = Components(reader.family)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         if isinstance(configuration.objective, AutoencoderSettings):
             found.vae = reader.vae(models.vae, trained=True)
+            check_fit(configuration, None, found.vae)
             return found
         if found.family is GLM_IMAGE:
             reader.glm_image(found)
+            check_fit(configuration, found.transformer, found.vae, is_glm_image=True)
             return found
         found.tokenizer = reader.tokenizer()
         if configuration.uses_pipeline or not texts_are_stored:
@@ -139,6 +159,7 @@ def load(configuration: Configuration, device: torch.device, texts_are_stored: b
         found.transformer = reader.transformer(models.transformer)
         found.vae = reader.vae(models.vae, trained=False)
         found.scheduler = reader.scheduler()
+    check_fit(configuration, found.transformer, found.vae)
     for name, settings in (("vae", models.vae), ("text_encoder", models.text_encoder)):
         folder = reader.folder(name, settings) if getattr(found, name) is not None else None
         if folder is not None and not settings.train and not settings.config:
@@ -150,7 +171,7 @@ def load_encoders(configuration: Configuration, device: torch.device, texts: boo
     """The same autoencoder, and with ``texts`` text encoder and tokenizer, frozen: what a cache is made with.
 
     Raises:
-        ConfigurationError: one of them is trained.
+        ConfigurationError: one of them is trained, or sizes of images do not fit.
     """
     models = configuration.models
     if texts and configuration.trains_texts:
@@ -159,13 +180,14 @@ def load_encoders(configuration: Configuration, device: torch.device, texts: boo
             "(--latents-only)"
         )
     reader = _Reader(configuration, device)
-    found = Components(FAMILIES[models.family])
+    found = Components(reader.family)
     with torch.random.fork_rng([]):
         torch.manual_seed(configuration.seed)
         if texts:
             found.tokenizer = reader.tokenizer()
             found.text_encoder = reader.text_encoder(models.text_encoder, found.tokenizer).requires_grad_(False).eval()
         found.vae = reader.vae(models.vae, trained=False).requires_grad_(False).eval()
+    check_fit(configuration, None, found.vae)
     return found
 
 
@@ -179,10 +201,8 @@ class _Reader:
         self.generates = configuration.samples is not None or bool(configuration.checks)
         self.generates |= any(source.generate is not None for source in configuration.data.sources)
         self.dtype = working_dtype(configuration.precision, device)
-        self.pipeline: Path | None = None
-        if self.models.pipeline is not None:
-            resolve_pipeline(self.models.pipeline)  # it is one
-            self.pipeline = hub.resolve(self.models.pipeline)
+        self.family = family_of_models(self.models)
+        self.pipeline = None if self.models.pipeline is None else hub.resolve(self.models.pipeline)
 
     def folder(self, name: str, settings: ComponentSettings) -> Path | None:
         """Where a component is stored; None if it is new."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...checkpoints import hub
 from ...checkpoints.config import naming
 from ...checkpoints.stored import FLOATS, Stored, describe, find_weight_files, iterate_tensors, listing
+from ...checkpoints.weights import fill
 from ...errors import CheckpointError, WeightsMismatchError
 from ...folders import reading
 from ...models.base import Model
@@ -186,7 +187,7 @@ def _fill(model: M, folder: Path, stored: Stored, seed: int) -> M:
         for name in ("pos_embed.proj.bias", "proj_out.weight", "proj_out.bias"):
             values[name] = torch.zeros(shapes[name])
             new.append(name)
-    _assign(model, values)
+    fill(model, values.items())
     if new:
         logger.info("%s: %d tensors are new: %s", folder, len({*new}), listing(dict.fromkeys(new)))
     model.eval()
@@ -200,13 +201,3 @@ def _read(model: Model, stored: Stored) -> Iterator[tuple[str, Tensor]]:
             if stored[name].dtype not in FLOATS:
                 raise CheckpointError(f"{file}: {name} is stored as {stored[name].dtype}; train from float weights")
             yield model._rename_key(name), tensor
-
-
-def _assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(value)
-        else:
-            owner._buffers[leaf] = value

@@ -10,7 +10,7 @@ from PIL import Image
 from ...errors import ConfigurationError
 from ...pipelines.image_files import open_image
 from .images import ImageSource, Reading
-from .listing import EXTENSIONS, list_folder
+from .listing import EXTENSIONS, list_folder, metadata_of, unlisted
 from .sizes import measure
 
 
@@ -23,6 +23,9 @@ class FolderSource(ImageSource):
         metadata: a ``.jsonl`` or ``.json`` file of captions, if it is not one of those found by themselves.
         mask_suffix: of loss masks, files next to the images: "_mask" for ``cat_mask.png`` of ``cat.jpg``.
         index: a file that keeps the sizes of the images, so that they are not measured each time.
+
+    Attributes:
+        unlisted: how many images of the folder its file of captions does not list.
 
     Raises:
         InputError: no images, captions that cannot be read, or too many images that cannot be used.
@@ -40,7 +43,9 @@ class FolderSource(ImageSource):
         if mask_suffix == "":
             raise ConfigurationError("mask_suffix is empty, so every image would be a mask; give one such as '_mask'")
         self.folder, self.mask_suffix = Path(folder), mask_suffix
-        entries = list_folder(self.folder, None if metadata is None else Path(metadata), mask_suffix)
+        listed = metadata_of(self.folder) if metadata is None else Path(metadata)
+        entries = list_folder(self.folder, listed, mask_suffix)
+        self.unlisted = 0 if listed is None else len(unlisted(self.folder, entries, mask_suffix))
         sizes = measure(self.folder, [entry.name for entry in entries], None if index is None else Path(index))
         found = [(entry.name, entry.captions, entry.problem or size) for entry, size in zip(entries, sizes)]
         super().__init__(str(folder), reading or Reading(), found)

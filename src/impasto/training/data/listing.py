@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,10 +46,9 @@ def list_folder(folder: Path, metadata: Path | None = None, mask_suffix: str | N
     """
     if not folder.is_dir():
         raise InputError(f"the folder of images {folder} does not exist; set data.sources to folders that do")
-    candidates = [folder / METADATA, *(folder / name for name in _ORIGINAL_JSON)]
-    metadata = metadata or next((path for path in candidates if path.is_file()), None)
+    metadata = metadata or metadata_of(folder)
     if metadata is None:
-        entries = [_with_text(folder, name) for name in _image_names(folder, mask_suffix)]
+        entries = [with_text(folder, name) for name in _image_names(folder, mask_suffix)]
     elif metadata.suffix == ".json":
         images = _ORIGINAL_IMAGES if (folder / _ORIGINAL_IMAGES).is_dir() else ""
         entries = _listed(metadata, _json_records(metadata), "path", images)
@@ -58,6 +57,18 @@ def list_folder(folder: Path, metadata: Path | None = None, mask_suffix: str | N
     if not entries:
         raise InputError(f"{metadata or folder} has no images; expected files of the kinds {', '.join(EXTENSIONS)}")
     return entries
+
+
+def metadata_of(folder: Path) -> Path | None:
+    """The file of captions that a folder has, if any."""
+    candidates = [folder / METADATA, *(folder / name for name in _ORIGINAL_JSON)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def unlisted(folder: Path, entries: Sequence[Entry], mask_suffix: str | None = None) -> list[str]:
+    """The names of the images in a folder that are not among the entries, as its file of captions leaves them out."""
+    listed = {entry.name for entry in entries}
+    return [name for name in _image_names(folder, mask_suffix) if name not in listed]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -77,7 +88,7 @@ def _image_names(folder: Path, mask_suffix: str | None) -> list[str]:
     return names
 
 
-def _with_text(folder: Path, name: str) -> Entry:
+def with_text(folder: Path, name: str) -> Entry:
     """An image with the caption in the ``.txt`` file next to it, if that exists."""
     path = (folder / name).with_suffix(".txt")
     try:

@@ -34,6 +34,7 @@ from ..running.randomness import reading_generator
 
 T = TypeVar("T")
 
+RANDOM_CROPS = "random crops cannot be cached; set crop of the source to centre, or to a number of fixed crops"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -197,9 +198,7 @@ def settings_for(source: Source, buckets: Buckets, **values: Any) -> CacheSettin
     """
     views = source.reading.views if isinstance(source, ImageSource) else Views()
     if views.count is None:
-        raise ConfigurationError(
-            "random crops cannot be cached; set crop of the source to centre, or to a number of fixed crops"
-        )
+        raise ConfigurationError(RANDOM_CROPS)
     if values.get("dtype", "float32") not in DTYPES:
         raise ConfigurationError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(values['dtype'])}")
     return CacheSettings(

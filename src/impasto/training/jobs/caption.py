@@ -22,7 +22,7 @@ from ...errors import ConfigurationError, InputError
 from ...files import append_line, write_file
 from ...pipelines.image_files import open_image
 from ..data.faults import Faults
-from ..data.listing import METADATA, Entry, list_folder, read_records
+from ..data.listing import METADATA, Entry, list_folder, read_records, unlisted, with_text
 
 PARTIAL = "captions.partial.jsonl"
 PROMPT = (
@@ -102,7 +102,7 @@ def caption_folder(
         OutputError: the folder cannot be written, or the disk is full.
     """
     whole_number("the batch size", batch_size, error=ConfigurationError)
-    records = _records(folder, mask_suffix)
+    records = records_of(folder, mask_suffix)
     names = [name for name, record in records.items() if overwrite or not record.get(field)]
     partial = folder / PARTIAL
     finished = _read_partial(partial, {**settings, "field": field})
@@ -127,19 +127,27 @@ def caption_folder(
     for name in names:
         if name in finished:
             records[name][field] = finished[name]
-    lines = [json.dumps(record, ensure_ascii=False) for record in records.values()]
-    write_file(folder / METADATA, "".join(f"{line}\n" for line in lines))
+    write_file(folder / METADATA, "".join(f"{_line(record)}\n" for record in records.values()))
     partial.unlink(missing_ok=True)
     captioned = sum(name in finished for name in names)
     return {"captioned": captioned, "kept": len(records) - len(names), "broken": len(faults)}
 
 
-def _records(folder: Path, mask_suffix: str | None) -> dict[str, dict[str, Any]]:
-    """The records of a folder's ``metadata.jsonl``, or new ones with the captions that it has elsewhere."""
+def records_of(folder: Path, mask_suffix: str | None = None) -> dict[str, dict[str, Any]]:
+    """The records of a folder's ``metadata.jsonl``, and new ones of other images, with the captions found elsewhere."""
     entries = list_folder(folder, mask_suffix=mask_suffix)
+    new = [with_text(folder, name) for name in unlisted(folder, entries, mask_suffix)]
     if (folder / METADATA).is_file():
-        return {record["file_name"]: record for record in read_records(folder / METADATA)}
-    return {entry.name: _record(entry) for entry in entries}
+        records = {record["file_name"]: record for record in read_records(folder / METADATA)}
+    else:
+        records = {entry.name: _record(entry) for entry in entries}
+    return records | {entry.name: _record(entry) for entry in new}
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON, readable unless a file's name is not valid UTF-8, which only escapes can express."""
+    line = json.dumps(record, ensure_ascii=False)
+    return json.dumps(record) if any("\ud800" <= character <= "\udfff" for character in line) else line
 
 
 def _record(entry: Entry) -> dict[str, Any]:

@@ -9,12 +9,27 @@ import torch
 
 from ...errors import ConfigurationError
 from ..assembly.assemble import MakeSource, buckets_of, open_source, texts_of
-from ..assembly.components import load_encoders
+from ..assembly.components import load, load_encoders
+from ..assembly.further_objectives import lacking, make_class_images
 from ..data.cached import fingerprint
+from ..distributed.processes import Processes
 from ..objectives.text_to_image import Latents
 from ..settings.configuration import Configuration
 from ..settings.objective_settings import Denoising
-from .cache import Encoders, Job, settings_for
+from .cache import RANDOM_CROPS, Encoders, Job, settings_for
+
+
+def generate_lacking(configuration: Configuration, device: torch.device) -> None:
+    """Generate the images of classes that the folders of a configuration lack, as training does.
+
+    Raises:
+        ConfigurationError: random crops, which cannot be cached.
+    """
+    sources = [source for source in configuration.data.sources if lacking(source)]
+    if any(source.crop == "random" for source in sources):
+        raise ConfigurationError(RANDOM_CROPS)
+    if sources:
+        make_class_images(configuration, load(configuration, device), Processes(device=device))
 
 
 def cache_jobs(
@@ -37,7 +52,8 @@ def cache_jobs(
         texts: whether features of the captions are stored; without them the text encoder may be one that is trained.
 
     Raises:
-        ConfigurationError: the text encoder is trained, crops are random, or there is a cache of other settings.
+        ConfigurationError: the text encoder is trained, crops are random, images of a class are not generated yet, or
+            there is a cache of other settings.
     """
     settings, objective = configuration.data, configuration.objective
     if not isinstance(objective, Denoising):
@@ -48,6 +64,12 @@ def cache_jobs(
         raise ConfigurationError("a source is a cache already; name the images")
     buckets = buckets_of(settings)
     plain = [source.model_copy(update={"weight": 1.0}) for source in settings.sources]  # weights are not stored
+    for given in plain:
+        if count := lacking(given):
+            raise ConfigurationError(
+                f"{given.path} lacks {count} images of its class, which one process has to generate first: run "
+                f"impasto cache without --shard and --ray, or impasto train"
+            )
     sources = [open_source(source, kinds, settings.max_broken, out / "sizes") for source in plain]
     for source in sources:
         settings_for(source, buckets, autoencoder="", text_encoder="", tokens=1, clean=False, dtype=dtype, chunk=chunk)

@@ -72,6 +72,11 @@ class Objective(nn.Module):
         """How a pipeline of the models is given these prompts, as arguments."""
         return {"prompt": list(texts)}
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """How a pipeline of the models generates, as arguments, if in another way than its family does."""
+        return {}
+
     def state_buffers(self) -> dict[str, Tensor]:
         """The buffers that are part of a run: persistent ones, but for those of frozen modules and quantized layers."""
         frozen = {id(inner) for module in self._frozen for inner in module.modules()}

@@ -57,7 +57,11 @@ class DiffusionLoss:
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t [B, C, H, W] of x_0, ε and t [B]."""
-        return process.add_noise(x0, noise, *process.alpha_sigma(_at(self.alphas_cumprod, t)))
+        return process.add_noise(x0, noise, *self.levels(t))
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma [B, 1, 1, 1] of timesteps [B]."""
+        return process.alpha_sigma(_at(self.alphas_cumprod, t))
 
     def weights(self, kind: Weighting, gamma: float = 5.0, limit: float = 1000.0) -> Tensor:
         """The weight [T] of the squared error at each timestep.
@@ -86,7 +90,7 @@ class DiffusionLoss:
         channels = x0.shape[1]
         output = output.float()
         prediction = output[:, :channels]
-        levels = process.alpha_sigma(_at(self.alphas_cumprod, t))
+        levels = self.levels(t)
         target = process.prediction_target(self.prediction_type, x0, noise, *levels)
         mse = masked_mean((prediction - target).square(), mask)
         if output.shape[1] == channels:

@@ -120,19 +120,14 @@ class Distillation(TextToImage):
             unconditional = self.predict(x, t, empty)
         return unconditional + scale * (conditional - unconditional)
 
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma [B, 1, 1, 1] of timesteps [B]."""
-        bars = self.loss.alphas_cumprod.to(t.device)[t].float().view(-1, 1, 1, 1)
-        return process.alpha_sigma(bars)
-
     def original(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """x_0, given x_t and the prediction made from it."""
-        return process.predicted_original(self.loss.prediction_type, prediction, x, *self.levels(t))
+        return process.predicted_original(self.loss.prediction_type, prediction, x, *self.loss.levels(t))
 
     def ddim(self, x: Tensor, t: Tensor, s: Tensor, prediction: Tensor) -> Tensor:
         """x_s of x_t, by a step of DDIM (2010.02502, equation 12 with a sigma of 0)."""
-        noise = process.predicted_noise(self.loss.prediction_type, prediction, x, *self.levels(t))
-        return process.add_noise(self.original(x, t, prediction), noise, *self.levels(s))
+        noise = process.predicted_noise(self.loss.prediction_type, prediction, x, *self.loss.levels(t))
+        return process.add_noise(self.original(x, t, prediction), noise, *self.loss.levels(s))
 
     def samples_of_teacher(
         self, noise: Tensor, given: Given, empty: Given, steps: int, scale: float, first: int | None = None
@@ -151,16 +146,7 @@ class Distillation(TextToImage):
 
     def noise_like(self, samples: Sequence[Sample], random: Randomness, device: torch.device) -> Tensor:
         """Noise [B, C, H, W] of the size of the samples' latents, without encoding them."""
-        first = samples[0]
-        if first.posterior is not None:
-            shape = first.posterior[0].shape
-        else:
-            assert first.image is not None
-            levels = self.latents.config.get("block_out_channels") or [0] * 4
-            factor = 2 ** (len(levels) - 1)
-            height, width = first.image.shape[-2:]
-            shape = torch.Size([self.transformer.in_channels, height // factor, width // factor])
-        return random.normal([len(samples), *shape], device)
+        return random.normal([len(samples), self.transformer.in_channels, *self.latents.size(samples[0])], device)
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

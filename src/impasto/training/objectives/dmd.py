@@ -111,7 +111,7 @@ class DistributionMatching(Distillation):
     def denoising(self, xt: Tensor, x: Tensor, noise: Tensor, t: Tensor, given: Given) -> Tensor:
         """The loss [B] of the fake model on the generator's images (equation 6)."""
         prediction = self.predict(xt, t, given, self.fake)
-        target = process.prediction_target(self.loss.prediction_type, x, noise, *self.levels(t))
+        target = process.prediction_target(self.loss.prediction_type, x, noise, *self.loss.levels(t))
         return (prediction - target).square().flatten(1).mean(1)
 
     def pair(
@@ -141,6 +141,10 @@ class DistributionMatching(Distillation):
         kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
         taken = {name: config[name] for name in kept if config.get(name) is not None}
         return DDPMScheduler(**taken, clip_sample=False)
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return {"timesteps": [self.generator_timestep], "guidance_scale": 1.0}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -105,6 +105,13 @@ class LatentConsistency(Distillation):
         taken = {name: config[name] for name in kept if config.get(name) is not None}
         return LCMScheduler(**taken, original_inference_steps=self.intervals)
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return {
+            "num_inference_steps": self.adapter_defaults.steps,
+            "guidance_scale": self.adapter_defaults.guidance_scale,
+        }
+
     def sample(self, noise: Tensor, given: Given, steps: int, random: Randomness) -> Tensor:
         """x_0 [B, C, H, W] by multistep sampling (2310.04378, algorithm 3), from the student's parameters."""
         picked = [int(i * self.intervals / steps) for i in range(steps)]

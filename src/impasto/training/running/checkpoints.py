@@ -32,6 +32,11 @@ def found(folder: Path) -> dict[int, Path]:
     return dict(sorted(named.items()))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step of the run in ``folder``."""
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
 def latest(folder: Path) -> Path | None:
     """The last checkpoint of the run in ``folder``, if it has any."""
     return next(reversed(found(folder).values()), None)
@@ -58,7 +63,7 @@ def save(
     """
     parent = folder / "checkpoints"
     make_folder(parent)
-    target, temporary = parent / f"step-{step:08d}", parent / f".step-{step:08d}.tmp"
+    target, temporary = path_of(folder, step), parent / f".step-{step:08d}.tmp"
     try:
         with processes.together():
             if processes.is_main:
@@ -94,7 +99,7 @@ def amend(
     """
     with processes.together():
         if processes.is_main:
-            replace_state(folder / "checkpoints" / f"step-{step:08d}", state)
+            replace_state(path_of(folder, step), state)
             _remove_old(folder, keep, best)
 
 

@@ -40,7 +40,7 @@ def train(
 ) -> int | None:
     """Train in place, resuming from the last checkpoint in ``folder`` if there is one.
 
-    The result is the averages, in float32.
+    The result is the averages, in float32, of the last step or of the best checkpoint.
 
     Args:
         objective: what it trains computes in ``settings.precision`` meanwhile.
@@ -117,6 +117,8 @@ def train(
                     reporter.restart_clock()
             if stopped is not None:
                 break
+    if stopped is None and settings.checkpoints.result == "best":
+        run.take_best(functools.partial(checkpoints.path_of, folder))
     run.finish()
     objective.eval()
     return stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import MissingDependencyError
+from ...files import make_folder, write_file
 from ..settings.config import Settings
 from .checkpoints import append_log, trim_log
 
@@ -45,7 +47,7 @@ class Reporter:
             if settings.report.tensorboard:
                 self.boards.append(_TensorBoard(folder / "tensorboard", start))
             if settings.report.wandb is not None:
-                self.boards.append(_Wandb(settings.report.wandb, folder, settings))
+                self.boards.append(_Wandb(settings.report.wandb, folder, start, settings))
             if settings.report.progress:
                 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -126,12 +128,21 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, project: str, folder: Path, settings: Settings):
+    def __init__(self, project: str, folder: Path, start: int, settings: Settings):
         wandb = _board("wandb", "wandb")
         self.wandb = wandb
-        # The folder's path names the run, so that a resumed run goes on in the same one.
-        name = "-".join(folder.resolve().parts[-2:])
-        self.run = wandb.init(project=project, id=name, resume="allow", dir=str(folder), config=settings.model_dump())
+        path = folder / "wandb-id"  # kept, so that a resumed run goes on in the same one
+        if start == 0 or not path.is_file():
+            make_folder(folder)
+            write_file(path, uuid.uuid4().hex)
+        self.run = wandb.init(
+            project=project,
+            id=path.read_text(encoding="utf-8"),
+            name="-".join(folder.resolve().parts[-2:]),
+            resume="allow",
+            dir=str(folder),
+            config=settings.model_dump(),
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from .ema import EMA
 from .guard import Guard
 from .masters import Masters, working_dtype
 from .randomness import Randomness, seed_torch
+
+logger = logging.getLogger("impasto")
 
 #: Settings that may change when a run goes on.
 MAY_CHANGE = frozenset(
@@ -146,6 +149,22 @@ class Run:
                 f"saved: resume with another one"
             )
 
+    def take_best(self, path: Callable[[int], Path]) -> None:
+        """Take the tensors of the best checkpoint.
+
+        Args:
+            path: of the checkpoint of a step.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        if self.best_step is None:
+            best = self.settings.checkpoints.best
+            logger.warning("no checkpoint has a finite %s: the result is the last state", best)
+            return
+        read_tensors(path(self.best_step), self._tensors())
+        self.masters.publish()
+
     def finish(self) -> None:
         """Leave the averages in what was trained; with FSDP, whole ones in the main process alone."""
         if self.processes.shards_parameters:
@@ -194,7 +213,9 @@ class Run:
             )
         self.guard.restore(state.get("guard"))
         try:
-            best = state["best"]
+            before, wanted = state["settings"]["checkpoints"], self.settings.checkpoints
+            same = (before["best"], before["best_is"]) == (wanted.best, wanted.best_is)
+            best = state["best"] if same else None  # another value cannot be compared with it
             self.best_step, self.best_value = (None, 0.0) if best is None else (int(best[0]), float(best[1]))
             unchecked = state["unchecked"]
             self.unchecked = None if unchecked is None else {str(k): float(v) for k, v in unchecked.items()}

@@ -81,13 +81,22 @@ class CheckpointSettings(Section):
     Attributes:
         every: steps from one to the next.
         keep: the last so many.
-        best: a value that is logged with each checkpoint; the one with the lowest (or highest) is kept, too.
+        best: a value that validation or checks measure, or ``loss``; the checkpoint with the lowest (or highest) is
+            kept, too.
+        result: the state that is exported at the end: the last one, or the best one.
     """
 
     every: Count = 1000
     keep: Count = 2
     best: str | None = None
     best_is: Literal["lowest", "highest"] = "lowest"
+    result: Literal["last", "best"] = "last"
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> CheckpointSettings:
+        if self.result == "best" and self.best is None:
+            raise ValueError("result: best needs the value by which a checkpoint is the best; give best")
+        return self
 
 
 class GuardSettings(Section):
@@ -164,6 +173,12 @@ def problems(error: ValidationError) -> str:
         message = f"must be {message}, not {shown(first['input'])}" if "should be" in first["msg"] else first["msg"]
     if first["type"] == "missing":
         message = "must be given"
+    if first["type"] == "string_type" and not isinstance(first["input"], dict | list):
+        message = f"must be a text, not {shown(first['input'])}; put it in double quotes, also in --set"
+    if first["type"] == "union_tag_invalid":  # the objectives are the only union
+        place, tag, kinds = f"{place}.kind", first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
+        near = difflib.get_close_matches(tag, kinds.split(", "), 1)
+        message = f"must be one of {kinds}, not {shown(tag)}" + (f"; did you mean {near[0]}?" if near else "")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{place or 'the configuration'}: {message}{more}"
 

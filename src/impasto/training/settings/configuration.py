@@ -166,11 +166,12 @@ class ModelSettings(Section):
 
     Attributes:
         family: alpha has micro-conditions at 1024 px and reads 120 tokens, sigma 300; glm-image needs a pipeline.
+            Unless given, alpha or sigma, as the pipeline is; sigma without one.
         pipeline: a folder or hub id, for the components that have no ``start_from`` of their own.
         scheduler: its config, in place of the pipeline's: the noise schedule, and the solver of sample images.
     """
 
-    family: Literal["alpha", "sigma", "glm-image"] = "sigma"
+    family: Literal["alpha", "sigma", "glm-image"] | None = None
     pipeline: str | None = None
     transformer: ComponentSettings = ComponentSettings()
     vae: ComponentSettings = ComponentSettings()
@@ -216,6 +217,12 @@ class AdapterSettings(Section):
     )
     base: Literal["plain", "int8", "nf4"] = "plain"
 
+    @model_validator(mode="after")
+    def _ordinary_weights(self) -> AdapterSettings:
+        if self.kind in ("lokr", "loha") and self.base != "plain":
+            raise ValueError(f"base: {self.kind} needs ordinary weights, not {self.base}; leave it out")
+        return self
+
 
 class ValidationSettings(Section):
     """Measured with each checkpoint on the averages: the loss of a fixed set of (image, noise, timestep).
@@ -237,12 +244,15 @@ class ValidationSettings(Section):
 
 
 class SampleSettings(Section):
-    """Images of fixed prompts, generated with each checkpoint; ``timesteps`` takes the place of ``steps``."""
+    """Images of fixed prompts, generated with each checkpoint; ``timesteps`` takes the place of ``steps``.
+
+    Unless given, steps and guidance scale are those of the family, or of what a distillation makes.
+    """
 
     prompts: Annotated[list[str], Field(min_length=1)]
-    steps: Count = 20
+    steps: Count | None = None
     timesteps: list[Annotated[int, Field(ge=0)]] | None = None
-    guidance_scale: NotNegative = 4.5
+    guidance_scale: NotNegative | None = None
     height: Count | None = None
     width: Count | None = None
 
@@ -290,6 +300,17 @@ class Configuration(Settings):
         adapted = self.adapter is not None and self.adapter.text_encoder_rank is not None
         return bool(self.models.text_encoder.train) or adapted or self.objective.kind == "textual-inversion"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_objective(cls, given: Any) -> Any:
+        """An objective without a kind is the usual one of the family."""
+        objective = given.get("objective", {}) if isinstance(given, dict) else None
+        if not isinstance(objective, dict) or objective.get("kind") is not None:
+            return given
+        models = given.get("models")
+        is_glm_image = isinstance(models, dict) and models.get("family") == "glm-image"
+        return {**given, "objective": {**objective, "kind": "flow-matching" if is_glm_image else "text-to-image"}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Configuration:
         cached = any(source.kind == "cache" for source in self.sources)
@@ -306,11 +327,12 @@ class Configuration(Settings):
         if self.models.family == "glm-image" and self.models.pipeline is None:
             raise ValueError("models.pipeline must be given for glm-image")
         best, measured = self.checkpoints.best, MEASURES.get(self.objective.kind, ("validation",))
-        if not self.checks and best in ("validation", "validation_right", "psnr", "distance"):
+        if best not in (None, "loss") and not self.checks:  # whose values have names of their own
+            if best not in measured:
+                known = ", ".join(measured)
+                raise ValueError(f"checkpoints.best: {self.objective.kind} measures {known}, not {best}; or it is loss")
             if self.validation is None:
                 raise ValueError(f"checkpoints.best: {best} needs a validation, or leave it out")
-            if best not in measured:
-                raise ValueError(f"checkpoints.best: {self.objective.kind} measures {', '.join(measured)}, not {best}")
         if self.export == "pipeline" and (self.adapter is not None or self.objective.kind == "textual-inversion"):
             what = "an adapter" if self.adapter is not None else "a word"
             raise ValueError(f"export: the result of training {what} is its file; leave it 'trained'")

@@ -143,7 +143,10 @@ def _change(content: dict[str, Any], change: str) -> None:
         else:
             raise InputError(f"--set {path}: there is a value, not a section, before {shown(key)}")
         if following is None:
-            inside[place] = _parse(value, f"--set {path}")
+            try:
+                inside[place] = _parse(value, f"--set {path}")
+            except InputError as error:
+                raise InputError(f"{error}; put a text in double quotes: --set '{path}=\"...\"'") from error
             return
         if isinstance(inside, dict) and inside.get(place) is None:
             inside[place] = {}
