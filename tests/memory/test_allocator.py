@@ -11,6 +11,8 @@ import pytest
 
 from impasto.memory.allocator import limit_kernel_caches
 
+pytestmark = pytest.mark.programs
+
 SCRIPT = """
 import resource, sys
 import torch

@@ -12,6 +12,8 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
+pytestmark = pytest.mark.compiler
+
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
 

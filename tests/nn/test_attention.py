@@ -166,10 +166,12 @@ def test_low_precision_takes_tiles_where_the_processor_has_no_amx(monkeypatch: p
     tiled = seam.tiled_attention
     monkeypatch.setattr(seam, "tiled_attention", lambda *a: calls.append(1) or tiled(*a))
     monkeypatch.setattr(seam, "processor_has", lambda _: False)
-    query, key, value = tensors(dtype=torch.bfloat16)
+    query, key, value = tensors(n=300, m=300, dtype=torch.bfloat16)
     attention(query, key, value)
     assert len(calls) == 1
-    attention(query, key, value, bias_of("by key"))
+    attention(query, key[:, :, :64], value[:, :, :64])  # few keys
+    attention(query[..., :32], key[:, :, :256, :32], value[:, :, :256, :32])  # few channels
+    attention(query, key, value, torch.zeros(300, 300))
     attention(query.float(), key.float(), value.float())
     monkeypatch.setattr(seam, "processor_has", lambda feature: feature == "amx_tile")
     attention(query, key, value)

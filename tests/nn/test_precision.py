@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import T5EncoderModel
 
 from impasto import PixArtTransformer2DModel, compute_as_stored, compute_in_float32, quantize
 from impasto.errors import InputError
@@ -251,11 +252,39 @@ def test_an_adapted_module_is_one_of_its_class() -> None:
         PixArtTransformer2DModel.__module__,
         PixArtTransformer2DModel,
     )
-    other = tiny_transformer()
+    other = tiny_transformer().bfloat16()
     adapt(other)
     assert type(other) is cls
     assert not {"forward", "__call__", "denoise"} & set(vars(model))
     assert type(model.proj_out) is nn.Linear
+
+
+def test_float32_weights_leave_the_class_alone(without_native_products: None, tmp_path: Path) -> None:
+    tiny_transformer().save_pretrained(tmp_path)
+    model = PixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert type(model) is PixArtTransformer2DModel
+    assert isinstance(PixArtTransformer2DModel.from_config(model.config), type(model))
+    model.to(torch.bfloat16)
+    assert precision_of(model) == "automatic"
+    assert torch.equal(denoise(model), denoise(PixArtTransformer2DModel.from_pretrained(tmp_path, dtype="bfloat16")))
+    encoder = tiny_text_encoder()
+    adapt(encoder)
+    assert type(encoder) is T5EncoderModel
+
+
+def test_a_method_that_is_replaced_on_the_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, forward = tiny_transformer().bfloat16(), PixArtTransformer2DModel.forward
+    compute_in_float32(model)
+    expected = denoise(model)
+    calls = []
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(self)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(PixArtTransformer2DModel, "forward", counted)
+    assert torch.equal(denoise(model), expected)
+    assert calls == [model]
 
 
 def test_copies_and_pickles() -> None:

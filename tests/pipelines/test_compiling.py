@@ -19,6 +19,8 @@ from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline
 
+pytestmark = pytest.mark.compiler
+
 CALL = {"prompt": "a red cube", "num_inference_steps": 3, "output_type": "latent"}
 
 

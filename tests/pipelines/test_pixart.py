@@ -190,6 +190,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "eta": ({"eta": math.nan}, "eta must be a finite number"),
     "length": ({"max_sequence_length": 0}, "max_sequence_length"),
     "unknown": ({"strength": 0.5}, "no argument 'strength'"),
+    "misspelt": ({"guidance_scal": 4.5}, r"no argument 'guidance_scal'; did you mean 'guidance_scale'\?"),
+    "strength of adapters": (
+        {"cross_attention_kwargs": {"scale": 0.7}},
+        r"set by pipe\.set_adapters\(NAMES, WEIGHTS\)",
+    ),
 }
 
 
@@ -253,6 +258,7 @@ def test_an_argument_that_once_was(pipe: PixArtSigmaPipeline) -> None:
         pipe.encode_prompt("a cat", mask_feature=False)
     with pytest.raises(InputError, match="no argument 'lora_scale'"):
         pipe.encode_prompt("a cat", lora_scale=1.0)
+    assert torch.equal(draw(pipe, cross_attention_kwargs=None), found)
 
 
 def test_what_is_not_used_is_not_refused(pipe: PixArtSigmaPipeline) -> None:
@@ -465,20 +471,32 @@ def test_invariants_are_computed_once(pipe: PixArtSigmaPipeline, monkeypatch: py
 
     count(pipe.transformer, "encode_context")
     count(pipe.transformer, "modulate")
-    count(pipe.transformer, "forward")
+    count(pipe.transformer, "denoise")
     draw(pipe, num_inference_steps=6)
-    assert counts == {"encode_context": 2, "modulate": 1, "forward": 6}
+    assert counts == {"encode_context": 2, "modulate": 1, "denoise": 6}
 
 
-def test_padding_reaches_neither_t5_nor_attention(pipe: PixArtSigmaPipeline) -> None:
+def lengths_of(text_encoder: Any) -> list[int]:
+    """The numbers of tokens that an encoder is run on. With a hook, nothing that it computes would be kept."""
     lengths: list[int] = []
-    pipe.text_encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(args[0].shape[1]), with_kwargs=True
-    )
-    keys: list[int] = []
-    pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: keys.append(tokens(kwargs["encoder_hidden_states"])), with_kwargs=True
-    )
+
+    class Counting(type(text_encoder)):  # type: ignore[misc]
+        def forward(self, ids: Tensor, **options: Any) -> Any:
+            lengths.append(ids.shape[1])
+            return super().forward(ids, **options)
+
+    text_encoder.__class__ = Counting
+    return lengths
+
+
+def test_padding_reaches_neither_t5_nor_attention(pipe: PixArtSigmaPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, keys, denoise = lengths_of(pipe.text_encoder), set[int](), pipe.transformer.denoise
+
+    def denoise_and_count(latents: Tensor, context: PixArtContext, *others: Any) -> Any:
+        keys.add(tokens(context))
+        return denoise(latents, context, *others)
+
+    monkeypatch.setattr(pipe.transformer, "denoise", denoise_and_count)
 
     def tokens(context: PixArtContext) -> int:
         assert context.layers is not None
@@ -488,7 +506,7 @@ def test_padding_reaches_neither_t5_nor_attention(pipe: PixArtSigmaPipeline) -> 
 
     draw(pipe, prompt="a cat")
     assert max(lengths) < 8
-    assert set(keys) == {max(lengths)}
+    assert keys == {max(lengths)}
     lengths.clear()
     draw(pipe, prompt="a dog")
     assert len(lengths) == 1  # the empty negative prompt was kept
@@ -510,6 +528,26 @@ def test_a_compiled_transformer_is_what_runs(pipe: PixArtSigmaPipeline) -> None:
     assert (draw(pipe) - expected).norm() <= 1e-5 * expected.norm()  # graphs have other kernels
     assert calls == 3
     del pipe.transformer
+
+
+def test_no_negative_prompt_is_the_empty_one(pipe: PixArtSigmaPipeline) -> None:
+    """And not the word, as in diffusers."""
+    assert torch.equal(draw(pipe, negative_prompt=None), draw(pipe, negative_prompt=""))
+    assert not torch.equal(draw(pipe, negative_prompt=None), draw(pipe, negative_prompt="none"))
+
+
+def test_the_scale_factor_is_the_autoencoders(pipe: PixArtSigmaPipeline) -> None:
+    with pytest.raises(InputError, match=r"assign another one to pipe\.vae"):
+        pipe.vae_scale_factor = 4
+
+
+def test_invariants_are_computed_once_although_the_weights_are_streamed(pipe: PixArtSigmaPipeline) -> None:
+    """What moves the weights of a text encoder is ours, and no reason to encode the empty prompt again."""
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    lengths = lengths_of(pipe.text_encoder)
+    draw(pipe)
+    draw(pipe)
+    assert lengths.count(1) == 1
 
 
 def test_the_class_of_the_model_is_kept_by_a_subclass(pipe: PixArtSigmaPipeline) -> None:

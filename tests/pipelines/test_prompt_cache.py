@@ -77,6 +77,16 @@ def test_a_repeated_prompt_is_not_encoded(tmp_path: Path, encoded: list[Texts]) 
     assert encoded[2:] == [["a cat", ""]]
 
 
+def test_what_a_hook_computes_is_not_written(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    expected = embed(pipe, "a cat")
+    pipe.enable_prompt_cache(tmp_path)
+    with pipe.text_encoder.register_forward_hook(lambda module, args, out: (out[0] * 2,)):
+        assert not same(embed(pipe, "a cat"), expected)
+    assert not entries(tmp_path)
+    assert same(embed(pipe, "a cat"), expected)
+
+
 def test_no_text_encoder_is_needed(folder: Path, tmp_path: Path) -> None:
     def draw(pipe: PixArtSigmaPipeline) -> Tensor:
         noise = torch.ones(1, 4, 8, 8)

@@ -66,12 +66,18 @@ def padded_reference(encoder: T5EncoderModel, texts: list[str], length: int = 24
     return encoder(inputs.input_ids, attention_mask=inputs.attention_mask)[0], inputs.attention_mask
 
 
-class Calls:
-    """Counts the tokens that an encoder is run on."""
+class Counting(T5EncoderModel):
+    """Counts the tokens that it is run on. A hook would be one that may compute anything."""
 
-    def __init__(self, encoder: torch.nn.Module):
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        self.calls.shapes.append(tuple(input_ids.shape))
+        return super().forward(input_ids, **options)
+
+
+class Calls:
+    def __init__(self, encoder: T5EncoderModel):
         self.shapes: list[tuple[int, ...]] = []
-        encoder.register_forward_pre_hook(lambda module, args: self.shapes.append(tuple(args[0].shape)))
+        encoder.__class__, encoder.__dict__["calls"] = Counting, self
 
 
 @pytest.mark.parametrize("length", [24, 5, 1])
@@ -252,17 +258,82 @@ def other_dtype(encoder: T5EncoderModel) -> None:
     encoder.to(torch.bfloat16)
 
 
+def merged_by_hand(encoder: T5EncoderModel) -> None:
+    weight = encoder.encoder.block[0].layer[0].SelfAttention.v.weight
+    weight.data += torch.ones_like(weight)
+
+
+def block_removed(encoder: T5EncoderModel) -> None:
+    encoder.encoder.block = encoder.encoder.block[:-1]
+
+
+class Halved(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.inner(*args, **options) * 0.5
+
+
+def layer_replaced(encoder: T5EncoderModel) -> None:
+    layers = encoder.encoder.block[0].layer
+    layers[1] = Halved(layers[1])
+
+
+def hook(encoder: T5EncoderModel) -> None:
+    encoder.register_forward_hook(lambda module, args, out: (out[0] * 2,))
+
+
+def inner_hook(encoder: T5EncoderModel) -> None:
+    encoder.encoder.final_layer_norm.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def assigned_forward(encoder: T5EncoderModel) -> None:
+    forward = encoder.forward
+    encoder.forward = lambda *args, **options: (forward(*args, **options)[0] * 2,)
+
+
 @pytest.mark.parametrize(
     "change",
-    [scale_in_place, optimizer_step, load, load_and_assign, moving_average, exchanged_data, other_dtype],
+    [
+        scale_in_place,
+        optimizer_step,
+        load,
+        load_and_assign,
+        moving_average,
+        exchanged_data,
+        other_dtype,
+        merged_by_hand,
+        block_removed,
+        layer_replaced,
+        hook,
+        inner_hook,
+        assigned_forward,
+    ],
 )
-def test_changed_weights_are_used(no_grad: None, change: Any) -> None:
+def test_changed_weights_and_code_are_used(no_grad: None, change: Any) -> None:
     encoder = tiny_text_encoder()
     before, _ = encode(encoder, [""], 1)
     change(encoder)
     after, _ = encode(encoder, [""], 1)
     assert torch.equal(after, encoder(torch.tensor([[1]]))[0])
     assert not torch.equal(after, before)
+
+
+def test_what_a_hook_has_changed_is_not_kept(no_grad: None) -> None:
+    encoder = tiny_text_encoder()
+    plain = encoder(torch.tensor([[1]]))[0]
+    with encoder.register_forward_hook(lambda module, args, out: (out[0] * 2,)):
+        assert torch.equal(encode(encoder, [""], 1)[0], 2 * plain)
+    assert torch.equal(encode(encoder, [""], 1)[0], plain)
+
+
+def test_another_method_of_the_class_is_used(no_grad: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, forward = tiny_text_encoder(), T5EncoderModel.forward
+    before, _ = encode(encoder, [""], 1)
+    monkeypatch.setattr(T5EncoderModel, "forward", lambda *args, **options: (forward(*args, **options)[0] * 2,))
+    assert torch.equal(encode(encoder, [""], 1)[0], 2 * before)
 
 
 def test_dropout_is_not_frozen(no_grad: None) -> None:

@@ -20,6 +20,7 @@ _HOMES = {
     "Transformer2DModelOutput": "nn.outputs:Transformer2DModelOutput",
 }
 _PROCESSORS = {name: f"models.compat.attention_processor:{name}" for name in ("AttnProcessor", "AttnProcessor2_0")}
+_PROCESSORS["Attention"] = "models.compat.attention_processor:ProcessedAttention"
 publish(__name__, _PROCESSORS, "attention_processor")
 publish(
     __name__,

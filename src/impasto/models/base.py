@@ -37,6 +37,13 @@ class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
     #: Argument (a number, or a list) -> the list of blocks whose length it determines, by its path in tensor names.
     stored_lists: ClassVar[Mapping[str, str]] = {}
 
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        """What every cast is: a loaded model that gets 16-bit weights uses them as if it had been loaded with them."""
+        super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        if "_name_or_path" in self.config:
+            adapt(self)
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating-point parameter; not one in which weights are only stored."""

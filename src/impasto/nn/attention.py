@@ -24,6 +24,8 @@ from .tokens import Layout, is_tracing
 _MAX_SCORES_STORED = 2**25
 #: The keys of a short text, for which storing the scores takes less time and little memory.
 _FEW_KEYS = 64
+#: Of a head. With no more, the exponentials take longer than the products.
+_FEW_CHANNELS = 32
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -50,7 +52,7 @@ def check_backend(name: str) -> str:
     name = str(getattr(name, "value", name)).lower()
     if name not in BACKENDS:
         near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise InputError(f"there is no attention backend {name!r} here{hint} Use one of {', '.join(BACKENDS)}")
     return name
 
@@ -182,14 +184,18 @@ def _scores(query: Tensor, key: Tensor) -> int:
 
 
 def _tiles_are_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """torch's CPU attention multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX."""
+    """torch's CPU attention multiplies 16-bit matrices at a fraction of oneDNN's rate, except where there is AMX.
+
+    With few keys, or few channels, that hardly matters (benchmarks/attention.py).
+    """
     if query.dtype != key.dtype or torch.is_autocast_enabled("cpu"):
         return False
     if query.device.type != "cpu" or query.dtype not in _NARROW:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False
-    if 0 in query.shape or 0 in key.shape:
+    few = _FEW_KEYS if key.shape[3] > _FEW_CHANNELS else 4 * _FEW_KEYS
+    if 0 in query.shape or key.shape[2] <= few:  # torch's takes one call instead of ten
         return False
     return not processor_has("amx_tile")
 

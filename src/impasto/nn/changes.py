@@ -7,6 +7,7 @@ a chain, the last one first, and leave it in any order.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -87,7 +88,9 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     for call in _chain(vars(layer).get("forward")):
         if getattr(call, "change", None) == "stored in a narrow dtype":
             return cast(torch.dtype, call.dtype)
-    return cast(Tensor, layer.weight).dtype
+    # torch.ao's quantized layers have methods of these names; they take float32 and return it.
+    tensors = [x() if callable(x) else x for x in (layer.weight, getattr(layer, "bias", None))]
+    return next((x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
 
 
 def refuse_conflicts(module: nn.Module, change: type[Change]) -> None:
@@ -134,6 +137,41 @@ def is_observed(module: nn.Module) -> bool:
 def is_watched(module: nn.Module | None) -> bool:
     """Whether a module or one inside is observed: then it is called once at every step."""
     return module is not None and any(map(is_observed, module.modules()))
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a function, a method or a callable object is code of this package, whatever it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    # ``functools.wraps`` copies ``__module__``, so it may be that of what is wrapped.
+    where = getattr(function, "__globals__", {"__name__": type(function).__module__}).get("__name__", "")
+    # FSDP gathers the parameters for our stages, too.
+    return bool(where.startswith((f"{__name__.partition('.')[0]}.", "torch.distributed.")))
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether code of others was put around the calls of a module: a hook, or another ``forward`` on the object."""
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *modules._global_forward_hooks.values(),
+        *modules._global_forward_pre_hooks.values(),
+    )
+    own = vars(module).get("forward")
+    return not all(map(is_ours, hooks if own is None else (*hooks, own)))
+
+
+def takes_stages(model: Any, cls: type[nn.Module]) -> bool:
+    """Whether a model is of a class of ours, and only our code sees what it is called with: then its stages' results.
+
+    Code of others expects the documented tensors: hooks, and a ``forward`` of the object, its class or a subclass.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, cls) or is_intercepted(model):
+        return False
+    classes = (vars(each) for each in type(model).__mro__ if each is not nn.Module)
+    return all(is_ours(own["forward"]) for own in classes if "forward" in own)
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:

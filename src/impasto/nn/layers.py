@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from .backends.onednn import Product, linear_gelu, multiplies, product
 from .changes import is_plain, is_watched
 from .machine import is_autocast
-from .recomputing import recomputed
+from .precision import checkpointed
 from .tokens import Layout, addcmul_by_image, is_tracing
 
 
@@ -162,6 +162,25 @@ class _Activated(nn.Module):
 #: Bytes of a channel of the tokens that the feed-forward takes at a time on the CPU: their hidden states (19 MB in
 #: XL/2) stay in its cache, and in memory that is used again (the allocator of Linux returns more than 32 MB at once).
 _BYTES_AT_ONCE = 4096
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of which only x is stored for the backward pass: cheap results are computed again there.
+
+    Without gradients, in graphs, and where others decide what is stored (gradient checkpointing, ``save_on_cpu``), it
+    is a plain call.
+
+    Args:
+        function: called again in the backward pass, with the same random numbers.
+    """
+    if not torch.is_grad_enabled() or is_tracing() or _others_decide():
+        return function(x)
+    result: Tensor = checkpointed(function, x)
+    return result
+
+
+def _others_decide() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class FeedForward(nn.Module):

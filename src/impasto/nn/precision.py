@@ -117,21 +117,31 @@ _METHODS = {
 def adapt(module: nn.Module) -> None:
     """Let a module with 16-bit weights compute in float32 on devices that do not multiply them natively.
 
-    Pipelines and ``from_pretrained`` do this to every component. Whether it is needed is decided at each call, so the
-    module may be moved and cast at any time. It stays an instance of its class, and is saved and pickled as one.
-    If FSDP has sharded it, it may be called by stages from then on.
+    Pipelines do this to every component that they use, and our models to themselves when they are loaded and later
+    cast. Whether it is needed is decided at each call, so the module may be moved at any time. It stays an instance of
+    its class, and is saved and pickled as one. If FSDP has sharded it, it may be called by stages from then on.
     """
     module = unwrapped(module)
     register_methods([module], *(name for name in _METHODS if name not in ("__call__", "forward")))
-    cls = type(module)
-    if not issubclass(cls, _Adapted) and not isinstance(module, torch.jit.ScriptModule):
-        module.__class__ = _adapted(cls)  # type: ignore[arg-type]
+    if _narrow_weight(module) is not None:  # the class of the others stays exactly what it is
+        _change_class(module)
+
+
+def _change_class(module: nn.Module) -> None:
+    if not isinstance(module, _Adapted | torch.jit.ScriptModule):
+        cls: Any = type(module)
+        module.__class__ = _adapted(cls)
 
 
 def restore_class(module: nn.Module) -> None:
     """Undo ``adapt``, for other libraries that compare classes. The next use in a pipeline adapts the module again."""
-    if isinstance(module, _Adapted):
-        module.__class__ = type(module).__bases__[0]
+    module.__class__ = class_of(module)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, whether or not it is adapted."""
+    cls = type(module)
+    return cls.__bases__[0] if issubclass(cls, _Adapted) else cls
 
 
 def compute_in_float32(module: nn.Module) -> Precision:
@@ -167,6 +177,7 @@ class Precision(Handle, Change):
             raise InputError(f"a precision is chosen for a module such as pipe.vae, not for {shown(module)}")
         self.module, self.choice = unwrapped(module), choice
         adapt(self.module)
+        _change_class(self.module)  # whatever its weights are cast to
         self.put(self.module, _CHOICE)
 
     def remove(self) -> None:
@@ -218,9 +229,16 @@ def _adapted(cls: Any) -> type[nn.Module]:
         new.__setstate__(copy.deepcopy(module.__getstate__(), memo))
         return new
 
-    body = {
-        name: _in_its_precision(getattr(cls, name), narrow) for name, narrow in _METHODS.items() if hasattr(cls, name)
-    }
+    def current(name: str) -> Function:
+        """A method of the class as it is when it is called: others may replace it at any time."""
+
+        @functools.wraps(getattr(cls, name))
+        def method(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return getattr(cls, name)(module, *args, **kwargs)
+
+        return method
+
+    body = {name: _in_its_precision(current(name), narrow) for name, narrow in _METHODS.items() if hasattr(cls, name)}
     body |= {"__reduce_ex__": reduced, "__deepcopy__": copied}
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     adapted: type[nn.Module] = type(cls.__name__, (cls, _Adapted), body)

@@ -1,4 +1,4 @@
-"""Tokens of images of several sizes in one sequence.
+"""Tokens of images of several sizes in one sequence, and masks of text tokens.
 
 A batch of images of one size is a tensor [B, N, D]. A mixed batch is a sequence [T, D]: the images' tokens, one image
 after the other, with a ``Layout``. Linear layers work on all of its tokens at once; modulation and attention work on
@@ -147,3 +147,18 @@ def is_tracing() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# --- masks ---
+
+#: A bias at or below this discards a key; the documented value is -10000, which bfloat16 rounds to -9984.
+DISCARD = -9000.0
+
+
+def text_bias(mask: Tensor) -> Tensor:
+    """A text mask in either format, [B, M] or [B, 1, M] -> a bias [B, 1, 1, M] in which -inf discards."""
+    if mask.ndim == 2:
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        return zeros.masked_fill(~mask.bool(), -torch.inf)[:, None, None]
+    bias = mask.float()
+    return bias.masked_fill(bias <= DISCARD, -torch.inf)[:, None]

@@ -24,6 +24,7 @@ _HOMES = {
 _PIXART = {
     **{name: _HOMES[name] for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline")},
     **{f"ASPECT_RATIO_{side}_BIN": f"pipelines.compat.bins:ASPECT_RATIO_{side}_BIN" for side in (256, 512, 1024, 2048)},
+    "retrieve_timesteps": "pipelines.compat.functions:retrieve_timesteps",
 }
 publish(__name__, _HOMES, "auto_pipeline", "pipeline_utils")
 publish(__name__, _PIXART, *("pixart_alpha" + x for x in ("", ".pipeline_pixart_alpha", ".pipeline_pixart_sigma")))

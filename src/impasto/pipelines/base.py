@@ -17,7 +17,7 @@ from ..checks import parse_size
 from ..errors import CheckpointError, ConfigurationError, InputError
 from ..memory.placement import OneAtATime, Resident
 from ..models.autoencoder.model import AutoencoderKL
-from ..nn.changes import unwrapped
+from ..nn.changes import is_ours, unwrapped
 from ..nn.noise import draw_noise
 from ..nn.outputs import BaseOutput
 from ..nn.precision import adapt, computed, in_float32, without_autocast
@@ -49,6 +49,9 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
     """Components, and what is in force on the calls that use them. A subclass adds the calls."""
 
     image_processor: ImageProcessor
+    vae_scale_factor: Any  # pixels per latent along a side
+    scheduler: Any
+    prepare_latents: Any
     #: Prompt embeddings on disk; None unless ``enable_prompt_cache`` was called.
     prompt_cache: PromptCache | None
     #: The handles of ``compile``, ``cache_steps`` and ``guide_between``; None unless they were called.
@@ -100,7 +103,14 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
                 yield vae, torch.float32 if overflows else dtype
 
     def _noise(self, request: Request, dtype: torch.dtype) -> Tensor:
-        """Noise [B, C, h, w], given or generated."""
+        """Noise [B, C, h, w] of variance 1: given, generated, or of a ``prepare_latents`` that others have replaced."""
+        if not is_ours(self.prepare_latents):
+            batch, channels, *sides = request.shape
+            height, width = (side * self.vae_scale_factor for side in sides)
+            scaled = self.prepare_latents(
+                batch, channels, height, width, dtype, self.device, request.generators, request.latents
+            )
+            return cast(Tensor, scaled / getattr(self.scheduler, "init_noise_sigma", 1.0))
         if request.latents is not None:
             return request.latents
         return draw_noise(request.shape, request.generators, self.device, dtype)

@@ -39,6 +39,8 @@ class Components(DiffusionPipeline):
     saved_as: ClassVar[str | None] = None
     #: Components that always move to the device whole, however the others move.
     never_in_blocks: ClassVar[tuple[str, ...]] = ()
+    #: Those that ``from_pretrained`` may leave out; arguments of a subclass with a default value are only if listed.
+    _optional_components: ClassVar[list[str]]
 
     placement: Resident
     #: How the components stay within the memory budget; None without a budget.
@@ -53,8 +55,14 @@ class Components(DiffusionPipeline):
 
     @classmethod
     def component_names(cls) -> list[str]:
-        """The names of the components."""
-        return list(inspect.signature(cls.__init__).parameters)[1:]
+        """The names of the components: the arguments of the constructor that have to be given."""
+        parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+        return [p.name for p in parameters if p.default is p.empty or p.name in cls._optional_components]
+
+    @classmethod
+    def _settings(cls) -> list[str]:
+        """The names of the other arguments, which a subclass may have."""
+        return [name for name in [*inspect.signature(cls.__init__).parameters][1:] if name not in cls.component_names()]
 
     @property
     def components(self) -> dict[str, Any]:
@@ -135,6 +143,7 @@ class Components(DiffusionPipeline):
         from .loading import Source, load_components
 
         source, names = Source.of(pretrained_model_name_or_path, locals()), cls.component_names()
+        settings = {name: components.pop(name) for name in cls._settings() if name in components}
         others = {name: value for name, value in components.items() if name not in names}
         known = inspect.signature(Components.from_pretrained).parameters
         settle(cls.__name__, others, [*names, *known], f"; components: {', '.join(names)}")
@@ -143,7 +152,7 @@ class Components(DiffusionPipeline):
         loaded, plan, folder = load_components(
             source, name, names, components, requested, memory_budget, quantization_config
         )
-        pipe = cls(**loaded)
+        pipe = cls(**loaded, **settings)
         pipe._source, pipe._name_or_path = folder, os.fspath(pretrained_model_name_or_path)
         if disable_mmap:
             read = [part for part, value in loaded.items() if part not in components and isinstance(value, nn.Module)]

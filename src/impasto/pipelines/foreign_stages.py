@@ -1,4 +1,7 @@
-"""Another library's PixArt transformer, unchanged, with the interface of our three stages."""
+"""A transformer that is called with the documented tensors alone, with the interface of our three stages.
+
+It is another library's, or ours with code of others around its calls. The last stage does all of the work.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,14 @@ class ForeignModulation(NamedTuple):
     def select(self, rows: slice) -> ForeignModulation:
         return self._replace(timesteps=self.timesteps[rows])
 
+    def of_batch(self, batch: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The timestep [B] and the conditions [B, ...] of one step."""
+        conditions = {name: None if x is None else x.expand(batch, -1) for name, x in self.conditions.items()}
+        return self.timesteps.expand(batch), conditions
+
 
 class ForeignStages:
-    """The last stage does all of the work.
+    """PixArt's.
 
     Args:
         call: the transformer, or what replays its captured graph.
@@ -46,12 +54,58 @@ class ForeignStages:
     def __call__(
         self, x: Tensor, encoder_hidden_states: ForeignContext, timestep: ForeignModulation, return_dict: bool
     ) -> Any:
-        batch = len(x)
+        timesteps, conditions = timestep.of_batch(len(x))
         return self._call(
             x,
             encoder_hidden_states=encoder_hidden_states.text,
             encoder_attention_mask=encoder_hidden_states.mask,
-            timestep=timestep.timesteps.expand(batch),
-            added_cond_kwargs={n: None if c is None else c.expand(batch, -1) for n, c in timestep.conditions.items()},
+            timestep=timesteps,
+            added_cond_kwargs=conditions,
             return_dict=return_dict,
+        )
+
+
+class ForeignGlmImageContext(NamedTuple):
+    text: Tensor  # [B, M, channels]
+    mask: Tensor | None  # [B, M]
+    prior: Tensor  # [B, N]
+    drop: Tensor  # [B]
+
+
+class ForeignGlmImageStages:
+    """GLM-Image's, as ``ForeignStages``."""
+
+    def __init__(self, transformer: Any, call: Callable[..., Any]):
+        self.dtype: torch.dtype = transformer.dtype
+        self._call = call
+
+    def encode_context(
+        self, text: Tensor, mask: Tensor | None, prior: Tensor, drop: Tensor, height: int, width: int
+    ) -> ForeignGlmImageContext:
+        return ForeignGlmImageContext(text, mask, prior, drop)
+
+    def modulate(self, timesteps: Tensor, size: Tensor, crop: Tensor) -> ForeignModulation:
+        return ForeignModulation(timesteps, {"target_size": size, "crop_coords": crop})
+
+    def __call__(
+        self,
+        x: Tensor,
+        encoder_hidden_states: ForeignGlmImageContext,
+        timestep: ForeignModulation,
+        return_dict: bool,
+        kv_caches: Any = None,
+    ) -> Any:
+        timesteps, conditions = timestep.of_batch(len(x))
+        text, mask, prior, drop = encoder_hidden_states
+        return self._call(
+            hidden_states=x,
+            encoder_hidden_states=text,
+            prior_token_id=prior,
+            prior_token_drop=drop[:, None].expand_as(prior),
+            timestep=timesteps,
+            **conditions,
+            attention_kwargs=None,
+            return_dict=return_dict,
+            kv_caches=kv_caches,
+            **({} if mask is None else {"attention_mask": mask}),
         )

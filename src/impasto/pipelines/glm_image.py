@@ -19,7 +19,7 @@ from ..models.dtypes import parse_dtype
 from ..models.glm_image.context import GlmImageReferences
 from ..models.glm_image.model import GlmImageTransformer2DModel
 from ..models.glm_image.prior import PriorTokens
-from ..nn.changes import unwrapped
+from ..nn.changes import takes_stages, unwrapped
 from ..nn.machine import as_device, check_device, check_dtype
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
@@ -30,6 +30,7 @@ from .glm_image_stages import (
     encode_quoted_texts,
     encode_reference,
     latent_statistics,
+    prior_of,
     run_prior,
     shifted,
 )
@@ -190,15 +191,7 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
         request = read_glm_image(self, GlyphEmbeds._fields, locals())
         with torch.no_grad(), self._calling(request.guidance_scale, attention_kwargs) as call:
             embeds = GlyphEmbeds(*self.encode_prompt(**request.texts.of_glm_image))  # before the prior takes long
-            prior = request.prior or run_prior(
-                self,
-                request.texts.prompts,
-                request.size,
-                request.images,
-                request.generators,
-                request.texts.images_per_prompt,
-                call,
-            )
+            prior = prior_of(self, request, call)
             noise = self._noise(request, torch.float32)
             references = self.encode_references(request.images, prior)
             loop = self.denoise(
@@ -357,6 +350,11 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
         The transformer has to be in place: ``with pipe.using("transformer"):``.
         """
         transformer, device = self._require("transformer"), self.device
+        model, call = transformer, self._replaying(transformer)
+        if not takes_stages(transformer, GlmImageTransformer2DModel):
+            from .foreign_stages import ForeignGlmImageStages
+
+            model = call = ForeignGlmImageStages(transformer, call)
         rows, columns = noise.shape[-2:]
         tokens = rows * columns // transformer.config["patch_size"] ** 2
         scheduler = own_scheduler(self.scheduler, device, **shifted(self.scheduler, schedule, tokens))
@@ -366,14 +364,14 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
         return Run(
             self,
             transformer,
-            self._replaying(transformer),
+            call,
             scheduler,
             noise.to(device, torch.float32),  # [B, C, h, w]
             embeds,
             guidance_scale,
-            encode=partial(encode_contexts, transformer, prior, references, rows, columns),
+            encode=partial(encode_contexts, model, prior, references, rows, columns),
             # The model counts timesteps from 0, the schedule from 1.
-            modulation=transformer.modulate(scheduler.timesteps.to(device) - 1, size.float(), crop.float()),
+            modulation=model.modulate(scheduler.timesteps.to(device) - 1, size.float(), crop.float()),
             options=step_options(scheduler, generator=generator),
         )
 
@@ -388,6 +386,9 @@ def _trimmed(embeds: Tensor, mask: Tensor) -> Tensor:
 
 publish(
     __name__,
-    {"GlmImagePipeline": "pipelines.glm_image:GlmImagePipeline"},
+    {
+        "GlmImagePipeline": "pipelines.glm_image:GlmImagePipeline",
+        "retrieve_timesteps": "pipelines.compat.functions:retrieve_timesteps",
+    },
     "pipeline_glm_image",
 )

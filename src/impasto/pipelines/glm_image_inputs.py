@@ -57,8 +57,11 @@ def read_glm_image(pipe: Any, fields: Sequence[str], arguments: Mapping[str, Any
     prompts, size, final = plan_size(texts.prompts, *sides, images, default)
     texts = texts._replace(prompts=prompts)
     shared = shared_fields(pipe, fields, arguments, texts, size, both=True)
-    prior = _given_prior(pipe, texts, shared["shape"], images, *(arguments[name] for name in PriorTokens._fields))
-    if prior is None and not prompts:
+    tokens = [arguments[name] for name in PriorTokens._fields]
+    prior = None
+    if any(given is not None for given in tokens):
+        prior = checked_prior(pipe, texts, shared["shape"], images, *tokens)
+    elif not prompts:
         raise InputError("the prior needs a prompt: give prompt, or prior_token_ids with prompt_embeds")
     if images is not None:
         pipe._require("vae")
@@ -149,26 +152,24 @@ def _size_of(image: Any) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _given_prior(
+def checked_prior(
     pipe: Any,
     texts: Texts,
     shape: tuple[int, ...],
     images: list[list[Any]] | None,
     ids: Any,
-    image_ids: Any,
-    grids: Any,
-) -> PriorTokens | None:
-    """The tokens that are given in place of the prior's, checked; None if there are none.
+    image_ids: Any = None,
+    grids: Any = None,
+) -> PriorTokens:
+    """The tokens that are given in place of the prior's, checked.
 
     Args:
         shape: [B, C, h, w] of the latents.
     """
     if ids is None:
-        if image_ids is not None or grids is not None:
-            raise InputError(
-                "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
-            )
-        return None
+        raise InputError(
+            "prior_token_image_ids and source_image_grid_thw belong to prior_token_ids: give those too, or none"
+        )
     config, (batch, _, rows, columns), count = pipe.transformer.config, shape, texts.prompt_count
     tokens = rows * columns // config["patch_size"] ** 2
     codes = config["prior_vq_quantizer_codebook_size"]

@@ -20,13 +20,33 @@ from ..errors import InputError
 from ..family import tokens_to_generate
 from ..models.glm_image.context import GlmImageContext, GlmImageReferences
 from ..models.glm_image.prior import PriorTokens, result_of, sample_prior
+from ..nn.changes import is_ours
 from .compat.calls import Call
+from .glm_image_inputs import GlmImageRequest, checked_prior
 from .glyphs import encode_glyphs, most_tokens
 from .latents import scaled
 from .parallel.guidance import agreed
 from .prompts import EncodedTexts
 from .request import Schedule
 from .sampling import Half
+
+
+def prior_of(pipe: Any, request: GlmImageRequest, call: Call) -> PriorTokens:
+    """The tokens for a request: given, or generated; by ``generate_prior_tokens`` where others have replaced it."""
+    texts, (height, width), generators = request.texts, request.size, request.generators
+    if request.prior is not None:
+        return request.prior
+    if not is_ours(pipe.generate_prior_tokens):
+        made = pipe.generate_prior_tokens(
+            prompt=list(texts.prompts),
+            image=request.images,
+            height=height,
+            width=width,
+            device=pipe.device,
+            generator=generators[0] if isinstance(generators, list) else generators,  # as in diffusers
+        )
+        return checked_prior(pipe, texts, request.shape, request.images, *made)
+    return run_prior(pipe, texts.prompts, request.size, request.images, generators, texts.images_per_prompt, call)
 
 
 def run_prior(*arguments: Any) -> PriorTokens:
@@ -83,11 +103,12 @@ def encode_quoted_texts(pipe: Any, texts: list[str], length: int) -> EncodedText
 
     def encode(some: list[str]) -> EncodedTexts:
         with pipe.using("text_encoder") as text_encoder:
-            encoded = EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, pipe.device))
+            quoted = partial(_quoted, pipe)
+            encoded = EncodedTexts(*encode_glyphs(tokenizer, text_encoder, some, length, pipe.device, quoted))
         pipe._check_output("text_encoder", encoded.embeds)
         return encoded
 
-    if pipe.prompt_cache is None:
+    if pipe.prompt_cache is None or not is_ours(pipe.get_glyph_texts):  # entries are found by the prompt
         return encode(texts)
     encoder = pipe.components["text_encoder"]
     kept = {}
@@ -100,6 +121,12 @@ def encode_quoted_texts(pipe: Any, texts: list[str], length: int) -> EncodedText
         embeds=join([kept[text].embeds[0] for text in texts]),
         mask=join([kept[text].mask[0] for text in texts]),
     )
+
+
+def _quoted(pipe: Any, prompt: str) -> list[str]:
+    """The texts of a prompt that are to be written, by a method that others may have replaced."""
+    texts: list[str] = pipe.get_glyph_texts(prompt)[0]
+    return texts
 
 
 def latent_statistics(vae: Any) -> dict[str, Any]:
@@ -159,7 +186,7 @@ def _mu(config: Mapping[str, Any], tokens: int) -> float:
 
 
 def encode_contexts(
-    transformer: Any,
+    model: Any,
     prior: Tensor,
     references: GlmImageReferences | None,
     rows: int,
@@ -170,16 +197,18 @@ def encode_contexts(
     """Both halves for one call, or one call for each.
 
     One call is faster unless it needs masking, for texts of different lengths or for references that the negative
-    half must not see.
+    half must not see. Code of others expects two, as in diffusers.
+
+    Args:
+        model: the transformer, or its ``ForeignGlmImageStages``.
     """
 
-    def context(text: Tensor, drops: bool) -> GlmImageContext:
-        text = text.to(prior.device, transformer.dtype)
+    def context(text: Tensor, drops: bool) -> Any:
+        text = text.to(prior.device, model.dtype)
         drop = torch.full((len(text),), drops, device=prior.device)
-        encoded: GlmImageContext = transformer.encode_context(text, _mask_of(text), prior, drop, rows, columns)
-        return encoded
+        return model.encode_context(text, _mask_of(text), prior, drop, rows, columns)
 
-    def half(context: GlmImageContext, references: GlmImageReferences | None, copies: int = 1) -> Half:
+    def half(context: Any, references: GlmImageReferences | None, copies: int = 1) -> Half:
         return Half(copies, {"encoder_hidden_states": context, "kv_caches": references})
 
     if references is not None:
@@ -189,8 +218,8 @@ def encode_contexts(
         return [half(positive, references)]
     assert embeds.negative_prompt_embeds is not None
     negative = context(embeds.negative_prompt_embeds, True)
-    alike = negative.text.shape == positive.text.shape and negative.bias is None
-    if references is None and alike and positive.bias is None:
+    unmasked = all(isinstance(each, GlmImageContext) and each.bias is None for each in (negative, positive))
+    if references is None and unmasked and negative.text.shape == positive.text.shape:
         return [half(GlmImageContext.concat([negative, positive]), None, copies=2)]
     return [half(negative, None), half(positive, references)]
 

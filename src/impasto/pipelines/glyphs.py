@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,12 @@ def most_tokens(prompt: str, max_length: int) -> int:
 
 @torch.no_grad()
 def encode_glyphs(
-    tokenizer: Any, text_encoder: Any, prompts: Sequence[str], max_length: int, device: torch.device | str
+    tokenizer: Any,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    max_length: int,
+    device: torch.device | str,
+    quoted: Callable[[str], Sequence[str]] = quoted_texts,
 ) -> tuple[Tensor, Tensor]:
     """The embeddings of each prompt's quoted texts, concatenated; that of the empty text for a prompt without any.
 
@@ -36,6 +41,7 @@ def encode_glyphs(
 
     Args:
         max_length: bytes of one text.
+        quoted: the texts of a prompt that are to be written.
 
     Returns:
         embeddings [P, M, channels], right-padded with zeros, and their mask [P, M], 1 where there is a token.
@@ -43,7 +49,7 @@ def encode_glyphs(
     texts: list[list[int]] = []  # of all prompts
     counts: list[int] = []  # of the texts of each prompt
     for prompt in prompts:
-        found = quoted_texts(prompt) or [""]
+        found = list(quoted(prompt)) or [""]
         front = [tokenizer.pad_token_id] * ((len(found) + 1) % 2)
         with TOKENIZING:
             texts += [front + ids for ids in tokenizer(found, max_length=max_length, truncation=True).input_ids]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,11 +79,24 @@ def check_result(
     return tuple(names)
 
 
-def check_extra(kwargs: Mapping[str, Any]) -> None:
-    """Accept the one deprecated argument, and refuse all others."""
-    for name in kwargs:
+def check_extra(kwargs: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Accept the one deprecated argument, and refuse all others.
+
+    Args:
+        known: the names of the arguments that there are.
+    """
+    for name, value in kwargs.items():
+        if name == "cross_attention_kwargs":
+            if value is None:
+                continue
+            raise InputError(
+                "these pipelines take no cross_attention_kwargs: the strength of adapters is set by "
+                "pipe.set_adapters(NAMES, WEIGHTS)"
+            )
         if name != "mask_feature":
-            raise InputError(f"there is no argument {name!r}; see the documentation of this method")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see the documentation of this method"
+            raise InputError(f"there is no argument {name!r}; {hint}")
         warnings.warn("mask_feature is deprecated: it has no effect; leave it out", FutureWarning, stacklevel=3)
 
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("impasto")
 
-_DOWNLOAD = ("revision", "cache_dir", "local_files_only", "token", "force_download")
-
 DType = torch.dtype | str | None
 DTypes = DType | Mapping[str, DType]
 
@@ -51,7 +49,7 @@ class Source:
     @classmethod
     def of(cls, model: str | os.PathLike[str], options: Mapping[str, Any]) -> Source:
         """Of arguments of ``from_pretrained`` by name, among others."""
-        download = {name: options[name] for name in _DOWNLOAD if options.get(name) is not None}
+        download = {name: options[name] for name in hub.OPTIONS if options.get(name) is not None}
         return cls(model, options.get("subfolder"), options.get("variant"), options.get("use_safetensors"), download)
 
     @contextmanager

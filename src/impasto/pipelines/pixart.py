@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..family import ALPHA, SIGMA, Family, mixtures
 from ..models.pixart.model import PixArtTransformer2DModel
 from ..models.pixart.text import PixArtContext
-from ..nn.changes import unwrapped
+from ..nn.changes import takes_stages
 from ..nn.machine import as_device
 from . import inputs
 from .base import ImagePipelineOutput, Pipeline
@@ -27,10 +27,9 @@ from .compat.methods import PixArtMethods
 from .compat.textual_inversion import TextualInversion
 from .defaults import with_defaults
 from .images import PixArtImageProcessor
-from .learned_tokens import concepts_of
-from .prompts import EncodedTexts, encode_texts, prepare
+from .prompts import EncodedTexts, encode_texts
 from .request import Schedule, read_pixart, read_schedule, read_texts
-from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler, step_options
+from .sampling import DenoisingStep, Edit, Half, Run, denoising_steps, drive, first_latents, own_scheduler
 
 logger = logging.getLogger("impasto")
 
@@ -77,6 +76,10 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         """Pixels per latent along a side; without an autoencoder, that of the previous one, or 8."""
         vae = vars(self).get("vae")
         return int(self.image_processor.config.vae_scale_factor) if vae is None else _vae_scale_factor(vae)
+
+    @vae_scale_factor.setter
+    def vae_scale_factor(self, value: int) -> None:
+        raise InputError("vae_scale_factor is that of the vae (its block_out_channels): assign another one to pipe.vae")
 
     # --- the call ---
 
@@ -191,7 +194,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         Raises:
             InputError: a type or shape that cannot be used.
         """
-        inputs.check_extra(kwargs)
+        inputs.check_extra(kwargs, locals())
         texts = read_texts(do_classifier_free_guidance, locals())
         target = self.device if device is None else as_device(device)
         given = (texts.prompt_embeds, texts.prompt_attention_mask)
@@ -214,8 +217,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         )
 
     def _encode_texts(self, texts: list[str], cleaned: bool, length: int, device: torch.device) -> EncodedTexts:
-        concepts = concepts_of(self.components["tokenizer"])
-        texts = [prepare(text, cleaned, concepts) for text in texts]
+        texts = self._text_preprocessing(texts, clean_caption=cleaned)
 
         def encode(texts: list[str]) -> EncodedTexts:
             tokenizer = self._require("tokenizer")
@@ -283,7 +285,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         if call is not transformer:  # a captured CUDA graph, which serves texts of several lengths
             from .compiling import TEXT_MULTIPLE as multiple
         model = transformer
-        if not _is_staged(transformer):
+        if not takes_stages(transformer, PixArtTransformer2DModel):
             from .foreign_stages import ForeignStages
 
             model = call = ForeignStages(transformer, call)
@@ -300,7 +302,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
             guidance_scale,
             encode=partial(_encode_contexts, model, device, multiple),
             modulation=model.modulate(scheduler.timesteps.to(device), self._conditions(latents)),
-            options=step_options(scheduler, eta=eta, generator=generator),
+            options=self.prepare_extra_step_kwargs(generator, eta),
             takes_original=self.family.single_step_takes_original and schedule.steps == 1,
             start=start,
             known=known,
@@ -319,7 +321,9 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
         }
 
     def _takes_conditions(self) -> bool:
-        return bool(unwrapped(self.transformer).use_additional_conditions)
+        config = self.transformer.config
+        given = config.get("use_additional_conditions")
+        return bool(config["sample_size"] == 128 if given is None else given)
 
     def _check_conditions(self) -> None:
         if self._takes_conditions() and not self.family.micro_conditions:
@@ -330,7 +334,10 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
 
     def _warn_of_mixtures(self) -> None:
         """Warn of components that were not trained together, once for each message."""
-        for message in mixtures(self.components, self.family):
+        components = self.components
+        if not hasattr(components["text_encoder"], "config"):  # a wrapper, about which nothing is known
+            components["text_encoder"] = None
+        for message in mixtures(components, self.family):
             if message not in self._warned:
                 self._warned.add(message)
                 logger.warning("%s: %s", type(self).__name__, message)
@@ -352,10 +359,6 @@ class PixArtAlphaPipeline(PixArtPipeline):
 def _vae_scale_factor(vae: Any) -> int:
     levels = vae.config.get("block_out_channels")
     return 8 if levels is None else int(2 ** (len(levels) - 1))
-
-
-def _is_staged(transformer: Any) -> bool:
-    return isinstance(unwrapped(transformer), PixArtTransformer2DModel)
 
 
 def _encode_contexts(model: Any, device: torch.device, multiple: int, embeds: PromptEmbeds, guided: bool) -> list[Half]:

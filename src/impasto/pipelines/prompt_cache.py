@@ -27,15 +27,13 @@ from ..checkpoints.config import read_json
 from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
-from ..nn.changes import adapters_in_force, unwrapped
+from ..nn.changes import adapters_in_force, is_intercepted, unwrapped
 from .learned_tokens import concepts_of
-from .prompts import EncodedTexts
+from .prompts import EncodedTexts, samples_of
 
 logger = logging.getLogger("impasto")
 
 INDEX_NAME = "encoders.json"
-#: Values of each tensor that the fingerprint of an encoder reads.
-SAMPLES = 16
 
 
 class PromptCache:
@@ -77,6 +75,7 @@ class PromptCache:
         """
         if text_encoder is not None and (
             text_encoder.training
+            or any(map(is_intercepted, text_encoder.modules()))  # what they compute is not this encoder's
             or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text_encoder.parameters()))
         ):
             return encode(texts)
@@ -223,8 +222,7 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
         for plain in _plain(tensor):
             digest.update(f"{name} {plain.dtype} {list(plain.shape)}".encode())
             if plain.numel() and not plain.is_meta:
-                flat = plain.detach().reshape(-1) if plain.is_contiguous() else plain.detach().flatten()
-                some = flat[:: max(1, flat.numel() // SAMPLES)][: SAMPLES + 1].contiguous().cpu()
+                some = samples_of(plain).contiguous().cpu()
                 digest.update(some.view(torch.uint8).numpy().tobytes())
     learned = [token for tokens in concepts_of(tokenizer).values() for token in tokens]
     if learned:  # a few rows of the table of embeddings, which some values of it do not show

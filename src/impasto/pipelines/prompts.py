@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import MAX_TOKENS, QUOTES_PROMPT, shown, whole_number
 from ..errors import InputError
-from ..nn.changes import adapters_in_force
-from ..nn.precision import precision_of
+from ..nn.changes import adapters_in_force, is_intercepted, is_plain_tensor
+from ..nn.precision import class_of, precision_of
 from .learned_tokens import pattern_of, spelled_out
 
 if TYPE_CHECKING:
@@ -132,39 +132,59 @@ def _run(text_encoder: PreTrainedModel, batch: list[Tokens], device: torch.devic
 
 class _Kept(NamedTuple):
     state: tuple[object, ...]
-    last_parameter: Tensor
+    samples: Tensor
     embeds: Tensor
 
 
 # Weak keys: an encoder without other references is freed, and its entry with it.
-_empty_embeds: weakref.WeakKeyDictionary[torch.nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_empty_embeds: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def _encode_empty(text_encoder: PreTrainedModel, ids: Tokens, device: torch.device | str) -> Tensor:
-    """The embedding [length, C] of the empty text, kept as long as the encoder and its weights stay the same.
+    """The embedding [length, C] of the empty text, kept as long as the encoder stays the same.
 
-    Changes are detected by the identities and version counters of the parameters, which in-place operations,
-    optimizer steps and loading change, and by the values of the last one (in T5 the final norm), which reveal writes
-    through ``.data``, such as those of moving averages. Data pointers do not count: offloading changes them.
+    Changes are detected by its modules and their code, by the identities and version counters of the parameters, which
+    in-place operations, optimizer steps and loading change, and by a few values of each tensor, which reveal writes
+    through ``.data``, such as those of moving averages. Data pointers do not count: offloading changes them. Nothing is
+    kept where code of others, which may compute anything, is around the calls of a module.
     """
-    parameters = list(text_encoder.parameters())
-    last = parameters[-1]
-    if torch.is_grad_enabled() or text_encoder.training or last.is_meta:
+    if not isinstance(text_encoder, nn.Module) or text_encoder.training or torch.is_grad_enabled():
         return _run(text_encoder, [ids], device)[0]
-    kind = last.device.type
+    modules, parameters = list(text_encoder.modules()), list(text_encoder.parameters())
+    tensors = [*parameters, *text_encoder.buffers()]
+    readable = all(is_plain_tensor(x) and not x.is_meta for x in tensors)
+    if not readable or any(map(is_intercepted, modules)):
+        return _run(text_encoder, [ids], device)[0]
+    own: torch.device = text_encoder.device
     state = (
         ids,
-        last.device,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        own,
+        torch.is_autocast_enabled(own.type) and torch.get_autocast_dtype(own.type),
         precision_of(text_encoder),
         adapters_in_force(text_encoder),
+        *((weakref.ref(module), class_of(module).forward) for module in modules),
         *((id(p), p.dtype, p.requires_grad, None if p.is_inference() else p._version) for p in parameters),
     )
+    by_device: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_device[tensor.device].append(samples_of(tensor).float())
+    samples = torch.cat([torch.cat(some).cpu() for some in by_device.values()])
     kept = _empty_embeds.get(text_encoder)
-    if kept is not None and kept.state == state and torch.equal(kept.last_parameter, last):
+    if kept is not None and kept.state == state and torch.equal(kept.samples, samples):
         return kept.embeds
     embeds = _run(text_encoder, [ids], device)[0]
     with torch.inference_mode(False):  # ordinary tensors, which outside of inference mode work too
-        kept = _Kept(state, last.detach().clone(), embeds.detach().clone())
+        kept = _Kept(state, samples.clone(), embeds.detach().clone())
     _empty_embeds[text_encoder] = kept
     return kept.embeds
+
+
+#: Values of a tensor that are read to recognize it.
+_SAMPLES = 16
+
+
+def samples_of(tensor: Tensor) -> Tensor:
+    """A few values of a tensor from all over it, by which other weights are recognized without reading them all."""
+    flat = tensor.detach()
+    flat = flat.view(-1) if flat.is_contiguous() else flat.flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)][: _SAMPLES + 1]

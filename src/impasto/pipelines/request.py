@@ -181,7 +181,7 @@ def read_pixart(
         fields: names of the embeddings that a callback may ask for.
         canvas: the sizes of the images; if None, from the arguments.
     """
-    inputs.check_extra(arguments["kwargs"])
+    inputs.check_extra(arguments["kwargs"], arguments)
     config, factor = pipe._require("transformer").config, pipe.vae_scale_factor
     texts = read_texts(inputs.guidance(arguments["guidance_scale"]) > 1.0, arguments)
     callback = arguments["callback"]
@@ -213,7 +213,9 @@ def _check_text_width(pipe: Any, texts: Texts) -> None:
                 f"the pipeline has no {' and no '.join(missing)}: give prompt_embeds and negative_prompt_embeds with "
                 f"their masks (with guidance_scale=1 the negative ones are not needed), or assign what is missing"
             )
-        widths.add(components["text_encoder"].config.d_model)
+        encoder_config = getattr(components["text_encoder"], "config", None)  # wrappers may have none
+        if encoder_config is not None:
+            widths.add(encoder_config.d_model)
     expected = config.get("caption_channels") or config.get("cross_attention_dim")
     for width in widths:
         if expected is not None and width != expected:

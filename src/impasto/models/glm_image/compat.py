@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...nn.attention import attention
 from ...nn.embeddings import apply_rotary
-from ...nn.masks import text_bias
+from ...nn.tokens import text_bias
 from .context import GlmImageContext, GlmImageModulation, GlmImageReferences, Past
 from .places import Places
 

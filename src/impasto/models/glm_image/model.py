@@ -24,9 +24,8 @@ from ...checkpoints.values import MOST_CHANNELS, Count, Patch
 from ...errors import ConfigurationError, InputError
 from ...nn.changes import dtype_of, is_compiled, is_watched
 from ...nn.layers import FeedForward, unpatchify_channels_first
-from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
-from ...nn.tokens import Layout, is_tracing
+from ...nn.tokens import Layout, is_tracing, text_bias
 from ..base import Model
 from ..compat.attention_processor import giving
 from ..compat.surface import Caching, GradientCheckpointing, Processors, Rope

@@ -16,7 +16,7 @@ from ...errors import ConfigurationError, InputError
 from ...nn.attention import attention, attention_by_image
 from ...nn.backends.onednn import linear
 from ...nn.changes import dtype_of
-from ...nn.embeddings import timestep_features
+from ...nn.embeddings import sincos_2d, timestep_features
 from ...nn.fused_linear import project
 from ...nn.layers import FeedForward, PatchConvolution, TwoLayerMLP, gated, modulated_norm, modulation_table
 from ...nn.tokens import Layout
@@ -26,15 +26,20 @@ from .text import LayerText, Modulation, attend_text, encode_layer
 
 
 class PatchEmbed(nn.Module):
-    """A token for each patch of the latents; keys ``proj.*``."""
+    """A token for each patch of the latents, at its position on a grid of any size; keys ``proj.*``."""
 
-    def __init__(self, in_channels: int, width: int, patch_size: int):
+    def __init__(self, in_channels: int, width: int, patch_size: int, base_size: int, interpolation_scale: float):
         super().__init__()
+        self.patch_size, self.base_size, self.interpolation_scale = patch_size, base_size, interpolation_scale
         self.proj = PatchConvolution(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(latents)  # [B, D, H / p, W / p]
-        return tokens.flatten(2).transpose(1, 2).contiguous()  # [B, N, D]; every layer would copy it otherwise
+        patches: Tensor = self.proj(latents)  # [B, D, H / p, W / p]
+        width, rows, columns = patches.shape[1:]
+        scale = self.interpolation_scale
+        positions = sincos_2d(width, rows, columns, self.base_size, scale, patches.device)  # [N, D]
+        tokens = patches.flatten(2).transpose(1, 2).contiguous()  # [B, N, D]; every layer would copy it otherwise
+        return tokens + positions.to(tokens.dtype)
 
 
 class AdaLayerNormSingle(nn.Module):

@@ -22,11 +22,9 @@ from ...checkpoints.config import records_config
 from ...checkpoints.values import Count, Epsilon, Offset, Patch, Scale, Share
 from ...errors import InputError
 from ...nn.changes import is_compiled, is_plain, is_watched, register_methods
-from ...nn.embeddings import sincos_2d
 from ...nn.layers import TwoLayerMLP, gelu_tanh, modulated_norm, modulation_table, unpatchify
-from ...nn.masks import text_bias
 from ...nn.outputs import Transformer2DModelOutput
-from ...nn.tokens import Layout, is_tracing
+from ...nn.tokens import Layout, is_tracing, text_bias
 from ..base import Model
 from ..compat.attention_processor import giving
 from ..compat.surface import Caching, FusedProjections, GradientCheckpointing
@@ -139,7 +137,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         self.interpolation_scale = max(sample_size // 64, 1) if interpolation_scale is None else interpolation_scale
         self.use_additional_conditions = use_additional_conditions
 
-        self.pos_embed = PatchEmbed(in_channels, width, patch_size)
+        self.pos_embed = PatchEmbed(in_channels, width, patch_size, self.base_size, self.interpolation_scale)
         self.adaln_single = AdaLayerNormSingle(width, use_additional_conditions)
         self.caption_projection: TwoLayerMLP | None = (
             None if caption_channels is None else TwoLayerMLP(caption_channels, width, activation=gelu_tanh)
@@ -242,8 +240,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         """
         if is_watched(self.adaln_single) and not is_tracing():
             return Modulation.later(timestep, conditions or {})
-        modulation: Modulation = self.adaln_single(timestep, conditions or {})
-        return modulation
+        return Modulation(*self.adaln_single(timestep, conditions or {}))
 
     @overload
     def denoise(
@@ -294,7 +291,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         """One batch [B, C, H, W], or a mixed batch of several [b, C, H, W]."""
         p = self.patch_size
         grids = [(latents.shape[-2] // p, latents.shape[-1] // p) for latents in batches]
-        embedded = [self._embed(latents, *grid) for latents, grid in zip(batches, grids, strict=True)]
+        embedded: list[Tensor] = [self.pos_embed(latents) for latents in batches]  # [B, N, D]
         layout, of_images = None, grids
         if len(batches) > 1:
             of_images = [grid for grid, latents in zip(grids, batches, strict=True) for _ in range(len(latents))]
@@ -319,11 +316,6 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
             unpatchify(out.unflatten(0, tokens.shape[:2]), *grid, p)
             for out, tokens, grid in zip(outputs, embedded, grids, strict=True)
         ]
-
-    def _embed(self, latents: Tensor, rows: int, columns: int) -> Tensor:
-        x: Tensor = self.pos_embed(latents)  # [B, N, D]
-        positions = sincos_2d(self.inner_dim, rows, columns, self.base_size, self.interpolation_scale, x.device)
-        return x + positions.to(x.dtype)
 
     def forward(
         self,

@@ -315,9 +315,8 @@ class Modulation(NamedTuple):
         return Modulation(timestep, timestep, given)
 
     def made(self, embed: Any) -> Modulation:
-        """The same, made."""
-        made: Modulation = self if self.conditions is None else embed(self.timestep, self.conditions)
-        return made
+        """The same, made. A hook may have returned a plain tuple of the first two."""
+        return self if self.conditions is None else Modulation(*embed(self.timestep, self.conditions))
 
     def select(self, rows: slice | Tensor | list[int]) -> Modulation:
         """The modulation of some rows: of one step, where it was made for all of them."""

@@ -74,9 +74,7 @@ class AutoModel:
         Raises:
             CheckpointError: there is no config, or it names a class that this package does not have.
         """
-        names = ("revision", "cache_dir", "token")
-        of_hub = {name: options[name] for name in names if name in options}
-        of_hub |= {name: bool(options.get(name)) for name in ("local_files_only", "force_download")}
+        of_hub = {name: options[name] for name in hub.OPTIONS if options.get(name) is not None}
         files = ("config.json", "scheduler_config.json")
         patterns = [f"{subfolder}/{file}" if subfolder else file for file in files]
         folder = hub.inside(hub.resolve(pretrained_model_or_path, allow_patterns=patterns, **of_hub), subfolder)
@@ -101,7 +99,7 @@ def _language_model(name: str, folder: Path, options: dict[str, Any]) -> Any:
 
     dtype = parse_dtype(options.pop("dtype", None) or options.pop("torch_dtype", None))
     given = [options.pop(key, None) for key in ("variant", "use_safetensors", "quantization_config")]
-    for key in ("revision", "cache_dir", "token", "local_files_only", "force_download", "torch_dtype"):
+    for key in (*hub.OPTIONS, "torch_dtype"):
         options.pop(key, None)
     settle(name, options)
     return load_model(name, folder, dtype, *given)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from ...checkpoints import hub
 from ...checkpoints.config import DOWNLOAD, Config, write_json
 from ...checkpoints.frozen import FORMAT_VERSION
 from ...checkpoints.keywords import settle
@@ -17,9 +18,7 @@ from ...checkpoints.upload import Uploads, check_upload_options
 from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
-_OF_DOWNLOAD = (
-    "subfolder", "variant", "use_safetensors", "revision", "cache_dir", "local_files_only", "token", "force_download",
-)  # fmt: skip
+_OF_DOWNLOAD = ("subfolder", "variant", "use_safetensors", *hub.OPTIONS)
 
 
 class DiffusionPipeline(Uploads):

@@ -18,6 +18,7 @@ from ...nn.noise import draw_noise
 from .. import inputs
 from ..components import Components
 from ..images import ImageProcessor
+from ..learned_tokens import concepts_of
 from ..prompts import prepare
 from ..request import read_pixart
 from ..sampling import step_options
@@ -259,7 +260,8 @@ class PixArtMethods(PipelineMethods):
         return step_options(self._require("scheduler"), eta=eta, generator=generator)
 
     def _text_preprocessing(self, text: str | Sequence[str], clean_caption: bool = False) -> list[str]:
-        return [prepare(one, clean_caption) for one in ([text] if isinstance(text, str) else text)]
+        concepts = concepts_of(self.components["tokenizer"])
+        return [prepare(one, clean_caption, concepts) for one in ([text] if isinstance(text, str) else text)]
 
     def _clean_caption(self, caption: str) -> str:
         from ..cleaning import clean_caption
