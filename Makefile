@@ -18,13 +18,13 @@ SCENES ?= runs/scenes
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --no-input
 export PROMPT
 
-.PHONY: help demo test test-more test-api test-browser test-cluster lint types format docs scenes
+.PHONY: help demo test test-long test-api test-browser test-cluster lint types format docs scenes
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    generate an image with the bundled model in out/   (PROMPT='...' for another one)"
 	@echo "make test    the default test run, under ten minutes           (PYTEST_ARGS='tests/nn -x' for some)"
-	@echo "make test-more       tests that compile or export models, or start programs"
+	@echo "make test-long       tests that take long: compilers, programs of their own, many images, both libraries"
 	@echo "make test-browser    the page in a real browser, under five minutes"
 	@echo "make test-api        the server's interface under random requests, with Schemathesis, which it installs"
 	@echo "make test-cluster    tests with several processes, and with Ray, which it installs"
@@ -43,8 +43,8 @@ demo: $(CORE)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
-test-more: $(STAMP)
-	$(BIN)/python -m pytest -m 'compiler or programs' --numprocesses $(WORKERS) $(PYTEST_ARGS)
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 # The page in a real browser: Debian's, if none is there and this user may install it.
 HAS_BROWSER = (test -x "$$IMPASTO_BROWSER" || command -v chromium || command -v google-chrome) >/dev/null

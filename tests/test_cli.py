@@ -171,7 +171,7 @@ def test_numbers_go_on_after_those_of_images(
     assert all((tmp_path / name).read_bytes() == b"another" for name in present)
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_two_runs_at_once_lose_nothing(model: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "impasto", "generate", "a red cube", "--model", str(model), "--steps", "1",

@@ -142,7 +142,7 @@ def children_of(pid: int) -> list[int]:
     return [each for child in found for each in (child, *children_of(child))]
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.cluster)])
 def test_the_command_with_its_options(end: signal.Signals, tmp_path: Path):
     """A server and its engine, in processes of their own: what is printed works, and so does each option."""

@@ -63,7 +63,7 @@ def test_the_same_path_leads_to_a_thing_of_the_same_name(path: str) -> None:
         assert type(ours) is type(theirs) or callable(ours)
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_every_way_to_import_works_in_a_fresh_interpreter() -> None:
     lines = [
         "import impasto.models.transformers.pixart_transformer_2d as a",
@@ -91,7 +91,7 @@ image_processor.VaeImageProcessor models.transformers.PixArtTransformer2DModel p
 """
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @pytest.mark.parametrize("path", ATTRIBUTES.split())
 def test_modules_are_attributes_of_the_package(path: str) -> None:
     code = f"import impasto\nimpasto.{path}\nassert '{path.split('.')[0]}' in dir(impasto)"

@@ -24,6 +24,8 @@ from .building import Make, comparable, difference
 from .expected import BY_CHANCE, EXPECTED_DIFFERENT
 from .idioms import IDIOMS, Idiom, all_idioms
 
+pytestmark = pytest.mark.long
+
 DIFFERENCES = Path(__file__).parents[2] / "docs" / "differences.md"
 
 

@@ -328,7 +328,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["during the first imports", "during those of torch"])
 def test_signals(number: signal.Signals, when: str, tmp_path: Path) -> None:

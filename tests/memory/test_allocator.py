@@ -11,7 +11,7 @@ import pytest
 
 from impasto.memory.allocator import limit_kernel_caches
 
-pytestmark = pytest.mark.programs
+pytestmark = pytest.mark.long
 
 SCRIPT = """
 import resource, sys

@@ -445,7 +445,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pipeline(tmp_path_factory.mktemp("larger"), text_encoder=encoder, transformer=transformer)
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_the_budget_is_kept(larger: Path, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

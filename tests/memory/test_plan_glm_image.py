@@ -110,6 +110,7 @@ def test_on_a_cpu_stored_weights_stay_in_their_file() -> None:
     assert {(each.loaded, each.way, each.weights) for each in made.components.values()} == {("bfloat16", RESIDENT, 0)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("computes", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     "asked", [{}, {"vision_language_encoder": "nf4"}, {"vision_language_encoder": "nf4", "transformer": "int8"}]

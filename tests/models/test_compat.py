@@ -238,7 +238,7 @@ def test_gated_activations_are_pickled() -> None:
     assert torch.equal(predict(pickle.loads(pickle.dumps(model))), predict(model))
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_a_spawned_process_gets_a_model() -> None:
     model = pixart()
     context = torch.multiprocessing.get_context("spawn")
@@ -342,7 +342,7 @@ def test_backends_within_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found for found, _ in groupby(seen)] == [[True, True], [False, False], [False, True]]
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @pytest.mark.parametrize("of", ["model", "blocks"])
 def test_compiled_attention_has_the_backend_in_force(of: str) -> None:
     torch._dynamo.reset()

@@ -375,7 +375,7 @@ def test_soft_biases_of_texts_and_references(model: GlmImageTransformer2DModel) 
     assert max(map(distance, together, expected)) <= 1e-5
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @torch.no_grad()
 def test_compiled_blocks_may_run_eagerly_and_the_model_as_a_whole(model: GlmImageTransformer2DModel) -> None:
     latents, inputs = mixed()

@@ -577,7 +577,7 @@ def test_without_text_a_mixed_batch_attends_to_its_own_images() -> None:
         assert max(map(distance, compiled(latents, **rest).sample, expected)) <= 1e-5
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @pytest.mark.parametrize("whole", [True, False], ids=["the model", "its blocks"])
 def test_one_graph_serves_every_layout(whole: bool) -> None:
     model, latents, inputs = mixed()
@@ -692,7 +692,7 @@ def test_contexts_from_before_and_after_a_hook_can_be_joined() -> None:
         assert distance(model(**inputs | {"encoder_hidden_states": joined}).sample, expected) <= 1e-6
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_with_any_number_of_images(strict: bool, masked: bool) -> None:

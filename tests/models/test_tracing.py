@@ -12,7 +12,7 @@ from impasto.models.autoencoder.model import AutoencoderKL
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 
-pytestmark = pytest.mark.compiler
+pytestmark = pytest.mark.long
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 

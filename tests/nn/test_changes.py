@@ -165,7 +165,7 @@ def test_precisions_are_undone_in_any_order(order: tuple[int, ...]) -> None:
     assert records(model) == []
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_caches_and_compiled_calls_are_undone_in_any_order(order: tuple[int, ...], compiled_first: bool) -> None:

@@ -85,7 +85,7 @@ def test_the_processor_is_described(processor: dict[str, object], monkeypatch: p
     assert describe_processor().name
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @x86
 def test_a_desktop_is_imitated() -> None:
     code = (

@@ -248,7 +248,7 @@ class Gain:
         return gain * attn.compute(x, encoder_hidden_states, attention_mask)
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 @pytest.mark.parametrize("given", [None, {"scale": 1.0}, {"gain": 0.5}])
 @pytest.mark.parametrize("of", ["model", "blocks"])
 def test_processors_and_their_arguments_compile_as_one_graph(given: Any, of: str) -> None:

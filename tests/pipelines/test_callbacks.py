@@ -380,7 +380,7 @@ def test_a_scale_that_one_thread_sets_is_not_that_of_another() -> None:
     assert torch.equal(last.latents, expected.latents)
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_a_loop_that_is_left_open_ends_with_the_process() -> None:
     script = """
 import torch

@@ -19,7 +19,7 @@ from impasto.pipelines.pixart import PixArtSigmaPipeline
 
 from ..tiny import tiny_pipeline
 
-pytestmark = pytest.mark.compiler
+pytestmark = pytest.mark.long
 
 CALL = {"prompt": "a red cube", "num_inference_steps": 3, "output_type": "latent"}
 

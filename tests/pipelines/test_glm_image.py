@@ -336,7 +336,7 @@ def test_several_pictures_of_each_prompt_refer_to_its_images() -> None:
     assert abs(together[2] - together[3]).max() > 1e-2
 
 
-@pytest.mark.compiler
+@pytest.mark.long
 def test_compiled_blocks_generate_the_same() -> None:
     pipe, _ = pipelines()
     pipe.to(torch.bfloat16)

@@ -114,7 +114,7 @@ def check(found: list[dict[str, list[float]]]) -> None:
             assert max(distances) <= 1e-5, f"{name}: {distances}"
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_two_processes_divide_the_tokens(tmp_path: Path) -> None:
     check(in_ranks(in_a_rank, tmp_path, False, 2))
 

@@ -169,6 +169,7 @@ def threaded(calls: list[Callable[[], Any]]) -> list[Any]:
         return [future.result(timeout=120) for future in [pool.submit(call) for call in calls]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["DPM-Solver++", "DDIM"])
 def test_four_threads_share_a_pixart_pipeline(name: str, dtype: torch.dtype) -> None:
@@ -186,6 +187,7 @@ def test_four_threads_share_a_pixart_pipeline(name: str, dtype: torch.dtype) -> 
     assert pipe.vae.dtype == dtype
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("calls", [32, pytest.param(8, id="8 with the prior")])
 def test_four_threads_share_a_glm_image_pipeline(calls: int, dtype: torch.dtype) -> None:

@@ -108,6 +108,7 @@ def test_it_generates_a_red_cube_on_top_of_a_blue_sphere(pipeline: PixArtSigmaPi
     assert sum(shows_the_demo(reading) for reading in read(images)) >= 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (192, 320), (288, 224)])
 def test_it_follows_prompts_that_it_never_saw(pipeline: PixArtSigmaPipeline, height: int, width: int) -> None:
     prompts = held_out_prompts(6, seed=height)

@@ -485,7 +485,7 @@ def test_what_cannot_be_served_is_refused(model: str, tmp_path: Path) -> None:
         Fleet({"tiny": model}, memory_budget="1MB")
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_a_killed_engine_loses_no_image(model: str) -> None:
     """A real process: the image of a job whose engine was killed in the middle is that of one that was not."""
 

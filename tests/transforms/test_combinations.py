@@ -225,6 +225,7 @@ LEFT_OUT = {
 PAIRS = [pair for pair in itertools.permutations(CHANGES, 2) if pair not in LEFT_OUT]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 @pytest.mark.parametrize("family", ["pixart", "glm_image"])
 def test_each_with_each_other(family: str, first: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:

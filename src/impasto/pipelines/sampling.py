@@ -289,9 +289,9 @@ def own_scheduler(scheduler: Any, device: torch.device, start: int = 0, **argume
         start: the index of the first timestep that is used.
         arguments: for ``set_timesteps``.
     """
-    # A function that someone has assigned in place of a method is about this very object: then the run uses it.
-    is_changed = any(callable(getattr(type(scheduler), name, None)) for name in vars(scheduler))
     with SHOWING:
+        # A function that someone has assigned in place of a method is about this very object: then the run uses it.
+        is_changed = any(callable(getattr(type(scheduler), name, None)) for name in vars(scheduler))
         own = scheduler if is_changed else copy.deepcopy(scheduler)
     own.set_timesteps(device=device, **arguments)
     if hasattr(own, "set_begin_index"):  # otherwise the first step is looked up: ambiguous if timesteps repeat

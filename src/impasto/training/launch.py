@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,8 @@ logger = logging.getLogger("impasto")
 
 #: Open files that lock folders. A fork, such as a worker that reads data, gives them up: it may outlive a killed run.
 _locks: set[int] = set()
+#: Seconds in which one that was just forked does so.
+_PATIENCE = 0.5
 
 
 def launch(
@@ -85,7 +88,7 @@ def _held(folder: Path, resume: bool, processes: Processes) -> Iterator[None]:
                     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                     _locks.add(descriptor)
                     held.callback(_release, descriptor)
-                    lock(descriptor, path, None)
+                    lock(descriptor, path, time.monotonic() + _PATIENCE)
                 except BlockingIOError:
                     raise InputError(f"another process trains in {folder}; give another --output") from None
                 except OSError as error:

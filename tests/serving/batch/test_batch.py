@@ -168,7 +168,7 @@ def make_forty(folder: Path, kind: str, started: Path) -> None:
     run(left, lambda each: (Made(r, png(r)) for r in each), output, manifest, "m")
 
 
-@pytest.mark.programs
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
 def test_a_batch_that_is_killed_at_any_moment_has_no_gaps_and_no_duplicates(kind: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")

@@ -51,7 +51,7 @@ def test_the_first_engine_has_the_process_that_was_started_before(monkeypatch: p
     assert made == [early, None, None]
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_a_process_without_a_model_ends_with_its_context_or_its_server() -> None:
     with spawn() as left:
         pass

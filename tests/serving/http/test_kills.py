@@ -45,7 +45,7 @@ def ask(url: str, given: dict[str, bytes | None]) -> None:
         pass
 
 
-@pytest.mark.programs
+@pytest.mark.long
 def test_stored_images_survive_a_server_that_is_killed_under_load(tmp_path: Path):
     storage = tmp_path / "images"
     given = dict[str, bytes | None]()

@@ -89,6 +89,7 @@ def test_the_gradients_are_those_of_the_paper() -> None:
             assert float((found.grad - wanted_gradient).abs().max()) < 1e-3 * scale + 1e-6, (name, key)
 
 
+@pytest.mark.long
 def test_one_step_comes_nearer_to_the_teachers_images(tmp_path: Path) -> None:
     one = objective(teacher(), guidance_scale=5.0, pair_steps=2, regression_weight=1.0)
     before = measured(one)
