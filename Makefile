@@ -44,7 +44,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long --numprocesses $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'long and not (slow or gpu or browser or cluster)' --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 # The page in a real browser: Debian's, if none is there and this user may install it.
 HAS_BROWSER = (test -x "$$IMPASTO_BROWSER" || command -v chromium || command -v google-chrome) >/dev/null
