@@ -129,7 +129,7 @@ class SingleFile(NamedTuple):
 
 
 def recognize(names: Iterable[str]) -> list[tuple[Kind, str]]:
-    """The kinds of components that have their marks among the names, each with which prefix."""
+    """The kinds of components that have their marks among the names, each with its prefix."""
     known = set(names)
     found = []
     for kind in KINDS:
