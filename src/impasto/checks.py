@@ -6,9 +6,11 @@ booleans, strings, NaN and infinity do not.
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from .errors import ImpastoError, InputError
@@ -55,6 +57,13 @@ def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bo
     if not _is_bool(value):
         raise error(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
+
+
+def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown name: the known one that is most like it, else ``otherwise``."""
+    found = difflib.get_close_matches(str(name)[:100], list(known), 1)
+    hint = f"did you mean {found[0]!r}?" if found else otherwise
+    return f"; {hint}" if hint else ""
 
 
 def _is_bool(value: Any) -> bool:

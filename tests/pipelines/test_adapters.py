@@ -283,7 +283,7 @@ def test_an_adapter_for_another_model_names_its_layers_and_changes_nothing(pipe:
 
 def test_keywords_and_names_are_checked(pipe: Any, tmp_path: Path) -> None:
     file, _ = write(pipe, tmp_path)
-    with pytest.raises(InputError, match="no argument 'adapter_nam'; did you mean adapter_name"):
+    with pytest.raises(InputError, match="no argument 'adapter_nam'; did you mean 'adapter_name"):
         pipe.load_lora_weights(file, adapter_nam="x")
     with pytest.raises(InputError, match="no adapter; load one"):
         pipe.fuse_lora()

@@ -191,7 +191,7 @@ async def test_adapters_are_sent_by_their_files(model: str) -> None:
     fleet.submit([job("1", "dall-e-3", adapters=(ChosenAdapter("style", 0.5),))])
     assert engine.sent[0].adapters == (ChosenAdapter("/files/style.safetensors", 0.5),)
     assert engine.sent[0].model == "tiny"
-    with pytest.raises(InputError, match="did you mean style"):  # a client names no files
+    with pytest.raises(InputError, match="did you mean 'style"):  # a client names no files
         fleet.submit([job("2", adapters=(ChosenAdapter("styles"),))])
     with pytest.raises(InputError, match="there are: tiny"):
         fleet.submit([job("2", "unknown")])
@@ -475,7 +475,7 @@ async def test_jobs_that_wait_beyond_their_deadline_end(model: str) -> None:
 
 
 def test_what_cannot_be_served_is_refused(model: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean tiny"):
+    with pytest.raises(InputError, match="did you mean 'tiny"):
         Fleet({"tiny": model}, aliases={"dall-e-3": "tinny"})
     with pytest.raises(InputError, match="no model"):
         Fleet({})

@@ -102,7 +102,7 @@ def test_each_has_the_rate_that_is_written(place: Path, tmp_path: Path) -> None:
     ("adapter", "message"),
     [
         ({"targets": ["to_nowhere"]}, "adapter.targets: the PixArt.* has no linear layer 'to_nowhere'"),
-        ({"targets": ["to_q", "to_kk"]}, r"adapter.targets: .* 'to_kk'; did you mean to_k\?"),
+        ({"targets": ["to_q", "to_kk"]}, r"adapter.targets: .* 'to_kk'; did you mean 'to_k'\?"),
         ({"text_encoder_rank": 2, "text_encoder_targets": ["q", "vv"]}, "adapter.text_encoder_targets: the T5.* 'vv'"),
     ],
 )

@@ -56,18 +56,18 @@ def test_an_objective_without_a_kind_is_the_usual_one(name: str) -> None:
 
 
 WRONG: dict[str, tuple[str, str]] = {
-    "an unknown key": ("optimiser: {rate: 1}", "there is no 'optimiser' here; did you mean optimizer"),
+    "an unknown key": ("optimiser: {rate: 1}", "there is no 'optimiser' here; did you mean 'optimizer"),
     "an unknown key inside": ("optimizer: {rates: {}, lr: 1}", r"optimizer: there is no 'lr' here; there are .*rate"),
     "an unknown key in a list": (
         "data: {sources: [{pth: x}]}",
-        r"data.sources.0: there is no 'pth' here; did you mean p",
+        r"data.sources.0: there is no 'pth' here; did you mean 'p",
     ),
     "a word for a number": ("steps: many", "steps: .*many"),
     "no steps": ("steps: null", "steps"),
     "a rate of zero": ("optimizer: {rate: 0}", "optimizer.rate: .*greater than 0"),
     "an unknown optimizer": ("optimizer: {name: adam}", "optimizer.name: .*'muon'"),
     "an unknown objective": ("objective: {kind: paint}", r"objective\.kind: must be one of .*lcm, .*, not 'paint'$"),
-    "a misspelt objective": ("objective: {kind: autoencode}", r"objective\.kind: .*; did you mean autoencoder\?$"),
+    "a misspelt objective": ("objective: {kind: autoencode}", r"objective\.kind: .*; did you mean 'autoencoder'\?$"),
     "an objective without a kind": ("objective: {vectors: 3}", "objective: there is no 'vectors' here"),
     "LoKr on int8": ("adapter: {kind: lokr, base: int8}", r"adapter: base: lokr needs ordinary weights, not int8"),
     "LoHa on nf4": ("adapter: {kind: loha, base: nf4}", r"adapter: base: loha needs ordinary weights, not nf4"),

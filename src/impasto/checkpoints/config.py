@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
-from ..checks import printable, shown
+from ..checks import nearest, printable, shown
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, InputError
 from . import hub
 from .frozen import DEFAULTED, FORMAT_VERSION, given_values, is_json
@@ -162,9 +161,8 @@ class Configurable:
         known = cls._argument_names()
         wrong = [name for name in overrides if name not in known]
         if wrong:
-            near = difflib.get_close_matches(wrong[0], known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known)}"
-            raise ConfigurationError(f"{cls.__name__} has no argument {wrong[0]!r}; {hint}")
+            hint = nearest(wrong[0], known, f"it takes: {', '.join(known)}")
+            raise ConfigurationError(f"{cls.__name__} has no argument {wrong[0]!r}{hint}")
         return {**{name: value for name, value in given_values(config).items() if name in known}, **overrides}
 
     @classmethod

@@ -6,11 +6,10 @@ an error that says what to do instead, and so is an unknown name.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..checks import shown
+from ..checks import nearest, shown
 from ..errors import InputError
 
 
@@ -100,10 +99,7 @@ def settle(owner: str, given: Mapping[str, Any], known: Iterable[str] = (), also
     """
     for name, value in given.items():
         if name not in KEYWORDS:
-            near = difflib.get_close_matches(name, [*known, *KEYWORDS], n=1)
-            raise InputError(
-                f"{owner} has no argument {name!r}{also}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            raise InputError(f"{owner} has no argument {name!r}{also}{nearest(name, [*known, *KEYWORDS])}")
         instead = KEYWORDS[name].instead
         if instead is not None and value is not None and value is not False and value != {}:
             raise InputError(f"{owner} cannot act on {name}={shown(value)}: {instead}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import ipaddress
 import logging
 import re
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checks import MAX_SIDE, MAX_STEPS, parse_size, shown, whole_number
+from ..checks import MAX_SIDE, MAX_STEPS, nearest, parse_size, shown, whole_number
 from ..errors import ConfigurationError, InputError
 from . import pipelines
 from .entry import say
@@ -97,10 +96,8 @@ def serve(
         if other in models:
             raise InputError(f"--alias {other}: a model has this name already; choose another")
         if name not in models:
-            near = difflib.get_close_matches(name, models, 1)
-            raise InputError(
-                f"--alias {other}={name}: no --model has the name {shown(name)}; there is {', '.join(near or models)}"
-            )
+            hint = nearest(name, models, f"there is {', '.join(models)}")
+            raise InputError(f"--alias {other}={name}: no --model has the name {shown(name)}{hint}")
     whole_number("--port", port, 0, 65535)
     whole_number("--queue", queue, most=100_000)
     whole_number("--max-steps", max_steps, most=MAX_STEPS)

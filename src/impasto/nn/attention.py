@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..checks import nearest
 from ..errors import InputError
 from .backends.tiles import tiled_attention, tiled_attention_in_graphs
 from .backends.training import products, recomputed_products
@@ -51,9 +51,8 @@ def check_backend(name: str) -> str:
     """
     name = str(getattr(name, "value", name)).lower()
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InputError(f"there is no attention backend {name!r} here{hint} Use one of {', '.join(BACKENDS)}")
+        hint = nearest(name, BACKENDS)
+        raise InputError(f"there is no attention backend {name!r} here; there are {', '.join(BACKENDS)}{hint}")
     return name
 
 

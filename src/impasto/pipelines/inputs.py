@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,18 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..checks import MAX_CHARACTERS, MAX_GUIDANCE, MAX_IMAGES, MAX_SIDE, MAX_STEPS, finite, shown, text, whole_number
+from ..checks import (
+    MAX_CHARACTERS,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_SIDE,
+    MAX_STEPS,
+    finite,
+    nearest,
+    shown,
+    text,
+    whole_number,
+)
 from ..errors import InputError
 from .images import check_output_type
 from .resolution import bins_for, nearest_bin
@@ -94,9 +104,8 @@ def check_extra(kwargs: Mapping[str, Any], known: Iterable[str]) -> None:
                 "pipe.set_adapters(NAMES, WEIGHTS)"
             )
         if name != "mask_feature":
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the documentation of this method"
-            raise InputError(f"there is no argument {name!r}; {hint}")
+            hint = nearest(name, known, "see the documentation of this method")
+            raise InputError(f"there is no argument {name!r}{hint}")
         warnings.warn("mask_feature is deprecated: it has no effect; leave it out", FutureWarning, stacklevel=3)
 
 

@@ -6,14 +6,13 @@ All methods run in one event loop. Threads of the processes hand their messages 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..checks import parse_size, shown
+from ..checks import nearest, parse_size, shown
 from ..errors import InputError, ResourceError
 from .accepted import FleetGeneration, ModelState, cancelled, deadline_of, too_late
 from .admission import Admission
@@ -393,7 +392,6 @@ class Fleet:
 def _of(known: Mapping[str, Value], name: str, what: str) -> Value:
     """The entry of this name."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
-        raise InputError(f"there is no {what} {shown(name)}; {hint}")
+        hint = nearest(name, known, f"there are: {', '.join(known) or 'none'}")
+        raise InputError(f"there is no {what} {shown(name)}{hint}")
     return known[name]

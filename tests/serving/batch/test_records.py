@@ -109,7 +109,7 @@ def test_adapters_say_how_to_generate(tmp_path: Path) -> None:
         ("[1]", "it is no object"),
         ({"prompt": " "}, "its prompt is empty"),
         ({}, "prompt must be a string, not None"),
-        ({"prompt": "x", "promt": "y"}, "it has 'promt'; did you mean prompt?"),
+        ({"prompt": "x", "promt": "y"}, "it has 'promt'; did you mean 'prompt'?"),
         ({"prompt": "x", "steps": 3}, "it has 'steps'; "),
         ({"prompt": "x", "size": "64"}, 'give size as in "1024x768"'),
         ({"prompt": "x", "size": "64x64", "width": 64}, "its size is size, and width or height"),

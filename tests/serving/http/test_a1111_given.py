@@ -146,7 +146,7 @@ def test_tags(prompt: str, plain: str, chosen: list[tuple[str, float]]):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("<lora:stile:1>", "did you mean style"),
+        ("<lora:stile:1>", "did you mean 'style"),
         ("<lora:style:x>", "must be a number"),
         ("<lora:style:nan>", "must be a number"),
         ("<lora:style:11>", "from -10 to 10"),
@@ -170,7 +170,7 @@ def test_sampler_names():
     }
     assert {name: scheduler_of(name, SCENES) for name in names} == names
     assert scheduler_of("Euler", replace(SCENES, schedulers=())) is None
-    with pytest.raises(ApiError, match="did you mean DPM") as caught:
+    with pytest.raises(ApiError, match="did you mean 'DPM") as caught:
         scheduler_of("DPM+ 2M", SCENES)
     assert caught.value.status_code == 404
 

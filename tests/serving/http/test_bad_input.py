@@ -161,7 +161,7 @@ def test_forms_that_cannot_be_used(client: httpx.Client, files: Any, data: dict[
     ("files", "data", "said"),
     [
         ([("file", ("x.png", png()))], {"prompt": "a"}, "there is no field 'file'"),
-        ([("imag", ("x.png", png()))], {"prompt": "a"}, "did you mean image?"),
+        ([("imag", ("x.png", png()))], {"prompt": "a"}, "did you mean 'image'?"),
         ([("image", ("x.png", png())), ("prompt", ("p.txt", b"a"))], {}, "prompt must be a text, not a file"),
         ([("image", ("x.png", png()))], {"prompt": "a", "lora[][name]": "style"}, "did you mean lora as a JSON text"),
         ([("image", ("x.png", png()))], {"prompt": "a", "strength": "2"}, "a finite number above 0 and of 1 or less"),

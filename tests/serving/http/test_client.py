@@ -162,7 +162,7 @@ def test_errors_are_those_of_the_client(client: openai.OpenAI):
         client.images.generate(prompt="a", extra_body={"guidance": 3})
     assert bad.value.param == "guidance"
     assert bad.value.code == "unknown_parameter"
-    assert "did you mean guidance_scale?" in bad.value.message
+    assert "did you mean 'guidance_scale'?" in bad.value.message
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="a", model="gpt-image-1")
     with pytest.raises(openai.AuthenticationError):

@@ -61,7 +61,7 @@ def test_an_image_may_be_generated_at_its_own_size():
     [
         ({}, "prompt", "prompt is missing"),
         ({"prompt": " "}, "prompt", "empty"),
-        ({"prompt": "a", "promt": 1}, "promt", "did you mean prompt"),
+        ({"prompt": "a", "promt": 1}, "promt", "did you mean 'prompt"),
         ({"prompt": "a", "n": 11}, "n", "from 1 to 10"),
         ({"prompt": "a", "n": True}, "n", "whole number"),
         ({"prompt": "a", "size": "2048x8"}, "size", "1 to 1024"),
@@ -69,9 +69,9 @@ def test_an_image_may_be_generated_at_its_own_size():
         ({"prompt": "a", "response_format": "url"}, "response_format", "start the server with --storage FOLDER"),
         ({"prompt": "a", "steps": 5}, "steps", "did you mean num_inference_steps?"),
         ({"prompt": "a", "width": 64}, "width", "did you mean size, as in 256x256?"),
-        ({"prompt": "a", "cfg_scale": 5}, "cfg_scale", "did you mean guidance_scale?"),
+        ({"prompt": "a", "cfg_scale": 5}, "cfg_scale", "did you mean 'guidance_scale'?"),
         ({"prompt": "a", "stream": True, "n": 2}, "n", "one image"),
-        ({"prompt": "a", "lora": [{"name": "styl"}]}, "lora", "did you mean style"),
+        ({"prompt": "a", "lora": [{"name": "styl"}]}, "lora", "did you mean 'style"),
     ],
 )
 def test_what_cannot_be_used_is_named(body: dict[str, Any], param: str, message: str):

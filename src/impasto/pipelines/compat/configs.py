@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from ...checkpoints.frozen import FORMAT_VERSION
 from ...checkpoints.keywords import settle
 from ...checkpoints.layout import INDEX_NAME
 from ...checkpoints.upload import Uploads, check_upload_options
+from ...checks import nearest
 from ...errors import CheckpointNotFoundError, InputError
 
 #: The arguments of ``from_pretrained`` that say where and how to look for files.
@@ -122,9 +122,8 @@ class DiffusionPipeline(Uploads):
         names: list[str] = cast(Any, cls).component_names()
         for name in given:
             if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise InputError(f"{cls.__name__} has no component {name!r}; {hint}it has: {', '.join(names)}")
+                has = f"it has {', '.join(names)}{nearest(name, names)}"
+                raise InputError(f"{cls.__name__} has no component {name!r}; {has}")
         return names
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from ...checks import (
     MAX_SIDE,
     MAX_STEPS,
     finite,
+    nearest,
     shown,
     text,
     whole_number,
@@ -185,9 +185,8 @@ def _record(line: bytes, index: int, folder: Path, model: ServedModel, options: 
         raise InputError(f"it is no object but {shown(given)}")
     for name in given:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(FIELDS)}"
-            raise InputError(f"it has {shown(name)}; {hint}")
+            hint = nearest(name, FIELDS, f"fields are {', '.join(FIELDS)}")
+            raise InputError(f"it has {shown(name)}{hint}")
     given = {name: value for name, value in given.items() if value is not None}
     prompt = text("prompt", given.get("prompt"), MAX_CHARACTERS)
     if not prompt.strip():

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from ...checkpoints.adapters.file import AdapterDefaults
-from ...checks import shown
+from ...checks import nearest, shown
 from ...errors import CheckpointError
 from ...pipelines.adapters import ChosenAdapter, adapter_defaults
 from ..served import ServedModel
 from ..service import Service
 from .errors import ApiError
-from .fields import nearest
 from .settings import HttpSettings
 from .storage import Storage
 from .uploads import longest_side

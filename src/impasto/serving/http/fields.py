@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...checks import finite, shown, text, whole_number
+from ...checks import finite, nearest, shown, text, whole_number
 from ...errors import InputError
 from .errors import ApiError
 
@@ -105,7 +104,7 @@ class OneOf(Kind):
 
     def read(self, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.names:
-            hint = nearest(value, self) or self.hint
+            hint = nearest(value, self.names) or self.hint
             raise InputError(f"{name} must be one of {', '.join(self.names)}, not {shown(value)}{hint}")
         return value
 
@@ -184,13 +183,6 @@ class Adapters(Kind):
 
     def from_text(self, name: str, value: str) -> list[tuple[str, float]]:
         return self.read(name, parse_json(value.encode("utf-8", "replace"), name) if value.strip() else [])
-
-
-def nearest(value: Any, known: OneOf | Iterable[str]) -> str:
-    """A suggestion for an unknown name, or nothing."""
-    names = list(known.names if isinstance(known, OneOf) else known)
-    found = difflib.get_close_matches(value[:100], names, 1, 0.6) if isinstance(value, str) else []
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def read_fields(fields: Mapping[str, Kind], given: Mapping[str, Any], *, texts: bool = False) -> dict[str, Any]:

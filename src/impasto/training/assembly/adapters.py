@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from ...checkpoints.adapters.file import AdapterDefaults
-from ...checks import shown
+from ...checks import nearest, shown
 from ...errors import InputError
 from ...transforms.adapters.binding import adaptable
 from ...transforms.adapters.injection import add
@@ -50,8 +49,7 @@ def check_targets(key: str, targets: Sequence[str], module: nn.Module) -> None:
     known = {".".join(each[i:]) for each in parts for i in range(len(each))}
     for target in targets:
         if target not in known:
-            near = difflib.get_close_matches(target, sorted(known), 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = nearest(target, sorted(known))
             raise InputError(f"{key}: the {type(module).__name__} has no linear layer {shown(target)}{hint}")
 
 

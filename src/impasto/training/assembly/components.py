@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ...checkpoints import hub
 from ...checkpoints.layout import INDEX_NAME
-from ...checks import shown
+from ...checks import nearest, shown
 from ...errors import ConfigurationError
 from ...family import ALPHA, GLM_IMAGE, SIGMA, Family, family_of
 from ...files import make_folder
@@ -287,9 +286,7 @@ class _Reader:
 
             known = T5Config().to_dict()
             for name in settings.config.keys() - known.keys():
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigurationError(f"models.text_encoder.config: T5 has no {shown(name)}{hint}")
+                raise ConfigurationError(f"models.text_encoder.config: T5 has no {shown(name)}{nearest(name, known)}")
             model: Any = T5EncoderModel(T5Config(**{"vocab_size": len(tokenizer), **settings.config}))
         else:
             if settings.config:

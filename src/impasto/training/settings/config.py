@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from ...checks import shown
+from ...checks import nearest, shown
 from ...errors import MissingDependencyError
 from ..optimizers.schedule import Kind, share
 
@@ -31,9 +30,8 @@ class Section(BaseModel):
     def _known(cls, given: Any) -> Any:
         unknown = [key for key in given if key not in cls.model_fields] if isinstance(given, dict) else []
         if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, 1, 0.5)
-            known = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
-            raise ValueError(f"there is no {shown(unknown[0])} here; {known}")
+            hint = nearest(unknown[0], cls.model_fields, f"there are {', '.join(cls.model_fields)}")
+            raise ValueError(f"there is no {shown(unknown[0])} here{hint}")
         return given
 
 
@@ -177,8 +175,7 @@ def problems(error: ValidationError) -> str:
         message = f"must be a text, not {shown(first['input'])}; put it in double quotes, also in --set"
     if first["type"] == "union_tag_invalid":  # the objectives are the only union
         place, tag, kinds = f"{place}.kind", first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "")
-        near = difflib.get_close_matches(tag, kinds.split(", "), 1)
-        message = f"must be one of {kinds}, not {shown(tag)}" + (f"; did you mean {near[0]}?" if near else "")
+        message = f"must be one of {kinds}, not {shown(tag)}{nearest(tag, kinds.split(', '))}"
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return f"{place or 'the configuration'}: {message}{more}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ...checkpoints.adapters.file import (
     from_tensors,
     read_adapter,
 )
-from ...checks import shown
+from ...checks import nearest, shown
 from ...errors import CheckpointNotFoundError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
 from .binding import bind
@@ -61,8 +60,7 @@ class Request:
             InputError: an unknown one; the message has the nearest.
         """
         for name in [name for name in keywords if name not in _KNOWN]:
-            near = difflib.get_close_matches(name, _KNOWN, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(_KNOWN[:7])}"
+            hint = nearest(name, _KNOWN, f"it takes {', '.join(_KNOWN[:7])}")
             raise InputError(f"loading an adapter into a {owner} takes no argument {name!r}{hint}")
         given = {name: value for name, value in keywords.items() if value is not None}
         if "alpha" in given and "network_alphas" in given:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from ....checks import nearest
 from ....errors import InputError
 from ..fields import Adapters, Number
-from ..fields import nearest as nearest_name
 
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})(?::([^<>]{0,100}))?>", re.IGNORECASE)
 
@@ -26,8 +26,7 @@ def without_tags(prompt: str, adapters: Adapters) -> tuple[str, list[tuple[str, 
         if name not in adapters.names:
             known = f"there are {', '.join(adapters.names)}" if adapters.names else "it serves none"
             raise InputError(
-                f"the prompt asks for the adapter {name!r}, which is not served; "
-                f"{known}{nearest_name(name, adapters.names)}"
+                f"the prompt asks for the adapter {name!r}, which is not served; {known}{nearest(name, adapters.names)}"
             )
         found.append({"name": name, "weight": _weight(name, arguments)})
     return _TAG.sub("", prompt).strip() if found else prompt, adapters.read("lora", found)

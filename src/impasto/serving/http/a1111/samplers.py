@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....checks import nearest
 from ...served import ServedModel
 from ..errors import ApiError
-from ..fields import nearest
 
 #: The nearest of ours, by the names that clients know: multistep solvers are DPM-Solver++, first-order ones DDIM.
 #: "Euler a" is what clients send when nobody has chosen, so it is the model's own sampler (None).
