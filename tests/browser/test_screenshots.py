@@ -43,7 +43,7 @@ def test_generate_light(site, visit):
     page = ready(visit(site, WIDE))
     page.context.set_default_timeout(120_000)
     page.get_by_label("Number of images").select_option("2")
-    for seed, prompt in ((11, "a green cone next to a yellow cube"), (7, "a red cube on top of a blue sphere")):
+    for seed, prompt in ((11, "a green cone to the left of a yellow cube"), (7, "a red cube on top of a blue sphere")):
         generate(page, prompt, seed=seed)
     shoot(page, "generate")
     page.get_by_role("tab", name="Edit").click()

@@ -103,7 +103,11 @@ class Run:
         self.guidance_scale = scale
         scale = scale if self.embeds.negative_prompt_embeds is not None else 1.0
         #: The scale of each step; with 1 or less the negative half is left out.
-        self.guidance = [scale] * self.end if self.interval is None else self.interval.scales(self.scheduler, scale)
+        self.guidance = [scale] * self.end
+        if self.interval is not None:
+            self.guidance = self.interval.scales(self.scheduler, scale)
+        elif hasattr(self.scheduler, "guides"):
+            self.guidance = [scale if self.scheduler.guides(i) else 1.0 for i in range(self.end)]
 
     def use(self, embeds: Any) -> None:
         """Go on with other embeddings."""

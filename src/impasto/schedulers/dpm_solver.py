@@ -15,19 +15,28 @@ model's prediction m(lambda) = D0 + D1 (u / h) + D2 (u / h)², u = lambda - lamb
     b2 = (e^z - 1 - z) / z² - 1/2
 
 D1 and D2 come from the predictions of the steps before.
+
+Below the timestep ``refine_below`` the steps refine instead: m is a moving average of the predictions of x_0 over about
+``refine_span`` timesteps, and each step adds new noise to it,
+
+    m <- m + (1 - e^(-(t_s - t) / span)) (x_0 - m),    x_t = alpha_t m + sigma_t noise.
+
+A solver keeps what a prediction makes of the noise in its input, such as waves along an edge. The average does not, as
+every prediction sees other noise. This is the update of score distillation (DreamFusion, arXiv 2209.14988), with
+falling t.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from ..checkpoints.values import Offset, Scale, Share, Shift, Steps
+from ..checkpoints.values import Bounds, Offset, Scale, Share, Shift, Steps
 from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
@@ -63,6 +72,10 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         steps_offset: added to ``leading`` timesteps.
         rescale_betas_zero_snr: let the last training timestep be (almost) pure noise.
         use_dynamic_shifting, time_shift_type: let ``set_timesteps`` take ``mu``; flow_shift is then e^mu.
+        refine_below: the steps at timesteps below it refine (see above); 0: none. diffusers ignores this argument and
+            the next two.
+        refine_span: over how many timesteps their predictions are averaged.
+        guide_above: pipelines guide only the steps at timesteps above it; -1: all. ``guide_between`` overrides it.
 
     Attributes:
         sigmas: [N + 1], sigma / alpha (with flow sigmas: sigma) of each step and of the final sample; on the CPU.
@@ -70,6 +83,8 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
     Raises:
         ConfigurationError: a value, or a combination of values, that cannot be used.
     """
+
+    ignored_config_keys = frozenset({"refine_below", "refine_span", "guide_above"})
 
     @records_arguments
     def __init__(
@@ -102,6 +117,9 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         rescale_betas_zero_snr: bool = False,
         use_dynamic_shifting: bool = False,
         time_shift_type: Literal["exponential"] = "exponential",
+        refine_below: Offset = 0,
+        refine_span: Scale = 175.0,
+        guide_above: Annotated[int, Bounds(-1, 100_000)] = -1,
     ):
         if solver_order not in (1, 2, 3):
             raise ConfigurationError(f"solver_order must be one of 1, 2, 3, not {solver_order}")
@@ -111,12 +129,14 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
             "cannot end at zero noise; set final_sigmas_type='sigma_min', or use": final_sigmas_type == "zero",
             "does not take flow_prediction; use": prediction_type == "flow_prediction",
             "has no solver_order=3; use 1 or 2, or": self._stochastic and solver_order == 3,
+            "cannot refine; set refine_below=0, or use": refine_below > 0,
         }
         for fault, found in faults.items():
             if found and not self._over_original:
                 raise ConfigurationError(f"algorithm_type={algorithm_type!r} {fault} dpmsolver++ or sde-dpmsolver++")
         self._spacing = schedules.chosen_spacing(self.config, "use_lu_lambdas", "use_flow_sigmas")
         self._flow = use_flow_sigmas
+        self._refine_below, self._refine_span, self._guide_above = refine_below, refine_span, guide_above
 
         self._make_tables("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.alphas_cumprod[-1] == 0:
@@ -131,6 +151,7 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         self._table = schedules.noise_levels(self.alphas_cumprod)
         self.sigmas = torch.from_numpy(self._table.copy())
         self._history: list[tuple[float, Tensor]] = []  # (lambda, prediction) of the last steps
+        self._average: Tensor | None = None  # of the predictions of the steps that refine
 
     def set_timesteps(
         self,
@@ -172,7 +193,11 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
             points, levels = self._spaced(steps, self.config.flow_shift if mu is None else math.exp(mu))
         self._set_timesteps(points, device)
         self.sigmas = torch.from_numpy(np.append(levels, final).astype(np.float32))
-        self._history = []
+        self._history, self._average = [], None
+
+    def guides(self, index: int) -> bool:
+        """Whether pipelines guide the step with this index."""
+        return self._timestep_values[index] > self._guide_above
 
     def _spaced(self, steps: int, flow_shift: float) -> tuple[schedules.Array, schedules.Array]:
         """Timesteps and noise levels as configured."""
@@ -240,13 +265,18 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         """
         index = self._this_step(timestep)
         prediction, x, dtype = self._predict(model_output, sample, index)
-        level = self._level(index)[2]
-        if self._history and self._history[-1][0] == level:  # slopes need distinct levels
-            self._history.pop()
-        self._history = [*self._history, (level, prediction)][-self.config.solver_order :]
-        if self._stochastic and variance_noise is None:
+        refines = self._timestep_values[index] < self._refine_below
+        if (self._stochastic or refines) and variance_noise is None:
             variance_noise = draw_noise(sample.shape, generator, sample.device, torch.float32)
-        x = self._update(x, index, self._history[-self._order_at(index) :], variance_noise)
+        if refines:
+            assert variance_noise is not None
+            x = self._refine(prediction, index, variance_noise)
+        else:
+            level = self._level(index)[2]
+            if self._history and self._history[-1][0] == level:  # slopes need distinct levels
+                self._history.pop()
+            self._history = [*self._history, (level, prediction)][-self.config.solver_order :]
+            x = self._update(x, index, self._history[-self._order_at(index) :], variance_noise)
         self._step_index = index + 1
         return SchedulerOutput(x.to(dtype)) if return_dict else (x.to(dtype),)
 
@@ -311,6 +341,14 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
             return x
         variance = -math.expm1(-2 * h) if self._over_original else math.expm1(2 * h)
         return x + sigma_t * math.sqrt(variance) * noise.to(x.device, torch.float32)
+
+    def _refine(self, original: Tensor, index: int, noise: Tensor) -> Tensor:
+        """The average of the predictions, with new noise of the next step."""
+        t, following = [*self._timestep_values, 0][index : index + 2]
+        before = original if self._average is None else self._average
+        self._average = torch.lerp(before, original, -math.expm1((following - t) / self._refine_span))
+        alpha, sigma, _ = self._level(index + 1)
+        return alpha * self._average + sigma * noise.to(original.device, torch.float32)
 
     def _level(self, index: int) -> tuple[float, float, float]:
         """alpha, sigma and lambda of a step, in float32, because published results include its rounding."""

@@ -16,7 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Generator
 
-from impasto import DDIMScheduler, PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
+from impasto import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaImg2ImgPipeline,
+    PixArtSigmaInpaintPipeline,
+    PixArtSigmaPipeline,
+)
 from impasto.pipelines import inputs
 from impasto.pipelines.adapters import ChosenAdapter
 from impasto.pipelines.sampling import Run
@@ -76,10 +82,12 @@ def random_jobs(count: int, seed: int) -> list[Job]:
     return jobs
 
 
-def test_an_image_is_the_same_alone_and_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("solver", [{}, {"refine_below": 700, "guide_above": 500}], ids=["", "refining"])
+def test_an_image_is_the_same_alone_and_in_any_company(monkeypatch: pytest.MonkeyPatch, solver: dict[str, int]) -> None:
     """Twenty random jobs, which join at random steps."""
     keep_exact(monkeypatch)
     pipe, jobs, rng = tiny_pipeline(PixArtSigmaPipeline), random_jobs(20, seed=5), random.Random(0)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **solver)
     alone: dict[str, RawImage] = {}
     for each in jobs:
         alone |= images(run(make_engine(pipe), [each]))
@@ -98,6 +106,15 @@ def test_an_image_is_the_same_alone_and_in_any_company(monkeypatch: pytest.Monke
         one, other = alone[each.id], company[each.id]
         assert (one.width, one.height) == (each.width, each.height)
         assert (one.exact - other.exact).abs().max().item() <= 1e-5  # type: ignore[attr-defined]
+
+
+def test_steps_without_guidance_are_charged_as_such() -> None:
+    pipe, tokens = tiny_pipeline(PixArtSigmaPipeline), []
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, guide_above=500)
+    engine = make_engine(pipe)
+    run(engine, [job("1", steps=4, guidance_scale=3.0)], lambda turn: tokens.append(engine.tally.batch_tokens))
+    found = [count for count in tokens if count]
+    assert [count // min(found) for count in found] == [2, 2, 1, 1]
 
 
 def test_images_are_those_of_the_pipeline() -> None:

@@ -281,6 +281,8 @@ class Engine:
                 del self.active[entry.job.id]
                 self.decoder.waiting.append(Decoding(entry, run.latents, None))
                 run.halves.clear()  # the rest of what it took
+            else:  # guidance may end before the last step
+                entry.candidate.tokens = entry.candidate.tokens[:1] * (2 if run.guided else 1)
 
     def _raise_level(self, spent: float) -> None:
         """New images join at what the running ones have been served on average: others do not starve behind them."""
