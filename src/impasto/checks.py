@@ -61,7 +61,7 @@ def flag(name: str, value: Any, *, error: type[ImpastoError] = InputError) -> bo
 
 def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown name: the known one that is most like it, else ``otherwise``."""
-    found = difflib.get_close_matches(str(name)[:100], list(known), 1)
+    found = difflib.get_close_matches(name[:100], list(known), 1) if isinstance(name, str) else []
     hint = f"did you mean {found[0]!r}?" if found else otherwise
     return f"; {hint}" if hint else ""
 

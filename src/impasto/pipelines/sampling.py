@@ -106,7 +106,7 @@ class Run:
         self.guidance = [scale] * self.end
         if self.interval is not None:
             self.guidance = self.interval.scales(self.scheduler, scale)
-        elif hasattr(self.scheduler, "guides"):
+        elif self.start == 0 and hasattr(self.scheduler, "guides"):  # an edit needs guidance wherever it begins
             self.guidance = [scale if self.scheduler.guides(i) else 1.0 for i in range(self.end)]
 
     def use(self, embeds: Any) -> None:

@@ -16,10 +16,10 @@ model's prediction m(lambda) = D0 + D1 (u / h) + D2 (u / h)², u = lambda - lamb
 
 D1 and D2 come from the predictions of the steps before.
 
-Below the timestep ``refine_below`` the steps refine instead: m is a moving average of the predictions of x_0 over about
-``refine_span`` timesteps, and each step adds new noise to it,
+Below the timestep ``refine_below`` the steps refine instead: each adds new noise to a moving average y of the
+predictions of x_0, over about ``refine_span`` timesteps. From timestep s to t,
 
-    m <- m + (1 - e^(-(t_s - t) / span)) (x_0 - m),    x_t = alpha_t m + sigma_t noise.
+    y <- y + (1 - e^(-(s - t) / span)) (x_0 - y),    x_t = alpha_t y + sigma_t noise.
 
 A solver keeps what a prediction makes of the noise in its input, such as waves along an edge. The average does not, as
 every prediction sees other noise. This is the update of score distillation (DreamFusion, arXiv 2209.14988), with
@@ -75,7 +75,8 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         refine_below: the steps at timesteps below it refine (see above); 0: none. diffusers ignores this argument and
             the next two.
         refine_span: over how many timesteps their predictions are averaged.
-        guide_above: pipelines guide only the steps at timesteps above it; -1: all. ``guide_between`` overrides it.
+        guide_above: pipelines guide only the steps at timesteps above it; -1: all. Edits that begin below pure noise
+            are guided throughout, and ``guide_between`` overrides it.
 
     Attributes:
         sigmas: [N + 1], sigma / alpha (with flow sigmas: sigma) of each step and of the final sample; on the CPU.
@@ -256,7 +257,7 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
             model_output: [B, C, H, W], the model's prediction; more channels with a learned variance.
             timestep: one of ``timesteps``. The first call determines the step; later calls take the following ones.
             sample: [B, C, H, W].
-            generator: for the noise of the SDE solvers; a list has one per sample.
+            generator: for the noise of the SDE solvers and of steps that refine; a list has one per sample.
             variance_noise: that noise itself, instead of a generator.
             return_dict: False returns a plain tuple.
 
@@ -345,7 +346,7 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
     def _refine(self, original: Tensor, index: int, noise: Tensor) -> Tensor:
         """The average of the predictions, with new noise of the next step."""
         t, following = [*self._timestep_values, 0][index : index + 2]
-        before = original if self._average is None else self._average
+        before = original if self._average is None else self._average.to(original)
         self._average = torch.lerp(before, original, -math.expm1((following - t) / self._refine_span))
         alpha, sigma, _ = self._level(index + 1)
         return alpha * self._average + sigma * noise.to(original.device, torch.float32)

@@ -60,7 +60,7 @@ class GuidanceInterval(Handle):
         self._pipe = pipe
 
     def remove(self) -> None:
-        """Guide every step again."""
+        """Guide the steps that the scheduler guides again: all, unless its config says otherwise."""
         if self._pipe.guidance_interval is self:
             self._pipe.guidance_interval = None
 

@@ -58,7 +58,7 @@ class CallFacts(Components):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the next step is guided: its scale is above 1."""
+        """Whether the scale is above 1; an interval or the scheduler may still leave steps without guidance."""
         return (self.guidance_scale or 0.0) > 1.0
 
     @property

@@ -250,6 +250,7 @@ class Engine:
         steps, previews = run.end - run.start, entry.job.previews
         at = {round((i + 1) * steps / (previews + 1)) for i in range(previews)}
         entry.due = deque(sorted(step for step in at if 0 < step < steps))
+        self._count_halves(entry)
         self.events.append(Progress(entry.job.id, 0, steps, self._seconds_left(entry)))
 
     def _step(self, entries: list[Entry]) -> None:
@@ -281,8 +282,12 @@ class Engine:
                 del self.active[entry.job.id]
                 self.decoder.waiting.append(Decoding(entry, run.latents, None))
                 run.halves.clear()  # the rest of what it took
-            else:  # guidance may end before the last step
-                entry.candidate.tokens = entry.candidate.tokens[:1] * (2 if run.guided else 1)
+            else:
+                self._count_halves(entry)
+
+    def _count_halves(self, entry: Entry) -> None:
+        """Whether the next step is guided: guidance may end before the last one."""
+        entry.candidate.tokens = entry.candidate.tokens[:1] * (2 if entry.begun_now.run.guided else 1)
 
     def _raise_level(self, spent: float) -> None:
         """New images join at what the running ones have been served on average: others do not starve behind them."""
@@ -368,10 +373,12 @@ class Engine:
     def _seconds_left(self, entry: Entry) -> float:
         """At the speed that it has gone at so far; before its first step, by the costs."""
         run = entry.begun_now.run
-        done, left = run.index - run.start, run.end - run.index
+        halves = [2 if scale > 1.0 else 1 for scale in run.guidance]
+        done, left = sum(halves[run.start : run.index]), sum(halves[run.index :])
         if done:
             return (self.clock() - entry.started) / done * left
-        return left * self.costs.seconds([t for each in self.active.values() for t in each.candidate.tokens])
+        step = self.costs.seconds([t for each in self.active.values() for t in each.candidate.tokens])
+        return step * left / halves[run.index]
 
     def _count(self, stage: str, seconds: float) -> None:
         self.tally.seconds[stage] = self.tally.seconds.get(stage, 0.0) + seconds
