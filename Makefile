@@ -37,7 +37,7 @@ help:
 
 demo: $(CORE)
 	@mkdir -p out
-	$(BIN)/impasto generate "$$PROMPT" --output out/demo.png --seed 7 --steps 40 --guidance-scale 2
+	$(BIN)/impasto generate "$$PROMPT" --output out/demo.png --seed 7 --steps 40 --guidance-scale 3 --overwrite
 	@echo "The image is $(CURDIR)/out/demo.png"
 
 test: $(STAMP)
