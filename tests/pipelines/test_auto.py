@@ -218,9 +218,7 @@ def test_components_are_registered(sigma: Path) -> None:
     assert pipe.vae is pipe.components["vae"] is vae
     with pytest.raises(InputError, match="no component 'unet'"):
         pipe.register_modules(unet=None)
-    with pytest.raises(
-        InputError, match=r"no component 'va'; did you mean 'vae'\? it has: tokenizer, text_encoder, vae"
-    ):
+    with pytest.raises(InputError, match=r"no component 'va'; it has tokenizer, .*; did you mean 'vae'\?"):
         impasto.PixArtSigmaPipeline.from_config({}, va=vae)
     made = impasto.PixArtSigmaPipeline.from_config(pipe.config, vae=vae)
     assert made.vae is vae
