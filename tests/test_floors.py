@@ -21,6 +21,7 @@ FLOORS = {
     "files": 0,
     "folders": 0,
     "lazy": 0,
+    "optional": 0,
     "ray_cluster": 0,
     "nn": 0,
     "checkpoints": 0,
@@ -45,7 +46,7 @@ FLOORS = {
     "__main__": 5,
 }
 #: What every file may import, and what those of one floor may.
-OPEN = {"errors", "checks", "files", "folders", "lazy", "ray_cluster"}
+OPEN = {"errors", "checks", "files", "folders", "lazy", "optional", "ray_cluster"}
 OPEN_ON_FLOOR = {1: {"family"}, 2: {"registry", "interop"}}
 #: Files that import what their floor forbids: a model loads quantized or adapted, and these transforms know no model.
 EXCEPTIONS = {

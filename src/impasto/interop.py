@@ -20,6 +20,7 @@ from .errors import CheckpointError, ConfigurationError, InputError, MissingDepe
 from .models.base import Model
 from .nn.changes import Change, refuse_adapters, refuse_conflicts, unwrapped
 from .nn.precision import restore_class
+from .optional import require
 from .schedulers.base import Scheduler
 
 #: Component -> its base class in diffusers, the pattern of its name, and the methods that a pipeline calls.
@@ -32,14 +33,6 @@ _COUNTS = re.compile(r"(blocks?|layers|depths?)(?!.*(channels|dim|size))")
 #: Numbers in tables that a model computes and no checkpoint holds.
 _MOST_IN_TABLES = 2**24
 _CONFIGS = {"scheduler": "scheduler_config.json", "vae": "config.json"}
-
-
-def _diffusers(why: str) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise MissingDependencyError(f"{why} needs diffusers, which is not installed: pip install diffusers") from error
-    return diffusers
 
 
 # --- ours -> theirs ---
@@ -98,7 +91,7 @@ def _bases(component: Any) -> list[type]:
 
 def _counterpart(ours: Any) -> Any:
     name = getattr(ours, "saved_as", None) or _bases(ours)[0].__name__
-    found = getattr(_diffusers("to_diffusers"), name, None)
+    found = getattr(require("diffusers", "to_diffusers", "diffusers"), name, None)
     if found is None:
         raise MissingDependencyError(f"the installed diffusers has no {name}; update it: pip install -U diffusers")
     return found
@@ -164,7 +157,7 @@ def class_of_diffusers(component: str, name: str) -> Any:
         MissingDependencyError: diffusers is not installed.
     """
     base, _, methods = ROLES[component]
-    diffusers = _diffusers(f"the {component}, a {printable(name)} of diffusers,")
+    diffusers = require("diffusers", f"the {component}, a {printable(name)} of diffusers,", "diffusers")
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, getattr(diffusers, base)):
         raise CheckpointError(

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import MissingDependencyError, ResourceError
+from .errors import ResourceError
+from .optional import require
 
 
 def require_ray() -> Any:
@@ -16,12 +17,8 @@ def require_ray() -> Any:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    try:
-        ray: Any = importlib.import_module("ray")
-        importlib.import_module("ray.data")
-    except ImportError as error:
-        raise MissingDependencyError("--ray needs Ray: pip install 'impasto[ray]'") from error
-    return ray
+    require("ray.data", "--ray", "impasto[ray]")
+    return importlib.import_module("ray")
 
 
 @contextmanager

@@ -5,14 +5,14 @@ serve run impasto.serving.ray_serve:application model=scenes=builtin:scenes repl
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from ..checks import whole_number
-from ..errors import InputError, MissingDependencyError
+from ..errors import InputError
+from ..optional import require
 
 #: Requests that a replica takes at once; others wait in front of it.
 ONGOING = 64
@@ -48,7 +48,7 @@ def deploy(
     whole_number("replicas", replicas, most=10_000)
     if not models:
         raise InputError("there is no model to serve; give one")
-    serve = require_serve()
+    serve = require("ray.serve", "a deployment", "impasto[ray-serve]")
     ingress = serve.ingress(builder(dict(models), settings, options))()
     actor = {"num_cpus": cpus, "num_gpus": gpus}
     deployment = serve.deployment(
@@ -86,18 +86,6 @@ def application(arguments: Mapping[str, str]) -> Any:
 
         texts["settings"] = HttpSettings(keys=read_keys(Path(arguments["api_key_file"])))
     return deploy(models, int(arguments.get("replicas", "1")), **numbers, **texts)
-
-
-def require_serve() -> Any:
-    """The library.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        return importlib.import_module("ray.serve")
-    except ImportError as error:
-        raise MissingDependencyError("Ray Serve is needed: pip install 'impasto[ray-serve]'") from error
 
 
 def builder(models: dict[str, str], settings: Any, options: dict[str, Any]) -> Callable[[], Any]:

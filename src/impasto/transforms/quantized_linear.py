@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
 from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, MissingDependencyError, ResourceError
+from ..errors import ConfigurationError, ResourceError
 from ..nn.changes import Change
 from ..nn.machine import multiplies_int8_exactly
+from ..optional import require
 
 #: Weights that share one scale in NF4.
 NF4_BLOCK = 64
 
 
-def _library(name: str) -> ModuleType:
-    """Import an optional library, when it is needed."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"quantization needs {name.partition('.')[0]}: pip install 'impasto[quantize]'"
-        ) from error
+def _library(name: str) -> Any:
+    return require(name, "quantization", "impasto[quantize]")
 
 
 class Scheme:
@@ -69,7 +62,7 @@ class _TorchAO(Scheme):
         _library("torchao.quantization")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        api: Any = _library("torchao.quantization")
+        api = _library("torchao.quantization")
         carrier = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         carrier.weight = nn.Parameter(weight, requires_grad=False)
         api.quantize_(carrier, getattr(api, self.config)(**self._options(api)))
@@ -138,7 +131,7 @@ class NF4(Scheme):
         _library("bitsandbytes.functional")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        api: Any = _library("bitsandbytes.functional")
+        api = _library("bitsandbytes.functional")
         packed, state = api.quantize_4bit(
             weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
         )
@@ -148,7 +141,7 @@ class NF4(Scheme):
         return F.linear(x, self.unpack(layer, x.dtype), layer.bias)
 
     def unpack(self, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-        api: Any = _library("bitsandbytes.functional")
+        api = _library("bitsandbytes.functional")
         state = api.QuantState(
             absmax=layer.factors,
             code=layer.levels,

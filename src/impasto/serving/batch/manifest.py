@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...checks import shown
-from ...errors import InputError, MissingDependencyError
+from ...errors import InputError
 from ...files import append_line, write_file
+from ...optional import require
 
 _SUFFIX = ".jsonl"
 
@@ -75,11 +76,9 @@ class Manifest:
 
 
 def require_parquet() -> Any:
-    try:
-        importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise MissingDependencyError("--manifest parquet needs pyarrow: pip install pyarrow") from error
+    """pyarrow, with ``pyarrow.parquet``."""
+    require("pyarrow.parquet", "--manifest parquet", "pyarrow")
+    return importlib.import_module("pyarrow")
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import MissingDependencyError
+from ...optional import require
 
-try:
-    import fastapi  # noqa: F401
-    import prometheus_client  # noqa: F401
-    import python_multipart  # noqa: F401
-    import uvicorn  # noqa: F401
-except ImportError as error:
-    raise MissingDependencyError(
-        f"the server needs {error.name}, which is not installed; pip install 'impasto[serve]'"
-    ) from error
+for _library in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
+    require(_library, "the server", "impasto[serve]")

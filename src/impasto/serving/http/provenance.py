@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ...errors import ConfigurationError, MissingDependencyError
+from ...errors import ConfigurationError
+from ...optional import require
 from .settings import Signer
 
 #: https://cv.iptc.org/newscodes/digitalsourcetype/
@@ -27,12 +28,7 @@ def make_signer(certificate: Path, key: Path, version: str) -> Signer:
         MissingDependencyError: c2pa is not installed.
         ConfigurationError: a file cannot be read, or certificate and key cannot sign.
     """
-    try:
-        import c2pa
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--c2pa-cert needs c2pa-python, which is not installed; pip install 'impasto[provenance]'"
-        ) from error
+    c2pa = require("c2pa", "--c2pa-cert", "impasto[provenance]")
     try:
         chain, secret = certificate.read_text("ascii"), key.read_text("ascii")
     except (OSError, UnicodeDecodeError) as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigurationError, MissingDependencyError
+from ...errors import ConfigurationError
+from ...optional import require
 from .came import CAME
 from .muon import Muon
 
@@ -81,21 +81,13 @@ def _make(name: str, groups: list[Group], settings: OptimizerSettings) -> torch.
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.rate, betas=(first, second), eps=settings.eps, fused=True)
     if name == "adamw-8bit":
-        kind = _from("torchao.optim", "AdamW8bit")
+        kind = require("torchao.optim", "the optimizer adamw-8bit", "impasto[train]").AdamW8bit
         return kind(groups, lr=settings.rate, betas=settings.betas[:2], eps=settings.eps)  # type: ignore[no-any-return]
     if name == "came":
         return CAME(groups, lr=settings.rate, betas=(first, second, others[0] if others else 0.9999))
     assert name == "prodigy"
-    kind = _from("pytorch_optimizer", "Prodigy")
+    kind = require("pytorch_optimizer", "the optimizer prodigy", "impasto[train]").Prodigy
     return kind(groups, lr=settings.rate, betas=settings.betas[:2], eps=settings.eps)  # type: ignore[no-any-return]
-
-
-def _from(module: str, name: str) -> Any:
-    try:
-        return getattr(import_module(module), name)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise MissingDependencyError(f"{name} is {library}'s: pip install 'impasto[train]'") from error
 
 
 #: The names of lists of blocks: ours, T5's, those of transformers' vision and language models, the autoencoder's.

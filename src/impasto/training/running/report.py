@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import MissingDependencyError
 from ...files import make_folder, write_file
+from ...optional import require
 from ..settings.config import Settings
 from .checkpoints import append_log, trim_log
 
@@ -98,16 +97,9 @@ def _peak(device: torch.device) -> float:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
 
 
-def _board(module: str, install: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(f"this report needs {install}: pip install {install}") from error
-
-
 class _TensorBoard:
     def __init__(self, folder: Path, start: int):
-        tensorboard = _board("torch.utils.tensorboard", "tensorboard")
+        tensorboard = require("torch.utils.tensorboard", "the report of tensorboard", "tensorboard")
         self.writer = tensorboard.SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -129,7 +121,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, project: str, folder: Path, start: int, settings: Settings):
-        wandb = _board("wandb", "wandb")
+        wandb = require("wandb", "the report of wandb", "wandb")
         self.wandb = wandb
         path = folder / "wandb-id"  # kept, so that a resumed run goes on in the same one
         if start == 0 or not path.is_file():

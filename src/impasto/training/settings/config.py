@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from ...checks import nearest, shown
-from ...errors import MissingDependencyError
-from ..optimizers.schedule import Kind, share
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-except ImportError as error:
-    raise MissingDependencyError("training needs pydantic: pip install 'impasto[train]'") from error
+from ...checks import nearest, shown
+from ..optimizers.schedule import Kind, share
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

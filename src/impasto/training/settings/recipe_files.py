@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checks import printable, shown
-from ...errors import CheckpointNotFoundError, InputError, MissingDependencyError
+from ...errors import CheckpointNotFoundError, InputError
+from ...optional import require
 from .config import problems
 from .configuration import Configuration
 
@@ -91,11 +92,7 @@ def _parse(text: str, name: str) -> Any:
 
 
 def _yaml() -> Any:
-    try:
-        import yaml  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingDependencyError("configurations need PyYAML: pip install 'impasto[train]'") from error
-    return yaml
+    return require("yaml", "a configuration", "impasto[train]")
 
 
 def _loader() -> Any:

@@ -6,15 +6,15 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from ...checks import finite, shown, whole_number
-from ...errors import ConfigurationError, InputError, MissingDependencyError
+from ...errors import ConfigurationError, InputError
 from ...nn.changes import Change, is_compiled, unwrapped
+from ...optional import require
 
 logger = logging.getLogger("impasto")
 
@@ -32,9 +32,7 @@ def peft() -> Any:
     level = quantizer.level
     try:
         quantizer.setLevel(logging.ERROR)
-        return import_module("peft")
-    except ImportError as error:
-        raise MissingDependencyError("adapters need peft: pip install 'impasto[adapters]'") from error
+        return require("peft", "an adapter", "impasto[adapters]")
     finally:
         quantizer.setLevel(level)
 

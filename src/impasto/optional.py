@@ -1,0 +1,27 @@
+"""Libraries that one feature needs and a lean installation lacks: imported where they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .errors import MissingDependencyError
+
+
+def require(module: str, purpose: str, install: str) -> Any:
+    """Import ``module``, which ``purpose`` needs.
+
+    Args:
+        install: the requirement that brings it: "impasto[train]".
+
+    Raises:
+        MissingDependencyError: it cannot be imported; the message has the install command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        quoted = f"'{install}'" if "[" in install else install
+        library = module.partition(".")[0]
+        raise MissingDependencyError(
+            f"{purpose} needs {library}, which is not installed: pip install {quoted}"
+        ) from error
