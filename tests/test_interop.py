@@ -71,6 +71,7 @@ def test_a_change_of_one_is_seen_by_the_other() -> None:
 
 
 def test_without_accelerate_it_shares_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diffusers.AutoencoderKL  # its own import needs accelerate
     monkeypatch.setitem(sys.modules, "accelerate", None)
     ours = tiny_vae()
     theirs = dict(impasto.to_diffusers(ours).named_parameters())
