@@ -327,6 +327,10 @@ def compare(done: dict[str, Done], uniform: StepCosts) -> dict[str, Any]:
     rates = {name: each.rate(alone) for name, each in done.items()}
     ratios = {name: _ratios(fair.rates(alone), done[name].rates(alone)) for name in others}
     smallest = {name: each.slowdowns(alone, min(alone)) for name, each in done.items()}
+    # Steps are all that sharing makes cheaper: what they gain, and what they would gain at the cost of uniform ones.
+    taken = sum(seconds for _, seconds in fair.steps)
+    apart = sum(alone[n] for tokens, _ in fair.steps for n in tokens) / 2  # both halves of guidance are counted
+    as_uniform = sum(uniform.seconds(tokens) for tokens, _ in fair.steps)
     against = [seconds / uniform.seconds(tokens) for tokens, seconds in fair.steps if len({*tokens}) > 1]
     return {
         "images": {name: len(each.images) for name, each in done.items()},
@@ -339,6 +343,11 @@ def compare(done: dict[str, Done], uniform: StepCosts) -> dict[str, Any]:
         "p95 slowdown, smallest": {name: _p95(each) for name, each in smallest.items()},
         "p50 slowdown, smallest": {name: _median(each) for name, each in smallest.items()},
         "uniform curve, medians between the turns": uniform.uniform,
+        "gain of the steps alone": round(apart / taken, 3),
+        "gain of the steps alone, if they cost as much as uniform ones": round(apart / as_uniform, 3),
+        "seconds of steps / of everything": {
+            n: round(sum(s for _, s in d.steps) / d.seconds, 3) for n, d in done.items()
+        },
         "packed step against uniform curve, median": _median(against),
         "packed steps": len(against),
         "tokens of a step, median": _median([float(sum(tokens)) for tokens, _ in fair.steps]),

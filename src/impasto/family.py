@@ -28,11 +28,14 @@ ALPHA = Family("PixArt-α", 0.18215, 120, 20, 4.5, micro_conditions=True, single
 SIGMA = Family("PixArt-Σ", 0.13025, 300, 20, 4.5, micro_conditions=False, single_step_takes_original=False)
 GLM_IMAGE = Family("GLM-Image", None, 2048, 50, 1.5, micro_conditions=True, single_step_takes_original=False)
 
-#: Pixels per latent along a side, unless the autoencoder says otherwise.
-VAE_SCALE_FACTOR = 8
-
 #: The names of the lists of repeated blocks in models, their text encoders included.
 BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
+
+
+def pixels_per_latent(vae: Mapping[str, Any] | None) -> int:
+    """Along a side, by the config of the autoencoder; the usual 8 if there is none, or if it does not say."""
+    levels = None if vae is None else vae.get("block_out_channels")
+    return 8 if levels is None else int(2 ** (len(levels) - 1))
 
 
 def family_of(pipeline_class_name: str) -> Family:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from torch import Tensor
 from impasto.errors import ConfigurationError
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.pipelines.pixart_edits import PixArtSigmaImg2ImgPipeline
+from impasto.pipelines.sampling import estimated
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.transforms.guidance_interval import guide_between
@@ -46,6 +48,33 @@ def test_the_formula_in_float64() -> None:
             expected = bar.sqrt() * average + (1 - bar).sqrt() * noises[index]
             torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(x, average, rtol=0, atol=1e-6)  # the last step adds no noise
+
+
+def test_the_image_that_a_step_implies_is_the_average() -> None:
+    scheduler = refining(below=600)
+    scheduler.set_timesteps(timesteps=[900, 599, 300, 20])
+    x, outputs = torch.randn(1, 4, 3, 3), torch.randn(4, 1, 4, 3, 3)
+    implied = []
+    for index, t in enumerate(scheduler.timesteps):
+        implied.append(scheduler.averaged(outputs[index], index))
+        x = scheduler.step(outputs[index], t, x, generator=seeded(index)).prev_sample
+    assert torch.equal(implied[0], outputs[0])
+    assert torch.equal(implied[1], outputs[1])
+    assert not torch.equal(implied[2], outputs[2])
+    torch.testing.assert_close(implied[3], x, rtol=0, atol=1e-6)  # the last step adds no noise
+
+
+def test_previews_show_the_average() -> None:
+    scheduler = refining(below=600)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    x, outputs = torch.randn(1, 4, 3, 3), torch.randn(4, 1, 4, 3, 3)
+    for index, t in enumerate(scheduler.timesteps):
+        run: Any = SimpleNamespace(scheduler=scheduler, latents=x, index=index, known=None)
+        preview = estimated(run, outputs[index])
+        x = scheduler.step(outputs[index], t, x, generator=seeded(index)).prev_sample
+    torch.testing.assert_close(preview, x, rtol=0, atol=1e-6)
+    assert not torch.allclose(preview, outputs[3], atol=0.1)
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..family import PRIOR_PIXELS, SIGMA, tokens_to_generate
+from ..family import PRIOR_PIXELS, SIGMA, pixels_per_latent, tokens_to_generate
 from ..models.autoencoder.memory import Layer, make_plan, trace, untiled_peak
 from ..models.autoencoder.model import AutoencoderKL
 from ..nn.machine import process_memory
@@ -105,7 +105,7 @@ class Workload:
         config = self.found.components["vae"].config
         with torch.device("meta"):
             decoder = AutoencoderKL(**AutoencoderKL.checked_arguments(config)).decoder
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        factor = pixels_per_latent(config)
         return trace(decoder, -(-self.height // factor), -(-self.width // factor))
 
     def work(self, component: Component, loaded: str, computes: str) -> int:

@@ -19,7 +19,7 @@ from ..checkpoints.config import read_json
 from ..checkpoints.layout import INDEX_NAME, WEIGHTS, holds_weights
 from ..checks import shown, whole_number
 from ..errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, HubError, ImpastoError
-from ..family import BLOCK_LISTS, VAE_SCALE_FACTOR
+from ..family import BLOCK_LISTS, pixels_per_latent
 from ..folders import reading
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries, is_foreign
 
@@ -118,19 +118,19 @@ def image_size(transformer: Mapping[str, Any], vae: Mapping[str, Any] | None) ->
     """From two configs: the side of the training images, and what sides must be multiples of, in pixels.
 
     Args:
-        vae: None: there is no autoencoder, and the usual ``VAE_SCALE_FACTOR`` is assumed.
+        vae: None: there is no autoencoder, and the usual factor is assumed.
 
     Raises:
         ConfigurationError: a config that was not checked yet has values that cannot be used.
     """
-    factor = VAE_SCALE_FACTOR
     if vae is not None:
         widths = vae.get("block_out_channels", (64,))
         if not isinstance(widths, Sequence) or not 1 <= len(widths) <= 16:
             raise ConfigurationError(
                 f"vae/config.json: block_out_channels must be a list of numbers, not {shown(widths)}"
             )
-        factor = 2 ** (len(widths) - 1)
+        vae = {"block_out_channels": widths}
+    factor = pixels_per_latent(vae)
     side, patch = (
         whole_number(f"transformer/config.json: {key}", transformer.get(key, usual), 1, most, error=ConfigurationError)
         for key, usual, most in (("sample_size", 128, 65_536), ("patch_size", 2, 64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def is_settled(component: nn.Module) -> bool:
 
 def device_of(component: nn.Module) -> torch.device | None:
     onload: torch.device | None = vars(component).get("_onload_device")  # of a model that is offloaded by itself
-    return onload or next((tensor.device for tensor in (*component.parameters(), *component.buffers())), None)
+    return onload or next((tensor.device for tensor in chain(component.parameters(), component.buffers())), None)
 
 
 def stays_float32(component: nn.Module, name: str, dtype: torch.dtype | None) -> bool:

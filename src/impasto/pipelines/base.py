@@ -96,11 +96,13 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
         It computes in the dtype of its weights, regardless of any autocast around it. Float16 weights that are known
         to overflow are used as float32, without being changed.
         """
-        with self.using("vae") as vae, without_autocast(self.device):
-            dtype = next(vae.parameters()).dtype
-            overflows = dtype == torch.float16 and vae.config.get("force_upcast")
-            with in_float32() if overflows else nullcontext():
-                yield vae, torch.float32 if overflows else dtype
+        with self.using("vae") as vae:
+            weight = next(vae.parameters())
+            overflows = weight.dtype == torch.float16 and vae.config.get("force_upcast")
+            # ``self.device`` looks at every component, which takes as long as some layers of the decoder.
+            precision = in_float32() if overflows else nullcontext()
+            with without_autocast(self.placement.device or weight.device), precision:
+                yield vae, torch.float32 if overflows else weight.dtype
 
     def _noise(self, request: Request, dtype: torch.dtype) -> Tensor:
         """Noise [B, C, h, w] of variance 1: given, generated, or of a ``prepare_latents`` that others have replaced."""

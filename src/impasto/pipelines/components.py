@@ -243,9 +243,13 @@ class Components(DiffusionPipeline):
         """Where the pipeline computes."""
         if self.placement.device is not None:
             return self.placement.device
-        modules = sorted(self._modules(), key=is_settled)  # those that another library has placed come last
-        devices = (device_of(module) for module in modules)
-        return next((device for device in devices if device is not None), torch.device("cpu"))
+        elsewhere: torch.device | None = None
+        for module in self._modules():
+            device = device_of(module)
+            if device is not None and not is_settled(module):
+                return device
+            elsewhere = elsewhere or device  # another library has placed it
+        return elsewhere or torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:

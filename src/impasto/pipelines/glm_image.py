@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from ..family import pixels_per_latent
 from ..lazy import publish
 from ..memory.placement import OneAtATime
 from ..models.dtypes import parse_dtype
@@ -87,8 +88,7 @@ class GlmImagePipeline(GlmImageMethods, Pipeline):
             transformer=transformer,
             scheduler=scheduler,
         )
-        levels = 4 if vae is None else len(vae.config.get("block_out_channels", [0] * 4))
-        self.vae_scale_factor = 2 ** (levels - 1)
+        self.vae_scale_factor = pixels_per_latent(None if vae is None else vae.config)
         self.image_processor = ImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property

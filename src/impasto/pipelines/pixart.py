@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..family import ALPHA, SIGMA, Family, mixtures
+from ..family import ALPHA, SIGMA, Family, mixtures, pixels_per_latent
 from ..models.pixart.model import PixArtTransformer2DModel
 from ..models.pixart.text import PixArtContext
 from ..nn.changes import takes_stages
@@ -66,7 +66,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         channels = 4 if vae is None else vae.config.get("latent_channels", 4)
-        factor = 8 if vae is None else _vae_scale_factor(vae)
+        factor = pixels_per_latent(None if vae is None else vae.config)
         self.image_processor = PixArtImageProcessor(vae_scale_factor=factor, vae_latent_channels=channels)
         self._warned: set[str] = set()
         self._warn_of_mixtures()
@@ -75,7 +75,7 @@ class PixArtPipeline(PixArtMethods, TextualInversion, Pipeline):
     def vae_scale_factor(self) -> int:
         """Pixels per latent along a side; without an autoencoder, that of the previous one, or 8."""
         vae = vars(self).get("vae")
-        return int(self.image_processor.config.vae_scale_factor) if vae is None else _vae_scale_factor(vae)
+        return int(self.image_processor.config.vae_scale_factor) if vae is None else pixels_per_latent(vae.config)
 
     @vae_scale_factor.setter
     def vae_scale_factor(self, value: int) -> None:
@@ -354,11 +354,6 @@ class PixArtAlphaPipeline(PixArtPipeline):
 
     __call__ = with_defaults(PixArtPipeline.__call__, max_sequence_length=120)
     encode_prompt = with_defaults(PixArtPipeline.encode_prompt, max_sequence_length=120)
-
-
-def _vae_scale_factor(vae: Any) -> int:
-    levels = vae.config.get("block_out_channels")
-    return 8 if levels is None else int(2 ** (len(levels) - 1))
 
 
 def _encode_contexts(model: Any, device: torch.device, multiple: int, embeds: PromptEmbeds, guided: bool) -> list[Half]:

@@ -189,7 +189,10 @@ def estimated(run: Run, predicted: Tensor) -> Tensor:
     )
     alpha, sigma = (noised(run.scheduler, x, noise, run.index) for x, noise in ((one, zero), (zero, one)))
     x, kind = run.latents.float(), config.get("prediction_type", "flow_prediction")
-    original = predicted_original(kind, predicted.float(), x, alpha, sigma).to(run.latents.dtype)
+    original = predicted_original(kind, predicted.float(), x, alpha, sigma)
+    if hasattr(run.scheduler, "averaged"):
+        original = run.scheduler.averaged(original, run.index)
+    original = original.to(run.latents.dtype)
     return original if run.known is None else torch.lerp(run.known.latents, original, run.known.mask)
 
 

@@ -343,11 +343,16 @@ class DPMSolverMultistepScheduler(DPMSolverNames, CountingScheduler):
         variance = -math.expm1(-2 * h) if self._over_original else math.expm1(2 * h)
         return x + sigma_t * math.sqrt(variance) * noise.to(x.device, torch.float32)
 
+    def averaged(self, original: Tensor, index: int) -> Tensor:
+        """What a step makes of its prediction of x_0: if it refines, the moving average with it."""
+        t, following = [*self._timestep_values, 0][index : index + 2]
+        if t >= self._refine_below or self._average is None:
+            return original
+        return torch.lerp(self._average.to(original), original, -math.expm1((following - t) / self._refine_span))
+
     def _refine(self, original: Tensor, index: int, noise: Tensor) -> Tensor:
         """The average of the predictions, with new noise of the next step."""
-        t, following = [*self._timestep_values, 0][index : index + 2]
-        before = original if self._average is None else self._average.to(original)
-        self._average = torch.lerp(before, original, -math.expm1((following - t) / self._refine_span))
+        self._average = self.averaged(original, index)
         alpha, sigma, _ = self._level(index + 1)
         return alpha * self._average + sigma * noise.to(original.device, torch.float32)
 

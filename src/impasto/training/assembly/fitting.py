@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ...errors import ConfigurationError
-from ...family import PRIOR_PIXELS
+from ...family import PRIOR_PIXELS, pixels_per_latent
 from ..data.buckets import Buckets
 from ..settings.configuration import Configuration
 
@@ -20,7 +20,7 @@ def check_fit(configuration: Configuration, transformer: Any, vae: Any, is_glm_i
     Raises:
         ConfigurationError: they do not fit; the message names the key.
     """
-    unit = 2 ** (len(vae.config["block_out_channels"]) - 1)  # pixels
+    unit = pixels_per_latent(vae.config)
     if transformer is not None:
         unit *= transformer.config["patch_size"]
         takes, makes = transformer.config["in_channels"], vae.config["latent_channels"]

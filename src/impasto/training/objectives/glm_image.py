@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
-from ...family import PRIOR_PIXELS
+from ...family import PRIOR_PIXELS, pixels_per_latent
 from ...models.glm_image.model import GlmImageTransformer2DModel
 from ...models.glm_image.prior import doubled
 from ...pipelines.glyphs import encode_glyphs
@@ -50,7 +50,7 @@ class GlmImageFlowMatching(FlowMatching):
         most_bytes: int = 2048,
         shift: Callable[[int], float] = lambda tokens: 1.0,
     ):
-        pixels = 8 if latents.vae is None else 2 ** (len(latents.vae.config["block_out_channels"]) - 1)
+        pixels = pixels_per_latent(None if latents.vae is None else latents.vae.config)
         super().__init__(transformer, pixels, drop=drop, spread=spread, shift=shift)
         self.latents, self.prior, self.text_encoder = latents, prior, text_encoder
         self.processor, self.tokenizer, self.most_bytes = processor, tokenizer, most_bytes

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigurationError, InputError
+from ...family import pixels_per_latent
 from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
@@ -68,7 +69,7 @@ class Latents(nn.Module):
         if sample.posterior is not None:
             return sample.posterior[0].shape[-2], sample.posterior[0].shape[-1]
         assert sample.image is not None
-        factor = 8 if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        factor = pixels_per_latent(None if self.vae is None else self.vae.config)
         return sample.image.shape[-2] // factor, sample.image.shape[-1] // factor
 
 
