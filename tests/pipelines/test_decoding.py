@@ -69,3 +69,13 @@ def test_it_is_one_piece_where_layers_cannot_be_called_one_by_one(change: Callab
     found, count = by_layer(pipe)
     assert count == 0
     torch.testing.assert_close(found, expected)
+
+
+def test_layers_do_not_look_at_the_other_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took longer than the layers themselves of small images."""
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    work = pipe.decode_by_layer(LATENTS)
+    next(work)
+    monkeypatch.setattr(PixArtSigmaPipeline, "device", property(lambda self: pytest.fail("looked at the components")))
+    for _ in work:
+        pass
