@@ -326,9 +326,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, name: Any) 
     def absent(module: str) -> Any:
         raise ImportError(module)
 
-    monkeypatch.setattr("impasto.transforms.quantized_linear.import_module", absent)
+    monkeypatch.setattr("impasto.optional.import_module", absent)
     model = tiny_transformer()
-    with pytest.raises(MissingDependencyError, match=rf"{LIBRARY[name]}: pip install 'impasto\[quantize\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=rf"{LIBRARY[name]}, which is not installed: pip install 'impasto\[quantize\]'"
+    ):
         quantize(model, name)
     assert "QuantizedLinear" not in kinds(model).values()
 
