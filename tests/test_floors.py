@@ -82,7 +82,7 @@ def read_imports(tree: ast.Module, package: str, known: set[str]) -> Iterator[Im
                 yield Import(node.lineno, submodule if submodule in known else origin)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if function in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            if function in ("import_module", "require", "__import__") and isinstance(node.args[0].value, str):
                 yield Import(node.lineno, absolute(node.args[0].value, package))
 
 

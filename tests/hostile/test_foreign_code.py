@@ -424,7 +424,7 @@ def imports_of_transformers(tree: ast.Module) -> list[int]:
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
         if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            names += [str(node.args[0].value)] if function in ("import_module", "__import__") else []
+            names += [str(node.args[0].value)] if function in ("import_module", "require", "__import__") else []
         found += [node.lineno for name in names if name.split(".")[0] in ("transformers", "tokenizers")]  # type: ignore[attr-defined]
     return found
 
