@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from impasto import PixArtSigmaPipeline
 from impasto.nn.precision import in_float32
+from impasto.pipelines import base
 
 from ..tiny import tiny_pipeline, tiny_vae
 
@@ -79,3 +81,17 @@ def test_layers_do_not_look_at_the_other_components(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(PixArtSigmaPipeline, "device", property(lambda self: pytest.fail("looked at the components")))
     for _ in work:
         pass
+
+
+def test_autocast_is_off_where_an_offloaded_autoencoder_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def without(device: torch.device) -> AbstractContextManager[None]:
+        seen.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(base, "without_autocast", without)
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    pipe.vae._onload_device = torch.device("meta")  # its weights are on the CPU
+    with pipe.using_vae():
+        assert seen == [torch.device("meta")]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import parse_size
 from ..errors import CheckpointError, ConfigurationError, InputError
+from ..memory.moving import device_of
 from ..memory.placement import OneAtATime, Resident
 from ..models.autoencoder.model import AutoencoderKL
 from ..nn.changes import is_ours, unwrapped
@@ -99,9 +100,9 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
         with self.using("vae") as vae:
             weight = next(vae.parameters())
             overflows = weight.dtype == torch.float16 and vae.config.get("force_upcast")
-            # ``self.device`` looks at every component, which takes as long as some layers of the decoder.
-            precision = in_float32() if overflows else nullcontext()
-            with without_autocast(self.placement.device or weight.device), precision:
+            # Not ``self.device``: it looks at every component, which takes as long as some layers of the decoder.
+            device = self.placement.device or device_of(vae) or weight.device
+            with without_autocast(device), in_float32() if overflows else nullcontext():
                 yield vae, torch.float32 if overflows else weight.dtype
 
     def _noise(self, request: Request, dtype: torch.dtype) -> Tensor:
