@@ -25,6 +25,13 @@ def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch, install: str
     assert str(raised.value) == f"the report needs no_such, which is not installed: {command}"
 
 
+def test_what_is_missing_is_named_and_not_what_imports_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_another.py").write_text("import no_such_library.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"^the report needs no_such_library, .*: pip install x$"):
+        require("needs_another", "the report", "x")
+
+
 def test_a_library_that_is_there() -> None:
     assert require("json.decoder", "this", "x").JSONDecoder
 

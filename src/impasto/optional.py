@@ -21,7 +21,7 @@ def require(module: str, purpose: str, install: str) -> Any:
         return import_module(module)
     except ImportError as error:
         quoted = f"'{install}'" if "[" in install else install
-        library = module.partition(".")[0]
+        library = (error.name or module).partition(".")[0]  # it may be one that the module itself imports
         raise MissingDependencyError(
             f"{purpose} needs {library}, which is not installed: pip install {quoted}"
         ) from error

@@ -99,7 +99,7 @@ def _peak(device: torch.device) -> float:
 
 class _TensorBoard:
     def __init__(self, folder: Path, start: int):
-        tensorboard = require("torch.utils.tensorboard", "the report of tensorboard", "tensorboard")
+        tensorboard = require("torch.utils.tensorboard", "the report to tensorboard", "tensorboard")
         self.writer = tensorboard.SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -121,7 +121,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, project: str, folder: Path, start: int, settings: Settings):
-        wandb = require("wandb", "the report of wandb", "wandb")
+        wandb = require("wandb", "the report to wandb", "wandb")
         self.wandb = wandb
         path = folder / "wandb-id"  # kept, so that a resumed run goes on in the same one
         if start == 0 or not path.is_file():
