@@ -17,6 +17,7 @@ from .checkpoints.stored import describe, iterate_tensors
 from .checkpoints.weights import disk_errors, write_weights
 from .checks import shown
 from .errors import CheckpointError, InputError, OutputError
+from .family import ALIASES
 from .files import plain_path, write_file
 from .folders import reading, saving
 from .models.base import Model
@@ -182,7 +183,7 @@ def _to_file(source: Path, target: Path, role: str | None, dtype: torch.dtype | 
 def _class_in(folder: Path) -> str:
     name = Model._read_config(folder / "config.json").get("_class_name")
     known = sorted({kind.class_name for kind in files.KINDS if kind.class_name})
-    found = files.ALIASES.get(name, name) if isinstance(name, str) else None
+    found = ALIASES.get(name, name) if isinstance(name, str) else None
     if found is None or found not in known:
         raise CheckpointError(
             f"{folder}: its config says _class_name {shown(name)}; what can be converted is {', '.join(known)}"

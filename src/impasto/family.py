@@ -28,6 +28,8 @@ ALPHA = Family("PixArt-α", 0.18215, 120, 20, 4.5, micro_conditions=True, single
 SIGMA = Family("PixArt-Σ", 0.13025, 300, 20, 4.5, micro_conditions=False, single_step_takes_original=False)
 GLM_IMAGE = Family("GLM-Image", None, 2048, 50, 1.5, micro_conditions=True, single_step_takes_original=False)
 
+#: The class names of early PixArt repositories -> those that the classes have now.
+ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 #: The names of the lists of repeated blocks in models, their text encoders included.
 BLOCK_LISTS = ("transformer_blocks", "blocks", "block", "layers")
 

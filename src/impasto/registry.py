@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import printable, shown
 from .errors import CheckpointError
-from .family import GLM_IMAGE, family_of
+from .family import ALIASES, GLM_IMAGE, family_of
 
 if TYPE_CHECKING:
     from .models.base import Model
@@ -50,9 +50,6 @@ _GLM_IMAGE = {**_ROLES, "transformer": ("GlmImageTransformer2DModel",)}
 READERS = (*TOKENIZERS, *PROCESSORS)
 _OF_TRANSFORMERS = (*LANGUAGE_MODELS, *READERS)
 
-#: Early PixArt repositories have the name of a base class.
-_ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
-
 
 def class_of(name: str) -> type[Model] | type[Scheduler]:
     """Our model or scheduler class of this name.
@@ -60,14 +57,14 @@ def class_of(name: str) -> type[Model] | type[Scheduler]:
     Raises:
         KeyError: there is none.
     """
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     found: type[Model] | type[Scheduler] = getattr(import_module(f".{_MODULES[name]}", __package__), name)
     return found
 
 
 def is_foreign(name: Any) -> bool:
     """Whether the class of a component is neither ours nor one that transformers loads."""
-    return name not in _MODULES and name not in _ALIASES and name not in _OF_TRANSFORMERS
+    return name not in _MODULES and name not in ALIASES and name not in _OF_TRANSFORMERS
 
 
 #: The modules of our pipelines.

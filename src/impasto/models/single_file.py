@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import shown
 from ..errors import InputError
+from ..family import ALIASES
 from ..nn.machine import check_device
 from ..nn.precision import adapt
 from .dtypes import parse_dtype
@@ -111,7 +112,6 @@ class SingleFiles:
     def arguments_next_to(cls, file: SingleFile) -> dict[str, Any]:
         """The arguments in the config of this model that was saved with a file of weights; none if there is no such."""
         from ..checkpoints.layout import WEIGHTS
-        from ..checkpoints.original.files import ALIASES
 
         model_class = cast(Any, cls)
         path = file.path.with_name(model_class.config_name)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.config import Configurable, records_config
+from ..checkpoints.stored import FLOATS
 from ..checkpoints.values import Count
 from ..checks import MAX_PIXELS, MAX_SIDE, shown, whole_number
 from ..errors import ConfigurationError, ImpastoError, InputError
@@ -26,7 +27,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _ROUNDING = 0.01
 #: Values in all images of a call: eight of the largest, in grey.
 _MOST_VALUES = 8 * MAX_PIXELS
-_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
@@ -313,7 +313,7 @@ def check_arrays(images: Sequence[Any]) -> None:
     for image in images:
         if isinstance(image, Tensor):
             name = str(image.dtype).removeprefix("torch.")
-            if image.is_meta or image.is_nested or image.layout != torch.strided or name not in (*_FLOATS, *_INTEGERS):
+            if image.is_meta or image.is_nested or image.layout != torch.strided or name not in (*FLOATS, *_INTEGERS):
                 kind = "meta" if image.is_meta else f"{image.layout}, {image.dtype}"
                 raise InputError(f"an image must be a dense tensor of floats or integers, not {kind}")
         elif image.dtype.kind not in "uif":

@@ -20,8 +20,6 @@ Weights = Literal["raw", "ema"]
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 #: Where training programs store the trained weights and their average, and which of them they generate with.
 _CONTAINERS: tuple[tuple[str, str, Weights], ...] = (("state_dict", "state_dict_ema", "raw"), ("model", "ema", "ema"))
-#: Early PixArt repositories have the name of a base class.
-ALIASES = {"Transformer2DModel": "PixArtTransformer2DModel"}
 #: Of other components or of training, in files of an autoencoder.
 _OF_TRAINING = ("loss.", "model_ema.")
 _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+?)(?:\?.*)?")
