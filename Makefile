@@ -106,12 +106,17 @@ $(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.
 	$(call ENCODE,scenes-multiaspect) $(call PREVIOUS,256)
 	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256) $(call LATENTS,scenes-multiaspect)
 
-$(SCENES)/lcm/result: $(SCENES)/multiaspect/result/model_index.json
-	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/multiaspect/result
-	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/multiaspect/result $(call LATENTS,scenes-lcm)
+$(SCENES)/edges/result/model_index.json: $(SCENES)/multiaspect/result/model_index.json
+	$(call ENCODE,scenes-edges) --set models.pipeline=$(SCENES)/multiaspect/result $(call FROM,transformer,multiaspect/result)
+	$(call TRAIN,scenes-edges,edges) --set models.pipeline=$(SCENES)/multiaspect/result \
+		$(call FROM,transformer,multiaspect/result) $(call LATENTS,scenes-edges)
+
+$(SCENES)/lcm/result: $(SCENES)/edges/result/model_index.json
+	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/edges/result
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/edges/result $(call LATENTS,scenes-lcm)
 
 scenes: $(SCENES)/lcm/result
-	@echo "The model is $(CURDIR)/$(SCENES)/multiaspect/result"
+	@echo "The model is $(CURDIR)/$(SCENES)/edges/result"
 
 # Stamps are written last: a set-up that was interrupted is taken up again.
 $(STAMP): $(CORE)

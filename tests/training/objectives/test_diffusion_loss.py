@@ -192,6 +192,15 @@ def test_min_snr_weighs_noise_and_velocity_so_that_x0_counts_the_same() -> None:
     assert torch.equal(DiffusionLoss(betas).weights("none"), torch.ones(1000))
 
 
+def test_balanced_weights_count_noise_as_the_velocity_it_implies() -> None:
+    velocity = DiffusionLoss(BETAS, "v_prediction").weights("balanced").double()
+    snr = ALPHA_BAR / (1 - ALPHA_BAR)
+    torch.testing.assert_close(velocity**4, snr.clamp(max=1.0), rtol=1e-5, atol=0)
+    noise = DiffusionLoss(BETAS, "epsilon").weights("balanced").double() * ALPHA_BAR  # v' - v = (ε' - ε) / α
+    common = slice(0, 500)  # further up, the weight of noise has its limit
+    torch.testing.assert_close(noise[common] / noise[0], velocity[common] / velocity[0], rtol=1e-5, atol=0)
+
+
 def test_a_masked_loss_is_the_mean_over_the_mask(objective: DiffusionLoss) -> None:
     x0, noise, xt, t = sample(300)
     torch.manual_seed(1)
@@ -217,4 +226,5 @@ def test_no_epsilon_where_a_schedule_ends_in_pure_noise() -> None:
     betas = DDIMScheduler(rescale_betas_zero_snr=True).betas
     with pytest.raises(InputError, match="ends in pure noise"):
         DiffusionLoss(betas, "epsilon")
-    assert DiffusionLoss(betas, "v_prediction").weights("min-snr").isfinite().all()
+    for kind in ("min-snr", "balanced"):
+        assert DiffusionLoss(betas, "v_prediction").weights(kind).isfinite().all()

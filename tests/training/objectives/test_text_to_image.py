@@ -17,6 +17,7 @@ from impasto.training.data.sample import Batch, Sample
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.labels import LabelHead
+from impasto.training.objectives.rollout import Rollout
 from impasto.training.objectives.text_to_image import Latents, TextToImage, initialize
 from impasto.training.objectives.texts import Texts
 from impasto.training.running.loop import train as run
@@ -268,7 +269,9 @@ def test_a_packed_batch_has_the_losses_and_gradients_of_batches_of_one_size(comp
     nn.init.normal_(parts[0].proj_out.weight, std=0.1)
     head = LabelHead(parts[0], 0, (2, 3))
     whole = of_sizes((8, 8), (8, 8), (4, 12), (12, 4), (12, 4))
-    trained = objective(parts, label_head=head, timesteps="uniform", caption_dropout=0.3).train()
+    rollout = Rollout(0.6, 250, 560)
+    options = {"timesteps": "uniform", "timestep_range": (200, 600), "caption_dropout": 0.3}
+    trained = objective(parts, label_head=head, rollout=rollout, **options).train()
     parts[1].eval()  # without its dropout
     if compiled:
         for block in parts[0].transformer_blocks:
@@ -286,6 +289,40 @@ def test_a_packed_batch_has_the_losses_and_gradients_of_batches_of_one_size(comp
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
     head.hook.remove()
+
+
+def test_a_rollout_is_trained_to_become_the_data() -> None:
+    """Whatever the model makes of its own inputs, only x_0 itself has no error."""
+    one = objective(models(), timestep_range=(250, 560), weighting="none", rollout=Rollout(1.0, 250, 560, steps=2))
+    batch = of_sizes((8, 8), (8, 8), (8, 8))
+    for sample in batch.samples:
+        sample.loss_mask = None
+    x0 = one.latents(batch.samples, Randomness(0, 0), torch.device("cpu"))
+    inputs: list[tuple[Tensor, Tensor]] = []
+
+    def predict(part: float) -> Callable[..., list[Tensor]]:
+        def velocity(samples: Any, xt: list[Tensor], text: Tensor, mask: Tensor, t: Tensor) -> list[Tensor]:
+            inputs.append((xt[0], t))
+            alpha, sigma = one.loss.levels(t)
+            return [(alpha * xt[0] - part * x0) / sigma]  # x_0 = alpha x_t - sigma v
+
+        return velocity
+
+    for part in (1.0, 0.5):
+        inputs.clear()
+        one._predict = predict(part)  # type: ignore[method-assign]
+        loss = one.train()(batch, Randomness(0, 0))
+        s, (xt, t) = inputs[0][1], inputs[-1]
+        assert len(inputs) in (2, 3)
+        assert torch.equal(s, t + 50 * (len(inputs) - 1))  # it begins with data as noisy as that
+        known = torch.stack([row.flatten() @ x.flatten() / x.square().sum() for row, x in zip(xt, x0)])
+        torch.testing.assert_close(known, part * one.loss.levels(t)[0].flatten(), atol=0.15, rtol=0)
+        expected = (1 - part) ** 2 * (x0.square() / one.loss.levels(t)[1] ** 2).flatten(1).mean(1)
+        torch.testing.assert_close(loss.each, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(loss.parts["rollout"], loss.each)
+    inputs.clear()
+    one.eval()(batch, Randomness(0, 0))
+    assert len(inputs) == 1
 
 
 def test_tokens_of_a_packed_batch_may_skip_blocks() -> None:

@@ -31,6 +31,7 @@ from ..objectives.base import Objective
 from ..objectives.diffusion_loss import DiffusionLoss
 from ..objectives.glm_image import GlmImageFlowMatching
 from ..objectives.labels import LabelHead
+from ..objectives.rollout import Rollout
 from ..objectives.text_encoder import SlotReader, WarmStart
 from ..objectives.text_to_image import Latents, TextToImage
 from ..objectives.texts import Texts
@@ -152,7 +153,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
     latents = Latents({} if models.vae is None else models.vae.config, models.vae)
     parts = (models.transformer, texts, latents, loss)
     if isinstance(settings, TextToImageSettings):
-        labels, agreement, head = settings.labels, settings.agreement, None
+        labels, agreement, rollout, head = settings.labels, settings.agreement, settings.rollout, None
         if labels is not None:
             head = LabelHead(models.transformer, labels.block, labels.classes, configuration.seed)
         objective = TextToImage(
@@ -166,6 +167,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
             agreement_below=0 if agreement is None else agreement.below,
             agreement_weight=0.0 if agreement is None else agreement.weight,
+            rollout=None if rollout is None else Rollout(rollout.share, *rollout.timestep_range, rollout.steps),
             routing=routing_of(settings, models.transformer),
             packed=configuration.data.pack_pixels is not None,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...schedulers import process
 
-Weighting = Literal["none", "velocity", "min-snr"]
+Weighting = Literal["none", "velocity", "min-snr", "balanced"]
 
 
 class Losses(NamedTuple):
@@ -59,6 +59,10 @@ class DiffusionLoss:
         """x_t [B, C, H, W] of x_0, ε and t [B]."""
         return process.add_noise(x0, noise, *self.levels(t))
 
+    def noise_between(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """ε [B, C, H, W] of x_0 and x_t."""
+        return process.predicted_noise("sample", x0, xt, *self.levels(t))
+
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma [B, 1, 1, 1] of timesteps [B]."""
         return process.alpha_sigma(_at(self.alphas_cumprod, t))
@@ -68,16 +72,19 @@ class DiffusionLoss:
 
         Args:
             kind: ``none``; ``min-snr`` (2303.09556, section 3.4) with ``gamma``; ``velocity``, with which the noise's
-                error counts as the velocity's does: 1 / ᾱ_t, at most ``limit``, of mean 1.
+                error counts as the velocity's does: 1 / ᾱ_t, at most ``limit``, of mean 1; ``balanced``, with which the
+                velocity's error counts min(SNR, 1)^¼ times: its square was measured to grow as 1 / √SNR, so that the
+                gradients of all timesteps have the same size.
         """
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if kind == "min-snr":
             clipped = snr.clamp(max=gamma)
             return (clipped / (snr if self.prediction_type == "epsilon" else snr + 1)).float()
-        if kind == "velocity" and self.prediction_type == "epsilon":
-            weights = (1.0 / self.alphas_cumprod).clamp(max=limit)
-            return (weights / weights.mean()).float()
-        return torch.ones(self.steps)
+        weights = snr.clamp(max=1.0) ** 0.25 if kind == "balanced" else torch.ones_like(snr)
+        if kind != "none" and self.prediction_type == "epsilon":
+            weights = (weights / self.alphas_cumprod).clamp(max=limit)
+            weights = weights / weights.mean()
+        return weights.float()
 
     def __call__(
         self, output: Tensor, x0: Tensor, noise: Tensor, xt: Tensor, t: Tensor, mask: Tensor | None = None

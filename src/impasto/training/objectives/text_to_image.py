@@ -20,6 +20,7 @@ from ...family import pixels_per_latent
 from ...models.autoencoder.model import AutoencoderKL
 from ...models.pixart.model import PixArtTransformer2DModel
 from ...pipelines.latents import scaled
+from ...schedulers import process
 from ...transforms.token_routing import TokenRouting
 from ..data.sample import Batch, Sample, stacked
 from ..running.randomness import Randomness
@@ -27,6 +28,7 @@ from .autoencoder import images_of
 from .base import Loss, Objective, linear_weights
 from .diffusion_loss import DiffusionLoss, Weighting
 from .labels import LabelHead
+from .rollout import Rollout, Selection
 from .texts import Texts
 
 Timesteps = Literal["uniform", "stratified"]
@@ -85,6 +87,7 @@ class TextToImage(Objective):
         agreement_below, agreement_weight: the weight of the squared difference of the predictions without and with the
             caption at timesteps below the first. An image with so little noise shows what its caption says: what
             differs there is error, which guidance multiplies.
+        rollout: which inputs the model makes itself; None: none.
         routing: lets tokens of the transformer skip blocks in training.
         packed: whether batches have images of several sizes.
     """
@@ -105,6 +108,7 @@ class TextToImage(Objective):
         label_weight: Callable[[int], float] = lambda step: 0.3,
         agreement_below: int = 0,
         agreement_weight: float = 0.0,
+        rollout: Rollout | None = None,
         routing: TokenRouting | None = None,
         packed: bool = False,
     ):
@@ -125,7 +129,7 @@ class TextToImage(Objective):
                 f"that, as guidance needs the difference at high noise"
             )
         self.agreement_below, self.agreement_weight = agreement_below, agreement_weight
-        self.routing, self.packed = routing, packed
+        self.rollout, self.routing, self.packed = rollout, routing, packed
         if latents.vae is not None:
             self.freeze(latents.vae)
 
@@ -138,28 +142,29 @@ class TextToImage(Objective):
         times = self.sample_timesteps(count, random)  # [B]
         t = times.to(device)
         noise = [random[one].normal(x.shape, device) for one, x in zip(sizes, x0)]
-        xt = [self.loss.add_noise(x, e, t[one]) for one, x, e in zip(sizes, x0, noise)]
+        known, rolled = x0, torch.zeros(count, dtype=torch.bool)
+        if self.rollout is not None and self.training:
+            rolled = self.rollout.chosen(times, random)
+            known = self._roll(self.rollout, samples, sizes, x0, text, mask, t, rolled, random)
+        xt = [self.loss.add_noise(y, e, t[one]) for one, y, e in zip(sizes, known, noise)]
+        if known is not x0:  # what the noise would be, if there were only x_0 below it
+            noise = [self.loss.noise_between(x, noisy, t[one]) for one, x, noisy in zip(sizes, x0, xt)]
         if self.routing is not None and self.training:
             self.routing.choose(self._scores(sizes, x0, random))
 
-        inputs = [x.to(self.transformer.dtype) for x in xt]
-        output = self.transformer(
-            inputs[0] if len(sizes) == 1 else [image for x in inputs for image in x],
-            text.to(device, self.transformer.dtype),
-            t,
-            self.micro_conditions(samples, device),
-            encoder_attention_mask=mask.to(device),
-        ).sample
-        outputs = [output] if len(sizes) == 1 else [torch.stack(output[one]) for one in sizes]
+        outputs = self._predict(samples, xt, text, mask, t)
         losses = [
             self.loss(out, x, e, noisy, t[one], loss_mask(samples[one], x))
             for one, out, x, e, noisy in zip(sizes, outputs, x0, noise, xt)
         ]
         mse, bound = (torch.cat(each) for each in zip(*losses))  # [B] each
         weighted = self.weights.to(device)[t] * mse
-        each = weighted + self.bound_weight * bound
+        rolled = rolled.to(device)
+        each = weighted + self.bound_weight * bound * ~rolled
 
-        parts = by_timestep(weighted, t, self.loss.steps)
+        parts = by_timestep(weighted.masked_fill(rolled, torch.nan), t, self.loss.steps)
+        if self.rollout is not None and self.training:
+            parts["rollout"] = weighted.detach().where(rolled, torch.nan)
         if outputs[0].shape[1] > x0[0].shape[1]:
             parts["bound"] = bound
         labels = [sample.labels for sample in samples if sample.labels is not None]
@@ -169,7 +174,7 @@ class TextToImage(Objective):
             parts["labels"] = wrong
         if self.agreement_weight and self.training:
             counts = (times < self.agreement_below) & ~dropped
-            apart = self._disagreement(samples, sizes, inputs, [out[:, : x0[0].shape[1]] for out in outputs], t, counts)
+            apart = self._disagreement(samples, xt, outputs, t, counts)
             counts = counts.to(device)
             each = each + self.agreement_weight * counts * apart
             parts["agreement"] = apart.detach().where(counts, torch.nan)
@@ -178,7 +183,6 @@ class TextToImage(Objective):
     def _disagreement(
         self,
         samples: Sequence[Sample],
-        sizes: Sequence[slice],
         inputs: Sequence[Tensor],
         predictions: Sequence[Tensor],
         t: Tensor,
@@ -190,30 +194,69 @@ class TextToImage(Objective):
         caption less. Drawn to a constant, the prediction without captions takes the other along, away from the data.
 
         Args:
-            inputs, predictions: of the samples of each size, [b, C, H, W].
+            inputs, predictions: of the samples of each size, [b, C, H, W] and [b, C or 2C, H, W].
             counts: [B], on the host: those that are compared; of the others the result is 0, and means nothing.
         """
-        chosen = counts.nonzero()[:, 0].tolist() or [0]  # all ranks run the transformer equally often
-        some, device = [samples[i] for i in chosen], t.device
-        text, mask = self.texts(some, torch.ones(len(chosen), dtype=torch.bool))
-        if len(sizes) == 1:
-            given: Tensor | list[Tensor] = inputs[0][chosen]
-            targets = [predictions[0][chosen]]
-        else:
-            images, wanted = ([image for x in each for image in x] for each in (inputs, predictions))
-            given, targets = [images[i] for i in chosen], [wanted[i][None] for i in chosen]
+        device, channels = t.device, inputs[0].shape[1]
+        some = Selection(samples, inputs, counts)
+        text, mask = self.texts(some.samples, torch.ones(len(some.samples), dtype=torch.bool))
+        alone = self._predict(some.samples, some.of(inputs), text, mask, t[some.places])
+        found = [
+            (x[:, :channels].float() - y[:, :channels].float()).square().flatten(1).mean(1)
+            for x, y in zip(alone, some.of(predictions))
+        ]
+        return torch.zeros(len(samples), device=device).index_put(
+            (torch.tensor(some.places, device=device),), torch.cat(found)
+        )
+
+    def _predict(
+        self, samples: Sequence[Sample], inputs: Sequence[Tensor], text: Tensor, mask: Tensor, t: Tensor
+    ) -> list[Tensor]:
+        """What the transformer makes of the images of each size, [b, C, H, W]: [b, C or 2C, H, W]."""
+        device, dtype = t.device, self.transformer.dtype
+        images = [x.to(dtype) for x in inputs]
         output = self.transformer(
-            given,
-            text.to(device, self.transformer.dtype),
-            t[chosen],
-            self.micro_conditions(some, device),
+            images[0] if len(images) == 1 else [image for x in images for image in x],
+            text.to(device, dtype),
+            t,
+            self.micro_conditions(samples, device),
             encoder_attention_mask=mask.to(device),
         ).sample
-        alone = [output] if len(sizes) == 1 else [image[None] for image in output]
-        found = [(x[:, : y.shape[1]].float() - y.float()).square().flatten(1).mean(1) for x, y in zip(alone, targets)]
-        return torch.zeros(len(samples), device=device).index_put(
-            (torch.tensor(chosen, device=device),), torch.cat(found)
-        )
+        if len(images) == 1:
+            return [output]
+        ends = list(itertools.accumulate(map(len, images)))
+        return [torch.stack(output[end - len(x) : end]) for x, end in zip(images, ends)]
+
+    @torch.no_grad()
+    def _roll(
+        self,
+        rollout: Rollout,
+        samples: Sequence[Sample],
+        sizes: Sequence[slice],
+        x0: Sequence[Tensor],
+        text: Tensor,
+        mask: Tensor,
+        t: Tensor,
+        rolled: Tensor,
+        random: Randomness,
+    ) -> list[Tensor]:
+        """x_0 of each size [b, C, H, W]; of those that are rolled, what a sampler that began with it knows at t."""
+        some = Selection(samples, x0, rolled)
+        text, mask, t = text[some.places], mask[some.places], t[some.places]
+        known, channels = some.of(x0), x0[0].shape[1]
+        for number, above in enumerate(rollout.steps_above(random)):
+            s = (t + above).clamp(max=self.loss.steps - 1)
+            noise = some.of([random[one].normal(x.shape, t.device) for one, x in zip(sizes, x0)])
+            levels = [self.loss.levels(times) for times in some.split(s)]
+            xs = [process.add_noise(y, e, *level) for y, e, level in zip(known, noise, levels)]
+            outputs = self._predict(some.samples, xs, text, mask, s)
+            found = [
+                process.predicted_original(self.loss.prediction_type, out[:, :channels].float(), x, *level)
+                for out, x, level in zip(outputs, xs, levels)
+            ]
+            share = rollout.share_of_last if number else 1.0
+            known = [torch.lerp(y, x, share) for y, x in zip(known, found)]
+        return some.replaced(x0, known) if rolled.any() else list(x0)
 
     def _scores(self, sizes: Sequence[slice], x0: Sequence[Tensor], random: Randomness) -> Tensor | list[Tensor]:
         """Random numbers for the tokens of each image: [B, N], or B of [N]."""

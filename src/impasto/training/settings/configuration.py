@@ -48,6 +48,20 @@ class AgreementSettings(Section):
     weight: Positive = 8.0
 
 
+class RolloutSettings(Section):
+    """Inputs that the model makes itself, by steps like those of the sampler; see ``Rollout``.
+
+    Attributes:
+        share: of the samples whose timestep is in the range.
+        timestep_range: from the first to below the second.
+        steps: at most.
+    """
+
+    share: Share = 0.5
+    timestep_range: tuple[Annotated[int, Field(ge=0)], Count] = (250, 560)
+    steps: Count = 3
+
+
 class TextToImageSettings(Denoising):
     """A PixArt transformer on images and captions.
 
@@ -60,6 +74,7 @@ class TextToImageSettings(Denoising):
         labels: a further loss on labels of the latents.
         agreement: a further loss that makes guidance harmless at low noise, at the cost of a second pass of the samples
             that have little.
+        rollout: some inputs are made by the model itself; None: none are.
         token_routing: tokens skip blocks in training; None: none do.
     """
 
@@ -71,6 +86,7 @@ class TextToImageSettings(Denoising):
     bound_weight: NotNegative = 1.0
     labels: LabelSettings | None = None
     agreement: AgreementSettings | None = None
+    rollout: RolloutSettings | None = None
     token_routing: TokenRoutingSettings | None = None
 
     @model_validator(mode="after")
@@ -81,8 +97,9 @@ class TextToImageSettings(Denoising):
 
     @model_validator(mode="after")
     def _one_pass(self) -> TextToImageSettings:
-        if self.agreement is not None and self.token_routing is not None:
-            raise ValueError("agreement compares predictions for all tokens; leave token_routing out")
+        if self.token_routing is not None and (self.agreement is not None or self.rollout is not None):
+            name = "rollout" if self.agreement is None else "agreement"
+            raise ValueError(f"{name} needs predictions for all tokens; leave token_routing out")
         return self
 
 
