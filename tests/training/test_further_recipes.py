@@ -169,6 +169,12 @@ def test_what_contradicts_itself_is_refused() -> None:
             "leave token_routing out",
         ),
         ("dreambooth", "objective={kind: text-to-image, timestep_range: [500, 500]}", "below the second.* is empty"),
+        (
+            "scenes-edges",
+            "objective.rollout.timestep_range=[480, 250]",
+            r"rollout.timestep_range: .*below the second; \(480, 250\) is empty",
+        ),
+        ("scenes-edges", "objective.rollout.timestep_range=[100, 900]", "100 to 900, must be within what is trained"),
         ("lcm", "objective.decay=0.9", "target_decay"),
         ("textual-inversion", "objective.vectors=0", "vectors"),
         ("textual-inversion", "export=pipeline", "the result of training a word is its file"),

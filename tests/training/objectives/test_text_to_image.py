@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from impasto.training.assembly.assemble import rollout_of
 from impasto.training.data.sample import Batch, Sample
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
@@ -23,6 +26,7 @@ from impasto.training.objectives.texts import Texts
 from impasto.training.running.loop import train as run
 from impasto.training.running.randomness import Randomness
 from impasto.training.settings.config import Settings
+from impasto.training.settings.configuration import RolloutSettings
 from impasto.transforms.token_routing import route_tokens
 
 from ...tiny import tiny_text_encoder, tiny_tokenizer, tiny_transformer
@@ -369,6 +373,13 @@ def test_operations_are_those_of_linear_layers_and_attention() -> None:
     assert objective(parts).flops(flat(0, 2)) == 3 * 2 * forward  # forward and twice backward, of two images
 
 
+def test_a_rollout_averages_like_the_scheduler() -> None:
+    rollout = rollout_of(RolloutSettings(timestep_range=(100, 300), gap=40), {"refine_span": 90.0})
+    assert (rollout.low, rollout.high, rollout.steps, rollout.gap) == (100, 300, 3, 40)
+    assert rollout.share_of_last == pytest.approx(1 - math.exp(-40 / 90))
+    assert rollout_of(RolloutSettings(), {}).span == DPMSolverMultistepScheduler()._refine_span
+
+
 @pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
 def test_a_range_of_timesteps(timesteps: Any) -> None:
     """All of it is trained, and nothing else."""
@@ -376,6 +387,8 @@ def test_a_range_of_timesteps(timesteps: Any) -> None:
     assert set(one.sample_timesteps(1000, Randomness(0, 0)).tolist()) == set(range(400, 410))
     with pytest.raises(ConfigurationError, match="ends at 1001, and there are 1000 timesteps"):
         objective(models(), timestep_range=(400, 1001))
+    with pytest.raises(ConfigurationError, match="ends at 1001"):
+        objective(models(), rollout=Rollout(0.5, 400, 1001))
 
 
 def apart(one: TextToImage, batch: Batch, random: Randomness, below: int) -> Tensor:

@@ -40,6 +40,7 @@ from ..settings.configuration import (
     AutoencoderSettings,
     Configuration,
     FlowMatchingSettings,
+    RolloutSettings,
     TextEncoderSettings,
     TextToImageSettings,
 )
@@ -167,7 +168,7 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
             label_weight=lambda step: 0.0 if labels is None else labels.weight * configuration.share(step),
             agreement_below=0 if agreement is None else agreement.below,
             agreement_weight=0.0 if agreement is None else agreement.weight,
-            rollout=None if rollout is None else Rollout(rollout.share, *rollout.timestep_range, rollout.steps),
+            rollout=None if rollout is None else rollout_of(rollout, config),
             routing=routing_of(settings, models.transformer),
             packed=configuration.data.pack_pixels is not None,
         )
@@ -178,6 +179,12 @@ def _text_to_image(configuration: Configuration, settings: Denoising, models: Co
     if models.text_encoder is not None and not adapted and not configuration.models.text_encoder.train:
         objective.freeze(models.text_encoder)
     return objective
+
+
+def rollout_of(settings: RolloutSettings, scheduler: Mapping[str, Any]) -> Rollout:
+    """Steps like those of a scheduler with this config."""
+    given = settings.share, *settings.timestep_range, settings.steps, settings.gap
+    return Rollout(*given, scheduler.get("refine_span", Rollout._field_defaults["span"]))
 
 
 def texts_of(settings: Denoising, models: Components, static: bool = False) -> Texts:

@@ -25,7 +25,7 @@ class Rollout(NamedTuple):
         low, high: the range, from the first to below the second.
         steps: how many are taken, at most; as many for all samples of a batch.
         gap: timesteps between them.
-        span: over how many their predictions are averaged, like ``refine_span`` of the scheduler.
+        span: over how many their predictions are averaged; ``refine_span`` of the scheduler.
     """
 
     share: float

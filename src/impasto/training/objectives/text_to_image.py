@@ -118,10 +118,9 @@ class TextToImage(Objective):
         self.caption_dropout, self.timesteps, self.bound_weight = caption_dropout, timesteps, bound_weight
         self.weights = loss.weights(weighting)  # [T]
         self.first_timestep, self.end_timestep = timestep_range or (0, loss.steps)
-        if self.end_timestep > loss.steps:
-            raise ConfigurationError(
-                f"timestep_range ends at {self.end_timestep}, and there are {loss.steps} timesteps"
-            )
+        for end in (self.end_timestep, 0 if rollout is None else rollout.high):
+            if end > loss.steps:
+                raise ConfigurationError(f"timestep_range ends at {end}, and there are {loss.steps} timesteps")
         self.label_head, self.label_weight = label_head, label_weight
         if agreement_below > loss.steps:
             raise ConfigurationError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...checks import nearest, shown
 from ..optimizers.schedule import Kind, share
@@ -14,6 +14,16 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _not_empty(ends: tuple[int, int]) -> tuple[int, int]:
+    if ends[0] >= ends[1]:
+        raise ValueError(f"it goes from the first to below the second; {ends} is empty")
+    return ends
+
+
+#: Timesteps from the first to below the second.
+TimestepRange = Annotated[tuple[Annotated[int, Field(ge=0)], Count], AfterValidator(_not_empty)]
 
 
 class Section(BaseModel):

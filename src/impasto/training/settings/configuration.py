@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..objectives.diffusion_loss import Weighting
 from ..objectives.text_to_image import Timesteps
-from .config import Count, NotNegative, Positive, Section, Settings, Share
+from .config import Count, NotNegative, Positive, Section, Settings, Share, TimestepRange
 from .data_settings import DataSettings, SourceSettings
 from .objective_settings import (
     MEASURES,
@@ -55,11 +55,13 @@ class RolloutSettings(Section):
         share: of the samples whose timestep is in the range.
         timestep_range: from the first to below the second.
         steps: at most.
+        gap: timesteps between two of them.
     """
 
     share: Share = 0.5
-    timestep_range: tuple[Annotated[int, Field(ge=0)], Count] = (250, 560)
+    timestep_range: TimestepRange = (250, 560)
     steps: Count = 3
+    gap: Count = 50
 
 
 class TextToImageSettings(Denoising):
@@ -81,7 +83,7 @@ class TextToImageSettings(Denoising):
     kind: Literal["text-to-image"] = "text-to-image"
     caption_dropout: Share = 0.1
     timesteps: Timesteps = "uniform"
-    timestep_range: tuple[Annotated[int, Field(ge=0)], Count] | None = None
+    timestep_range: TimestepRange | None = None
     weighting: Weighting = "none"
     bound_weight: NotNegative = 1.0
     labels: LabelSettings | None = None
@@ -90,9 +92,13 @@ class TextToImageSettings(Denoising):
     token_routing: TokenRoutingSettings | None = None
 
     @model_validator(mode="after")
-    def _range(self) -> TextToImageSettings:
-        if self.timestep_range is not None and self.timestep_range[0] >= self.timestep_range[1]:
-            raise ValueError(f"timestep_range goes from the first to below the second; {self.timestep_range} is empty")
+    def _rolled_are_trained(self) -> TextToImageSettings:
+        if self.rollout is not None and self.timestep_range is not None:
+            (first, end), (low, high) = self.timestep_range, self.rollout.timestep_range
+            if low < first or high > end:
+                raise ValueError(
+                    f"rollout.timestep_range, {low} to {high}, must be within what is trained, {first} to {end}"
+                )
         return self
 
     @model_validator(mode="after")
