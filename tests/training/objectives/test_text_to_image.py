@@ -104,6 +104,16 @@ def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
     assert any(".attn2." in name for name in changed)
 
 
+def test_logged_errors_of_timesteps_have_no_weights() -> None:
+    """Runs whose losses weigh timesteps differently can be compared."""
+    found = [
+        objective(models(), weighting=kind).eval()(flat(0), Randomness(0, 0)) for kind in ("none", "balanced", "min-snr")
+    ]
+    for other in found[1:]:
+        assert not torch.equal(other.each, found[0].each)
+        torch.testing.assert_close(other.parts, found[0].parts, equal_nan=True)
+
+
 def test_models_end_in_float32_holding_the_averages(tmp_path: Path) -> None:
     parts = models()
     train(parts, plan(5), tmp_path)

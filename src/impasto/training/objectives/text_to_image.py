@@ -161,9 +161,9 @@ class TextToImage(Objective):
         rolled = rolled.to(device)
         each = weighted + self.bound_weight * bound * ~rolled
 
-        parts = by_timestep(weighted.masked_fill(rolled, torch.nan), t, self.loss.steps)
+        parts = by_timestep(mse.masked_fill(rolled, torch.nan), t, self.loss.steps)
         if self.rollout is not None and self.training:
-            parts["rollout"] = weighted.detach().where(rolled, torch.nan)
+            parts["rollout"] = mse.detach().where(rolled, torch.nan)
         if outputs[0].shape[1] > x0[0].shape[1]:
             parts["bound"] = bound
         labels = [sample.labels for sample in samples if sample.labels is not None]
