@@ -84,7 +84,8 @@ FROM = --set models.$(1).start_from=$(SCENES)/$(2)
 # Scenes are rendered and encoded once; what is there is not made again.
 ENCODE = $(BIN)/impasto cache $(1) $(SCENES)/latents-$(1) --latents-only --dtype float16
 LATENTS = --set 'data.sources.0={kind: cache, path: $(SCENES)/latents-$(1)}'
-PREVIOUS = --set models.pipeline=$(SCENES)/$(1)/result $(call FROM,text_encoder,$(1)/result) $(call FROM,transformer,$(1)/result)
+CONTINUE = --set models.pipeline=$(SCENES)/$(1)/result $(call FROM,transformer,$(1)/result)
+PREVIOUS = $(call CONTINUE,$(1)) $(call FROM,text_encoder,$(1)/result)
 
 # A file of each finished stage, so that the next `make scenes` skips it.
 $(SCENES)/vae/config.json: | $(STAMP)
@@ -107,16 +108,18 @@ $(SCENES)/multiaspect/result/model_index.json: $(SCENES)/256/result/model_index.
 	$(call TRAIN,scenes-multiaspect,multiaspect) $(call PREVIOUS,256) $(call LATENTS,scenes-multiaspect)
 
 $(SCENES)/edges/result/model_index.json: $(SCENES)/multiaspect/result/model_index.json
-	$(call ENCODE,scenes-edges) --set models.pipeline=$(SCENES)/multiaspect/result $(call FROM,transformer,multiaspect/result)
-	$(call TRAIN,scenes-edges,edges) --set models.pipeline=$(SCENES)/multiaspect/result \
-		$(call FROM,transformer,multiaspect/result) $(call LATENTS,scenes-edges)
+	$(call ENCODE,scenes-edges) $(call CONTINUE,multiaspect)
+	$(call TRAIN,scenes-edges,edges) $(call CONTINUE,multiaspect) $(call LATENTS,scenes-edges)
 
-$(SCENES)/lcm/result: $(SCENES)/edges/result/model_index.json
-	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/edges/result
-	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/edges/result $(call LATENTS,scenes-lcm)
+$(SCENES)/finish/result/model_index.json: $(SCENES)/edges/result/model_index.json
+	$(call TRAIN,scenes-finish,finish) $(call CONTINUE,edges) $(call LATENTS,scenes-edges)
+
+$(SCENES)/lcm/result: $(SCENES)/finish/result/model_index.json
+	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/finish/result
+	$(call TRAIN,scenes-lcm,lcm) --set models.pipeline=$(SCENES)/finish/result $(call LATENTS,scenes-lcm)
 
 scenes: $(SCENES)/lcm/result
-	@echo "The model is $(CURDIR)/$(SCENES)/edges/result"
+	@echo "The model is $(CURDIR)/$(SCENES)/finish/result"
 
 # Stamps are written last: a set-up that was interrupted is taken up again.
 $(STAMP): $(CORE)

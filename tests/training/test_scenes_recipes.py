@@ -124,21 +124,23 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
     )
     assert (third / "result" / "model_index.json").exists()
 
-    fourth = run(
-        "scenes-edges",
-        tmp_path,
-        "steps=3",
-        "log_every=3",
-        "data.sources.0.options.frames=[[32, 48], [48, 32]]",
-        "data.sources.0.options.count=64",
-        "data.sizes=[[32, 48], [48, 32]]",
-        "data.batch_size=8",
-        "data.workers=0",
-        f"models.pipeline={third / 'result'}",
-        f"models.transformer.start_from={third / 'result'}",
-        "checks={}",
-    )
-    assert rows(fourth)[-1]["rollout"] > 0
+    last = third
+    for name, part in (("scenes-edges", "rollout"), ("scenes-finish", "agreement")):
+        last = run(
+            name,
+            tmp_path,
+            "steps=3",
+            "log_every=3",
+            "data.sources.0.options.frames=[[32, 48], [48, 32]]",
+            "data.sources.0.options.count=64",
+            "data.sizes=[[32, 48], [48, 32]]",
+            "data.batch_size=8",
+            "data.workers=0",
+            f"models.pipeline={last / 'result'}",
+            f"models.transformer.start_from={last / 'result'}",
+            "checks={}",
+        )
+        assert rows(last)[-1][part] > 0
 
     for name in ("scenes-lcm", "scenes-lora"):
         adapter = run(
@@ -151,7 +153,7 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
             *(f"data.sources.{i}.options.frames=[[32, 32]]" for i in range(1 if name == "scenes-lcm" else 2)),
             "validation=null",
             "checkpoints.best=null",
-            f"models.pipeline={fourth / 'result'}",
+            f"models.pipeline={last / 'result'}",
         )
         assert any(path.suffix == ".safetensors" for path in (adapter / "result").rglob("*")), name
 
