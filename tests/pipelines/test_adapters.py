@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -339,6 +340,52 @@ def test_hotswapped_adapters_keep_compiled_blocks(pipe: Any, tmp_path: Path) -> 
     assert layer.scaling["style"] == factors[1]
     assert layer.lora_A["style"].weight.shape[0] == 5
     assert close(generate(pipe), generate(merged(untouched, (two, 1.0))))
+
+
+def test_a_hotswapped_adapter_leaves_nothing_of_the_one_before(pipe: Any, tmp_path: Path) -> None:
+    both = load_file(write(pipe, tmp_path, "diffusers")[0])
+    one = {name: 2 * tensor for name, tensor in both.items() if name.startswith("transformer.")}
+    expected = copy.deepcopy(pipe)
+    expected.load_lora_weights(one)
+    pipe.load_lora_weights(both, adapter_name="style")
+    assert set(pipe.get_list_adapters()) == {"transformer", "text_encoder"}
+    pipe.load_lora_weights(one, adapter_name="style", hotswap=True)
+    assert close(generate(pipe), generate(expected))
+
+
+def test_a_hotswap_that_fails_in_one_component_changes_none(pipe: Any, tmp_path: Path) -> None:
+    both = load_file(write(pipe, tmp_path, "diffusers")[0])
+    # Of twice the rank in the text encoder.
+    higher = {
+        name: 2 * tensor
+        if name.startswith("transformer.")
+        else torch.cat([tensor, tensor], dim=0 if "lora_A" in name else 1)
+        for name, tensor in both.items()
+    }
+    prepared, expected = copy.deepcopy(pipe), copy.deepcopy(pipe)
+    pipe.load_lora_weights(both, adapter_name="style")
+    before = generate(pipe)
+    with pytest.raises(WeightsMismatchError, match="have a lower rank"):
+        pipe.load_lora_weights(higher, adapter_name="style", hotswap=True)
+    assert torch.equal(generate(pipe), before)
+    prepared.enable_lora_hotswap(target_rank=4)  # also in the text encoder
+    prepared.load_lora_weights(both, adapter_name="style")
+    prepared.load_lora_weights(higher, adapter_name="style", hotswap=True)
+    expected.load_lora_weights(higher)
+    assert close(generate(prepared), generate(expected))
+
+
+def test_a_dora_is_not_hotswapped_for_less(pipe: Any) -> None:
+    """The norms that it has learned would stay."""
+    layers = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.attn1.to_q"]
+    config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False, use_dora=True)
+    pipe.transformer.add_adapter(config, "style")
+    tensors = pipe.transformer.state_dict()
+    kept = {name.replace(".style", ""): tensor for name, tensor in tensors.items() if ".lora_" in name}
+    pipe.load_lora_weights(kept, adapter_name="style", hotswap=True)
+    less = {name: tensor for name, tensor in kept.items() if "blocks.0" in name}
+    with pytest.raises(WeightsMismatchError, match="DoRA on one side"):
+        pipe.load_lora_weights(less, adapter_name="style", hotswap=True)
 
 
 def test_glm_image_has_adapters_in_transformer_and_glyph_encoder(tmp_path: Path) -> None:

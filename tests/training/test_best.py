@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,21 @@ def test_another_best_value_is_not_compared_with_the_one_before(tmp_path: Path) 
     assert list(checkpoints.found(tmp_path)) == [6]
     start(10, best="right")
     assert list(checkpoints.found(tmp_path)) == [8, 10]
+
+
+@pytest.mark.parametrize("changed", ["validation", "checks"])
+def test_the_best_value_of_another_measure_is_not_compared(changed: str, tmp_path: Path) -> None:
+    class Measured(Settings):
+        validation: Mapping[str, int] = {"count": 4}
+        checks: Mapping[str, int] = {"count": 4}
+
+    def start(steps: int, scale: float, **given: Any) -> None:
+        plan = plain(steps, checkpoints={"every": 2, "keep": 1, "best": "error"}).model_dump()
+        train(linear()[1], steps_alone(8), Measured(**plan, **given), tmp_path, lambda step: {"error": scale * step})
+
+    start(4, 1.0)
+    assert list(checkpoints.found(tmp_path)) == [2, 4]
+    start(8, 10.0, **{changed: {"count": 4}})  # measured as before
+    assert list(checkpoints.found(tmp_path)) == [2, 8]
+    start(12, 10.0, **{changed: {"count": 8}})
+    assert list(checkpoints.found(tmp_path)) == [10, 12]

@@ -97,3 +97,31 @@ def test_an_autoencoder_of_other_latents_is_refused(place: Path) -> None:
     other = {"config": {"in_channels": 8}, "start_from": str(place / "sigma")}
     with pytest.raises(ConfigurationError, match=r"models.vae: its latents have 4 channels .* takes 8 "):
         load(configuration(place, [16, 8], models={"pipeline": str(place / "sigma"), "transformer": other}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "changes"),
+    [
+        ("vae", {"scaling_factor": 0.13}, {}),
+        ("text_encoder", {"num_layers": 1}, {}),
+        ("transformer", {"sample_size": 4}, {"adapter": {"rank": 2}}),
+        ("transformer", {"sample_size": 4}, {"objective": {"kind": "lcm"}}),
+        ("transformer", {"sample_size": 4}, {"objective": {"kind": "textual-inversion", "token": "<x>"}}),
+    ],
+)
+def test_a_model_that_is_not_trained_is_not_a_new_one(
+    name: str, config: dict[str, Any], changes: dict[str, Any], place: Path
+) -> None:
+    given = {"pipeline": str(place / "sigma"), name: {"config": config}}
+    with pytest.raises(ConfigurationError, match=rf"models\.{name}: a config alone .* give start_from"):
+        load(configuration(place, [16, 8], models=given, **changes), CPU)
+
+
+def test_a_config_changes_a_stored_model(place: Path) -> None:
+    vae = {"start_from": str(place / "sigma"), "config": {"scaling_factor": 0.13}}
+    found, stored = (
+        load(configuration(place, [16, 8], models={"pipeline": str(place / "sigma"), **given}), CPU).vae
+        for given in ({"vae": vae}, {})
+    )
+    assert (found.config.scaling_factor, stored.config.scaling_factor) == (0.13, 0.7)
+    assert torch.equal(found.decoder.conv_in.weight, stored.decoder.conv_in.weight)

@@ -8,7 +8,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.assembly.assemble import assemble, open_data, open_source
 from impasto.training.data.sample import Sample
-from impasto.training.distributed.processes import ALONE
+from impasto.training.distributed.parallel import chosen
+from impasto.training.distributed.processes import ALONE, Processes
 from impasto.training.launch import _held, launch, preview
 from impasto.training.objectives.autoencoder import images_of, latent_moments
 from impasto.training.settings import recipe_files as recipes
@@ -135,6 +136,26 @@ def test_an_autoencoder_is_trained(place: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*pairs, atol=1e-4, rtol=1e-3)
 
 
+def test_latents_are_measured_in_one_process_and_in_micro_batches(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def moments(vae: AutoencoderKL, batches: Iterable[list[Sample]]) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.extend(len(samples) for samples in batches)
+        return torch.zeros(4), torch.ones(4)
+
+    monkeypatch.setattr("impasto.training.launch.latent_moments", moments)
+    models = {"vae": {"start_from": str(place / "pipeline")}}
+    objective = {"kind": "autoencoder", "standardize": 16}
+    wanted = configuration(place, steps=1, micro_batch=3, objective=objective, models=models)
+    launch(wanted, tmp_path)
+    assert sizes == [3, 3, 2, 3, 3, 2]
+    made = assemble(wanted, tmp_path, writes=False).objective
+    with pytest.raises(ConfigurationError, match=r"Autoencoder cannot be sharded, as objective\.standardize"):
+        chosen(made, Processes(0, 2, parallel="fsdp"))
+
+
 def whole_batches(wanted: Any) -> Iterator[list[Any]]:
     data, *_ = open_data(wanted, {})
     return (data.batch(step).samples for step in range(3))
@@ -162,6 +183,16 @@ def test_a_run_goes_on_only_if_asked_and_only_as_it_was(place: Path, tmp_path: P
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
     assert rows(tmp_path / "parts")[-1]["loss"] == rows(tmp_path / "whole")[-1]["loss"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_result_without_checkpoints_is_not_overwritten(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "result").mkdir()
+    with (
+        pytest.raises(InputError, match=r"has the result of a run, and no checkpoint .*; give another --output"),
+        _held(tmp_path, resume, ALONE),
+    ):
+        pass
 
 
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
@@ -243,8 +274,8 @@ def test_what_is_missing_is_named(
     ("name", "settings", "message"),
     [
         ("transformer", {"config": {"num_layer": 1}}, "did you mean 'num_layers'"),
-        ("vae", {"config": {"latent_channel": 4}}, "did you mean 'latent_channels'"),
-        ("text_encoder", {"config": {"num_layer": 1}}, "did you mean 'num_layers'"),
+        ("vae", {"start_from": "pipeline", "config": {"latent_channel": 4}}, "did you mean 'latent_channels'"),
+        ("text_encoder", {"config": {"num_layer": 1}, "train": True}, "did you mean 'num_layers'"),
         ("text_encoder", {"start_from": "pipeline", "config": {"dropout_rate": 0.0}}, "keeps its own"),
     ],
 )
@@ -254,7 +285,7 @@ def test_settings_that_a_model_does_not_take_are_refused(
     if "start_from" in settings:
         settings = settings | {"start_from": str(place / settings["start_from"])}
     models = {"pipeline": str(place / "pipeline"), name: settings}
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises((ConfigurationError, InputError), match=message):
         launch(configuration(place, models=models), tmp_path / "run")
 
 

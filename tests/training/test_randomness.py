@@ -79,6 +79,16 @@ def test_which_sample_has_which_interval_is_drawn_for_packed_batches() -> None:
     assert float(numbers[:, :8].mean()) == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_what_fills_a_micro_batch_up_has_a_number_too(shuffled: bool) -> None:
+    """Its place may be after the last one of the global batch."""
+    whole = Randomness(3, 5, batch=8).stratified(8, shuffled)
+    assert Randomness(3, 5, first=8, batch=8).stratified(1, shuffled).shape == (1,)
+    numbers = Randomness(3, 5, first=6, batch=8).stratified(4, shuffled)
+    assert torch.equal(numbers[:2], whole[6:])
+    assert 0 <= float(numbers.min()) <= float(numbers.max()) <= 1
+
+
 def test_what_samples_share_is_the_same_in_each_share_and_of_no_sample() -> None:
     first, second = Randomness(1, 7, first=0, batch=8), Randomness(1, 7, first=4, batch=8)
     numbers = first.shared.random(4).tolist()

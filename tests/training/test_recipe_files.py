@@ -120,6 +120,18 @@ WRONG: dict[str, tuple[str, str]] = {
     "one beta": ("optimizer: {betas: [0.9]}", "optimizer: muon has 2 betas, not 1"),
     "the confidence of AdamW": ("optimizer: {name: adamw, betas: [0.9, 0.99, 0.9]}", "adamw has 2 betas, not 3"),
     "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps is not one of came's"),
+    "agreement below what is trained": (
+        "objective: {kind: text-to-image, timestep_range: [400, 1000], agreement: {below: 400}}",
+        r"objective: agreement\.below: the first timestep that is trained is 400; give a higher one",
+    ),
+    "rollout beyond what is trained": (
+        "objective: {kind: text-to-image, timestep_range: [400, 1000], rollout: {timestep_range: [300, 500]}}",
+        r"rollout\.timestep_range, 300 to 500, must be within what is trained, 400 to 1000",
+    ),
+    "labels of tokens that skip": (
+        "objective: {kind: text-to-image, labels: {block: 3, classes: [2]}, token_routing: {start: 2, end: 4}}",
+        r"labels\.block, 3, needs all tokens, and token_routing skips 2 to 3",
+    ),
     "the best of nothing": ("checkpoints: {result: best}", "checkpoints: result: best needs the value"),
     "a caption of a cache": (
         "data: {sources: [{kind: cache, path: x, caption: y}]}",

@@ -48,7 +48,8 @@ def launch(
         None, or the signal that ended the run early, with a checkpoint.
 
     Raises:
-        InputError: the folder has a run already, and ``resume`` is False; or another process trains in it.
+        InputError: the folder has a run already, and ``resume`` is False, or only the result of one; or another process
+            trains in it.
         CheckpointError: the run in it has other settings.
     """
     with (
@@ -99,6 +100,10 @@ def _held(folder: Path, resume: bool, processes: Processes) -> Iterator[None]:
                         f"{folder} has a run already, up to {last.name}; continue it with --resume, or give another "
                         f"--output"
                     )
+                if last is None and (folder / "result").exists():
+                    raise InputError(
+                        f"{folder} has the result of a run, and no checkpoint to continue from; give another --output"
+                    )
         yield
 
 
@@ -136,8 +141,9 @@ def preview(
 def _export(configuration: Configuration, assembled: Assembled, folder: Path) -> None:
     if isinstance(configuration.objective, AutoencoderSettings) and configuration.objective.standardize is not None:
         steps = range(-(-configuration.objective.standardize // configuration.data.batch_size))
-        vae = assembled.components.vae
-        standardize(vae, *latent_moments(vae, (assembled.data.batch(step).samples for step in steps)))
+        vae, at_once = assembled.components.vae, configuration.micro_batch or 16
+        parts = (part.samples for step in steps for part in assembled.data.batch(step).split(at_once))
+        standardize(vae, *latent_moments(vae, parts))
     if configuration.adapter is not None:
         defaults = assembled.objective.adapter_defaults
         export_adapters(configuration.adapter, assembled.components, folder, defaults)

@@ -41,9 +41,12 @@ def test_optimizers_that_fail_on_shards_are_refused_by_name() -> None:
 
 def test_an_objective_that_holds_other_values_in_its_parameters_is_not_sharded() -> None:
     objective = Matrix()
-    objective.shardable = False  # type: ignore[misc]
+    objective.unshardable = "it holds other values in its parameters"
     assert chosen(objective, Processes(0, 2, parallel="auto")) == "ddp"
-    with pytest.raises(ConfigurationError, match="Matrix cannot be sharded"):
+    with pytest.raises(
+        ConfigurationError,
+        match="Matrix cannot be sharded, as it holds other values in its parameters; set parallel: ddp",
+    ):
         chosen(objective, Processes(0, 2, parallel="hsdp"))
     assert chosen(Matrix(), Processes(0, 2, parallel="hsdp")) == "hsdp"
 

@@ -25,6 +25,7 @@ from impasto.training.data.sample import Sample, Source
 from impasto.training.data.views import Views
 from impasto.training.jobs import cache as module
 from impasto.training.jobs.cache import Encoders, Job, run, settings_for
+from impasto.training.jobs.on_ray import _missing as missing_on_ray
 from impasto.training.objectives.diffusion_loss import DiffusionLoss
 from impasto.training.objectives.text_to_image import Latents, TextToImage
 from impasto.training.objectives.texts import Texts
@@ -161,6 +162,37 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     index.write_bytes(index.read_bytes() + b'{"file": 3}\n')
     with pytest.raises(CheckpointError, match=r"index-1-of-1.jsonl, line 6, is damaged"):
         CachedSource(tmp_path / "cache")
+
+
+def test_features_of_the_empty_caption_are_made_again(tmp_path: Path, rendered: Path) -> None:
+    shutil.copytree(rendered, tmp_path / "cache")
+    empty = CachedSource(rendered).empty
+    (tmp_path / "cache" / "empty.safetensors").unlink()
+    with pytest.raises(InputError, match=r"empty.safetensors cannot be read: .*; cache it again"):
+        CachedSource(tmp_path / "cache")
+    again = job(Rendered(), tmp_path / "cache")
+    assert missing_on_ray(again) == [-1]
+    assert run(again)["written"] == 0
+    assert missing_on_ray(again) == []
+    assert torch.equal(CachedSource(tmp_path / "cache").empty, empty)  # type: ignore[arg-type]
+
+
+def test_a_chunk_that_another_process_has_made_again_is_read(tmp_path: Path) -> None:
+    """The older line of the index, which comes last, has the checksum of what was deleted."""
+    for part in (1, 2):
+        run(job(Rendered(), tmp_path / "cache"), (part, 2))
+    (tmp_path / "cache" / "chunk-000001.safetensors").unlink()
+    again = job(Rendered(), tmp_path / "cache")
+    posterior = again.encoders.posterior
+
+    def rounded_otherwise(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, deviation = posterior(samples)
+        return mean + 1e-6, deviation
+
+    again.encoders = Encoders(rounded_otherwise, again.encoders.features)
+    assert run(again) == {"skipped": 1, "written": 1, "broken": 0}
+    source = CachedSource(tmp_path / "cache")
+    assert source.read(3, (16, 16), np.random.default_rng(0)).caption == "cube 3"
 
 
 @pytest.mark.parametrize(

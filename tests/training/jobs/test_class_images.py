@@ -8,10 +8,15 @@ import pytest
 from PIL import Image
 
 from impasto.errors import InputError
+from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.glm_image.model import GlmImageTransformer2DModel
+from impasto.pipelines.glm_image import GlmImagePipeline
 from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from impasto.training.jobs.class_images import generate_class_images
 
 from ...tiny import tiny_pipeline
+from ...tiny_glm import SCHEDULER, TRANSFORMER, VAE, prior_parts, text_parts
 
 
 def test_missing_images_are_generated_and_others_are_kept(tmp_path: Path) -> None:
@@ -39,3 +44,12 @@ def test_missing_images_are_generated_and_others_are_kept(tmp_path: Path) -> Non
         generate_class_images(pipe, " ", tmp_path, 1, size=(16, 16))
     with pytest.raises(InputError, match="count"):
         run("all", 0)
+
+
+def test_glm_image_generates_class_images_too(tmp_path: Path) -> None:
+    parts = {**text_parts(), **prior_parts(), "vae": AutoencoderKL(**VAE)}
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    pipe = GlmImagePipeline(transformer=GlmImageTransformer2DModel(**TRANSFORMER).eval(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    assert generate_class_images(pipe, "a dog", tmp_path, 2, size=(64, 32), steps=1) == 2
+    assert [Image.open(path).size for path in tmp_path.iterdir()] == [(32, 64)] * 2

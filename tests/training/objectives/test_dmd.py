@@ -12,6 +12,7 @@ from torch import Tensor
 from impasto.errors import ConfigurationError
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines.pixart import PixArtAlphaPipeline
+from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.dmd import DistributionMatching
 from impasto.training.running.loop import train
@@ -114,6 +115,12 @@ def test_the_pipeline_generates_what_the_generator_does() -> None:
     options: dict[str, Any] = {"timesteps": [400], "guidance_scale": 1.0, "output_type": "latent", "height": 8}
     latents = pipe(prompt, latents=z, width=8, use_resolution_binning=False, **options).images
     torch.testing.assert_close(latents, one.generate(z, given), rtol=1e-3, atol=1e-4)
+
+
+def test_the_sampler_has_the_noise_schedule_of_the_teacher() -> None:
+    teachers = DPMSolverMultistepScheduler(rescale_betas_zero_snr=True, beta_end=0.03)
+    found = objective(tiny_transformer(sample_size=4), "epsilon").scheduler(teachers.config)
+    torch.testing.assert_close(found.alphas_cumprod[:-1], teachers.alphas_cumprod[:-1])
 
 
 def test_pairs_of_samples_are_used(tmp_path: Path) -> None:

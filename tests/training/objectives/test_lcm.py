@@ -12,6 +12,7 @@ from torch import Tensor
 
 from impasto.errors import ConfigurationError
 from impasto.models.pixart.model import PixArtTransformer2DModel
+from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from impasto.schedulers.lcm import LCMScheduler
 from impasto.training.distributed.parallel import chosen
 from impasto.training.distributed.processes import Processes
@@ -109,6 +110,14 @@ def test_the_sampler_is_that_of_the_pipelines() -> None:
         if index < 4:
             x = one.loss.add_noise(x, numbers.normal(x.shape), scheduler.timesteps[index].repeat(8))
     torch.testing.assert_close(one.sample(noise, given, 4, Randomness(5, 0)), x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_has_the_noise_schedule_of_the_teacher() -> None:
+    teachers = DPMSolverMultistepScheduler(rescale_betas_zero_snr=True, beta_end=0.03, prediction_type="v_prediction")
+    found = objective(tiny_transformer(sample_size=4)).scheduler(teachers.config)
+    assert found.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(found.alphas_cumprod[:-1], teachers.alphas_cumprod[:-1])
+    assert found.alphas_cumprod[-1] < 1e-6
 
 
 def test_four_steps_come_nearer_to_the_teachers_images(tmp_path: Path) -> None:

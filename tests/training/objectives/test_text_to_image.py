@@ -107,7 +107,8 @@ def test_a_few_steps_reduce_the_loss(tmp_path: Path) -> None:
 def test_logged_errors_of_timesteps_have_no_weights() -> None:
     """Runs whose losses weigh timesteps differently can be compared."""
     found = [
-        objective(models(), weighting=kind).eval()(flat(0), Randomness(0, 0)) for kind in ("none", "balanced", "min-snr")
+        objective(models(), weighting=kind).eval()(flat(0), Randomness(0, 0))
+        for kind in ("none", "balanced", "min-snr")
     ]
     for other in found[1:]:
         assert not torch.equal(other.each, found[0].each)
@@ -245,6 +246,11 @@ def test_labels_are_learned_from_the_middle_of_the_transformer_and_leave_no_trac
     assert log[-1]["labels"] < 0.3 * log[0]["labels"]
     assert set(parts[0].state_dict()) == names
     assert any(name.startswith("models.label_head.") for name in stored(tmp_path))
+
+
+def test_labels_of_a_block_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"labels\.block: the transformer has 2 blocks, 0 to 1, not 2"):
+        LabelHead(tiny_transformer(), 2, (2, 3))
 
 
 def test_a_label_head_reads_each_latent_of_its_own_token() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from impasto.errors import InputError
+from impasto.errors import ConfigurationError, InputError
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.training.data.sample import Batch, Sample
+from impasto.training.distributed.parallel import chosen
+from impasto.training.distributed.processes import Processes
 from impasto.training.objectives.base import ByStep
 from impasto.training.objectives.textual_inversion import TextualInversion
 from impasto.training.running.loop import train
@@ -63,6 +65,13 @@ def test_where_it_starts() -> None:
     assert torch.equal(objective(start_from="Red cat", vectors=3).rows, table[[*ids, ids[0]]])
     assert torch.equal(objective().rows, objective().rows)
     assert not torch.equal(objective().rows, objective(seed=1).rows)
+
+
+def test_it_is_not_sharded() -> None:
+    """The texts read the parameter, in place of which shards would be trained."""
+    assert chosen(objective(), Processes(0, 2, parallel="auto")) == "ddp"
+    with pytest.raises(ConfigurationError, match="TextualInversion cannot be sharded"):
+        chosen(objective(), Processes(0, 2, parallel="fsdp"))
 
 
 def test_what_cannot_be_learned_is_refused() -> None:

@@ -198,10 +198,12 @@ class LoraMethods(LoraFiles):
             adapters.move(module, own, target)
 
     def enable_lora_hotswap(self, target_rank: int = 128, check_compiled: str = "error") -> None:
-        """Prepare for ``load_lora_weights(..., hotswap=True)``; see the transformer's method of this name."""
+        """Prepare all components for ``load_lora_weights(..., hotswap=True)``; see the transformer's method."""
         from ...transforms import adapters
 
-        adapters.prepare_swapping(self._require("transformer"), target_rank, check_compiled)
+        self._require("transformer")
+        for module in self._loadable().values():
+            adapters.prepare_swapping(module, target_rank, check_compiled)
 
 
 def _refuse_others(keywords: Mapping[str, Any]) -> None:

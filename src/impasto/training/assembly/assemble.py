@@ -117,7 +117,10 @@ def make_objective(configuration: Configuration, components: Components) -> Obje
     settings = configuration.objective
     if isinstance(settings, AutoencoderSettings):
         weights = settings.kl_weight, settings.l1_weight, settings.edge_weight, settings.half_scale_weight
-        return Autoencoder(components.vae, *weights)
+        trained = Autoencoder(components.vae, *weights)
+        if settings.standardize is not None:
+            trained.unshardable = "objective.standardize encodes images in one process"
+        return trained
     if isinstance(settings, FlowMatchingSettings):
         return GlmImageFlowMatching(
             components.transformer,

@@ -39,6 +39,9 @@ from .start import start_stage
 
 FAMILIES: Mapping[str, Family] = {"alpha": ALPHA, "sigma": SIGMA, "glm-image": GLM_IMAGE}
 
+#: What objectives can train from nothing. Distillation, like an adapter, goes on from what a model knows.
+_FROM_NOTHING = {"text-to-image": "transformer", "autoencoder": "vae", "text-encoder": "text_encoder"}
+
 
 @dataclass
 class Components:
@@ -197,6 +200,8 @@ class _Reader:
     def __init__(self, configuration: Configuration, device: torch.device):
         self.models, self.device = configuration.models, device
         self.adapter, self.seed = configuration.adapter, configuration.seed
+        new = None if self.adapter is not None else _FROM_NOTHING.get(configuration.objective.kind)
+        self.may_be_new = {new, "text_encoder" if self.models.text_encoder.train else None}
         self.generates = configuration.samples is not None or bool(configuration.checks)
         self.generates |= any(source.generate is not None for source in configuration.data.sources)
         self.dtype = working_dtype(configuration.precision, device)
@@ -204,14 +209,22 @@ class _Reader:
         self.pipeline = None if self.models.pipeline is None else hub.resolve(self.models.pipeline)
 
     def folder(self, name: str, settings: ComponentSettings) -> Path | None:
-        """Where a component is stored; None if it is new."""
+        """Where a component is stored; None if it is new.
+
+        Raises:
+            ConfigurationError: it is not given, or would be new where a trained one is needed.
+        """
         if settings.start_from is not None:
             root = hub.resolve(settings.start_from)
             return root / name if (root / INDEX_NAME).exists() or (root / name).is_dir() else root
         if self.pipeline is not None and not settings.config:
             return self.pipeline / name
-        if settings.config:
+        if settings.config and name in self.may_be_new:
             return None
+        if settings.config:
+            raise ConfigurationError(
+                f"models.{name}: a config alone is for a new model, and this run needs a trained one; give start_from"
+            )
         raise ConfigurationError(
             f"models.{name} is not given: set models.pipeline, or models.{name}.start_from, or its config for a new one"
         )
@@ -255,7 +268,8 @@ class _Reader:
 
         settings = self.models.transformer
         assert self.pipeline is not None
-        source = self.folder("transformer", settings) or self.pipeline / "transformer"
+        given = None if settings.start_from is None else self.folder("transformer", settings)
+        source = given or self.pipeline / "transformer"
         dtype = torch.float32 if self.adapter is None else self.dtype
         transformer = GlmImageTransformer2DModel.from_pretrained(source, dtype=dtype, **settings.config)
         if settings.gradient_checkpointing:

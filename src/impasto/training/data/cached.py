@@ -120,7 +120,7 @@ class CachedSource:
         self.views = Views(self.settings.crop, self.settings.flip)  # type: ignore[arg-type]
         self._checksums: dict[str, str] = {}
         found: dict[int, tuple[dict[str, Any], str]] = {}
-        for line in read_index(folder):
+        for line in _current(folder):
             found |= {record["index"]: (record, line["file"]) for record in line["samples"]}
             self._checksums[line["file"]] = line["sha256"]
         for index, (record, _) in found.items():
@@ -253,9 +253,7 @@ class CachedSource:
         path = self.folder / name
         try:
             if name not in self._checked:
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != self._checksums.get(name):
+                if _checksum(path) != self._checksums.get(name):
                     raise InputError(f"{path} is damaged: its checksum is not that of the index; cache it again")
                 self._checked.add(name)
             return safe_open(path, framework="pt")
@@ -280,6 +278,21 @@ def read_index(folder: Path) -> Iterator[dict[str, Any]]:
                 raise CheckpointError(
                     f"{path}, line {number}, is damaged; remove this line and run impasto cache again"
                 ) from error
+
+
+def _current(folder: Path) -> Iterator[dict[str, Any]]:
+    """The line of each file. A file that was made again, perhaps by another process, has an older one in some index."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}  # by file and checksum
+    for line in read_index(folder):
+        found.setdefault(line["file"], {})[line["sha256"]] = line
+    for name, lines in found.items():
+        path, last = folder / name, [*lines.values()][-1]
+        yield lines.get(_checksum(path), last) if len(lines) > 1 and path.is_file() else last
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_line(record: Mapping[str, Any]) -> None:

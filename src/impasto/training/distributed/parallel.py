@@ -33,14 +33,12 @@ def chosen(objective: nn.Module, processes: Processes) -> Parallel:
     """What ``auto`` means for an objective: DDP as long as its state leaves half of a GPU's memory free, else FSDP.
 
     Raises:
-        ConfigurationError: FSDP, for an objective that holds other values in its parameters.
+        ConfigurationError: FSDP, for an objective that cannot be sharded.
     """
-    if not getattr(objective, "shardable", True):
+    reason = getattr(objective, "unshardable", "")
+    if reason:
         if processes.parallel in ("fsdp", "hsdp"):
-            raise ConfigurationError(
-                f"{type(objective).__name__} cannot be sharded, as it holds other values in its parameters; set "
-                f"parallel: ddp"
-            )
+            raise ConfigurationError(f"{type(objective).__name__} cannot be sharded, as {reason}; set parallel: ddp")
         return "ddp" if processes.parallel == "auto" else processes.parallel
     if processes.parallel != "auto":
         return processes.parallel

@@ -98,8 +98,15 @@ class Job:
     def missing(self, shard: tuple[int, int] = (1, 1)) -> list[int]:
         """The chunks that are not there yet, of those of process i of N."""
         part, parts = shard
-        done = {line["file"] for line in read_index(self.folder) if (self.folder / line["file"]).is_file()}
+        done = self._done()
         return [n for n in range(part - 1, self.chunks, parts) if _file(n) not in done]
+
+    def lacks_empty(self) -> bool:
+        """Whether the features of the empty caption are not there yet."""
+        return EMPTY not in self._done()
+
+    def _done(self) -> set[str]:
+        return {line["file"] for line in read_index(self.folder) if (self.folder / line["file"]).is_file()}
 
     def samples(self, chunks: Iterable[int]) -> int:
         """How many samples chunks have."""
@@ -227,7 +234,7 @@ def run(
     index = job.folder / f"index-{part}-of-{parts}.jsonl"
     missing = job.missing(shard)
     counts = {"skipped": len(range(part - 1, job.chunks, parts)) - len(missing), "written": 0, "broken": 0}
-    if not any(line["file"] == EMPTY for line in read_index(job.folder)):
+    if job.lacks_empty():
         append_line(index, job.write_empty())
     for number in missing:
         append_line(index, job.write_chunk(number))

@@ -62,6 +62,9 @@ def generate_class_images(
     guidance_scale = finite("guidance_scale", guidance_scale, least=0)
     if not prompt.strip():
         raise InputError("images of a class need a prompt, such as 'a photo of a dog'; set the caption of the source")
+    from ...pipelines.glm_image import GlmImagePipeline
+
+    exact = {} if isinstance(pipe, GlmImagePipeline) else {"use_resolution_binning": False}
     path = Path(folder)
     make_folder(path)
     missing = [number for number in missing_images(path, count) if number % world == rank]
@@ -76,7 +79,7 @@ def generate_class_images(
             guidance_scale=guidance_scale,
             height=size[0],
             width=size[1],
-            use_resolution_binning=False,
+            **exact,
             generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
         ).images
         for number, image in zip(numbers, images, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 from ...files import append_line
 from ...ray_cluster import ray_session, require_ray, threads_of_an_actor
 from ..assembly.assemble import MakeSource
-from ..data.cached import EMPTY, read_index
+from ..data.cached import EMPTY
 from ..settings.configuration import Configuration
 from .cache import Job
 from .from_configuration import cache_jobs
@@ -102,5 +102,4 @@ def run_on_ray(
 
 def _missing(job: Job) -> list[int]:
     """The missing chunks; -1 stands for the empty caption."""
-    has_empty = any(line["file"] == EMPTY for line in read_index(job.folder))
-    return [*([] if has_empty else [-1]), *job.missing()]
+    return [*([-1] if job.lacks_empty() else []), *job.missing()]

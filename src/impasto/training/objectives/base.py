@@ -48,8 +48,8 @@ class Objective(nn.Module):
     ``forward`` is the only entry. Its result depends on the parameters, the batch and ``random`` alone.
     """
 
-    #: Whether parameters may be sharded over processes: not where the objective holds other values in them.
-    shardable: ClassVar[bool] = True
+    #: Why parameters cannot be sharded over processes; "" where they can.
+    unshardable: str = ""
     #: How to generate with an adapter that was trained on it, if in another way than with the model.
     adapter_defaults: ClassVar[AdapterDefaults | None] = None
 

@@ -69,13 +69,19 @@ class Given(NamedTuple):
     conditions: Mapping[str, Tensor] | None
 
 
+#: What a scheduler's config says of the noise schedule and of the prediction.
+SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+)
+
 Prediction = Callable[[Tensor, Tensor], Tensor]  # x_t [B, C, H, W], t [B] -> the prediction, of the same shape
 
 
 class Distillation(TextToImage):
     """A student, a transformer or an adapter of one, that learns from its own weights at the start, the teacher."""
 
-    shardable = False
+    unshardable = "it holds other values in its parameters"
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, caption_dropout=0.0, **options)

@@ -22,7 +22,7 @@ from ...schedulers.ddpm import DDPMScheduler
 from ..data.sample import Batch, Sample
 from ..running.randomness import Randomness
 from .base import Loss
-from .distillation import Distillation, Given, distance
+from .distillation import SCHEDULE, Distillation, Given, distance
 
 #: The names under which samples have pairs, in ``extra``: the noise, and the teacher's latents, as it generates them.
 PAIR = ("noise", "latents")
@@ -138,8 +138,7 @@ class DistributionMatching(Distillation):
 
     def scheduler(self, config: Mapping[str, Any]) -> DDPMScheduler:
         """The sampler of the result, for the noise schedule in a scheduler's config; with ``timesteps=[400]``."""
-        kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        taken = {name: config[name] for name in kept if config.get(name) is not None}
+        taken = {name: config[name] for name in SCHEDULE if config.get(name) is not None}
         return DDPMScheduler(**taken, clip_sample=False)
 
     @property

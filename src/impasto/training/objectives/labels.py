@@ -25,6 +25,9 @@ class LabelHead(nn.Module):
 
     def __init__(self, transformer: PixArtTransformer2DModel, block: int, classes: Sequence[int], seed: int = 0):
         super().__init__()
+        count = len(transformer.transformer_blocks)
+        if block >= count:
+            raise ConfigurationError(f"labels.block: the transformer has {count} blocks, 0 to {count - 1}, not {block}")
         self.patch_size = transformer.patch_size
         self.classes = tuple(classes)
         with torch.random.fork_rng([]):  # the same numbers on every device

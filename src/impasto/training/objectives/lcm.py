@@ -20,7 +20,7 @@ from ...schedulers.process import boundary_scalings
 from ..data.sample import Batch
 from ..running.randomness import Randomness
 from .base import Loss
-from .distillation import Distillation, Given, Values, distance
+from .distillation import SCHEDULE, Distillation, Given, Values, distance
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -101,8 +101,7 @@ class LatentConsistency(Distillation):
 
     def scheduler(self, config: Mapping[str, Any]) -> LCMScheduler:
         """The sampler of the result, for the noise schedule in a scheduler's config."""
-        kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        taken = {name: config[name] for name in kept if config.get(name) is not None}
+        taken = {name: config[name] for name in SCHEDULE if config.get(name) is not None}
         return LCMScheduler(**taken, original_inference_steps=self.intervals)
 
     @property

@@ -81,6 +81,8 @@ class TextualInversion(TextToImage):
         start_from: words whose embeddings it starts from, in turn; by default random ones, distributed as the table's.
     """
 
+    unshardable = "its texts read its parameter, which would be replaced"
+
     def __init__(
         self,
         transformer: Any,

@@ -92,7 +92,9 @@ class Randomness:
         if shuffled:
             bits = np.random.Philox(key=self.seed, counter=[0, 0, self.step, 5]).random_raw(whole)
             intervals = torch.from_numpy(np.argsort(bits, kind="stable"))
-        return (intervals[self.first : self.first + count] + self.uniform([count])) / whole
+        # What fills a micro-batch up has a weight of 0, and may have a place after the last one.
+        places = (torch.arange(count) + self.first).clamp(max=whole - 1)
+        return (intervals[places] + self.uniform([count])) / whole
 
     def _all(self, shape: Sequence[int]) -> list[np.random.Generator]:
         return [self._sample(self.first + i) for i in range(shape[0])]

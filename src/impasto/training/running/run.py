@@ -213,9 +213,8 @@ class Run:
             )
         self.guard.restore(state.get("guard"))
         try:
-            before, wanted = state["settings"]["checkpoints"], self.settings.checkpoints
-            same = (before["best"], before["best_is"]) == (wanted.best, wanted.best_is)
-            best = state["best"] if same else None  # another value cannot be compared with it
+            same = _measure(state["settings"]) == _measure(self.settings.model_dump(mode="json"))
+            best = state["best"] if same else None
             self.best_step, self.best_value = (None, 0.0) if best is None else (int(best[0]), float(best[1]))
             unchecked = state["unchecked"]
             self.unchecked = None if unchecked is None else {str(k): float(v) for k, v in unchecked.items()}
@@ -244,6 +243,12 @@ class Run:
                     f"{folder} is of a run with {key}={shown(before)}, and here it is {shown(now)}; keep the setting, "
                     f"or start another run in another folder"
                 )
+
+
+def _measure(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a best value depends on: one that was measured in another way cannot be compared with it."""
+    wanted = settings["checkpoints"]
+    return wanted["best"], wanted["best_is"], settings.get("validation"), settings.get("checks")
 
 
 def weights(batch: AnyBatch, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -92,13 +93,15 @@ class TextToImageSettings(Denoising):
     token_routing: TokenRoutingSettings | None = None
 
     @model_validator(mode="after")
-    def _rolled_are_trained(self) -> TextToImageSettings:
-        if self.rollout is not None and self.timestep_range is not None:
-            (first, end), (low, high) = self.timestep_range, self.rollout.timestep_range
-            if low < first or high > end:
-                raise ValueError(
-                    f"rollout.timestep_range, {low} to {high}, must be within what is trained, {first} to {end}"
-                )
+    def _within_what_is_trained(self) -> TextToImageSettings:
+        first, end = self.timestep_range or (0, math.inf)
+        low, high = (first, end) if self.rollout is None else self.rollout.timestep_range
+        if low < first or high > end:
+            raise ValueError(
+                f"rollout.timestep_range, {low} to {high}, must be within what is trained, {first} to {end}"
+            )
+        if self.agreement is not None and self.agreement.below <= first:
+            raise ValueError(f"agreement.below: the first timestep that is trained is {first}; give a higher one")
         return self
 
     @model_validator(mode="after")
@@ -106,6 +109,12 @@ class TextToImageSettings(Denoising):
         if self.token_routing is not None and (self.agreement is not None or self.rollout is not None):
             name = "rollout" if self.agreement is None else "agreement"
             raise ValueError(f"{name} needs predictions for all tokens; leave token_routing out")
+        if self.token_routing is not None and self.labels is not None:
+            start, end, block = self.token_routing.start, self.token_routing.end, self.labels.block
+            if start <= block < end:
+                raise ValueError(
+                    f"labels.block, {block}, needs all tokens, and token_routing skips {start} to {end - 1}"
+                )
         return self
 
 
@@ -168,7 +177,8 @@ class ComponentSettings(Section):
     """A model.
 
     Attributes:
-        start_from: a folder or hub id of the model, or of a pipeline that has it; a new one, unless given.
+        start_from: a folder or hub id of the model, or of a pipeline that has it. Unless given, it is that of
+            ``ModelSettings.pipeline``, or with a config a new one, which only a model that is trained itself can be.
         config: of a new model; of a stored one, what replaces its own.
         train: whether it is trained; unless given, as the objective has it.
         gradient_checkpointing: recompute its blocks in the backward pass, to save memory.

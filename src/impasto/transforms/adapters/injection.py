@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -245,10 +245,16 @@ def _padded(layer: AdapterLayer, rank: int) -> AdapterLayer:
     return layer._replace(tensors={**layer.tensors, "A": a, "B": b})
 
 
-def swap(module: nn.Module, bound: Bound, name: str) -> None:
-    """Give a LoRA of a module other numbers in place, so that compiled code stays valid.
+def swapping(module: nn.Module, bound: Bound, name: str) -> Callable[[], None]:
+    """Check that a LoRA of a module can be given other numbers in place, so that compiled code stays valid.
 
     Layers that the new one does not adapt get zeros. A lower rank is filled up with zeros.
+
+    Args:
+        bound: the layers of the new one; there may be none.
+
+    Returns:
+        the function that does it.
 
     Raises:
         InputError: there is no such adapter, or it is not a LoRA.
@@ -257,24 +263,23 @@ def swap(module: nn.Module, bound: Bound, name: str) -> None:
     module = unwrapped(module)
     require_adapters(module, name)
     refuse_fused(module, "adapters cannot be swapped")
-    kind, layers = _expressed(bound, adaptable(module))
+    kind, layers = _expressed(bound, adaptable(module)) if bound else ("lora", bound)
     found = {place.name: one for place in tuners(module) for one in nested(place.layer) if name in adapters_in(one)}
     if kind != "lora" or not all(hasattr(tuner, "lora_A") for tuner in found.values()):
         raise InputError("hotswap replaces a LoRA by a LoRA; delete the adapter and load the other one")
     problems = [key for key in layers if key not in found]
     problems += [key for key in layers if key in found and (layers[key].rank or 0) > found[key].r[name]]
-    problems += [
-        key
-        for key in layers
-        if key in found and ("magnitude" in layers[key].tensors) != (name in found[key].lora_variant)
-    ]
+    dora = {key for key, layer in layers.items() if "magnitude" in layer.tensors}
+    problems += [key for key, tuner in found.items() if (key in dora) != (name in tuner.lora_variant)]
     if problems:
         raise WeightsMismatchError(
             f"adapter {name} cannot be swapped: {len(problems)} layers are not in it, have a lower rank there, or are "
             f"DoRA on one side ({', '.join(problems[:5])}). Load the adapter with the most layers first, after "
             f"enable_lora_hotswap(target_rank=...) with the highest rank."
         )
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def swap() -> None:
         for key, tuner in found.items():
             a, b = tuner.lora_A[name].weight, tuner.lora_B[name].weight
             if key not in layers:
@@ -287,6 +292,8 @@ def swap(module: nn.Module, bound: Bound, name: str) -> None:
             if "magnitude" in layer.tensors:
                 norms = tuner.lora_magnitude_vector[name].weight
                 norms.copy_(layer.tensors["magnitude"].reshape(norms.shape))
+
+    return swap
 
 
 # --- reading them back ---

@@ -25,8 +25,8 @@ from ...checks import nearest, shown
 from ...errors import CheckpointNotFoundError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
 from .binding import bind
-from .injection import load, next_name, swap
-from .layers import configs_of, delete, refuse_fused, require_adapters
+from .injection import load, next_name, swapping
+from .layers import configs_of, delete, refuse_fused
 
 #: Keywords of diffusers that need nothing here.
 _IGNORED = ("proxies", "low_cpu_mem_usage", "_pipeline", "user_agent", "return_lora_metadata", "lora_scale")
@@ -153,11 +153,12 @@ def load_into(
     if request.hotswap:
         if request.adapter_name is None:
             raise InputError("hotswap replaces an adapter: give its adapter_name")
-        for component in bound:
-            require_adapters(components[component], request.adapter_name)
-        for component, layers in bound.items():
-            swap(components[component], layers, request.adapter_name)
-        return request.adapter_name
+        name = request.adapter_name
+        # What the new one has nothing for may have the old one.
+        having = [c for c, module in components.items() if c in bound or name in configs_of(module)]
+        for swap in [swapping(components[c], bound.get(c, {}), name) for c in having]:
+            swap()
+        return name
     name = request.adapter_name or next_name(*components.values())
     for component in bound:
         refuse_fused(components[component], "an adapter cannot be loaded")
