@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from impasto.cli.serve import serve
 from impasto.serving.http.app import create_app
 from impasto.serving.http.metrics import Metrics
+from impasto.serving.http.server import ANSWER_SECONDS
 from impasto.serving.stub import StubService
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,9 @@ def test_the_container_copies_what_exists_and_starts_with_options_that_exist():
     assert given["api_key_file"] == Path("/run/secrets/impasto-keys")  # a public address needs keys
     assert found["EXPOSE"] == [str(given["port"])]
     assert found["USER"] == ["10001:10001"]
+    for text in (DEPLOY / "Containerfile", ROOT / "docs" / "deploy.md"):
+        (timeout,) = re.findall(r"--stop-timeout (\d+)", text.read_text("utf-8"))
+        assert int(timeout) > given["drain"] + ANSWER_SECONDS
     pinned = re.search(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert pinned is not None
     assert f"TORCH={pinned[1]}" in found["ARG"]
@@ -79,7 +83,7 @@ def test_the_unit_drains_before_it_is_killed():
     assert command[0] == "/opt/impasto/bin/impasto"
     given = options(command[2:])
     assert given["host"] == "127.0.0.1"
-    assert int(service["TimeoutStopSec"]) > given["drain"]
+    assert int(service["TimeoutStopSec"]) > given["drain"] + ANSWER_SECONDS
     assert service["KillMode"] == "mixed"
     assert service["ProtectSystem"] == "strict"
     assert "MemoryDenyWriteExecute" not in service  # oneDNN writes machine code
@@ -91,7 +95,7 @@ def test_the_pods_are_probed_and_drained():
     (server,) = pod["containers"]
     given = options(json.loads(container()["ENTRYPOINT"][0])[2:] + server["args"])
     wait = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] >= wait + given["drain"]
+    assert pod["terminationGracePeriodSeconds"] > wait + given["drain"] + ANSWER_SECONDS
     assert wait >= server["readinessProbe"]["periodSeconds"] * server["readinessProbe"]["failureThreshold"]
     paths = set(create_app(StubService()).openapi()["paths"])
     probes = {name: server[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}

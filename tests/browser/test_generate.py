@@ -171,6 +171,25 @@ def test_cancel_ends_it_on_the_server_and_it_can_be_tried_again(slow, visit):
     assert page.locator(".card button.frame").is_visible()
 
 
+def test_the_button_works_after_one_was_tried_again_while_others_were_prepared(slow, visit):
+    page = ready(visit(slow))
+    page.get_by_label("Prompt", exact=True).fill("a sphere")
+    page.locator("#generate").click()
+    page.get_by_text(re.compile(r"Step \d+ of 20")).wait_for()
+    page.locator(".card").get_by_role("button", name="Cancel").click()
+    page.locator(".card").get_by_text("Cancelled").wait_for()
+    slow.service.seconds = 0
+    page.evaluate("""() => {
+        const again = [...document.querySelectorAll(".card button")].find((b) => b.textContent === "Try again");
+        document.querySelector("#generate").click();
+        again.click();
+    }""")
+    finished(page)
+    before = len(slow.service.submitted)
+    generate(page)
+    assert len(slow.service.submitted) == before + 1
+
+
 def test_cancel_of_all(slow, visit):
     page = ready(visit(slow))
     page.get_by_label("Prompt", exact=True).fill("a sphere")

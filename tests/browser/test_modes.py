@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from .surfing import finished, generate, near, ready
+from impasto.serving.http.settings import HttpSettings
+from impasto.serving.stub import StubService
+
+from .surfing import finished, generate, near, ready, serving
 from .test_history import drop
 
 pytestmark = pytest.mark.browser
@@ -261,6 +264,18 @@ def test_values_of_a_grid_that_cannot_be(site, page, axis, text, message):
     assert message in page.locator(".problem:visible").inner_text()
     assert page.get_by_label("Values").evaluate("e => document.activeElement === e")
     assert not site.service.submitted
+
+
+def test_a_grid_has_no_more_steps_than_the_server_allows(visit):
+    for site in serving(StubService(), HttpSettings(max_steps=30)):
+        page = ready(visit(site))
+        page.get_by_role("tab", name="Grid").click()
+        page.get_by_label("Prompt", exact=True).fill("a cube")
+        page.get_by_label("Vary").select_option("Steps")
+        page.get_by_label("Values").fill("10, 40")
+        page.locator("#generate").click()
+        assert "“40” is not a whole number from 1 to 30" in page.locator(".problem:visible").inner_text()
+        assert not site.service.submitted
 
 
 def test_the_address_says_the_tab(site, visit):

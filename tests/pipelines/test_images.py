@@ -244,6 +244,19 @@ def test_images_carry_their_settings(tmp_path: Path, extension: str, prompt: str
             assert abs(np.asarray(stored, dtype=float) - np.asarray(source)).mean() < 2
 
 
+def test_settings_that_a_jpeg_has_no_room_for_do_not_cost_the_image(tmp_path: Path) -> None:
+    long = GenerationSettings(prompt="a " * 10_000, negative_prompt="b " * 8_000, steps=1)
+    for extension in ("png", "jpg", "webp"):
+        save_image(sample_image(), tmp_path / f"a.{extension}", long)
+        if extension != "jpg":
+            assert read_settings(tmp_path / f"a.{extension}") == long
+    with pytest.raises(InputError, match="no generation settings"):
+        read_settings(tmp_path / "a.jpg")
+    short = GenerationSettings(prompt="a" * 32_000, steps=1)
+    save_image(sample_image(), tmp_path / "a.jpg", short)
+    assert read_settings(tmp_path / "a.jpg") == short
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
 def test_images_of_other_modes_are_written(tmp_path: Path, extension: str, mode: str) -> None:

@@ -285,6 +285,55 @@ async def test_the_least_recently_used_model_makes_room(model: str) -> None:
 
 
 @in_loop
+async def test_a_model_makes_room_when_its_older_jobs_are_sent(model: str) -> None:
+    """It would be loaded again at once, as its jobs have waited longer."""
+    fleet = fleet_of({"tiny": model, "b": model}, memory_budget="3GB")
+    for served in fleet.served.values():
+        served.share = 3_000_000_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleets, "MOST_SENT", 1)
+        engine = await started(fleet)
+        fleet.submit([job("1"), job("2")])
+        fleet.submit([job("3", "b")])
+        fleet.submit([job("4")])
+        engine.turn(Finished("1", PIXEL))
+        await settle()
+        assert engine.jobs == ["1", "2"]
+        engine.turn(Finished("2", PIXEL))
+        await settle()
+        assert engine.jobs == ["1", "2"]  # the next one is newer than that of b
+        assert engine.killed
+        b = FakeEngine.made[1]
+        b.say(Ready(COSTS))
+        await settle()
+        b.turn(Finished("3", PIXEL))
+        await settle()
+        assert [each.spec.name for each in FakeEngine.made] == ["tiny", "b", "tiny"]
+        await fleet.close()
+
+
+@in_loop
+async def test_room_is_kept_for_the_model_that_waits_longest(model: str) -> None:
+    fleet = fleet_of({"tiny": model, "b": model, "large": model, "late": model}, memory_budget="6GB")
+    for served in fleet.served.values():
+        served.share = 6_000_000_000 if served.name == "large" else 3_000_000_000
+    engine = await started(fleet)
+    fleet.submit([job("1"), job("2", "b")])
+    b = FakeEngine.made[1]
+    b.say(Ready(COSTS))
+    await settle()
+    fleet.submit([job("3", "large"), job("4", "late")])
+    engine.turn(Finished("1", PIXEL))
+    await settle()
+    assert engine.killed
+    assert len(FakeEngine.made) == 2  # half of what the large one needs is free
+    b.turn(Finished("2", PIXEL))
+    await settle()
+    assert [each.spec.name for each in FakeEngine.made] == ["tiny", "b", "large"]
+    await fleet.close()
+
+
+@in_loop
 async def test_a_model_that_cannot_be_loaded(model: str) -> None:
     fleet = fleet_of({"tiny": model, "bad": model})
     await started(fleet)
@@ -459,7 +508,7 @@ async def test_closing_leaves_no_job_without_an_end(model: str) -> None:
     engine = await started(fleet)
     generation = fleet.submit([job("1")])[0]
     await fleet.close()
-    assert end_of(await follow(generation)) == Failed("1", "engine", "the server ends")
+    assert end_of(await follow(generation)) == Failed("1", "shutdown", "the server ends; try again")
     assert engine.killed
 
 

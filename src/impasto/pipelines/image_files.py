@@ -34,6 +34,7 @@ _KINDS = {
 }
 #: What is written, by extension.
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_JPEG_MARKER = 65_533  # bytes that a marker of a JPEG holds: all of its EXIF
 # https://exiv2.org/tags.html: a UserComment starts with eight bytes that name its encoding.
 _UNICODE, _ASCII = b"UNICODE\0", b"ASCII\0\0\0"
 
@@ -145,7 +146,7 @@ def save_image(
     """Write an image completely or not at all, with its settings inside.
 
     The extension determines the format: .png (settings in the text chunk ``parameters``), .jpg, .jpeg or .webp
-    (in the EXIF user comment).
+    (in the EXIF user comment; a JPEG has no room for more than about 32,000 characters, and is then without them).
 
     Args:
         overwrite: whether a file of this name is replaced; if not, it is an OutputError.
@@ -166,7 +167,10 @@ def save_image(
 
 
 def encode_image(image: Image.Image, kind: str, settings: GenerationSettings | None, quality: int = 95) -> bytes:
-    """The file of an image as ``save_image`` writes it; ``kind`` is PNG, JPEG or WEBP."""
+    """The file of an image as ``save_image`` writes it; ``kind`` is PNG, JPEG or WEBP.
+
+    Settings of more than about 32,000 characters, for which a JPEG has no room, are left out of it.
+    """
     options: dict[str, Any] = {}
     # Lone surrogates (from undecodable command lines) cannot be written in any encoding.
     text = settings.to_text().encode("utf-8", "replace").decode("utf-8") if settings else None
@@ -182,7 +186,8 @@ def encode_image(image: Image.Image, kind: str, settings: GenerationSettings | N
         if text is not None:
             exif = Image.Exif()
             exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: _UNICODE + text.encode("utf-16-be")}
-            options["exif"] = exif
+            if kind != "JPEG" or len(exif.tobytes()) <= _JPEG_MARKER:
+                options["exif"] = exif
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Literal
 
 from .engine.costs import StepCosts
@@ -63,6 +63,35 @@ class ModelState:
         self.yields = False  # it gets nothing more, and makes room for another model once it is idle
         self.error: str | None = None  # why it could not be loaded the last time
         self.loads = 0  # that were begun since it was ready
+
+    @property
+    def oldest(self) -> float:
+        """When the first of the jobs that wait for it was accepted."""
+        return self.pending[0].accepted if self.pending else math.inf
+
+
+def has_room(models: Iterable[ModelState], wanted: ModelState, budget: int | None) -> bool:
+    """Whether a model may be loaded; if not, the least recently used ones begin to make room, if they have enough.
+
+    One with an older job goes on first: it would be loaded again before the wanted one.
+    """
+    loaded = [each for each in models if each.state != "absent"]
+    if budget is None or wanted.share is None:
+        return True
+    free = budget - sum(each.share or 0 for each in loaded)
+    if wanted.share <= free:
+        return True
+    free += sum(each.share or 0 for each in loaded if each.yields or each.state == "closing")
+    newer = [each for each in loaded if each.state == "ready" and not each.yields and each.oldest > wanted.oldest]
+    chosen = []
+    for each in sorted(newer, key=lambda each: (bool(each.sent), each.used)):
+        if wanted.share > free:
+            chosen.append(each)
+            free += each.share or 0
+    if wanted.share <= free:
+        for each in chosen:
+            each.yields = True
+    return False
 
 
 def given_bytes(job: Job) -> int:

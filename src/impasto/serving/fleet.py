@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..checks import nearest, parse_size, shown
 from ..errors import InputError, ResourceError
-from .accepted import FleetGeneration, ModelState, cancelled, deadline_of, too_late
+from .accepted import FleetGeneration, ModelState, cancelled, deadline_of, has_room, too_late
 from .admission import Admission
 from .engine.costs import StepCosts
 from .engine.messages import Broken, Cancel, Ready, Turn
@@ -132,12 +132,17 @@ class Fleet:
         while self.unfinished:
             await self._change()
 
+    def give_up(self) -> None:
+        """End all accepted jobs now, with Failed."""
+        for served in self.served.values():
+            for generation in [*served.pending, *served.sent.values()]:
+                self._end(served, generation, Failed(generation.job.id, "shutdown", "the server ends; try again"))
+
     async def close(self) -> None:
         """End all engines now. Jobs that are not done end with Failed."""
         self.draining = self.closed = True
+        self.give_up()
         for served in self.served.values():
-            for generation in [*served.pending, *served.sent.values()]:
-                self._end(served, generation, Failed(generation.job.id, "engine", "the server ends"))
             if served.process is not None:
                 served.process.kill()
         while any(served.process is not None for served in self.served.values()):
@@ -226,12 +231,14 @@ class Fleet:
         if not any(served.state == "absent" and served.pending for served in self.served.values()):
             for served in self.served.values():
                 served.yields = False  # nobody wants its room any more
-        order = sorted((s for s in self.served.values() if s.pending), key=lambda s: s.pending[0].accepted)
-        for served in order:
+        room = True  # until a model waits for it: those with newer jobs wait too, or it might never have enough
+        for served in sorted((s for s in self.served.values() if s.pending), key=lambda s: s.oldest):
             if served.state == "ready" and not served.yields:
                 self._send(served)
-            elif served.state == "absent" and self._has_room(served):
-                self._load(served)
+            elif served.state == "absent" and room:
+                room = has_room(self.served.values(), served, self.budget)
+                if room:
+                    self._load(served)
         for served in self.served.values():
             if served.yields and served.state == "ready" and not served.sent:
                 self._unload(served)
@@ -256,23 +263,6 @@ class Fleet:
         chosen = tuple(each._replace(source=_of(self.adapters, each.source, "adapter")) for each in job.adapters)
         _of(self.models, model, "model")
         return replace(job, model=model, adapters=chosen)
-
-    def _has_room(self, wanted: ModelState) -> bool:
-        """Whether a model may be loaded; if not, the least recently used ones begin to make room."""
-        loaded = [served for served in self.served.values() if served.state != "absent"]
-        if self.budget is None or wanted.share is None:
-            return True
-        free = self.budget - sum(served.share or 0 for served in loaded)
-        if wanted.share <= free:
-            return True
-        free += sum(served.share or 0 for served in loaded if served.yields or served.state == "closing")
-        for served in sorted(loaded, key=lambda served: (bool(served.sent), served.used)):
-            if wanted.share <= free:
-                break
-            if served.state == "ready" and not served.yields:
-                served.yields = True
-                free += served.share or 0
-        return False
 
     def _load(self, served: ModelState) -> None:
         inspected = served.inspected

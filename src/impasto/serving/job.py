@@ -100,8 +100,9 @@ class Finished:
 
 
 #: Why there is no image. "input": the job cannot be used, and says why; "cancelled": by the client; "deadline": it was
-#: not done in time; "resources": it does not fit the memory; "engine": a fault of the server.
-Reason: TypeAlias = Literal["input", "cancelled", "deadline", "resources", "engine"]
+#: not done in time; "resources": it does not fit the memory; "shutdown": the server ends; "engine": a fault of the
+#: server.
+Reason: TypeAlias = Literal["input", "cancelled", "deadline", "resources", "shutdown", "engine"]
 
 
 @dataclass(frozen=True)

@@ -97,3 +97,7 @@ class Service(Protocol):
     async def drain(self) -> None:
         """Accept nothing more, and return when all accepted jobs have ended."""
         ...
+
+    def give_up(self) -> None:
+        """End all accepted jobs now, with Failed, "shutdown"."""
+        ...

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from .job import Event, Failed, Finished, Job, Preview, Progress, RawImage
+from .job import Event, Failed, Finished, Job, Preview, Progress, RawImage, Reason
 from .served import ServedModel
 from .service import Generation, QueueFullError, UnavailableError
 from .stats import Stats
@@ -53,23 +53,29 @@ class StubService:
         while self.unfinished:
             await asyncio.sleep(0.01)
 
+    def give_up(self) -> None:
+        for generation in self.unfinished.values():
+            generation.ended = "shutdown"
+
 
 class StubGeneration:
     """A ``Generation``."""
 
     def __init__(self, job: Job, service: StubService):
-        self.job, self.service, self.cancelled = job, service, False
+        self.job, self.service = job, service
+        self.ended: Reason | None = None
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self.ended = "cancelled"
         self.service.unfinished.pop(self.job.id, None)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         job, shown, seconds = self.job, 0, self.service.seconds
         try:
             for step in range(job.steps + 1):
-                if self.cancelled:
-                    yield Failed(job.id, "cancelled", "the client has cancelled it")
+                if self.ended:
+                    message = "the client has cancelled it" if self.ended == "cancelled" else "the server ends"
+                    yield Failed(job.id, self.ended, message)
                     return
                 yield Progress(job.id, step, job.steps, (job.steps - step) * seconds)
                 if step and shown < job.previews and step * (job.previews + 1) >= (shown + 1) * job.steps:

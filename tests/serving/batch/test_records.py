@@ -121,6 +121,7 @@ def test_adapters_say_how_to_generate(tmp_path: Path) -> None:
         ({"prompt": "x", "id": "../up"}, "an id is up to 95 letters, digits, - and _"),
         ({"prompt": "x", "id": "a" * 96}, "an id is up to 95 letters, digits, - and _"),
         ({"prompt": "x", "id": "first"}, "its id 'first' is that of line 1 too"),
+        ({"prompt": "x", "id": "First"}, "its id 'First' is that of line 1 too; ids must differ in more than case"),
         ({"prompt": "x", "image": "gone.png"}, "does not exist"),
         ({"prompt": "x", "mask": "prompts.jsonl"}, "it has a mask or a strength but no image"),
         ({"prompt": "x", "image": "prompts.jsonl"}, "prompts.jsonl"),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 import webuiapi
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tests.serving.http.running import Running, running
 
+from impasto.serving.http.a1111.calls import Call, Session
+from impasto.serving.job import Job
+from impasto.serving.service import Generation
 from impasto.serving.stub import StubService
 
 KEY = "0123456789abcdefghij"
@@ -62,6 +69,20 @@ def test_settings_come_back_from_the_image(client: webuiapi.WebUIApi):
         "Steps": "5", "Seed": "3", "Sampler": "ddim", "Size-1": "16", "Size-2": "24",
     }  # fmt: skip
     assert client.png_info(Image.new("RGB", (4, 4))).info == ""
+
+
+def test_what_no_answer_can_hold_is_left_out(client: webuiapi.WebUIApi):
+    body = b'{"prompt": "a", "override_settings": {"sd_model_checkpoint": "scenes", "x": "\\ud800", "y": 1e999}}'
+    headers = {"Content-Type": "application/json"}
+    answer = client.session.post(f"{client.baseurl}/txt2img", data=body, headers=headers)
+    assert answer.json()["parameters"]["override_settings"] == {"sd_model_checkpoint": "scenes"}
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", 'a\nb\nSteps: 5, Model: "\\ud800\\u00e9"')
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG", pnginfo=texts)
+    image = {"image": base64.b64encode(file.getvalue()).decode()}
+    answer = client.session.post(f"{client.baseurl}/png-info", json=image)
+    assert answer.json()["parameters"] == {"Prompt": "a\nb", "Negative prompt": "", "Steps": "5", "Model": "?é"}
 
 
 def test_edits_an_image(client: webuiapi.WebUIApi, served: Running):
@@ -170,6 +191,11 @@ def test_keys_are_passwords_and_options_belong_to_a_key():
         assert chosen.info["sd_model_name"] == "small"
         assert "not served" in clients[0].set_options({"sd_model_checkpoint": "none"})["detail"]
         assert clients[0].util_get_current_model() == "small"
+        # A session is that of the key, however it is sent.
+        clients[0].set_auth("another", KEY)
+        assert clients[0].util_get_current_model() == "small"
+        answer = httpx.get(f"{served.url}/sdapi/v1/options", headers={"Authorization": f"Bearer {KEY}"})
+        assert answer.json()["sd_model_checkpoint"] == "small"
 
 
 def _two_models() -> StubService:
@@ -205,6 +231,33 @@ def test_progress_skip_and_interrupt():
         assert len(results[0].images) == 3  # previews of what was ended
         assert not served.service.unfinished
         assert other.get_progress()["progress"] == 0.0
+
+
+class Halved(StubService):
+    """An edit that takes half of the steps that were asked for, as its strength says."""
+
+    def submit(self, jobs: Sequence[Job]) -> list[Generation]:
+        return super().submit([replace(job, steps=job.steps // 2) for job in jobs])
+
+
+def test_the_progress_of_an_edit_is_that_of_the_steps_it_takes():
+    job = Job("1", "scenes", "a", steps=20)
+    call, session = Call("img2img", [job]), Session()
+    session.calls.append(call)
+    (generation,) = Halved().submit([job])
+
+    async def watch() -> list[tuple[float, int, int]]:
+        found = []
+        waiting = asyncio.ensure_future(call._follow(generation))
+        while not waiting.done():
+            answer = await session.progress(False)
+            found.append((answer["progress"], answer["state"]["sampling_step"], answer["state"]["sampling_steps"]))
+            await asyncio.sleep(0)
+        return found
+
+    found = asyncio.run(watch())
+    assert (0.5, 5, 10) in found
+    assert found[-1] == (1.0, 10, 10)
 
 
 def test_an_interrupt_before_the_first_preview():

@@ -201,6 +201,16 @@ def test_truncated_and_malformed_forms(client: httpx.Client, body: bytes):
     check(client.post(EDITS, content=body, headers={"Content-Type": "multipart/form-data"}), 400)
 
 
+@pytest.mark.parametrize("charset", ["punycode", '"undefined"', "utf-7", "utf-8; charset=unicode_escape"])
+def test_forms_are_utf_8(client: httpx.Client, charset: str):
+    """Other codecs take minutes, or have no text as a result."""
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n-aaa\r\n--x--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    check(client.post(EDITS, content=body, headers=headers), 415, "charset")
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=UTF-8"}
+    check(client.post(EDITS, content=body, headers=headers), 400, param="image")
+
+
 def test_too_large_bodies(client: httpx.Client, served: Running):
     large = json.dumps({"prompt": "a", "user": "x" * 400_000})
     headers = {"Content-Type": "application/json"}

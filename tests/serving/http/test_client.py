@@ -244,6 +244,21 @@ def test_a_server_that_ends_finishes_what_it_has_accepted():
     assert found[0].status_code == 200
 
 
+def test_what_is_not_done_when_the_server_ends_is_answered():
+    service, found = StubService(seconds=0.05), list[httpx.Response]()
+    with running(service) as served:
+        served.server.drain_seconds = 0.1
+        url = f"{served.url}/v1/images/generations"
+        body = {"prompt": "a", "num_inference_steps": 200}
+        thread = threading.Thread(target=lambda: found.append(httpx.post(url, json=body, timeout=60)))
+        thread.start()
+        until(lambda: service.unfinished)
+        served.server.end()
+        thread.join(20)
+    assert found[0].status_code == 503
+    assert found[0].json()["error"]["code"] == "generation_shutdown"
+
+
 def until(condition) -> None:  # type: ignore[no-untyped-def]
     """Wait for a condition, 10 seconds at most."""
     end = time.monotonic() + 10

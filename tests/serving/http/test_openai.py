@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from tests.serving.http.running import running
 
+from impasto.serving.http import uploads
 from impasto.serving.http.app import create_app
 from impasto.serving.http.settings import HttpSettings
 from impasto.serving.stub import StubService
@@ -31,6 +33,34 @@ def call(method: str, path: str, service: StubService | None = None, settings: H
 
 def image_of(item: dict[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+
+
+def test_one_request_after_the_other_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    """One that waited for its next image would keep the others of it: memory without bound."""
+    model = replace(StubService().models["scenes"], most_images=3)
+    decoded = list[str]()
+
+    def decode(content: bytes, name: str, most_pixels: int) -> Image.Image:
+        decoded.append(content.decode())
+        return Image.new("RGB", (8, 8), "white")
+
+    monkeypatch.setattr(uploads, "decode_upload", decode)
+    app = create_app(StubService(models=[model]))
+    app.state.context.decoding = asyncio.Semaphore(1)
+
+    async def send() -> list[int]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            edits = [
+                [("image", ("image", f"{i}".encode()))] * count + [("mask", ("mask", f"{i}".encode()))]
+                for i, count in enumerate((3, 3, 3, 4))
+            ]
+            answers = [client.post("/v1/images/edits", data={"prompt": "a"}, files=files) for files in edits]
+            return [answer.status_code for answer in await asyncio.gather(*answers)]
+
+    assert asyncio.run(send()) == [200, 200, 200, 400]
+    assert sorted(decoded[::4]) == ["0", "1", "2"]  # none of the fourth, which are too many
+    assert decoded == [each for each in decoded[::4] for _ in range(4)]
 
 
 def test_images_have_the_seeds_that_follow_the_first_one():

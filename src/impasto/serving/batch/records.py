@@ -61,7 +61,7 @@ class Record:
 
     Attributes:
         index: the number of its line, from 0, without empty lines.
-        id: unique; if the record has none, its index.
+        id: unique, whatever its case; if the record has none, its index.
         images: files to edit.
         folder: of the file of records; all paths are absolute, and settings name those inside it relative to it.
     """
@@ -149,9 +149,11 @@ def read_records(path: Path, model: ServedModel, options: Options = DEFAULT) -> 
                     continue
                 try:
                     record = _record(line, len(records), folder, model, options, adapters)
-                    if record.id in known:
-                        raise InputError(f"its id {shown(record.id)} is that of line {known[record.id]} too")
-                    known[record.id] = number
+                    name = record.id.lower()  # many disks do not tell cases apart
+                    if name in known:
+                        same = f"its id {shown(record.id)} is that of line {known[name]} too"
+                        raise InputError(f"{same}; ids must differ in more than case")
+                    known[name] = number
                     records.append(record)
                 except ImpastoError as error:
                     faults.append(f"line {number}: {error}")

@@ -21,7 +21,7 @@ from .storage import hide_ids
 logger = logging.getLogger("impasto.serve")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_FAILED = {"input": 400, "resources": 400, "cancelled": 503, "deadline": 504, "engine": 500}
+_FAILED = {"input": 400, "resources": 400, "cancelled": 503, "deadline": 504, "shutdown": 503, "engine": 500}
 
 
 class ApiError(HTTPException):

@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -24,6 +23,13 @@ MIN_KEY = 16  # characters
 #: Paths that need a key if there are any. The content of images is found by ids that are keys themselves.
 _PROTECTED = re.compile(r"/(v1|sdapi|metrics)(/|$)")
 _CONTENT = re.compile(r"/v1/images/[^/]+/content")
+_KEY = "impasto.key"
+
+
+def key_of(scope: Scope) -> bytes:
+    """What stands for the key of a request, however it was sent; empty if the server has no keys."""
+    found: bytes = scope.get(_KEY, b"")
+    return found
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
@@ -70,7 +76,9 @@ class Guard:
             message = "web pages of this origin may not call the server; see --allow-origin"
             await answer_error(scope, send, message, 403)
         elif self.keys and _PROTECTED.match(path) and not (_CONTENT.fullmatch(path) or scope["method"] == "OPTIONS"):
-            if self._has_key(headers.get(b"authorization", "")):
+            key = self._found_key(headers.get(b"authorization", ""))
+            if key is not None:
+                scope[_KEY] = key
                 await self.app(scope, receive, send)
                 return
             kind, how = "Bearer", "as Authorization: Bearer KEY"
@@ -81,19 +89,21 @@ class Guard:
         else:
             await self.app(scope, receive, send)
 
-    def _has_key(self, authorization: str) -> bool:
-        """Whether one of the keys is there. All are compared, in a time that does not depend on them."""
+    def _found_key(self, authorization: str) -> bytes | None:
+        """The digest of the key that is there. All are compared, in a time that does not depend on them."""
         scheme, _, value = authorization.partition(" ")
         given = [value.strip()]
         if scheme.lower() == "basic":
             try:
                 decoded = base64.b64decode(value, validate=True).decode("utf-8")
             except (binascii.Error, ValueError):
-                return False
+                return None
             given = [decoded, decoded.partition(":")[2]]
         elif scheme.lower() != "bearer":
-            return False
-        return _any_equal([_digest(one) for one in given], self.keys)
+            return None
+        digests = [_digest(one) for one in given]
+        equal = [key for one in digests for key in self.keys if hmac.compare_digest(one, key)]
+        return equal[0] if equal else None
 
     def _knows_host(self, host: str) -> bool:
         hosts = self.settings.hosts
@@ -111,7 +121,3 @@ class Guard:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "replace")).digest()
-
-
-def _any_equal(given: Sequence[bytes], known: Sequence[bytes]) -> bool:
-    return sum(hmac.compare_digest(one, key) for one in given for key in known) > 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 from PIL import Image
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 
 from ...checks import MAX_CHARACTERS, MAX_GUIDANCE, MAX_SIDE
@@ -114,11 +115,15 @@ class Reader:
             body = await read_json(self.context, request, f"{_FORM} or application/json")
             files = {name: _listed_files(name, body.pop(name, None)) for name in ("image", "mask")}
             given = read_fields(self.edit_fields, body)
-        edit = await self._decoded(files, given)
-        return await self.context.decode(self._request, given, edit)
+        # All of it in one turn: a request that waits for a further one would keep what it has decoded.
+        return await self.context.decode(lambda: self._request(given, self._decoded(files, given)))
 
     async def _form(self, request: Request) -> tuple[dict[str, str], dict[str, list[bytes]]]:
         """The texts and files of a form."""
+        _, options = parse_options_header(request.headers["content-type"])  # as the form's parser reads it
+        charset = options.get(b"charset", b"utf-8").lower()
+        if charset not in (b"utf-8", b"utf8"):  # it would be any codec of Python, some of which take minutes
+            raise ApiError("the charset of a form must be utf-8; leave it out", status=415)
         most = max(model.most_images for model in self.context.service.models.values())
         texts: dict[str, str] = {}
         files: dict[str, list[bytes]] = {"image": [], "mask": []}
@@ -138,21 +143,24 @@ class Reader:
                     texts[name] = value
         return texts, files
 
-    async def _decoded(self, files: dict[str, list[bytes]], given: dict[str, Any]) -> Edit:
+    def _decoded(self, files: dict[str, list[bytes]], given: dict[str, Any]) -> Edit:
+        """The images of a request, if the model edits so many."""
         if not files["image"]:
             raise ApiError("image is missing: the image to edit", "image", code="missing_parameter")
         if len(files["mask"]) > 1:
             raise ApiError("there is more than one mask; give one, for the first image", "mask", code="invalid_value")
-        most = self.context.settings.max_upload_pixels
+        model, most = self.context.model(given.get("model")), self.context.settings.max_upload_pixels
+        try:
+            uploads.check_given(model, len(files["image"]), masked=bool(files["mask"]))
+        except InputError as error:
+            raise ApiError(str(error), "image", code="invalid_value") from error
         found: dict[str, list[Image.Image]] = {}
         for name, contents in files.items():
             try:
-                found[name] = [await self.context.decode(uploads.decode_upload, file, name, most) for file in contents]
+                found[name] = [uploads.decode_upload(file, name, most) for file in contents]
             except InputError as error:
                 raise ApiError(str(error), name, code="invalid_image") from error
-        mask = None
-        if found["mask"]:
-            mask = await self.context.decode(_mask, found["mask"][0], found["image"][0])
+        mask = _mask(found["mask"][0], found["image"][0]) if found["mask"] else None
         return Edit(found["image"], mask, given.pop("strength", None), given.pop("padding_mask_crop", None))
 
     # --- meaning ---

@@ -27,6 +27,7 @@ logger = logging.getLogger("impasto.serve")
 
 MAX_CONNECTIONS = 1000
 MIN_RATE = 1024  # bytes a second that a client must read
+ANSWER_SECONDS = 30  # in which answers are sent when all images have ended
 
 
 class BoundedProtocol(H11Protocol):
@@ -85,7 +86,7 @@ class Server(uvicorn.Server):
     """A server that, when asked to end, refuses new work and finishes what it has accepted.
 
     Args:
-        drain_seconds: after which it ends all the same.
+        drain_seconds: after which it ends all the same, within ``ANSWER_SECONDS``.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float):
@@ -124,6 +125,7 @@ class Server(uvicorn.Server):
             await asyncio.wait_for(self.service.drain(), self.drain_seconds)
         except TimeoutError:
             logger.warning("some images were not done in %g seconds; they are given up", self.drain_seconds)
+            self.service.give_up()  # their clients are answered before the server ends
         finally:
             self.should_exit = True
 
@@ -165,6 +167,6 @@ def make_server(app: FastAPI, service: Service, settings: HttpSettings, drain_se
         limit_concurrency=MAX_CONNECTIONS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
     )
     return Server(config, service, drain_seconds)

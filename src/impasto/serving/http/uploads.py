@@ -124,6 +124,16 @@ def check_mask(mask: Image.Image, image: Image.Image, *, same_size: bool = True)
         raise InputError("the mask selects nothing; transparent pixels are repainted, or white ones if none can be")
 
 
+def check_given(model: ServedModel, count: int, *, masked: bool) -> None:
+    """Raise InputError if the model does not edit so many images, or takes no mask. Checked before any is decoded."""
+    if not model.edits:
+        raise InputError(f"{model.name} edits no images")
+    if masked and not model.masks:
+        raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
+    if count > model.most_images:
+        raise InputError(f"there are {count} images, and {model.name} takes at most {model.most_images}")
+
+
 def given_images(
     model: ServedModel,
     images: Sequence[Image.Image],
@@ -135,20 +145,15 @@ def given_images(
     """What a job edits, at the size of the result, and the width and height of the result.
 
     Args:
+        images: as many as ``check_given`` allows.
         mask: grey, white where it is repainted, of any size.
         size: width and height; None: those of the first image, scaled down to what the model generates. With
             ``padding``, of what is generated around the mask; None: the model's.
         padding: without effect if there is no mask.
 
     Raises:
-        InputError: the model cannot edit these.
+        InputError: a size that the model does not generate.
     """
-    if not model.edits:
-        raise InputError(f"{model.name} edits no images")
-    if mask is not None and not model.masks:
-        raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
-    if len(images) > model.most_images:
-        raise InputError(f"there are {len(images)} images, and {model.name} takes at most {model.most_images}")
     padding = None if mask is None else padding
     whole = size_for(model, *images[0].size)
     width, height = size or (whole if padding is None else (model.width, model.height))

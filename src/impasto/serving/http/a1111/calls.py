@@ -7,7 +7,6 @@ them. Without keys there is one session.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from ..context import Context
 from ..errors import ApiError, of_failure
 from ..fields import Flag, Whole
 from ..images import base64_text, encode
+from ..keys import key_of
 from ..running import events_of, gather
 
 _MOST_SESSIONS = 1000
@@ -35,7 +35,7 @@ class Call:
     def __init__(self, name: str, jobs: Sequence[Job]):
         self.name, self.jobs, self.started = name, jobs, time.time()
         self.generations: list[Generation] = []
-        self.steps = dict.fromkeys((job.id for job in jobs), 0)
+        self.progress = {job.id: Progress(job.id, 0, job.steps) for job in jobs}  # an edit has fewer steps than asked
         self.seconds_left = 0.0
         self.ended: set[str] = set()
         self.stopped: set[str] = set()  # by interrupt or skip
@@ -61,7 +61,7 @@ class Call:
             async with aclosing(events_of(generation)) as events:
                 async for event in events:
                     if isinstance(event, Progress):
-                        self.steps[id] = event.step
+                        self.progress[id] = event
                         self.seconds_left = event.seconds_left or 0.0
                     elif isinstance(event, Preview):
                         self.previews[id] = event.image
@@ -85,7 +85,7 @@ class Call:
     @property
     def fraction(self) -> float:
         """How much is done, from 0 to 1."""
-        done = [1.0 if job.id in self.ended else min(1.0, self.steps[job.id] / job.steps) for job in self.jobs]
+        done = [1.0 if id in self.ended else min(1.0, last.step / last.steps) for id, last in self.progress.items()]
         return sum(done) / len(done)
 
 
@@ -138,7 +138,7 @@ class Session:
         calls = self.calls
         jobs = [job for call in calls for job in call.jobs]
         ended = {id for call in calls for id in call.ended}
-        first = next(((call, job) for call in calls for job in call.jobs if job.id not in call.ended), None)
+        first = next((last for call in calls for id, last in call.progress.items() if id not in call.ended), None)
         fraction = sum(call.fraction * len(call.jobs) for call in calls) / len(jobs) if jobs else 0.0
         preview = next((image for call in calls for image in reversed(call.previews.values())), None)
         text = None
@@ -156,8 +156,8 @@ class Session:
                 "job_count": len(jobs),
                 "job_timestamp": started,
                 "job_no": len(ended),
-                "sampling_step": first[0].steps[first[1].id] if first else 0,
-                "sampling_steps": first[1].steps if first else 0,
+                "sampling_step": first.step if first else 0,
+                "sampling_steps": first.steps if first else 0,
             },
             "current_image": text,
             "textinfo": None,
@@ -167,19 +167,18 @@ class Session:
 class Sessions:
     """The sessions of a server; the ones that were used last are kept."""
 
-    def __init__(self, context: Context):
-        self.context = context
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+    def __init__(self) -> None:
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
     def of(self, request: Request) -> Session:
         """The session of the key with which a request came."""
-        key = request.headers.get("authorization", "") if self.context.settings.keys else ""
-        name = hashlib.sha256(key.encode()).hexdigest()
+        name = key_of(request.scope)
         session = self._sessions.setdefault(name, Session())
         self._sessions.move_to_end(name)
         if len(self._sessions) > _MOST_SESSIONS:
             idle = next((one for one, session in self._sessions.items() if not session.calls), name)
-            self._sessions.pop(idle if idle != name else "", None)
+            if idle != name:
+                del self._sessions[idle]
         return session
 
 

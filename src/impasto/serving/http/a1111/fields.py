@@ -52,7 +52,9 @@ class Files(Kind):
 
 @dataclass(frozen=True)
 class Settings(Kind):
-    """An object of settings by name."""
+    """An object of settings by name. Only those that are used are kept: the answer repeats them."""
+
+    names: tuple[str, ...]
 
     def schema(self) -> Schema:
         return {"type": "object"}
@@ -60,7 +62,7 @@ class Settings(Kind):
     def read(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise InputError(f"{name} must be an object, not {shown(value)}")
-        return value
+        return {each: value[each] for each in self.names if each in value}
 
 
 #: What switches off what is absent.
@@ -91,7 +93,7 @@ def text_fields(context: Context) -> dict[str, Kind]:
         "n_iter": Whole(1, settings.max_images),
         "sampler_name": Text(100),
         "sampler_index": Text(100),
-        "override_settings": Settings(),
+        "override_settings": Settings(("sd_model_checkpoint",)),
         "send_images": Switch(),
     }
 

@@ -32,10 +32,7 @@ def read_given(model: ServedModel, given: dict[str, Any], most_pixels: int) -> t
     Raises:
         InputError: images or masks that cannot be used, or a size that the model does not generate.
     """
-    if not model.edits:
-        raise InputError(f"{model.name} edits no images")
-    if "mask" in given and not model.masks:
-        raise InputError(f"{model.name} takes no mask; describe in the prompt what to change")
+    uploads.check_given(model, 1, masked="mask" in given)
     images = [_decode(text, "init_images", most_pixels) for text in given["init_images"]]
     # As many pixels in all as one image may have: a hundred small files could otherwise hold gigabytes.
     if sum(image.width * image.height for image in images) > max(most_pixels, len(images) * model.most_pixels):

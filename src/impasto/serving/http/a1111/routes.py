@@ -33,7 +33,7 @@ logger = logging.getLogger("impasto.serve")
 
 def a1111_router(context: Context) -> APIRouter:
     """The routes of ``/sdapi/v1`` over a service."""
-    router, sessions = APIRouter(prefix="/sdapi/v1", tags=["sdapi"]), Sessions(context)
+    router, sessions = APIRouter(prefix="/sdapi/v1", tags=["sdapi"]), Sessions()
     of_text, of_images = text_fields(context), image_fields(context)
 
     @router.post("/txt2img", openapi_extra=schema_of(context, of_text))
@@ -210,5 +210,7 @@ def _info_of(context: Context, body: dict[str, Any]) -> dict[str, Any]:
         "Model": settings.model,
         **settings.extra,
     }
-    parameters = {name: str(value) for name, value in entries.items() if value is not None}
+    # A quoted value may have a lone surrogate ("\ud800"), which no answer can hold.
+    texts = {name: str(value) for name, value in entries.items() if value is not None}
+    parameters = {name: value.encode("utf-8", "replace").decode("utf-8") for name, value in texts.items()}
     return {"info": found, "items": items, "parameters": parameters}

@@ -70,7 +70,7 @@ async function shotsOf() {
   const settings = form.read();
   if (mode === "compare") return compare.check() ? compare.shots(seedOf) : null;
   if (!form.check(mode !== "edit" || edit.takesReferences)) return null;
-  if (mode === "grid") return grid.shots(settings, seedOf);
+  if (mode === "grid") return grid.shots(settings, seedOf, form.model);
   const given = mode === "edit" ? await edit.given() : undefined;
   if (given === null) return null;
   if (given) {
@@ -91,7 +91,7 @@ async function start() {
   if (unfinished || !form.models.length) return;
   unfinished = 1; // preparing counts: a second press must not start it twice
   showRunning();
-  const shots = await shotsOf().finally(() => { unfinished = 0; });
+  const shots = await shotsOf().finally(() => { unfinished--; });
   if (!shots) return showRunning();
   const cards = stage.place(shots, mode);
   const { top } = byId("results").getBoundingClientRect();

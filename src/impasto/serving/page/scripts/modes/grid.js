@@ -6,12 +6,12 @@ const MOST = 36;
 const AXES = {
   seed: { start: "1-6", help: "Whole numbers or ranges, such as 1-6 or 7, 42.", least: 0, most: 0xffffffff, whole: true, label: "Seed" },
   guidance: { start: "1, 2, 3, 4.5, 6, 8", help: "Numbers, such as 1, 2, 4.5.", least: 0, most: 100, whole: false, label: "Guidance" },
-  steps: { start: "5, 10, 20, 40", help: "Whole numbers or ranges, such as 5, 10, 20.", least: 1, most: 200, whole: true, label: "Steps" },
+  steps: { start: "5, 10, 20, 40", help: "Whole numbers or ranges, such as 5, 10, 20.", least: 1, whole: true, label: "Steps" },
 };
 
-/** The values of a text, or what is wrong with it. */
-export function valuesOf(text, axis) {
-  const { least, most, whole, label } = AXES[axis];
+/** The values of a text, or what is wrong with it. The server says how many steps an image may have. */
+export function valuesOf(text, axis, mostSteps) {
+  const { least, most = mostSteps, whole, label } = AXES[axis];
   const values = [];
   for (const part of text.split(/[,;\s]+/).filter(Boolean)) {
     const range = whole && /^(\d{1,15})[-–](\d{1,15})$/.exec(part);
@@ -40,9 +40,9 @@ export class Grid {
   }
 
   /** A shot for each value, or null if the values are wrong, which the person then sees. */
-  shots(settings, seedOf) {
+  shots(settings, seedOf, model) {
     const axis = byId("grid-axis").value;
-    const { values, problem } = valuesOf(byId("grid-values").value, axis);
+    const { values, problem } = valuesOf(byId("grid-values").value, axis, model.most_steps);
     complain(byId("grid-values"), problem);
     if (problem) {
       byId("grid-values").focus();
