@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 Rows = list[dict[str, float]]
 
 RECORDS = Path(__file__).resolve().parents[1] / "docs" / "scenes" / "training"
-#: The transformer's stages in their order, with the size of a batch. Later ones train some timesteps alone, and weigh them.
+#: The transformer's stages in their order, with the size of a batch. Later stages weigh timesteps.
 STAGES = {
     "128": 64, "128-continued": 64, "256": 32, "multiaspect": 64, "multiaspect-continued": 64, "multiaspect-gpu": 512,
     "agreement": 24,

@@ -135,8 +135,8 @@ def tables(load: Load) -> str:
     mean = load.images / DAY
     lines = [
         f"{load.images:,.0f} images a day are {mean:.1f} a second on average, and {load.per_second:.1f} in the busiest "
-        f"hour. Each machine may work {100 * load.busy:g} % of that hour, one machine is a spare, and an image may wait "
-        f"{load.wait:g} s.",
+        f"hour. Each machine may work {100 * load.busy:g} % of that hour, one machine is a spare, and an image may "
+        f"wait {load.wait:g} s.",
         "",
         "| | a machine is | seconds per image | images a day at most | machines | `--queue` of each |",
         "|---|---|---|---|---|---|",

@@ -27,6 +27,7 @@ from impasto.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from impasto.memory import streaming
 from impasto.memory.moving import device_of
 from impasto.models.autoencoder.model import AutoencoderKL
+from impasto.models.compat.attention_processor import AttnProcessor2_0
 from impasto.models.glm_image.model import GlmImageTransformer2DModel
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.nn.attention import chosen_backend
@@ -269,6 +270,20 @@ def test_attention_backends() -> None:
         model.set_attention_backend("nativ")
     with pytest.raises(InputError, match=r"there is no attention backend 'sage' here; there are"):
         model.set_attention_backend("sage")
+    assert {attention._backend for _, attention in model._attentions} == {"xformers"}
+
+
+def test_processors_that_cannot_be_called_change_nothing() -> None:
+    model = pixart()
+    own = nn.Identity()
+    model.set_attn_processor(own)
+    names = dict.fromkeys(model.attn_processors, AttnProcessor2_0())
+    for bad in ("x", {**names, [*names][-1]: None}):
+        with pytest.raises(InputError, match="an attention processor is called as"):
+            model.set_attn_processor(bad)
+        with pytest.raises(InputError, match="an attention processor is called as"):
+            model.transformer_blocks[0].attn1.set_processor("x")
+        assert all(processor is own for processor in model.attn_processors.values())
 
 
 def test_a_chosen_backend_is_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

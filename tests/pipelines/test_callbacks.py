@@ -228,6 +228,29 @@ def test_halves_are_negative_then_positive() -> None:
     call(pipe, arguments, callback_on_step_end=check, callback_on_step_end_tensor_inputs=names)
 
 
+@pytest.mark.parametrize("longer", [0, 6])
+def test_halves_of_different_lengths(longer: int) -> None:
+    """What is handed over is padded to one length; what comes back fits its own mask again."""
+    pipe = pixart()
+    with torch.no_grad():
+        found = pipe.encode_prompt("grey", do_classifier_free_guidance=False, max_sequence_length=6 + longer)
+    given = {
+        "prompt": "a cat",
+        "max_sequence_length": 9,
+        "negative_prompt_embeds": found.prompt_embeds,
+        "negative_prompt_attention_mask": found.prompt_attention_mask,
+    }
+    pipe = pixart(PixArtAlphaPipeline)
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+    def scaled(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"] * 1.0}
+
+    plain = call(pipe, given)
+    assert torch.equal(call(pipe, given, callback_on_step_end=scaled, **names), plain)
+    call(pipe, given, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_embeddings_that_are_changed_in_place_are_used(mode: Any, scale: float) -> None:
@@ -333,6 +356,16 @@ def test_a_loop_that_its_caller_drives(scales: list[float]) -> None:
         pipe._guidance_scale = 1.0
     assert scales == [2.0, 1.0, 1.0]
     assert (pipe.num_timesteps, pipe.guidance_scale) == (3, 1.0)
+
+
+def test_a_loop_whose_negative_embeddings_come_and_go(scales: list[float]) -> None:
+    pipe = pixart()
+    with torch.no_grad():
+        embeds = pipe.encode_prompt("a cat")
+    alone = embeds._replace(negative_prompt_embeds=None, negative_prompt_attention_mask=None)
+    for step in pipe.denoise(torch.randn(1, 4, 8, 8), embeds, num_inference_steps=3, guidance_scale=2.0):
+        step.embeds = alone if step.index == 0 else embeds
+    assert scales == [2.0, 1.0, 2.0]
 
 
 def test_a_scale_for_loops_by_hand() -> None:

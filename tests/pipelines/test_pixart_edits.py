@@ -445,6 +445,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "latents with NaN": ({"image": torch.full((1, 4, 8, 8), torch.nan), "mask_image": BLACK + 1}, "NaN"),
     "count": ({"image": [IMAGE] * 3, "prompt": ["a", "b"], "generator": None}, "3 images for 2 prompts"),
     "sizes": ({"image": [IMAGE, levels(20, 16)]}, "different sizes, 16 x 16 and 20 x 16"),
+    "sizes of latents": (
+        {"image": [torch.zeros(4, 8, 8), torch.zeros(4, 8, 4)], "height": 16, "width": 16},
+        "different sizes, 8 x 4 and 8 x 8",
+    ),
     "sides": ({"height": 18}, "multiples of 4, not 18 x 16"),
     "latents": ({"image": torch.zeros(1, 4, 8, 8), "height": 32}, "cannot be resized"),
     "kinds": ({"image": [torch.zeros(4, 8, 8), IMAGE]}, "both latents and images"),

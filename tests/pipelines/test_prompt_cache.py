@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from impasto import compute_as_stored, compute_in_float32
 from impasto.errors import InputError, OutputError
 from impasto.pipelines import pixart
 from impasto.pipelines.pixart import PixArtSigmaPipeline
@@ -141,6 +142,39 @@ def test_what_an_embedding_depends_on(tmp_path: Path, encoded: list[Texts]) -> N
     pipe.to(torch.bfloat16)
     embed(pipe, "a cat", max_sequence_length=20)
     assert len(encoded) == 4
+
+
+def test_results_of_another_precision_are_not_kept_for_this_one(tmp_path: Path) -> None:
+    pipe, cached = (tiny_pipeline(PixArtSigmaPipeline) for _ in range(2))
+    cached.enable_prompt_cache(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        embed(cached, "a cat")
+    assert not entries(tmp_path)
+    assert same(embed(cached, "a cat"), embed(pipe, "a cat"))
+    compute_as_stored(cached.text_encoder)
+    one = fingerprint(cached.text_encoder, cached.tokenizer)
+    compute_in_float32(cached.text_encoder)
+    assert one != fingerprint(cached.text_encoder, cached.tokenizer)
+
+
+def test_a_wrapper_without_a_config_is_asked_every_time(tmp_path: Path, encoded: list[Texts]) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.dtype, self.device = inner, inner.dtype, inner.device
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return self.inner(*args, **options)
+
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    expected = embed(pipe, "a cat")
+    pipe.text_encoder = Wrapper(pipe.text_encoder).eval()
+    pipe.enable_prompt_cache(tmp_path)
+    encoded.clear()
+    for _ in range(2):
+        assert same(embed(pipe, "a cat"), expected)
+    assert len(encoded) == 2
+    assert not entries(tmp_path)
 
 
 def test_fingerprints() -> None:

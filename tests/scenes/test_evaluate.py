@@ -22,6 +22,7 @@ from impasto.scenes.evaluate import (
     evaluate,
     evaluate_edits,
     held_out_prompts,
+    judge_images,
 )
 from impasto.scenes.renderer import render
 from impasto.scenes.world import ADAPTER_COLOUR, ADAPTER_SHAPE, LEFT, Scene, Solid, is_held_out
@@ -174,3 +175,6 @@ def test_wrong_numbers_are_refused() -> None:
         evaluate(true_renders, n=3, batch_size=0)
     with pytest.raises(InputError, match="not 0 and 16"):
         evaluate_edits(lambda texts, images: images, n=0)
+    prompts = held_out_prompts(2)
+    with pytest.raises(InputError, match="there are 1 images for 2 prompts"):
+        judge_images(prompts, [torch.rand(3, 128, 128)])

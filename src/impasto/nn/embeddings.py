@@ -85,7 +85,8 @@ def rotary_2d(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_(i + d/2)) of [..., N, d] by their angles, in float32, which positions need."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Rotate the pairs (x_i, x_(i + d/2)) of [..., N, d] by their angles, in at least float32, which positions need."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(x.float() * cos, rotated, sin).to(x.dtype)
+    return torch.addcmul(wide * cos, rotated, sin).to(x.dtype)

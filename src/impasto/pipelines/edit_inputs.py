@@ -115,7 +115,7 @@ def read_originals(pipe: Any, arguments: Mapping[str, Any]) -> Originals:
     if pastes and (latents or arguments["output_type"] == "latent"):
         raise InputError("padding_mask_crop and overlay need images: give no latents, and output_type='pil' or 'pt'")
     sizes = sorted({tuple(image.shape[-2:]) for image in images})
-    if len(sizes) > 1 and (masks is not None or None in sides):
+    if len(sizes) > 1 and (latents or masks is not None or None in sides):
         first, last = (" x ".join(map(str, size)) for size in (sizes[0], sizes[-1]))
         raise InputError(f"the images have different sizes, {first} and {last}; edit them in separate calls")
     if latents:

@@ -28,6 +28,7 @@ from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
 from ..files import make_folder, remove_abandoned, write_file
 from ..nn.changes import adapters_in_force, is_intercepted, unwrapped
+from ..nn.precision import precision_of
 from .learned_tokens import concepts_of
 from .prompts import EncodedTexts, samples_of
 
@@ -75,6 +76,8 @@ class PromptCache:
         """
         if text_encoder is not None and (
             text_encoder.training
+            or not hasattr(unwrapped(text_encoder), "config")  # a wrapper, about which nothing is known
+            or torch.is_autocast_enabled(device.type)  # its results are of another precision
             or any(map(is_intercepted, text_encoder.modules()))  # what they compute is not this encoder's
             or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in text_encoder.parameters()))
         ):
@@ -216,6 +219,7 @@ def fingerprint(text_encoder: nn.Module, tokenizer: Any) -> str:
     # Origin and version do not change the embeddings.
     kept = {name: value for name, value in settings.items() if name not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps([type(inner).__name__, kept], sort_keys=True, default=str).encode())
+    digest.update(precision_of(inner).encode())
     if adapters := adapters_in_force(inner):
         digest.update(json.dumps(adapters).encode())
     for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):

@@ -110,8 +110,9 @@ class Run:
             self.guidance = [scale if self.scheduler.guides(i) else 1.0 for i in range(self.end)]
 
     def use(self, embeds: Any) -> None:
-        """Go on with other embeddings."""
+        """Go on with other embeddings; there is guidance as long as there are negative ones."""
         self.embeds = embeds
+        self.guide(self.guidance_scale)
         self.halves.clear()
         self.memories.clear()
 

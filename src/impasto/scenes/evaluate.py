@@ -188,10 +188,19 @@ class Report:
         }
 
 
+def _require_as_many(readings: Sequence[Reading], count: int, what: str) -> None:
+    if len(readings) != count:
+        raise InputError(f"there are {len(readings)} images for {count} {what}; give one for each")
+
+
 def judge_images(prompts: Sequence[Prompt], images: Sequence[ImageLike], judge: Judge | None = None) -> Report:
-    """Read `images`, one per prompt, and compare them with the prompts."""
+    """Read `images`, one per prompt, and compare them with the prompts.
+
+    Raises:
+        InputError: another number of images.
+    """
     readings = (judge or bundled_judge()).read(images)
-    assert len(readings) == len(prompts), "one image per prompt"
+    _require_as_many(readings, len(prompts), "prompts")
     verdicts = []
     for prompt, seen in zip(prompts, readings):
         score = compare(seen, prompt.scene, with_size=prompt.with_size, with_background=prompt.with_background)
@@ -200,9 +209,13 @@ def judge_images(prompts: Sequence[Prompt], images: Sequence[ImageLike], judge: 
 
 
 def judge_edits(edits: Sequence[Edit], images: Sequence[ImageLike], judge: Judge | None = None) -> Report:
-    """Read edited `images`, and compare them with the instructions: one new colour, and everything else kept."""
+    """Read edited `images`, and compare them with the instructions: one new colour, and everything else kept.
+
+    Raises:
+        InputError: another number of images.
+    """
     readings = (judge or bundled_judge()).read(images)
-    assert len(readings) == len(edits), "one image per edit"
+    _require_as_many(readings, len(edits), "edits")
     kinds = (NEVER_TRAINED if is_held_out(edit.target) else TRAINED for edit in edits)
     return Report(
         tuple(

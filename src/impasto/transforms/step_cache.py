@@ -262,6 +262,8 @@ class StepCache(Handle):
                     "the transformer of this pipeline caches steps already, by enable_cache(); call "
                     "pipe.transformer.disable_cache() first"
                 )
+        elif any(isinstance(change, CachedCall) for block in self._blocks() for change in of(block)):
+            raise ConfigurationError("the steps of this transformer are cached already; remove() that cache first")
         self._attach()
         if not isinstance(target, nn.Module):
             target.step_cache = self

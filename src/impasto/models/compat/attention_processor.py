@@ -83,18 +83,15 @@ class ProcessedAttention(nn.Module):
 
     @processor.setter
     def processor(self, processor: Any) -> None:
+        check_processor(processor)
         vars(self).pop("_processor", None)
         if type(processor) not in (AttnProcessor, AttnProcessor2_0, type(self.default_processor)):
-            if not callable(processor):
-                raise InputError(
-                    f"an attention processor is called as processor(attn, hidden_states, ...): {processor!r}"
-                )
             vars(self)["_processor"] = processor
 
     def set_processor(self, processor: Any) -> None:
         """Let a processor compute this attention; one that is a module becomes a submodule, with its weights."""
+        check_processor(processor)
         self._modules.pop("processor", None)
-        vars(self).pop("_processor", None)
         self.processor = processor
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
@@ -209,6 +206,12 @@ class ProcessedAttention(nn.Module):
 
     def set_attention_slice(self, slice_size: int | None) -> None:
         """Accepted without effect: attention never holds all scores at once."""
+
+
+def check_processor(processor: Any) -> None:
+    """Raise InputError for what cannot be called."""
+    if not callable(processor):
+        raise InputError(f"an attention processor is called as processor(attn, hidden_states, ...): {processor!r}")
 
 
 def parameters_of(processor: Any) -> Mapping[str, inspect.Parameter]:

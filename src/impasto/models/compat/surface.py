@@ -16,7 +16,7 @@ from ...nn.attention import check_backend, kernels
 from ...nn.changes import of
 from ...nn.fused_linear import FusedLinear
 from ...nn.precision import checkpointed, checkpointed_by
-from .attention_processor import ProcessedAttention, giving_again
+from .attention_processor import ProcessedAttention, check_processor, giving_again
 
 
 def _public(name: str) -> Callable[..., Any]:
@@ -106,8 +106,9 @@ class ModelSurface(nn.Module):
         Raises:
             InputError: there is no such backend.
         """
+        name = check_backend(backend)
         self.reset_attention_backend()
-        for _, attention in self._attentions if (name := check_backend(backend)) != "native" else ():
+        for _, attention in self._attentions if name != "native" else ():
             attention._backend = name
 
     def reset_attention_backend(self) -> None:
@@ -241,12 +242,15 @@ class Processors:
         """Let a processor compute every attention; or, in a dict by name, one each.
 
         Raises:
-            InputError: the names of a dict are not those of ``attn_processors``.
+            InputError: the names of a dict are not those of ``attn_processors``, or one cannot be called. Then all
+                attentions are as they were.
         """
         named = processor if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
         if set(named) != set(self.attn_processors):
             wrong = sorted(set(named) ^ set(self.attn_processors))
             raise InputError(f"attention processors by name need one for each attention; see {', '.join(wrong[:3])}")
+        for each in named.values():
+            check_processor(each)
         for name, attention in cast(Any, self)._attentions:
             attention.set_processor(named[f"{name}.processor"])
 

@@ -108,12 +108,14 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
             rows, batch = len(value), len(own[name])
             shape[0] = rows if rows in (1, batch) or (rows == 2 * batch and negative is not None) else batch
         check_tensor(f"{name} that callback_on_step_end returned", value, shape, mask=name.endswith("mask"))
+        padded = name in handed and name in _WITH_HALVES and value.shape[1] == old.shape[1]
         if name in _WITH_HALVES and len(value) == 2 * len(own[name]):
-            changed[f"negative_{name}"], value = value.chunk(2)
+            other, value = value.chunk(2)
+            changed[f"negative_{name}"] = other[:, : negative.shape[1]] if padded else other
         elif name in _WITH_HALVES and len(value) < len(own[name]):  # the last row alone: guidance is cut off
             cut = name in handed and value.shape[1:] == old.shape[1:] and torch.equal(value, old[-1:])
             value = own[name] if cut else value.expand(len(own[name]), *value.shape[1:])
-        changed[name] = value
+        changed[name] = value[:, : own[name].shape[1]] if padded else value
     if "latents" in changed:
         step.latents = changed.pop("latents").to(own["latents"])
     if changed:
