@@ -19,7 +19,7 @@ from impasto import cli
 from impasto.cli import pipelines
 from impasto.cli.generate import IMAGE_EXTENSIONS
 from impasto.cli.options import DType
-from impasto.errors import CheckpointNotFoundError
+from impasto.errors import CheckpointNotFoundError, InputError
 from impasto.memory.estimate import peak_memory
 from impasto.memory.inspection import image_size, inspect_model
 from impasto.nn.machine import is_native
@@ -468,6 +468,23 @@ def test_what_the_mask_does_not_select_stays(model: Path, photo: tuple[Path, Pat
         assert not np.array_equal(pixels(out / name)[:, :15], pixels(photo[0])[:, :15])
         assert read_settings(out / name).extra["Denoising strength"] == "1.0"
     assert not np.array_equal(pixels(out / "0000.png"), pixels(out / "0001.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], None), (["--dtype", "auto"], None), (["--dtype", "float32"], torch.float32)]
+)
+def test_a_plan_chooses_the_dtypes_unless_one_is_given(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], expected: torch.dtype | None
+) -> None:
+    given = []
+
+    def load(model: str, class_name: str, device: torch.device, dtype: torch.dtype | None, *_: Any) -> None:
+        given.append(dtype)
+        raise InputError("enough")
+
+    monkeypatch.setattr(pipelines, "load", load)
+    generate(model, "a cat", "--memory-budget", "4GB", "--output", tmp_path / "a.png", *options)
+    assert given == [expected]
 
 
 def test_an_edit_within_a_budget(model: Path, photo: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from impasto import files, folders
 from impasto.errors import CheckpointError, OutputError
@@ -152,6 +154,24 @@ def test_permissions_are_those_of_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "folder" / "y").stat().st_mode) == 0o640
 
 
+def test_a_function_may_rename_a_file_of_its_own(tmp_path: Path, recorded: list[tuple[str, str]]) -> None:
+    def write(path: Path) -> None:
+        save_file({"a": torch.ones(2)}, path)  # renames one that only the owner can read
+        files.remove_abandoned(tmp_path)  # as another process does
+
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "x", write)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+    assert load_file(tmp_path / "x")["a"].sum() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    (_, created), renamed, *_ = [call for call in recorded if call[0] != "remove"]
+    assert renamed == ("rename", "x")
+    assert ("fsync", created) in recorded
+
+
 def test_a_file_left_by_a_killed_process_is_removed_by_the_next_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +186,13 @@ def test_a_file_left_by_a_killed_process_is_removed_by_the_next_write(
         files.lock(used.fileno(), left, None)
         write_file(tmp_path / "y", "another")
         assert left.exists()
+    write_file(tmp_path / "y", "another")
+    assert tree(tmp_path) == {"y": "another"}
+
+
+def test_what_a_killed_function_created_is_removed_too(tmp_path: Path) -> None:
+    for ending in ("tmp", "new"):
+        (tmp_path / f".impasto-0.{ending}").touch()
     write_file(tmp_path / "y", "another")
     assert tree(tmp_path) == {"y": "another"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,17 @@ def test_hostile_configs_of_foreign_parts(with_foreign_parts: Path) -> None:
     edit(with_foreign_parts / "vae" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(CheckpointError, match="quantized AutoencoderTiny is not loaded"):
         PixArtSigmaPipeline.from_pretrained(with_foreign_parts, scheduler=None)
+
+
+def test_weights_of_a_foreign_part_in_two_forms_are_an_error(with_foreign_parts: Path) -> None:
+    folder = with_foreign_parts / "vae"
+    diffusers.AutoencoderTiny.from_pretrained(folder).save_pretrained(folder / "many", max_shard_size="2KB")
+    for path in (folder / "many").glob("diffusion_pytorch_model*"):
+        shutil.copy(path, folder)
+    with pytest.raises(CheckpointError, match=r"holds its weights twice, in diffusion_pytorch_model.safetensors and"):
+        PixArtSigmaPipeline.from_pretrained(with_foreign_parts, scheduler=None)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    assert type(PixArtSigmaPipeline.from_pretrained(with_foreign_parts).vae) is diffusers.AutoencoderTiny
 
 
 def test_weights_that_do_not_fit_a_foreign_part_are_an_error(with_foreign_parts: Path) -> None:

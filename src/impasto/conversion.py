@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoints.layout import INDEX_NAME, superseded
 from .checkpoints.original import files
 from .checkpoints.original.convert import Component, component_of, to_original
-from .checkpoints.stored import describe, iterate_tensors
+from .checkpoints.stored import WEIGHTS_NAME, describe, iterate_tensors
 from .checkpoints.weights import disk_errors, write_weights
 from .checks import shown
 from .errors import CheckpointError, InputError, OutputError
@@ -61,22 +61,24 @@ def convert(
         weights: ``"raw"`` or ``"ema"``, of a training checkpoint with both.
         component: ``"transformer"`` or ``"vae"``, where the source has both.
         dtype: of the written weights; as stored by default.
-        overwrite: replace the target if it is a file, or the folder of a model, that exists.
+        overwrite: replace the target if it is a file that exists, or the weights and the config in a folder.
         config: values that the file does not have, such as ``num_attention_heads`` or ``sample_size``; of a DiT also
             the options of ``start_from_dit``.
 
     Raises:
         CheckpointError: the source is damaged, holds something else, or has unknown or missing tensors.
-        InputError: a value has to be given.
-        OutputError: the target exists, or cannot be written.
+        InputError: a value has to be given, or the source is a folder of another component.
+        OutputError: the target exists, would replace the source, or cannot be written.
     """
     chosen = parse_dtype(dtype, None)
     if component not in (None, *_SOURCES):
         raise InputError(f"component must be 'transformer' or 'vae', not {component!r}")
     destination = plain_path(target)
-    is_model = os.path.isfile(destination / Model.config_name)
-    if not overwrite and (is_model or (os.path.lexists(destination) and not os.path.isdir(destination))):
-        raise OutputError(f"{destination} exists already; give another name, or overwrite=True (--overwrite)")
+    replaced = _replaced_by(destination)
+    if isinstance(source, str | os.PathLike):
+        _refuse_to_replace([source], replaced)
+    if replaced and not overwrite:
+        raise OutputError(f"{replaced[0]} exists already; give another target, or overwrite=True (--overwrite)")
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
         if config or weights:
             raise InputError(f"{', '.join([*config, *(['weights'] if weights else [])])}: a folder says this itself")
@@ -86,6 +88,26 @@ def convert(
     if destination.suffix in (*files.PICKLES, ".safetensors"):
         raise InputError(f"a file is converted to a folder; {destination.name} is named like a file")
     return _to_folder(source, destination, component, weights, chosen, config)
+
+
+def _replaced_by(target: Path) -> list[Path]:
+    """The files that a conversion to ``target`` replaces or removes."""
+    if not os.path.isdir(target):
+        return [target] if os.path.lexists(target) else []
+    try:
+        present = sorted(os.listdir(target))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be read: {error.strerror}; choose another place") from error
+    old = {Model.config_name, *_superseded(present, [f"{WEIGHTS_NAME}.safetensors"])}
+    return [target / name for name in present if name in old]
+
+
+def _refuse_to_replace(sources: Iterable[str | os.PathLike[str]], replaced: Iterable[Path]) -> None:
+    """Raise OutputError if one of the files to be replaced is a source."""
+    there = [source for source in sources if os.path.exists(source)]
+    for path in replaced:
+        if os.path.exists(path) and any(os.path.samefile(source, path) for source in there):
+            raise OutputError(f"{path} is part of the source, and would be lost; give another target")
 
 
 def _to_folder(
@@ -157,14 +179,14 @@ def _to_file(source: Path, target: Path, role: str | None, dtype: torch.dtype | 
             root = root / (role or "transformer")
         with reading(root) as folder:
             class_name = _class_in(folder)
+            if role is not None and (role == "vae") != (class_name == "AutoencoderKL"):
+                raise InputError(f"{folder} holds no {role} but {class_name}; leave component out (--component)")
             cls = cast(type[Model], class_of(class_name))
             _, stored = cls.skeleton(folder)
-            tensors = {
-                cls._rename_key(name): x
-                for file in dict.fromkeys(each.file for each in stored.values())
-                for name, x in iterate_tensors(file)
-            }
+            weights = list(dict.fromkeys(each.file for each in stored.values()))
             extras_file = folder / EXTRAS_NAME
+            _refuse_to_replace([*weights, extras_file], [target])
+            tensors = {cls._rename_key(name): x for file in weights for name, x in iterate_tensors(file)}
             extras = dict(iterate_tensors(extras_file)) if extras_file.is_file() else {}
             if extras:
                 describe([extras_file])  # checks it

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ except ImportError:  # Windows
 HAS_LOCKS = fcntl is not None
 #: How long to wait for another process that writes to or reads from the same place.
 WAIT_SECONDS = 600.0
+#: Of the file that a function creates, next to the locked temporary file.
+_CREATED = ".new"
 
 
 def write_file(
@@ -42,7 +45,7 @@ def write_file(
     """Write a file completely or not at all, with the permissions of the umask. Its folder must exist.
 
     Args:
-        content: bytes, text (UTF-8), or a function that writes to the path it is given.
+        content: bytes, text (UTF-8), or a function that creates a file at the path it is given.
         durable: sync it to disk before the rename, so that it survives a power failure; False for caches.
         overwrite: whether a file of this name is replaced. If not, of several processes that write it at once one
             succeeds.
@@ -53,26 +56,33 @@ def write_file(
     """
     path = plain_path(path)
     temporary = path.with_name(f".impasto-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")
+    written = temporary.with_suffix(_CREATED) if callable(content) else temporary
     try:
         if path.exists() and not path.is_file():  # a rename would replace even a device
             raise OSError(errno.EINVAL, "it is not a regular file")
         descriptor = _open_alone(temporary)
         try:
             if callable(content):
-                content(temporary)
+                # Not the locked file: safetensors would replace it by another one, which only the owner can read.
+                written.unlink(missing_ok=True)
+                content(written)
+                written.chmod(stat.S_IMODE(os.fstat(descriptor).st_mode))
             else:
                 _write_all(descriptor, content.encode("utf-8") if isinstance(content, str) else content)
             if durable:
-                os.fsync(descriptor)
+                sync(written)
             if not overwrite and os.path.lexists(path):  # nobody else of us can write it now
                 raise OSError(errno.EEXIST, "it exists already")
             if not HAS_LOCKS:  # Windows renames no open file
                 os.close(descriptor)
                 descriptor = -1
-            os.replace(temporary, path)
+            os.replace(written, path)
+            if written != temporary:
+                temporary.unlink(missing_ok=True)
             if durable:
                 sync_folder(path.parent)
         except BaseException:
+            written.unlink(missing_ok=True)
             temporary.unlink(missing_ok=True)
             raise
         finally:
@@ -127,6 +137,7 @@ def remove_abandoned(folder: Path, pattern: str = ".impasto-*.tmp") -> None:
             try:
                 lock(descriptor, temporary, None)
                 if is_same_file(descriptor, temporary):
+                    temporary.with_suffix(_CREATED).unlink(missing_ok=True)
                     temporary.unlink()
             finally:
                 os.close(descriptor)

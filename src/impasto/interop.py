@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoints.config import read_json
 from .checkpoints.foreign.errors import translated
-from .checkpoints.stored import Stored, describe, find_weight_files, listing
+from .checkpoints.stored import WEIGHTS_NAME, Stored, describe, find_weight_files, listing, with_variant
 from .checks import printable, shown, whole_number
 from .errors import CheckpointError, ConfigurationError, InputError, MissingDependencyError, WeightsMismatchError
 from .models.base import Model
@@ -197,6 +197,13 @@ def load_component(
     if "quantization_config" in config:
         raise CheckpointError(f"{path}: a quantized {name} is not loaded; load it with diffusers and pass it")
     files = find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
+    kind = files[0].suffix
+    index = folder / with_variant(f"{WEIGHTS_NAME}{kind}.index.json", variant)
+    # diffusers prefers the shards, which were then not checked.
+    if files[0].name == with_variant(f"{WEIGHTS_NAME}{kind}", variant) and index.is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights twice, in {files[0].name} and in shards, {index.name}; remove one of them"
+        )
     stored = describe(files)
     _check_size(cls, path, config, stored)
     with translated(name, folder):
@@ -204,7 +211,7 @@ def load_component(
             folder,
             torch_dtype=getattr(torch, next(iter(stored.values())).dtype) if dtype is None else dtype,
             variant=variant,
-            use_safetensors=files[0].suffix == ".safetensors",
+            use_safetensors=kind == ".safetensors",
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,

@@ -222,6 +222,39 @@ def test_too_little_memory_leaves_everything_on_the_host(monkeypatch: pytest.Mon
         assert addresses(transformer) == addresses_before  # the CPU is where they are
 
 
+@pytest.mark.usefixtures("in_float64")
+def test_too_little_memory_for_another_component_leaves_the_first_one_on_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    addresses_before = addresses(a), addresses(b)
+    placement = OneAtATime("cpu")
+    lacking: list[nn.Module] = [b]
+    copy: Any = Group._copy
+
+    def fail(self: Group, slot: Slot) -> Tensor:
+        if slot.owner in lacking:
+            raise torch.OutOfMemoryError("no memory")
+        there: Tensor = copy(self, slot)
+        return there
+
+    monkeypatch.setattr(Group, "_copy", fail)
+    with placement.keeping(a):
+        with pytest.raises(torch.OutOfMemoryError), placement.using(b):
+            pass
+        assert a.weight.dtype == torch.float64
+        with placement.using(a):
+            assert a.weight.dtype == torch.float64
+        assert addresses(b) == addresses_before[1]
+        lacking.clear()
+        with pytest.raises(torch.OutOfMemoryError), placement.using(b):
+            lacking.append(a)  # no memory to return to the first one either
+        lacking.clear()
+        with placement.using(a):  # until now
+            assert a.weight.dtype == torch.float64
+    assert (addresses(a), addresses(b)) == addresses_before
+
+
 def test_compiled_components() -> None:
     whole = torch.compile(tiny_transformer(), backend="eager")
     with pytest.raises(ConfigurationError, match="enable_model_cpu_offload"):

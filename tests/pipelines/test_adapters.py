@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 import impasto
 from impasto.checkpoints.adapters.file import AdapterDefaults
 from impasto.errors import ConfigurationError, InputError, WeightsMismatchError
+from impasto.memory.plan import Budget
 from impasto.pipelines.adapters import ChosenAdapter, adapter_defaults, apply_adapters
 from impasto.pipelines.pixart import PixArtSigmaPipeline
 from impasto.transforms.adapters import save
@@ -324,6 +326,20 @@ def test_chosen_adapters_are_applied_and_say_how_to_generate(pipe: Any, tmp_path
     apply_adapters(pipe, chosen)
     assert close(generate(pipe), expected)
     assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_adapters_are_fused_if_the_budget_has_room(has_room: bool, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    file, written = write(pipe, tmp_path)
+    pipe.save_pretrained(tmp_path / "model")
+    expected = generate(merged(pipe, (written, 0.5)))
+    pipe = PixArtSigmaPipeline.from_pretrained(tmp_path / "model", dtype="float32", memory_budget=Budget("4GB", "cpu"))
+    assert not any(each.weights for each in pipe.plan.components.values()), "they stay in their file"
+    pipe.plan = replace(pipe.plan, budget=pipe.plan.peak + (10_000_000 if has_room else 10_000))
+    apply_adapters(pipe, [ChosenAdapter(str(file), 0.5)])
+    assert close(generate(pipe), expected)
+    assert bool(pipe.get_list_adapters()) != has_room
 
 
 def test_hotswapped_adapters_keep_compiled_blocks(pipe: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from impasto.memory.inspection import inspect_components
 from impasto.models.pixart.model import PixArtTransformer2DModel
 from impasto.pipelines import loading
 from impasto.pipelines.pixart import PixArtSigmaPipeline
+from impasto.transforms.layerwise_casting import apply_layerwise_casting
 from impasto.transforms.quantize import quantize
 from impasto.transforms.quantized_linear import QuantizedLinear
 
@@ -161,6 +162,39 @@ def test_a_model_with_other_layers_than_its_config_says_is_not_saved(tmp_path: P
     with pytest.raises(ConfigurationError, match=r"was not saved.*proj_out.0.weight"):
         model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+# --- layerwise casting ---
+
+
+@pytest.mark.parametrize("how", ["transformer", "text encoder", "float16", "to"])
+def test_weights_in_a_narrow_dtype_are_not_saved_over_a_good_folder(folder: Path, tmp_path: Path, how: str) -> None:
+    target = Path(shutil.copytree(folder, tmp_path / "good"))
+    pipe = PixArtSigmaPipeline.from_pretrained(target)
+    expected = r"narrow dtype and cannot be saved; .*disable_layerwise_casting\(\).*remove\(\)"
+    if how == "transformer":
+        pipe.transformer.enable_layerwise_casting()
+    elif how == "text encoder":
+        casting = apply_layerwise_casting(pipe.text_encoder, torch.float8_e4m3fn, torch.float32)
+    elif how == "float16":  # these load, but as layers of two dtypes
+        pipe.transformer.enable_layerwise_casting(torch.float16)
+    else:
+        pipe.transformer.to(torch.float8_e4m3fn)
+        expected = r"was not saved.* is torch.float8_e4m3fn, not one of .*\.to\(torch.bfloat16\)"
+    before = contents(target)
+    with pytest.raises(ConfigurationError, match=expected):
+        pipe.save_pretrained(target)
+    if how == "text encoder":
+        casting.remove()
+    else:
+        with pytest.raises(ConfigurationError, match=expected):
+            pipe.transformer.save_pretrained(target / "transformer")
+        pipe.transformer.disable_layerwise_casting()
+        pipe.transformer.to(torch.bfloat16)
+    assert contents(target) == before
+    pipe.save_pretrained(target)
+    again = PixArtSigmaPipeline.from_pretrained(target, torch_dtype="auto")
+    assert again.transformer.dtype == pipe.transformer.dtype
 
 
 # --- quantized weights ---

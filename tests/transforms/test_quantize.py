@@ -250,6 +250,18 @@ def test_a_saved_pipeline_has_the_original_weights(method: Any, tmp_path: Path) 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
+def test_what_is_saved_after_a_cast_has_one_dtype(method: Any, tmp_path: Path) -> None:
+    model, plain = tiny_transformer(), tiny_transformer().to(torch.bfloat16)
+    quantize(model, method)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = PixArtTransformer2DModel.from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in plain.state_dict().items())
+    dequantize(model.float())  # the cast took no digits of the originals
+    layer = "transformer_blocks.0.ff.net.2.weight"
+    assert torch.equal(model.state_dict()[layer], tiny_transformer().state_dict()[layer])
+
+
 def test_a_cast_quantizes_anew_and_undo_gives_the_new_dtype(method: Any) -> None:
     model, plain = tiny_transformer(), tiny_transformer()
     quantize(model, method)

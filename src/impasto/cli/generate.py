@@ -59,9 +59,7 @@ def generate(
         Solver | None, typer.Option(metavar="NAME", help="dpm++, ddim, ddpm or lcm; the model's own by default.")
     ] = None,
     lora: Lora = None,
-    dtype: Annotated[
-        DType | None, typer.Option(metavar="NAME", help="auto (the default), float32, bfloat16 or float16.")
-    ] = None,
+    dtype: Annotated[DType, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = DType.AUTO,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; cuda by default, else cpu.")
     ] = None,
@@ -110,7 +108,7 @@ def generate(
     with pipelines.processes(device) as processes:
         chosen = pipelines.choose_device(device) if processes is None else processes.device
         seed, writes = (seed, True) if processes is None else (processes.shared(seed), processes.is_main)
-        chosen_dtype = pipelines.choose_dtype(dtype or DType.AUTO, chosen)
+        chosen_dtype = pipelines.choose_dtype(dtype, chosen)
         _check_size(folder, family, height, width, references)
         if files[0] != Path(output):
             make_folder(Path(output))
@@ -127,7 +125,8 @@ def generate(
             if references and family is GLM_IMAGE:
                 sides = _generated_sides(height, width, references[0])
             budget = Budget(memory_budget, chosen, *sides, batch_size)
-            pipe = pipelines.load(model, class_name, chosen, None if dtype is None else chosen_dtype, scheduler, budget)
+            given = None if dtype is DType.AUTO else chosen_dtype
+            pipe = pipelines.load(model, class_name, chosen, given, scheduler, budget)
             assert pipe.plan is not None
             for line in pipe.plan.lines() if writes else ():
                 say(line, error=True)

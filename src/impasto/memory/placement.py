@@ -95,6 +95,7 @@ class OneAtATime(Resident):
         # Weak keys: a component without other references is freed.
         self._visits: weakref.WeakKeyDictionary[nn.Module, Visit] = weakref.WeakKeyDictionary(visits or {})
         self._in_use: list[nn.Module] = []  # the last one is on the device
+        self._present: nn.Module | None = None  # what is on the device; None also if bringing it failed
         self._stay: Stay | None = None
         self._lock = threading.RLock()
 
@@ -116,25 +117,32 @@ class OneAtATime(Resident):
     @contextmanager
     def keeping(self, component: nn.Module) -> Iterator[None]:
         with self._lock:
-            self._swap(self._in_use[-1] if self._in_use else None, component)
+            try:
+                self._bring(component)
+            except BaseException:  # a caller that catches it goes on with the component before
+                self._bring_last()
+                raise
             self._in_use.append(component)
         try:
             yield
         finally:
             with self._lock:
-                before = self._in_use[-1]
                 # The last occurrence, which need not be the last entry: loops that take turns may end in any order.
                 del self._in_use[max(i for i, other in enumerate(self._in_use) if other is component)]
-                self._swap(before, self._in_use[-1] if self._in_use else None)
+                self._bring_last()
 
-    def _swap(self, old: nn.Module | None, new: nn.Module | None) -> None:
+    def _bring_last(self) -> None:
+        self._bring(self._in_use[-1] if self._in_use else None)
+
+    def _bring(self, new: nn.Module | None) -> None:
+        """Move a component to the device, in place of the one that is there."""
         from .streaming import Stay
 
-        if old is new:
+        if new is self._present:
             return
         if self._stay is not None:
             self._stay.end()
-            self._stay = None
+        self._present = self._stay = None
         if new is not None and not is_settled(new):
             stay = Stay(new, self.device, self.visit_of(new))
             try:
@@ -143,6 +151,7 @@ class OneAtATime(Resident):
                 stay.end()
                 raise
             self._stay = stay
+        self._present = new
 
 
 def offload_device(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

@@ -15,7 +15,7 @@ from ..checkpoints.config import Configurable, naming
 from ..checkpoints.upload import Uploads, check_upload_options, check_writable, files_in, push_saved
 from ..checks import parse_size, text
 from ..errors import CheckpointError, ConfigurationError, WeightsMismatchError
-from ..nn.changes import refuse_adapters
+from ..nn.changes import refuse_unsaveable
 from ..nn.machine import check_device, device_of_map
 from ..nn.precision import adapt
 from .compat.adapters import AdapterMethods
@@ -213,7 +213,7 @@ class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
         Raises:
             OutputError: the folder cannot be written.
             InputError: ``safe_serialization=False``: pickles are read but never written.
-            ConfigurationError: an adapter wraps layers, or the module has tensors that its class does not have.
+            ConfigurationError: an adapter wraps layers, or the module has tensors or dtypes that would not load.
         """
         check_writable(safe_serialization, use_flashpack)
         check_upload_options(upload)
@@ -243,12 +243,16 @@ class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
         return sorted(self.not_in_diffusers & self._stored_config().keys())
 
     def check_saveable(self, name: str = "") -> None:
-        """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config.
+        """Refuse to save what could not be loaded: other tensors than those of a module that is built from the config,
+        or in dtypes that no checkpoint has.
 
         Raises:
             ConfigurationError: the message says what to do.
         """
-        refuse_adapters(name or type(self).__name__, self)
+        from ..checkpoints.stored import FLOATS
+
+        name = name or type(self).__name__
+        refuse_unsaveable(name, self)
         with torch.device("meta"):
             expected = type(self)(**self.checked_arguments(self.config)).state_dict()
         present = self.state_dict()
@@ -256,7 +260,13 @@ class Model(SingleFiles, AdapterMethods, Configurable, Uploads, ModelSurface):
         missing = [key for key in expected if key not in present]
         if strange or missing:
             raise ConfigurationError(
-                f"the {name or type(self).__name__} was not saved, since it could not be loaded again: its config does "
-                f"not describe it ({len(strange)} tensors are strange, {len(missing)} missing, such as "
-                f"{(strange + missing)[0]}). Undo what changed its layers first."
+                f"the {name} was not saved, since it could not be loaded again: its config does not describe it "
+                f"({len(strange)} tensors are strange, {len(missing)} missing, such as {(strange + missing)[0]}). "
+                f"Undo what changed its layers first."
             )
+        for key, tensor in present.items():
+            if tensor.is_floating_point() and str(tensor.dtype).removeprefix("torch.") not in FLOATS:
+                raise ConfigurationError(
+                    f"the {name} was not saved, since it could not be loaded again: {key} is {tensor.dtype}, not one "
+                    f"of {', '.join(FLOATS)}. Cast it first, as in model.to(torch.bfloat16)."
+                )

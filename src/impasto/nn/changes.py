@@ -204,6 +204,23 @@ def refuse_adapters(name: str, module: nn.Module, what: str = "saved") -> None:
     )
 
 
+class _Saved(Change):
+    """What saving does, for the check of conflicts: what is narrow to save memory does not load as the model it was."""
+
+    change = "saved"
+    conflicts: ClassVar = ("stored in a narrow dtype",)
+
+
+def refuse_unsaveable(name: str, module: nn.Module) -> None:
+    """Check that a module has the tensors of its class, in dtypes in which it computes.
+
+    Raises:
+        ConfigurationError: adapters or layerwise casting are in force; the message says what to do.
+    """
+    refuse_adapters(name, module)
+    refuse_conflicts(module, _Saved)
+
+
 def adapters_in_force(module: nn.Module) -> tuple[Any, ...]:
     """What peft's layers in a module compute besides their tensors: active adapters and their scales, by layer."""
     return tuple(

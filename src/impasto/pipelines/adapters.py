@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..checkpoints.adapters.file import SUFFIXES, AdapterDefaults
 from ..checkpoints.adapters.file import adapter_defaults as read_defaults
 from ..checks import finite, shown
 from ..errors import ConfigurationError, InputError
-from ..transforms.adapters import locate
+from ..transforms.adapters import fused_size, locate
 
 logger = logging.getLogger("impasto")
 
@@ -84,6 +86,9 @@ def load_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> bool:
     except Exception:
         pipe.unload_lora_weights()
         raise
+    if not _has_room(pipe):
+        logger.info("adapters stay as they are: fused layers would not fit into the memory budget")
+        return False
     try:
         pipe.fuse_lora()
     except ConfigurationError as error:  # quantized weights
@@ -95,3 +100,11 @@ def load_adapters(pipe: Any, chosen: Sequence[ChosenAdapter]) -> bool:
         pipe.unload_lora_weights()
         raise
     return True
+
+
+def _has_room(pipe: Any) -> bool:
+    """Whether a memory budget allows fused layers on the CPU, which take memory even if the weights are in a file."""
+    plan = pipe.plan
+    if plan is None or torch.device(plan.device).type != "cpu":
+        return True
+    return bool(plan.peak + sum(map(fused_size, pipe._loadable().values())) <= plan.budget)

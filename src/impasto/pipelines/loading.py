@@ -23,7 +23,7 @@ from ..checks import printable, shown
 from ..errors import CheckpointNotFoundError, InputError
 from ..folders import reading
 from ..models.dtypes import parse_dtype
-from ..nn.changes import refuse_adapters
+from ..nn.changes import refuse_unsaveable
 from ..nn.machine import check_device, check_dtype
 from ..registry import LANGUAGE_MODELS, READERS, accepted_classes, check_role, class_of, component_entries, is_foreign
 
@@ -290,14 +290,14 @@ def check_saveable(name: str, component: Any) -> None:
     """Refuse to save a component that could not be loaded again, before anything is written.
 
     Raises:
-        ConfigurationError: adapters wrap its layers; the message says what to do.
+        ConfigurationError: adapters wrap its layers, or they are cast; the message says what to do.
     """
     from ..models.base import Model
 
     if isinstance(component, Model):
         component.check_saveable(name)
     elif isinstance(component, nn.Module):
-        refuse_adapters(name, component)
+        refuse_unsaveable(name, component)
 
 
 def save_components(

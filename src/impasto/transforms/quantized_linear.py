@@ -283,7 +283,9 @@ class QuantizedLinear(nn.Linear, Change):
                 f"{prefix.removesuffix('.')} is quantized and its original weights were not kept "
                 f"(keep_originals=False), so there is nothing to save; save the model before quantizing it"
             )
-        self.original._save_to_state_dict(destination, prefix, keep_vars)
+        for name, parameter in self.original.named_parameters(recurse=False):
+            # Casts leave the original as it is, with all its digits; what is saved has the dtype of the other layers.
+            destination[prefix + name] = (parameter if keep_vars else parameter.detach()).to(self._dtype)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         layer = self.original

@@ -142,6 +142,38 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path: Path) -> None:
     convert(source, tmp_path / "out", num_attention_heads=2, overwrite=True)
 
 
+@pytest.mark.parametrize("name", [EXTRAS_NAME, WEIGHTS, "diffusion_pytorch_model-00001-of-00002.safetensors"])
+def test_files_in_the_target_are_kept(name: str, tmp_path: Path) -> None:
+    source = write(originals.pixart(), tmp_path / "a.safetensors")
+    (tmp_path / "out").mkdir()
+    there = write(originals.pixart(seed=1), tmp_path / "out" / name)
+    with pytest.raises(OutputError, match=rf"{name} exists already; .* overwrite=True \(--overwrite\)"):
+        convert(source, tmp_path / "out", num_attention_heads=2)
+    assert originals.same(load_file(there), originals.pixart(seed=1))
+    (tmp_path / "out" / "notes.txt").touch()
+    convert(source, tmp_path / "out", num_attention_heads=2, overwrite=True)
+    expected = {"config.json", WEIGHTS, EXTRAS_NAME, "notes.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_source_is_never_replaced(overwrite: bool, tmp_path: Path) -> None:
+    options: Any = {"num_attention_heads": 2, "overwrite": overwrite}
+    for name in (EXTRAS_NAME, WEIGHTS):
+        folder = tmp_path / name.removesuffix(".safetensors")
+        folder.mkdir()
+        source = write(originals.pixart(), folder / name)
+        before = source.read_bytes()
+        with pytest.raises(OutputError, match=f"{name} is part of the source, and would be lost; give another target"):
+            convert(source, folder, **options)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: before}
+    convert(write(originals.pixart(), tmp_path / "a.pth"), tmp_path / "out", num_attention_heads=2)
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    with pytest.raises(OutputError, match=r"is part of the source|exists already"):
+        convert(tmp_path / "out", tmp_path / "out" / WEIGHTS, overwrite=overwrite)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
 # DiT
 
 
@@ -310,6 +342,12 @@ def test_a_component_of_a_pipeline_or_of_a_file_with_several(tmp_path: Path) -> 
         convert(source, tmp_path / component, component=component, **values)  # type: ignore[arg-type]
         stored, back = (load_file(tmp_path / place / WEIGHTS) for place in (f"pipeline/{component}", component))
         assert originals.same(stored, back)
+    with pytest.raises(InputError, match="holds no vae but PixArtTransformer2DModel; leave component out"):
+        convert(tmp_path / "pipeline" / "transformer", tmp_path / "x.pth", component="vae")
+    with pytest.raises(InputError, match="holds no transformer but AutoencoderKL; leave component out"):
+        convert(tmp_path / "pipeline" / "vae", tmp_path / "x.pth", component="transformer")
+    assert not (tmp_path / "x.pth").exists()
+    convert(tmp_path / "pipeline" / "vae", tmp_path / "alone.safetensors", component="vae")
     with pytest.raises(InputError, match="component must be"):
         convert(source, tmp_path / "out", component="text_encoder")
     with pytest.raises(CheckpointError, match="its config says _class_name None"):

@@ -111,7 +111,7 @@ def call_back(pipe: Any, step: Any, callback: Callable[..., Any], names: Sequenc
         padded = name in handed and name in _WITH_HALVES and value.shape[1] == old.shape[1]
         if name in _WITH_HALVES and len(value) == 2 * len(own[name]):
             other, value = value.chunk(2)
-            changed[f"negative_{name}"] = other[:, : negative.shape[1]] if padded else other
+            changed[f"negative_{name}"] = other[:, : own[f"negative_{name}"].shape[1]] if padded else other
         elif name in _WITH_HALVES and len(value) < len(own[name]):  # the last row alone: guidance is cut off
             cut = name in handed and value.shape[1:] == old.shape[1:] and torch.equal(value, old[-1:])
             value = own[name] if cut else value.expand(len(own[name]), *value.shape[1:])

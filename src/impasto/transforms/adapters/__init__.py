@@ -1,6 +1,6 @@
 """Adapters: LoRA, DoRA, LoKr and LoHa, as layers of peft around those of a module."""
 
-from .fusing import fuse, fused_names, unfuse
+from .fusing import fuse, fused_names, fused_size, unfuse
 from .injection import add, collect
 from .layers import (
     activate,
@@ -28,6 +28,7 @@ __all__ = [
     "enable",
     "fuse",
     "fused_names",
+    "fused_size",
     "load_into",
     "locate",
     "move",

@@ -91,6 +91,11 @@ def _put_back(places: Sequence[Place]) -> None:
         place.parent._modules[place.key] = place.layer
 
 
+def fused_size(module: nn.Module) -> int:
+    """Bytes of the layers that ``fuse`` makes."""
+    return sum(place.layer.get_base_layer().weight.nbytes for place in tuners(unwrapped(module)))
+
+
 def fused_names(module: nn.Module) -> list[str]:
     """The adapters that are fused into a module's weights."""
     record = record_of(module)
