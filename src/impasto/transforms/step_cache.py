@@ -74,7 +74,8 @@ def cache_steps(
 
     Raises:
         InputError: an argument cannot be used, or the method does not have it.
-        ConfigurationError: the transformer has no list of blocks, is compiled as a whole, or is already cached.
+        ConfigurationError: the transformer has no list of blocks or is compiled as a whole, or the steps of the
+            pipeline are cached already.
     """
     if method not in METHODS:
         raise InputError(f"cache_steps: there is no method {method!r}; use one of {', '.join(METHODS)}")
@@ -262,8 +263,6 @@ class StepCache(Handle):
                     "the transformer of this pipeline caches steps already, by enable_cache(); call "
                     "pipe.transformer.disable_cache() first"
                 )
-        elif any(isinstance(change, CachedCall) for block in self._blocks() for change in of(block)):
-            raise ConfigurationError("the steps of this transformer are cached already; remove() that cache first")
         self._attach()
         if not isinstance(target, nn.Module):
             target.step_cache = self
