@@ -154,13 +154,19 @@ def test_progress_and_previews_while_it_denoises(slow, visit):
     assert bar.count() == 0
 
 
-def test_cancel_ends_it_on_the_server_and_it_can_be_tried_again(slow, visit):
+def cancelled(slow, visit):
+    """The page with an image that was cancelled."""
     page = ready(visit(slow))
     page.get_by_label("Prompt", exact=True).fill("a sphere")
     page.locator("#generate").click()
     page.get_by_text(re.compile(r"Step \d+ of 20")).wait_for()
     page.locator(".card").get_by_role("button", name="Cancel").click()
     page.locator(".card").get_by_text("Cancelled").wait_for()
+    return page
+
+
+def test_cancel_ends_it_on_the_server_and_it_can_be_tried_again(slow, visit):
+    page = cancelled(slow, visit)
     page.wait_for_timeout(700)
     assert not slow.service.unfinished
     slow.service.seconds = 0
@@ -172,12 +178,7 @@ def test_cancel_ends_it_on_the_server_and_it_can_be_tried_again(slow, visit):
 
 
 def test_the_button_works_after_one_was_tried_again_while_others_were_prepared(slow, visit):
-    page = ready(visit(slow))
-    page.get_by_label("Prompt", exact=True).fill("a sphere")
-    page.locator("#generate").click()
-    page.get_by_text(re.compile(r"Step \d+ of 20")).wait_for()
-    page.locator(".card").get_by_role("button", name="Cancel").click()
-    page.locator(".card").get_by_text("Cancelled").wait_for()
+    page = cancelled(slow, visit)
     slow.service.seconds = 0
     page.evaluate("""() => {
         const again = [...document.querySelectorAll(".card button")].find((b) => b.textContent === "Try again");

@@ -193,6 +193,16 @@ def test_in_bfloat16_an_absorbed_text_is_about_as_near_to_the_exact_result(monke
     assert absorbed <= 1.2 * distance(predict(model, **inputs).double(), exact)
 
 
+def test_an_absorbed_text_keeps_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny(num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128).double(), arguments()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    absorbed = predict(model, **inputs)
+    monkeypatch.setattr("impasto.models.pixart.text.can_absorb", lambda *_: False)
+    expected = predict(model, **inputs)
+    assert not torch.equal(absorbed, expected)  # it was another way
+    assert distance(absorbed, expected) <= 1e-13
+
+
 def test_select_and_concat_are_rows_of_a_batch() -> None:
     model = tiny()
     inputs = arguments(batch=3)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from impasto.nn.embeddings import sincos_1d, sincos_2d, timestep_features
+from impasto.nn.embeddings import apply_rotary, sincos_1d, sincos_2d, timestep_features
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0, 17.25, 999.0])
@@ -48,3 +48,10 @@ def test_interpolation_compresses_positions() -> None:
     twice = sincos_2d(16, 4, 4, base_size=16, interpolation_scale=2, device=device)
     assert torch.equal(once, twice)
     assert not torch.equal(once, sincos_2d(16, 4, 4, base_size=8, interpolation_scale=2, device=device))
+
+
+def test_rotated_pairs_keep_float64() -> None:
+    x, angles = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.complex(x[:, :2], x[:, 2:]) * torch.complex(cos[:, :2], sin[:, :2])
+    torch.testing.assert_close(apply_rotary(x, cos, sin), torch.cat([pairs.real, pairs.imag], 1), rtol=0, atol=1e-14)
