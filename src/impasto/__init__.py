@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .conversion import convert
     from .interop import to_diffusers
     from .memory.group_offload import apply_group_offloading
+    from .memory.plan import Budget
     from .models.autoencoder.model import AutoencoderKL, AutoencoderKLOutput, DecoderOutput
     from .models.compat.surface import attention_backend
     from .models.glm_image.context import GlmImageKVCache
@@ -79,6 +80,7 @@ __all__ = [
     "AutoPipelineForText2Image",
     "AutoencoderKL",
     "AutoencoderKLOutput",
+    "Budget",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigurationError",
@@ -139,6 +141,7 @@ _HOMES = {
     "AutoPipelineForText2Image": ".pipelines.compat.auto:AutoPipelineForText2Image",
     "AutoencoderKL": ".models.autoencoder.model:AutoencoderKL",
     "AutoencoderKLOutput": ".models.autoencoder.model:AutoencoderKLOutput",
+    "Budget": ".memory.plan:Budget",
     "DDIMScheduler": ".schedulers.ddim:DDIMScheduler",
     "DDIMSchedulerOutput": ".schedulers.ddim:DDIMSchedulerOutput",
     "DDPMScheduler": ".schedulers.ddpm:DDPMScheduler",

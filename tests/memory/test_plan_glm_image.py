@@ -92,6 +92,20 @@ def test_budgets_of_a_gpu() -> None:
         plan("4GB")
 
 
+def test_references_of_any_size_are_planned_for() -> None:
+    def work(references: tuple[tuple[int, int], ...] | None, name: str = "transformer") -> int:
+        budget = Budget("400GB", "xpu", 512, 512, 1, references)
+        return plan_memory(released(), budget, limited=False).components[name].work
+
+    kept = 2 * 30 * 4096 * 2  # k and v of a token in all layers, in bfloat16
+    none, one, large = work(()), work(((512, 512),)), work(((2048, 2048),))
+    assert one == work(None) == none + kept * 32**2
+    assert large >= none + kept * 128**2  # 8 GB
+    assert work(((2048, 2048), (2048, 2048))) == large + kept * 128**2
+    for name in ("vae", "vision_language_encoder"):
+        assert work((), name) <= work(((512, 512),), name) < work(((2048, 2048),), name)
+
+
 def test_both_large_models_are_quantized_on_request() -> None:
     asked = {"vision_language_encoder": "nf4", "transformer": "int8"}
     made = plan("16GB", dtypes=asked)
@@ -161,6 +175,16 @@ def test_a_plan_generates_the_same(folder: Path) -> None:
         assert torch.equal(prior.model.language_model.rotary_emb.inv_freq, frequencies)
         assert prior.dtype == torch.bfloat16
     assert inspect_model(str(folder)).components.keys() >= {"vision_language_encoder", "processor"}
+
+
+def test_components_that_dtype_does_not_name_are_planned(folder: Path) -> None:
+    def dtypes(asked: Any) -> dict[str, str]:
+        pipe = GlmImagePipeline.from_pretrained(folder, memory_budget="4GB", dtype=asked)
+        assert pipe.plan is not None
+        return {each.name: each.loaded for each in pipe.plan.components.values()}
+
+    assert dtypes({"vae": "float16"}) == {**dtypes(None), "vae": "float16"}
+    assert set(dtypes({"default": "float16"}).values()) == {"float16"}
 
 
 def test_weights_are_quantized_when_loading_and_used(folder: Path) -> None:

@@ -11,7 +11,7 @@ from impasto.errors import InputError
 from impasto.scenes.labels import CAPTION_CLASSES
 from impasto.scenes.renderer import render
 from impasto.scenes.source import SceneSample, ScenesSource
-from impasto.scenes.world import ADAPTER_COLOUR, ADAPTER_SHAPE, is_held_out
+from impasto.scenes.world import ADAPTER_COLOUR, ADAPTER_SHAPE, ON_TOP, is_held_out
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -71,13 +71,24 @@ def test_crops_are_parts_of_the_frame_that_show_part_of_a_solid() -> None:
 
 
 def test_held_out_combinations_never_appear_and_adapters_have_their_words() -> None:
-    for kind in ("ordinary", "adapter"):
+    for kind in ("ordinary", "stacks", "adapter"):
         source = ScenesSource(300, frames=[(8, 8)], kind=kind)
         scenes = [source.scene(index) for index in range(300)]
         assert not any(is_held_out(scene) for scene in scenes)
         words = [{word for solid in scene.solids for word in (solid.shape, solid.color)} for scene in scenes]
         new = {ADAPTER_SHAPE, ADAPTER_COLOUR}
         assert all(bool(shown & new) == (kind == "adapter") for shown in words)
+
+
+def test_stacks_have_a_solid_on_another_and_often_a_single_colour() -> None:
+    source = ScenesSource(400, frames=[(8, 8)], kind="stacks")
+    scenes = [source.scene(index) for index in range(400)]
+    assert all(ON_TOP in scene.relations for scene in scenes)
+    assert 60 < sum(len(scene.solids) == 3 for scene in scenes) < 140
+    alike = [scene for scene in scenes if len({solid.color for solid in scene.solids}) == 1]
+    assert 80 < len(alike) < 160
+    assert all(len(set(scene.solids)) == len(scene.solids) for scene in scenes)
+    assert ScenesSource(1, frames=[(32, 32)], kind="stacks").read(0, (32, 32), rng(0)).labels is not None
 
 
 def test_captions_alone_say_what_is_labelled() -> None:

@@ -50,7 +50,7 @@ def test_a_run_that_a_signal_ended_has_its_exit_status(
     ("arguments", "message"),
     [
         ([], "name a configuration"),
-        (["loar"], "there is no recipe 'loar'"),
+        (["loar"], "(impasto train --list); did you mean 'lora'?"),
         (["lora", "--set", "optimizer.lr=1"], "optimizer: there is no 'lr' here"),
         (["lora", "--set", "steps"], "write it as a.b=value"),
     ],

@@ -122,9 +122,10 @@ def generate(
             from ..memory.plan import Budget
 
             batch_size, sides = batch_size or 1, (height, width)
+            seen = tuple(_reference_sides(image) for image in references)
             if references and family is GLM_IMAGE:
-                sides = _generated_sides(height, width, references[0])
-            budget = Budget(memory_budget, chosen, *sides, batch_size)
+                sides = _generated_sides(height, width, seen[0])
+            budget = Budget(memory_budget, chosen, *sides, batch_size, seen)
             given = None if dtype is DType.AUTO else chosen_dtype
             pipe = pipelines.load(model, class_name, chosen, given, scheduler, budget)
             assert pipe.plan is not None
@@ -259,12 +260,17 @@ def _edit(class_name: str, image: Image.Image, strength: float | None, mask: Pat
     return class_name.replace("Pipeline", "InpaintPipeline"), options
 
 
-def _generated_sides(height: int | None, width: int | None, image: Image.Image) -> tuple[int, int]:
-    """The size at which GLM-Image generates an edit of this image."""
+def _reference_sides(image: Image.Image) -> tuple[int, int]:
+    """The height and width at which GLM-Image sees an image."""
+    height, width = (max(1, side // PRIOR_PIXELS) * PRIOR_PIXELS for side in (image.height, image.width))
+    return height, width
+
+
+def _generated_sides(height: int | None, width: int | None, reference: tuple[int, int]) -> tuple[int, int]:
+    """The height and width at which GLM-Image generates an edit of this reference."""
     from ..pipelines.glm_image_inputs import next_multiple
 
-    sides = [max(1, side // PRIOR_PIXELS) * PRIOR_PIXELS for side in (image.height, image.width)]
-    return next_multiple(height or sides[0]), next_multiple(width or sides[1])
+    return next_multiple(height or reference[0]), next_multiple(width or reference[1])
 
 
 def _check_size(folder: Path, family: Family, height: int | None, width: int | None, images: list[Image.Image]) -> None:

@@ -5,6 +5,7 @@ Activations were counted: the largest sum of tensors that are alive at once. Att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..family import PRIOR_PIXELS, SIGMA, pixels_per_latent, tokens_to_generate
+from ..family import GLM_IMAGE, PRIOR_PIXELS, SIGMA, family_of, pixels_per_latent, tokens_to_generate
 from ..models.autoencoder.memory import Layer, make_plan, trace, untiled_peak
 from ..models.autoencoder.model import AutoencoderKL
 from ..nn.machine import process_memory
@@ -90,10 +91,23 @@ class Workload:
     height: int  # pixels
     width: int
     images: int = 1  # at once
+    #: Heights and widths of GLM-Image's reference images for each image; None: one of the image's size.
+    references: tuple[tuple[int, int], ...] | None = None
 
     @property
     def pixels(self) -> int:
         return self.height * self.width * self.images
+
+    @property
+    def is_glm_image(self) -> bool:
+        return family_of(self.found.class_name) is GLM_IMAGE
+
+    @property
+    def seen(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of the reference images."""
+        if not self.is_glm_image:
+            return ()
+        return ((self.height, self.width),) if self.references is None else self.references
 
     @property
     def on_cpu(self) -> bool:
@@ -101,12 +115,13 @@ class Workload:
 
     @cached_property
     def decoder_layers(self) -> list[Layer]:
-        """The layers of the autoencoder's decoder for an image."""
+        """The layers of the autoencoder's decoder for the largest image; encoding a reference takes no more."""
         config = self.found.components["vae"].config
         with torch.device("meta"):
             decoder = AutoencoderKL(**AutoencoderKL.checked_arguments(config)).decoder
         factor = pixels_per_latent(config)
-        return trace(decoder, -(-self.height // factor), -(-self.width // factor))
+        height, width = max([(self.height, self.width), *self.seen], key=math.prod)
+        return trace(decoder, -(-height // factor), -(-width // factor))
 
     def work(self, component: Component, loaded: str, computes: str) -> int:
         """Bytes that computing takes in addition to the weights, untiled, in dtypes of the weights and activations."""
@@ -137,10 +152,12 @@ class Workload:
                 return int(maps * (1 + (REORDERED if self.on_cpu else 0))) + PIXEL * self.pixels
             case "transformer":  # twice the tokens, because of guidance, and each layer's k and v of the text
                 width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-                tokens = self.pixels // self.found.image_size[1] ** 2
-                work = 2 * width * (TRANSFORMER_MAPS * tokens + TEXT_TOKENS * layers * self.images)
-                if (component.class_name or "").startswith("GlmImage"):  # each layer's k and v of a reference image
-                    work += 2 * layers * width * tokens
+                unit = self.found.image_size[1] ** 2
+                tokens, references = self.pixels // unit, [math.prod(size) // unit for size in self.seen]
+                alive = max([2 * tokens, *references])  # references are encoded one by one
+                work = width * (TRANSFORMER_MAPS * alive + 2 * TEXT_TOKENS * layers * self.images)
+                if self.is_glm_image:  # each layer's k and v of the references
+                    work += 2 * layers * width * sum(references) * self.images
                 elif self.on_cpu:  # short texts are absorbed into the projections
                     work += 2 * self.images * layers * 2 * width**2
                 return int(work) * itemsize
@@ -153,12 +170,12 @@ class Workload:
         return 0
 
     def _prior(self, config: Mapping[str, Any]) -> int:
-        """Elements of the k and v of a sequence with a reference image of the same size, and of the hidden states."""
+        """Elements of the k and v of a sequence with the reference images, and of the hidden states."""
         heads, channels = int(config.get("num_attention_heads", 32)), int(config.get("hidden_size", 4096))
         kv_heads, layers = int(config.get("num_key_value_heads") or heads), int(config.get("num_hidden_layers", 40))
         kept = 2 * layers * kv_heads * int(config.get("head_dim") or channels // heads)
         height, width = (max(1, side // PRIOR_PIXELS) * PRIOR_PIXELS for side in (self.height, self.width))
-        prompt = TEXT_TOKENS + height * width // PRIOR_PIXELS**2
+        prompt = TEXT_TOKENS + sum(math.prod(size) for size in self.seen) // PRIOR_PIXELS**2
         length = prompt + tokens_to_generate(height, width, with_images=False)
         wide = prompt * (6 * channels + 3 * int(config.get("intermediate_size", 13696)))
         return self.images * (length * kept + wide)

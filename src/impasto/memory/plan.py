@@ -47,16 +47,24 @@ STRIPS = (256 * 2**20, 64 * 2**20, 16 * 2**20)
 
 
 class Budget(NamedTuple):
-    """A memory budget, and what is to be generated within it.
+    """A memory budget, and what is to be generated within it: ``from_pretrained(..., memory_budget=Budget("8GB"))``.
 
     It limits the memory of the device; on the CPU that of the process, without what is backed by files.
+
+    Attributes:
+        size: bytes, or such as ``"8GB"``.
+        device: None: the accelerator of this machine, or the CPU.
+        height, width: of the images in pixels; None: those of the training images.
+        images: how many are generated at once.
+        references: heights and widths of GLM-Image's reference images for each image; None: one of the image's size.
     """
 
-    size: int | str  # bytes, or such as "8GB"
-    device: torch.device | str | None = None  # None: the accelerator of this machine, or the CPU
-    height: int | None = None  # of the images in pixels; None: that of the training images
+    size: int | str
+    device: torch.device | str | None = None
+    height: int | None = None
     width: int | None = None
-    images: int = 1  # at once
+    images: int = 1
+    references: tuple[tuple[int, int], ...] | None = None
 
 
 class BudgetTooSmallError(ResourceError):
@@ -157,7 +165,7 @@ def plan_memory(
                 f"from_pretrained ({component.name}=...), or load the pipeline without memory_budget"
             )
     side, _ = found.image_size
-    load = Workload(found, target, budget.height or side, budget.width or side, budget.images)
+    load = Workload(found, target, budget.height or side, budget.width or side, budget.images, budget.references)
     blank = MemoryPlan(str(target), size, base_memory(target), {}, load.height, load.width, load.images)
     planner = _Planner(load, dtypes or {}, blank, min(size, free), fast_dtype(target))
     plans = []

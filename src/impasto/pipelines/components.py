@@ -123,7 +123,7 @@ class Components(DiffusionPipeline):
             memory_budget: bytes, or a string such as ``"8GB"``. Dtypes, placement and tiling are chosen so that
                 generating one image of the default size stays within it; ``pipe.plan`` describes the choice. It
                 limits the memory of the accelerator, or without one that of the process, not counting memory-mapped
-                files. Use a ``memory.plan.Budget`` for other sizes and numbers of images.
+                files. An ``impasto.Budget`` says what is generated: sizes, images at once, reference images.
             quantization_config: a ``PipelineQuantizationConfig``, or a dict of configs by component.
             disable_mmap: read the files into memory rather than mapping them.
             components: components that replace the stored ones. One that is given as None is left out. The stored

@@ -143,7 +143,7 @@ def load_components(
         given: components in place of the stored ones, which are not read.
         quantization_config: for the whole pipeline, or a dict of configs by component.
     """
-    dtypes, quantized, is_given = _read_dtypes(dtype, names, planned=memory_budget is not None)
+    dtypes, quantized, asked = _read_dtypes(dtype, names, planned=memory_budget is not None)
     plan = None
     with source.opened() as opened:
         index = opened.read_index(pipeline)
@@ -163,7 +163,7 @@ def load_components(
 
             entries = {name: index[name] for name in wanted}
             found = inspection.inspect_components(folder, pipeline, entries, opened.variant)
-            requested = {name: _dtype_name(dtypes[name]) for name in wanted} if is_given else {}
+            requested = {name: _dtype_name(dtypes[name]) for name in wanted if name in asked}
             budget = memory_budget if isinstance(memory_budget, planner.Budget) else planner.Budget(memory_budget)
             if budget.device is not None:
                 check_device(budget.device)
@@ -190,8 +190,8 @@ def load_components(
 
 def _read_dtypes(
     dtype: DTypes, names: Sequence[str], planned: bool
-) -> tuple[dict[str, torch.dtype | None], dict[str, str], bool]:
-    """The dtype of each component (None: as stored), the format of each to be quantized, and whether any is given."""
+) -> tuple[dict[str, torch.dtype | None], dict[str, str], set[str]]:
+    """The dtype of each component (None: as stored), the format of each to be quantized, and whose dtype is given."""
     given = dtype if isinstance(dtype, Mapping) else {"default": dtype}
     quantized: dict[str, str] = {}
     if any(isinstance(value, str) for value in given.values()):
@@ -213,10 +213,11 @@ def _read_dtypes(
     for name in plain:
         if name not in (*names, "default"):
             raise InputError(f"dtype names {shown(name)}, which is not a component; use default, {', '.join(names)}")
-    dtypes = {name: parse_dtype(plain.get(name, plain.get("default"))) for name in names}
+    values = {name: plain.get(name, plain.get("default")) for name in names}
+    dtypes = {name: parse_dtype(value) for name, value in values.items()}
     for each in dtypes.values():
         check_dtype(each, None)
-    return dtypes, quantized, any(value is not None for value in plain.values())
+    return dtypes, quantized, {name for name, value in values.items() if value is not None}
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

@@ -14,12 +14,21 @@ from .captions import caption
 from .labels import label_caption, label_cells
 from .layout import arrange
 from .renderer import SUPERSAMPLING, GeometryBuffer, shade, trace, trace_layout
-from .world import FRAMES, Scene, is_held_out, recolour, sample_arrangement, with_adapter_words
+from .world import (
+    FRAMES,
+    Scene,
+    is_held_out,
+    recolour,
+    sample_arrangement,
+    sample_stack,
+    with_adapter_words,
+    with_one_colour,
+)
 
 SAMPLE_STREAM = 40_509  # first word of the random seeds; others are in evaluate.py and editing.py
 WORDING_STREAM = 40_510
 WORDINGS = 8  # of a caption in a cache
-KINDS = ("ordinary", "adapter")
+KINDS = ("ordinary", "stacks", "adapter")
 
 
 @dataclass
@@ -48,7 +57,8 @@ class ScenesSource:
         crop: the height and width of a part of the frame, which shows part of a solid; None: whole frames.
         sized: the share of captions that give sizes, 0 to 1.
         images: False for captions alone, with what they say in ``extra["answers"]`` (`label_caption`).
-        kind: "ordinary" scenes, or those of an "adapter", each with the shape or the colour that no other scene has.
+        kind: "ordinary" scenes; "stacks", one in three of which has a single colour where shapes allow it; or those
+            of an "adapter", each with the shape or the colour that no other scene has.
         colourings: of each arrangement; adjacent samples share it, which makes reading them in order cheaper.
 
     Raises:
@@ -76,8 +86,8 @@ class ScenesSource:
             raise InputError(f"Unknown kind of scenes {kind!r}; use one of {', '.join(KINDS)}.")
         if self.crop and any(self.crop[side] > frame[side] for frame in self.frames for side in (0, 1)):
             raise InputError(f"A crop of {self.crop} does not fit into every frame of {self.frames}.")
-        if kind != "ordinary" and not images:
-            raise InputError("Captions alone are those of ordinary scenes; leave 'kind' out.")
+        if kind == "adapter" and not images:
+            raise InputError("Captions alone do not have the words of adapters; leave 'kind' out.")
         self.count, self.seed, self.kind, self.colourings = count, seed, kind, colourings
         self.sized, self.images = sized, images
 
@@ -92,11 +102,14 @@ class ScenesSource:
         """The scene of a sample."""
         number, colouring = divmod(index, self.colourings)
         rng = np.random.default_rng([SAMPLE_STREAM, self.seed, number])
-        arrangement = sample_arrangement(rng, *self._frame(index))
+        sample = sample_stack if self.kind == "stacks" else sample_arrangement
+        arrangement = sample(rng, *self._frame(index))
         # numpy pads these words with zeros: a colouring 0 would have the arrangement's own random numbers.
         attempts = np.random.default_rng([SAMPLE_STREAM, self.seed, number, 1 + colouring])
         while True:
             scene = recolour(arrangement, attempts)
+            if self.kind == "stacks" and not attempts.integers(3):
+                scene = with_one_colour(scene)
             if self.kind == "adapter":
                 scene = with_adapter_words(scene, attempts)
             if not is_held_out(scene):
@@ -129,7 +142,7 @@ class ScenesSource:
             place, buffer = _cropped(scene, target, rng)
         image = shade(buffer, [solid.color for solid in scene.solids], scene.background)
         labels = None
-        if self.kind == "ordinary":
+        if self.kind != "adapter":
             labels = label_cells(buffer.ids[None, ::SUPERSAMPLING, ::SUPERSAMPLING], [scene])[0]
         text = caption(scene, rng, self.sized)
         return SceneSample(image.mul_(2).sub_(1), caption=text, size=size, crop=place, labels=labels)

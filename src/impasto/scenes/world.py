@@ -134,6 +134,17 @@ def sample_arrangement(rng: np.random.Generator, height: int, width: int, shapes
     return Scene(solids, relations, "gray", height, width, int(rng.integers(2**31)))
 
 
+def sample_stack(rng: np.random.Generator, height: int, width: int) -> Scene:
+    """Like `sample_arrangement`, with a solid on top of another; one in four has a third solid."""
+    pairs = [pair for pair in RELATION_PAIRS if ON_TOP in pair]
+    relations: tuple[str, ...] = (ON_TOP,) if rng.integers(4) else pairs[rng.integers(len(pairs))]
+    solids = tuple(
+        Solid(SHAPES[rng.integers(len(SHAPES))], "white", SIZES[rng.integers(len(SIZES))])
+        for _ in range(len(relations) + 1)
+    )
+    return Scene(solids, relations, "gray", height, width, int(rng.integers(2**31)))
+
+
 def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
     """The same arrangement with new colours and background; no two solids share both colour and shape."""
     colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
@@ -143,6 +154,13 @@ def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
             break
     background = backgrounds[rng.integers(len(backgrounds))]
     return Scene(solids, scene.relations, background, scene.height, scene.width, scene.seed)
+
+
+def with_one_colour(scene: Scene) -> Scene:
+    """The scene with all solids in the colour of the first, if their shapes differ."""
+    if len({solid.shape for solid in scene.solids}) < len(scene.solids):
+        return scene
+    return replace(scene, solids=tuple(replace(solid, color=scene.solids[0].color) for solid in scene.solids))
 
 
 def sample_scene(rng: np.random.Generator, height: int | None = None, width: int | None = None) -> Scene:

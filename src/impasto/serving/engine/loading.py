@@ -14,7 +14,7 @@ from ...checkpoints.foreign.quiet import silence_transformers
 from ...family import GLM_IMAGE, family_of
 from ...memory.allocator import keep_freed_memory, limit_kernel_caches
 from ...memory.estimate import Workload, base_memory
-from ...memory.inspection import DTYPES, inspect_model
+from ...memory.inspection import inspect_model
 from ...memory.plan import Budget
 from ...nn.machine import CPU, default_device, fast_dtype, free_memory, require_device
 from ...pipelines.glm_image import GlyphEmbeds
@@ -81,19 +81,14 @@ def memory_need(pipe: Any, spec: EngineSpec) -> tuple[Callable[[Job], int], int]
     found, device = inspect_model(spec.path), device_of(spec)
     names = {name: str(component.dtype).removeprefix("torch.") for name, component in _models(pipe).items()}
 
-    stages, transformer = Stages(pipe), found.components["transformer"]
-    # Keys and values of one reference image of the image's size are in the work of GLM-Image's transformer.
-    config, unit = transformer.config, found.image_size[1] ** 2
-    heads = config["num_attention_heads"] * config["attention_head_dim"]
-    reference = 2 * config["num_layers"] * heads * DTYPES[names["transformer"]]
+    stages = Stages(pipe)
 
     def need(generated: Size, asked: Size, references: tuple[Size, ...]) -> int:
         def work(name: str, size: Size) -> int:
-            return Workload(found, device, *size).work(found.components[name], names[name], names[name])
+            load = Workload(found, device, *size, references=references)
+            return load.work(found.components[name], names[name], names[name])
 
-        pixels = sum(height * width for height, width in references) - generated[0] * generated[1]
-        denoising: int = work("transformer", generated) + reference * max(0, pixels // unit)
-        return denoising + max(work("vae", size) for size in {generated, asked, *references})
+        return work("transformer", generated) + max(work("vae", size) for size in {generated, asked})
 
     known: dict[tuple[Size, Size, tuple[Size, ...]], int] = {}
 

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...checks import printable, shown
+from ...checks import nearest, printable, shown
 from ...errors import CheckpointNotFoundError, InputError
 from ...optional import require
 from .config import problems
@@ -78,6 +78,7 @@ def _text(name: str) -> str:
     if name not in known:
         raise CheckpointNotFoundError(
             f"there is no recipe {shown(name)}; give a .yaml file, or one of {', '.join(known)} (impasto train --list)"
+            f"{nearest(name, known)}"
         )
     return (resources.files("impasto.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
