@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from impasto import cli
-from impasto.cli import pipelines
+from impasto.cli import entry, pipelines
 from impasto.cli.generate import IMAGE_EXTENSIONS
 from impasto.cli.options import DType
 from impasto.errors import CheckpointNotFoundError, InputError
@@ -287,6 +288,16 @@ def test_usage_errors_have_status_2(arguments: list[str]) -> None:
 def test_debug_lets_the_error_through(tmp_path: Path) -> None:
     result = call("--debug", "info", tmp_path)
     assert isinstance(result.exception, CheckpointNotFoundError)
+
+
+def test_an_error_in_the_log_says_its_reason_in_one_line() -> None:
+    try:
+        raise KeyError("the reason")
+    except KeyError:
+        record = logging.LogRecord("a", logging.ERROR, "a.py", 1, "it failed\n", None, sys.exc_info())
+    record.exc_text = "Traceback of middleware\n" * 100
+    assert entry._OneLine("%(levelname)s: %(message)s").format(record) == "ERROR: it failed: KeyError: 'the reason'"
+    assert "Traceback" in logging.Formatter("%(message)s").format(record)  # other handlers still have it
 
 
 def test_an_interruption_has_status_130(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

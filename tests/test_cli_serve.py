@@ -84,12 +84,12 @@ def test_sizes_are_bounded():
 def test_what_is_printed_is_a_command():
     with bind("127.0.0.1", 0) as bound:
         address, page, curl = announcement({"scenes": "x"}, bound, HttpSettings(), None)
-        keyed = announcement({"scenes": "x"}, bound, HttpSettings(keys=("k" * 20,)), Path("keys.txt"))[2]
+        keyed = announcement({"scenes": "x"}, bound, HttpSettings(keys=("k" * 20,)), Path("my keys.txt"))[2]
         port = bound.getsockname()[1]
     assert address.endswith(f"serves scenes at http://127.0.0.1:{port}/v1")
     assert page == f"page: http://127.0.0.1:{port}/"
     assert curl.startswith(f"curl -s http://127.0.0.1:{port}/v1/images/generations -H 'Content-Type")
-    assert '"Authorization: Bearer $(grep' in keyed
+    assert """-H "Authorization: Bearer $(grep -m1 '^[^#]' 'my keys.txt')\"""" in keyed
     assert "k" * 20 not in keyed
 
 
@@ -150,7 +150,7 @@ def test_the_command_with_its_options(end: signal.Signals, tmp_path: Path):
     out, width = tiny_transformer().proj_out.weight.shape
     factors = {"A": ones(1, width), "B": ones(out, 1)}
     save_file({f"transformer.proj_out.lora_{name}.weight": factor for name, factor in factors.items()}, style)
-    (tmp_path / "keys").write_text(f"# ours\n{key}\n")
+    (tmp_path / "keys").write_text(f"# ours\n\n{key}\n")
     options = ["--model", f"tiny={model}", "--alias", "dall-e-3=tiny", "--lora", f"style={style}", "--port", "0"]
     options += ["--api-key-file", "keys", "--memory-budget", "4GB", "--storage", "kept", "--no-settings"]
     options += ["--queue", "3", "--max-steps", "60", "--max-side", "128"]

@@ -97,6 +97,9 @@ def test_the_pods_are_probed_and_drained():
     wait = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > wait + given["drain"] + ANSWER_SECONDS
     assert wait >= server["readinessProbe"]["periodSeconds"] * server["readinessProbe"]["failureThreshold"]
+    assert server["imagePullPolicy"] == "IfNotPresent"  # its tag is latest, which would be pulled
+    threads = {one["name"]: one["value"] for one in server["env"]}["OMP_NUM_THREADS"]
+    assert threads == server["resources"]["requests"]["cpu"]
     paths = set(create_app(StubService()).openapi()["paths"])
     probes = {name: server[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert {probe["path"] for probe in probes.values()} <= paths

@@ -43,7 +43,7 @@ class PipelineCallback(Configurable):
 
 
 class MultiPipelineCallbacks:
-    """Several callbacks, one after the other; each gets what the one before it returned."""
+    """Several callbacks, one after the other; each gets what those before it returned, or else the run's."""
 
     def __init__(self, callbacks: Sequence[Any]):
         for callback in callbacks:
@@ -58,7 +58,7 @@ class MultiPipelineCallbacks:
 
     def __call__(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: Tensors) -> Tensors:
         for callback in self.callbacks:
-            callback_kwargs = callback(pipeline, step_index, timestep, callback_kwargs)
+            callback_kwargs = {**callback_kwargs, **(callback(pipeline, step_index, timestep, callback_kwargs) or {})}
         return callback_kwargs
 
 

@@ -40,6 +40,12 @@ def pixels_per_latent(vae: Mapping[str, Any] | None) -> int:
     return 8 if levels is None else int(2 ** (len(levels) - 1))
 
 
+def text_width(config: Any) -> int | None:
+    """The channels of a text encoder's embeddings, by its config; None if it does not say."""
+    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", None)
+    return None if width is None else int(width)
+
+
 def family_of(pipeline_class_name: str) -> Family:
     """The family of a pipeline class, by its name; PixArt-Σ for the name of any other class."""
     prefixes = {"PixArtAlpha": ALPHA, "GlmImage": GLM_IMAGE}
@@ -73,10 +79,10 @@ def mixtures(components: Mapping[str, Any], family: Family) -> Iterator[str]:
             f"the vae has {vae.config['latent_channels']} latent_channels and the transformer in_channels={channels}; "
             f"they do not belong together"
         )
-    width = config.get("caption_channels")
-    if text_encoder is not None and width is not None and text_encoder.config.d_model != width:
+    width, encoded = config.get("caption_channels"), None if text_encoder is None else text_width(text_encoder.config)
+    if None not in (width, encoded) and encoded != width:
         yield (
-            f"the text_encoder computes embeddings of {text_encoder.config.d_model} channels and the transformer takes "
+            f"the text_encoder computes embeddings of {encoded} channels and the transformer takes "
             f"caption_channels={width}; they do not belong together"
         )
     if config.get("use_additional_conditions") and not family.micro_conditions:

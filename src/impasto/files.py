@@ -41,6 +41,7 @@ def write_file(
     *,
     durable: bool = True,
     overwrite: bool = True,
+    tidy: bool = True,
 ) -> None:
     """Write a file completely or not at all, with the permissions of the umask. Its folder must exist.
 
@@ -49,6 +50,7 @@ def write_file(
         durable: sync it to disk before the rename, so that it survives a power failure; False for caches.
         overwrite: whether a file of this name is replaced. If not, of several processes that write it at once one
             succeeds.
+        tidy: whether what killed processes left in the folder is removed if ``durable``, for which it is listed.
 
     Raises:
         OutputError: the disk is full, or the file or its folder cannot be written, or may not be replaced. The old
@@ -88,7 +90,7 @@ def write_file(
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
-        if durable:
+        if durable and tidy:
             remove_abandoned(path.parent)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error

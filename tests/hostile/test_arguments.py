@@ -115,7 +115,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "returns more embeddings": returns({"prompt_embeds": torch.zeros(3, 5, 32)}),
         "returns meta embeddings": returns({"prompt_embeds": EMBEDS.to("meta")}),
     },
-    "callback_on_step_end_tensor_inputs": {"None": None, "noise": ["noise"], "number": 3, "numbers": [3], "text": "x"},
+    "callback_on_step_end_tensor_inputs": {"noise": ["noise"], "number": 3, "numbers": [3], "text": "x"},
     "prompt": TEXTS,
     "negative_prompt": {**TEXTS, "too many": ["a", "b", "c"]},
 }

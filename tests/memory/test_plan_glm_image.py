@@ -106,6 +106,22 @@ def test_references_of_any_size_are_planned_for() -> None:
         assert work((), name) <= work(((512, 512),), name) < work(((2048, 2048),), name)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": 0}, "images must be a whole number of 1 or more, not 0"),
+        ({"images": "2"}, "images must be"),
+        ({"height": 16.5}, "height must be"),
+        ({"references": (512, 512)}, "references are pairs"),
+        ({"references": ((0, 512),)}, "the height of reference 0 must be"),
+        ({"device": "meta"}, "generates nothing"),
+    ],
+)
+def test_budgets_for_impossible_images_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_memory(released(), Budget(**{"size": "48GB", "device": "cpu", **wrong}), limited=False)
+
+
 def test_both_large_models_are_quantized_on_request() -> None:
     asked = {"vision_language_encoder": "nf4", "transformer": "int8"}
     made = plan("16GB", dtypes=asked)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from impasto.errors import ConfigurationError, InputError
 from impasto.models.pixart.model import PixArtTransformer2DModel
@@ -108,6 +109,15 @@ def test_every_way_to_hold_the_text_agrees(
     assert distance(given, expected) <= 1e-6
 
 
+def test_one_timestep_may_be_for_images_of_several_sizes() -> None:
+    model, inputs = tiny(use_additional_conditions=True), arguments()
+    sizes = torch.tensor([[64.0, 64.0], [32.0, 96.0]])
+    inputs["added_cond_kwargs"] = {"resolution": sizes, "aspect_ratio": sizes[:, :1] / sizes[:, 1:]}
+    expected = predict(model, **{**inputs, "timestep": torch.tensor([7, 7])})
+    for timestep in (torch.tensor([7]), 7):
+        assert distance(predict(model, **{**inputs, "timestep": timestep}), expected) <= 1e-6
+
+
 def test_texts_held_in_different_ways_can_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny(), arguments(batch=3)
     text = inputs["encoder_hidden_states"]
@@ -122,6 +132,28 @@ def test_texts_held_in_different_ways_can_be_joined(monkeypatch: pytest.MonkeyPa
         assert distance(model(**{**inputs, "encoder_hidden_states": joined}).sample, expected) <= 1e-6
     with pytest.raises(InputError, match="cannot be joined"):
         PixArtContext.concat([parts[0], model.encode_context(text)])
+
+
+def test_forward_derivatives_without_gradients() -> None:
+    """Products with packed weights have no derivative."""
+    model, inputs = tiny(), arguments()
+    x = inputs.pop("hidden_states")
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+        _, slope = torch.func.jvp(lambda latents: model(latents, **inputs).sample, (x,), (tangent,))
+    exact = copy.deepcopy(model).double()
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    up, down = (predict(exact, hidden_states=x.double() + step * tangent, **wide) for step in (1e-5, -1e-5))
+    assert distance(slope, (up - down) / 2e-5) <= 1e-5
+
+
+def test_tensors_without_values_pass_through_with_a_mask() -> None:
+    model, inputs = tiny(), arguments()
+    inputs["encoder_attention_mask"] = torch.ones(inputs["encoder_hidden_states"].shape[:2], dtype=torch.long)
+    expected = predict(model, **inputs).shape
+    meta = {name: value.to("meta") for name, value in inputs.items()}
+    assert predict(copy.deepcopy(model).to("meta"), **meta).shape == expected
 
 
 def test_projections_that_someone_changed_or_watches_are_called() -> None:

@@ -296,14 +296,14 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(copied(x), expected)
     copied[0].weight.data.zero_()
     assert torch.equal(model(x), expected)
-    for restored in (pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(model, 1))):
-        assert type(restored) is nn.Sequential
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    restored = torch.load(file, weights_only=False)
-    assert type(restored) is nn.Sequential
-    assert torch.equal(restored[0].weight, model[0].weight)
+    restored = [pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(model, 1))]
+    for twin in (*restored, torch.load(file, weights_only=False)):
+        assert precision_of(twin) == "float32"
+        assert torch.equal(twin(x), expected)
+        assert b"_Adapted" not in pickle.dumps(twin)
 
 
 def test_saved_files_are_16_bit_and_of_the_class(tmp_path: Path) -> None:
@@ -386,6 +386,18 @@ def test_foreign_code_reads_dtypes_and_makes_tensors_of_them() -> None:
 
 
 @torch.no_grad()
+def test_the_default_dtype_does_not_change_the_buffer() -> None:
+    layer, x = narrowed(), random(2, 8)
+    expected = layer(x)
+    widening._buffer.memory = None
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_threads_have_buffers_and_modes_of_their_own() -> None:
     layers = [narrowed() for _ in range(4)]
     for i, layer in enumerate(layers):

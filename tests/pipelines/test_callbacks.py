@@ -426,3 +426,16 @@ next(loop)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_callback_among_several_may_return_some_tensors_or_none() -> None:
+    class Silent(PipelineCallback):
+        tensor_inputs: ClassVar = ["latents"]
+
+        def callback_fn(self, pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> Any:
+            return None if step else {"latents": tensors["latents"]}
+
+    pipe, arguments = pixart(), {"prompt": "a cat"}
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    alone = call(pipe, arguments, callback_on_step_end=cutoff)
+    assert torch.equal(call(pipe, arguments, callback_on_step_end=MultiPipelineCallbacks([Silent(), cutoff])), alone)

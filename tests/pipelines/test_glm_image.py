@@ -384,3 +384,24 @@ def test_a_callback_may_say_which_tensors_it_reads() -> None:
     callback = Callback()
     pipe(**given(callback_on_step_end=callback))
     assert callback.seen == ("latents", "prompt_embeds")
+
+
+def test_in_a_call_each_image_has_a_prior_of_its_own(whole: GlmImagePipeline) -> None:
+    prompts = ["a cube", "a ball"]
+    together = whole(**call(prompt=prompts, num_images_per_prompt=2, generator=[seeded(i) for i in range(4)])).images
+    alone = whole(**call(prompt="a ball", generator=[seeded(3)])).images
+    np.testing.assert_allclose(together[3:], alone, atol=1e-4)
+    noise = torch.zeros(2, 4, 8, 12)  # the same for both, so that only the prior differs
+    both = whole(**call(num_images_per_prompt=2, latents=noise, generator=[seeded(0), seeded(1)])).images
+    assert abs(both[0] - both[1]).max() > 1e-3
+
+
+def test_sizes_and_schedules_in_other_forms(whole: GlmImagePipeline) -> None:
+    pixels = np.asarray(picture(96, 64))
+    assert np.array_equal(
+        whole(**call(image=pixels[None], height=None, width=None)).images, whole(**call(image=pixels)).images
+    )
+    listed = whole(**given(sigmas=[1.0, 0.5], timesteps=[992.0, 496.0])).images
+    narrow = {name: torch.tensor(x).bfloat16() for name, x in (("sigmas", [1.0, 0.5]), ("timesteps", [992.0, 496.0]))}
+    assert np.array_equal(whole(**given(**narrow)).images, listed)
+    assert np.array_equal(whole(**given(callback_on_step_end_tensor_inputs=None)).images, whole(**given()).images)

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
+from impasto import PixArtSigmaPipeline
 from impasto.errors import InputError
 from impasto.pipelines.cleaning import clean_caption
 from impasto.pipelines.prompts import _tokenize, encode_texts, prepare
 
-from ..tiny import tiny_text_encoder, tiny_tokenizer, write_tokenizer
+from ..tiny import tiny_pipeline, tiny_text_encoder, tiny_tokenizer, write_tokenizer
 
 # --- captions -----------------------------------------------------------------------------------------------------
 
@@ -376,3 +378,17 @@ def test_threads_share_a_tokenizer() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(right, range(10, 18)))
+
+
+def test_an_encoder_whose_config_has_another_name_for_its_width(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = transformers.CLIPTextConfig(vocab_size=len(pipe.tokenizer) + 5, max_position_embeddings=400, **size)
+    with_clip = PixArtSigmaPipeline(**{**pipe.components, "text_encoder": transformers.CLIPTextModel(clip).eval()})
+    with_clip.enable_prompt_cache(tmp_path)
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent"}
+    assert with_clip("a cat", **options).images.shape == (1, 4, 8, 8)
+    wide = transformers.CLIPTextConfig(vocab_size=300, **{**size, "hidden_size": 48})
+    with_clip.text_encoder = transformers.CLIPTextModel(wide)
+    with pytest.raises(InputError, match="48 channels"):
+        with_clip("a cat", **options)

@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import impasto
 from impasto import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     LCMScheduler,
     PixArtAlphaPipeline,
+    PixArtSigmaImg2ImgPipeline,
     PixArtSigmaPipeline,
 )
 from impasto.pipelines.sampling import DenoisingStep, own_scheduler
@@ -353,3 +355,43 @@ def test_a_one_step_model_returns_the_original_sample() -> None:
     expected = scheduler.step(output[:, :4], 400, latents, generator=seeded(1)).pred_original_sample
     assert expected is not None
     torch.testing.assert_close(found, expected)
+
+
+def test_negative_prompts_of_another_length_for_a_foreign_call() -> None:
+    pipe = tiny_pipeline(PixArtSigmaPipeline)
+    embeds, mask, *_ = pipe.encode_prompt("a dog", max_sequence_length=20)
+    arguments: dict[str, Any] = {"negative_prompt": None, "num_inference_steps": 2, "output_type": "latent"}
+    arguments |= {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+    found = []
+    for _ in range(2):
+        found.append(pipe("a cat", **arguments, generator=torch.Generator().manual_seed(0)).images)
+        pipe.transformer.register_forward_hook(lambda *_: None)  # whose calls get the documented tensors
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_flow_matching_of_another_library() -> None:
+    images = []
+    for library in (diffusers, impasto):
+        pipe = tiny_pipeline(PixArtSigmaPipeline, scheduler=library.FlowMatchEulerDiscreteScheduler())
+        images.append(pipe("a cat", num_inference_steps=2, output_type="latent", generator=seeded(0)).images)
+        assert pipe.prepare_latents(1, 4, 16, 16, torch.float32, "cpu", seeded(0)).shape == (1, 4, 8, 8)
+    torch.testing.assert_close(images[0], images[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_last_sigma_of_zero_is_no_step() -> None:
+    pipe = tiny_pipeline(PixArtSigmaImg2ImgPipeline, scheduler=DPMSolverMultistepScheduler())
+    taken: dict[bool, list[list[float]]] = {True: [], False: []}
+    for strength in (0.34, 0.67, 1.0):
+        for ends in (True, False):
+            seen: list[float] = []
+            pipe(
+                "a cat",
+                torch.rand(1, 3, 16, 16, generator=seeded(0)),
+                strength=strength,
+                sigmas=[10.0, 3.0, 1.0, 0.0] if ends else [10.0, 3.0, 1.0],
+                output_type="latent",
+                callback=lambda i, t, latents, seen=seen: seen.append(float(t)),
+            )
+            taken[ends].append(seen)
+    assert taken[True] == taken[False]
+    assert [len(seen) for seen in taken[True]] == [1, 2, 3]

@@ -17,6 +17,7 @@ from impasto.errors import CheckpointNotFoundError, ConfigurationError, InputErr
 from impasto.schedulers.ddim import DDIMScheduler
 from impasto.schedulers.ddpm import DDPMScheduler
 from impasto.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from impasto.schedulers.flow_match_euler import FlowMatchEulerDiscreteScheduler
 from impasto.schedulers.lcm import LCMScheduler
 
 CLASSES: list[Any] = [DPMSolverMultistepScheduler, DDIMScheduler, DDPMScheduler, LCMScheduler]
@@ -291,3 +292,40 @@ def test_steps_never_wait_for_the_device(cls: Any) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (DPMSolverMultistepScheduler, {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}),
+        (DPMSolverMultistepScheduler, {"lambda_min_clipped": -1.0}),
+        (DDIMScheduler, {"set_alpha_to_one": False}),
+        (DDPMScheduler, {"variance_type": "fixed_large"}),
+        (FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True, "shift": 3.0}),
+    ],
+)
+def test_registered_arguments_rebuild_the_scheduler(cls: Any, values: dict[str, Any]) -> None:
+    scheduler, expected = cls(num_train_timesteps=500), cls(num_train_timesteps=500, **values)
+    scheduler.set_timesteps(4)
+    scheduler.register_to_config(note="kept")
+    scheduler.set_timesteps(4)
+    step = scheduler.step = scheduler.step  # a function that someone has assigned stays
+    scheduler.register_to_config(**values, origin="here")
+    assert scheduler.config == {**expected.config, "note": "kept", "origin": "here"}
+    assert scheduler.num_inference_steps is None
+    assert scheduler.step is step
+    x, results = torch.linspace(-1, 1, 16).view(1, 1, 4, 4), []
+    for one in (scheduler, expected):
+        one.set_timesteps(4)
+        results.append(one.step(x, one.timesteps[1], x, generator=torch.Generator().manual_seed(0)).prev_sample)
+    assert torch.equal(scheduler.timesteps, expected.timesteps)
+    assert torch.equal(*results)
+
+
+def test_a_refused_value_leaves_the_scheduler_as_it_was() -> None:
+    scheduler = DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(4)
+    before = dict(scheduler.config)
+    with pytest.raises(ConfigurationError, match="solver_order"):
+        scheduler.register_to_config(use_karras_sigmas=True, solver_order=7)
+    assert (scheduler.config, scheduler.num_inference_steps) == (before, 4)

@@ -92,3 +92,21 @@ def test_bad_values_are_refused() -> None:
         scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], torch.zeros(1, 2))
     with pytest.raises(InputError, match="above 0"):
         scheduler.set_shift(-1)
+
+
+def test_steps_and_noise_follow_assigned_sigmas() -> None:
+    """As pipelines show the schedule of the last run."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.sigmas = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0])
+    ones, zeros = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    assert scheduler.scale_noise(zeros, scheduler.timesteps[1:2], ones).unique().tolist() == [0.5]
+    assert scheduler.step(ones, scheduler.timesteps[0], zeros).prev_sample.unique().tolist() == [-0.5]
+
+
+def test_there_may_be_more_steps_than_training_timesteps() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=10)
+    scheduler.set_timesteps(15)
+    assert len(scheduler.timesteps) == 15
+    with pytest.raises(InputError, match="num_inference_steps"):
+        scheduler.set_timesteps(10**9)

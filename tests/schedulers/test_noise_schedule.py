@@ -115,3 +115,10 @@ def test_leading_cannot_make_more_steps_than_there_are_timesteps() -> None:
 def test_custom_timesteps_are_checked(timesteps: list[float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         schedules.custom_timesteps(timesteps, 1000, whole=True)
+
+
+def test_levels_find_their_timesteps_in_a_table_that_falls_at_its_end() -> None:
+    falling = np.array([0.1, 1.0, 100.0, 50.0])  # with rescale_betas_zero_snr, rounding can do that
+    found = schedules.sigmas_to_timesteps(np.array([60.0, 10.0, 1.0, 0.05]), falling)
+    between = 2 + np.log(100 / 60) / np.log(2)  # of the last level that is not above, and the one before
+    np.testing.assert_allclose(found, [between, 1.5, 1.0, 0.0])

@@ -128,13 +128,15 @@ async def test_events_of_jobs_reach_those_who_asked(model: str) -> None:
     engine.turn(Progress("1", 0, 4), Progress("2", 0, 4))
     await settle()
     assert (fleet.stats.running, fleet.stats.waiting) == (2, 0)
-    engine.turn(Finished("2", PIXEL), Failed("1", "input", "no"))
-    assert [type(event).__name__ for event in await one] == ["Progress", "Failed"]
+    assert fleet.stats.first_step.count == 0  # they are begun; no step is done
+    engine.turn(Progress("1", 1, 4), Progress("2", 1, 4))
+    engine.turn(Progress("1", 2, 4), Finished("2", PIXEL), Failed("1", "input", "no"))
+    assert [type(event).__name__ for event in await one] == ["Progress"] * 3 + ["Failed"]
     assert end_of(await two) == Finished("2", PIXEL)
     stats = fleet.stats
-    assert (stats.accepted, stats.images, stats.failed, stats.steps, stats.image_steps) == (2, 1, 1, 2, 4)
+    assert (stats.accepted, stats.images, stats.failed, stats.steps, stats.image_steps) == (2, 1, 1, 3, 7)
     assert (stats.latency.count, stats.first_step.count) == (1, 2)
-    assert stats.seconds["denoise"] == 1.0
+    assert stats.seconds["denoise"] == 1.5
     assert stats.rejected["unavailable"] == 1
     await fleet.close()
 
@@ -343,6 +345,8 @@ async def test_a_model_that_cannot_be_loaded(model: str) -> None:
     end = end_of(await follow(generation))
     assert end == Failed("1", "engine", "the model bad cannot be loaded")  # the log says why
     assert len(FakeEngine.made) == 2  # it would break again
+    assert fleet.stats.restarts == 0  # it never ran
+    assert fleet.ready
     await fleet.close()
     broken = fleet_of({"bad": model})
     starting = asyncio.ensure_future(broken.start())
@@ -351,6 +355,47 @@ async def test_a_model_that_cannot_be_loaded(model: str) -> None:
     FakeEngine.made[0].kill()
     with pytest.raises(ResourceError, match="bad cannot be loaded: no"):
         await starting
+
+
+@in_loop
+async def test_a_default_model_that_makes_room_at_once_was_loaded(model: str) -> None:
+    fleet = fleet_of({"tiny": model, "b": model}, memory_budget="3GB")
+    for served in fleet.served.values():
+        served.share = 3_000_000_000
+    starting = asyncio.ensure_future(fleet.start())
+    await settle()
+    fleet.submit([job("1", "b")])
+    fleet.served["tiny"].yields = True
+    FakeEngine.made[0].say(Ready(COSTS))
+    await settle()
+    assert FakeEngine.made[0].killed
+    await starting
+    assert fleet.ready
+    await fleet.close()
+
+
+@in_loop
+async def test_a_default_model_that_is_lost_is_not_ready_until_it_is_loaded_again(model: str) -> None:
+    fleet = fleet_of({"tiny": model})
+    engine = await started(fleet)
+    engine.kill()
+    await settle()
+    assert fleet.ready  # the next request loads it
+    assert fleet.stats.restarts == 1
+    fleet.submit([job("1")])
+    FakeEngine.made[1].say(Broken("its weights are gone"))
+    FakeEngine.made[1].kill()
+    await settle()
+    assert not fleet.ready
+    assert fleet.stats.restarts == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleets, "RELOAD", 0.0)
+        while len(FakeEngine.made) < 3:
+            await asyncio.sleep(0.05)
+    FakeEngine.made[2].say(Ready(COSTS))
+    await settle()
+    assert fleet.ready
+    await fleet.close()
 
 
 @in_loop

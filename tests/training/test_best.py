@@ -76,7 +76,9 @@ def test_another_best_value_is_not_compared_with_the_one_before(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("changed", ["validation", "checks"])
-def test_the_best_value_of_another_measure_is_not_compared(changed: str, tmp_path: Path) -> None:
+def test_the_best_value_of_another_measure_is_not_compared(
+    changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Measured(Settings):
         validation: Mapping[str, int] = {"count": 4}
         checks: Mapping[str, int] = {"count": 4}
@@ -89,5 +91,11 @@ def test_the_best_value_of_another_measure_is_not_compared(changed: str, tmp_pat
     assert list(checkpoints.found(tmp_path)) == [2, 4]
     start(8, 10.0, **{changed: {"count": 4}})  # measured as before
     assert list(checkpoints.found(tmp_path)) == [2, 8]
-    start(12, 10.0, **{changed: {"count": 8}})
-    assert list(checkpoints.found(tmp_path)) == [10, 12]
+    if changed == "validation":
+        start(10, 10.0, validation={"count": 4, "batch_size": 2})  # the same but for rounding
+        assert list(checkpoints.found(tmp_path)) == [2, 10]
+        assert not caplog.records
+    start(14, 10.0, **{changed: {"count": 8}})
+    assert list(checkpoints.found(tmp_path))[-1] == 14
+    assert 2 not in checkpoints.found(tmp_path)
+    assert "its best checkpoint does not count" in caplog.text

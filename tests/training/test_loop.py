@@ -290,6 +290,29 @@ def test_a_checkpoint_is_saved_before_it_is_measured(tmp_path: Path) -> None:
     assert list(checkpoints.found(tmp_path / "parts")) == list(checkpoints.found(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("last", [3, 6])
+def test_a_signal_at_a_checkpoint_leaves_its_measure_to_the_next_run(last: int, tmp_path: Path) -> None:
+    def start(folder: Path, stopped: int | None) -> int | None:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+
+        def loss(step: int, random: Randomness) -> torch.Tensor:
+            if step + 1 == stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return model(random.normal([8, 3])).square().mean(1)
+
+        plan = plain(6, checkpoints={"every": 3, "keep": 1, "best": "error", "best_is": "highest"})
+        check = lambda step: {"error": float(model.weight.abs().sum())}  # noqa: E731
+        return train(Of(model, loss), steps_alone(8), plan, folder, check)
+
+    assert start(tmp_path / "parts", last) == signal.SIGTERM
+    assert not any("error" in row for row in rows(tmp_path / "parts") if row["step"] == last)
+    assert start(tmp_path / "parts", None) is None
+    assert start(tmp_path / "whole", None) is None
+    assert values(tmp_path / "parts") == values(tmp_path / "whole")
+    assert list(checkpoints.found(tmp_path / "parts")) == list(checkpoints.found(tmp_path / "whole"))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled(tmp_path, 4, set(), checkpoints={"every": 2})
 

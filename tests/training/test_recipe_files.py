@@ -34,6 +34,8 @@ def test_a_configuration_is_read_and_written_again(tmp_path: Path) -> None:
     assert isinstance(first.objective, TextToImageSettings)
     again = recipes.read(written(tmp_path, recipes.text_of(first)))
     assert again == first
+    like_numbers = recipes.read(written(tmp_path), ['data.sources.0.path="1e5"', 'output="1:30"'])
+    assert recipes.read(written(tmp_path, recipes.text_of(like_numbers))) == like_numbers
 
 
 def test_values_are_set_on_the_command_line(tmp_path: Path) -> None:
@@ -119,6 +121,10 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "one beta": ("optimizer: {betas: [0.9]}", "optimizer: muon has 2 betas, not 1"),
     "the confidence of AdamW": ("optimizer: {name: adamw, betas: [0.9, 0.99, 0.9]}", "adamw has 2 betas, not 3"),
+    "two rates of Prodigy": (
+        "optimizer: {name: prodigy, rates: {x: 1.0e-5}}",
+        "prodigy has one rate for everything; leave rates out",
+    ),
     "eps of CAME": ("optimizer: {name: came, eps: 1.0e-6}", "eps is not one of came's"),
     "agreement below what is trained": (
         "objective: {kind: text-to-image, timestep_range: [400, 1000], agreement: {below: 400}}",

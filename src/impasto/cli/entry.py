@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import logging
 import os
@@ -62,9 +63,9 @@ class Commands(TyperGroup):
 
 
 def _keep_to_one_line(debug: bool) -> None:
-    """Log each warning in one line, without control characters; Python's warnings only with ``--debug``."""
+    """Log each warning in one line, without control characters; with ``--debug`` with tracebacks, and Python's too."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter((logging.Formatter if debug else _OneLine)("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # transformers imports torchao if it is installed, which then warns of kernels that nothing here uses.
     for name in ("torchao", "torch.utils._pytree"):
@@ -75,8 +76,14 @@ def _keep_to_one_line(debug: bool) -> None:
 
 
 class _OneLine(logging.Formatter):
+    """An error without its traceback, which would leave no room for what it says."""
+
     def format(self, record: logging.LogRecord) -> str:
-        return _one_line(super().format(record))
+        error = record.exc_info[1] if record.exc_info else None
+        plain = copy.copy(record)
+        plain.exc_info = plain.exc_text = plain.stack_info = None
+        text = super().format(plain)
+        return _one_line(text if error is None else f"{text[:400].rstrip()}: {type(error).__name__}: {error}")
 
 
 def _one_line(text: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -219,7 +220,8 @@ def announcement(
     address, port = bound.getsockname()[:2]
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address, f"[{address}]" if ":" in address else address)
     url = f"http://{name}:{port}"
-    key = f' -H "Authorization: Bearer $(grep -m1 -v "^#" {key_file})"' if settings.keys else ""
+    first_key = f"grep -m1 '^[^#]' {shlex.quote(str(key_file))}"
+    key = f' -H "Authorization: Bearer $({first_key})"' if settings.keys else ""
     body = '{"prompt": "a red cube on a blue sphere"}'
     return [
         f"{pipelines.version()} serves {', '.join(models)} at {url}/v1",

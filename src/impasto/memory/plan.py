@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.stored import FLOATS
-from ..checks import parse_size
+from ..checks import MAX_SIDE, parse_size, shown, whole_number
 from ..errors import CheckpointError, InputError, ResourceError
 from ..nn import machine
 from ..nn.machine import default_device, free_memory
@@ -156,6 +156,7 @@ def plan_memory(
     """
     target = default_device() if budget.device is None else torch.device(budget.device)
     size = parse_size(budget.size)
+    _check(budget)
     free = free_memory(target) if limited else size
     for component in found.components.values():
         if component.config and (component.pickled or not set(component.dtypes) <= set(FLOATS)):
@@ -187,6 +188,22 @@ def plan_memory(
         f"generate smaller images.",
         closest.peak,
     )
+
+
+def _check(budget: Budget) -> None:
+    """Refuse a budget for images that there cannot be."""
+    whole_number("images", budget.images)
+    sizes = {"height": budget.height, "width": budget.width}
+    for size in budget.references or ():
+        if not isinstance(size, tuple | list) or len(size) != 2:
+            raise InputError(f"references are pairs of height and width, not {shown(size)}")
+    for number, (height, width) in enumerate(budget.references or ()):
+        sizes |= {f"the height of reference {number}": height, f"the width of reference {number}": width}
+    for name, side in sizes.items():
+        if side is not None:
+            whole_number(name, side, most=MAX_SIDE)
+    if budget.device is not None and torch.device(budget.device).type == "meta":
+        raise InputError("device='meta' generates nothing; name the device that will")
 
 
 @dataclass(frozen=True)

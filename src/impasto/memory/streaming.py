@@ -225,7 +225,9 @@ def to_disk(component: nn.Module, folder: str | os.PathLike[str], name: str) -> 
     from ..checkpoints.weights import disk_errors
     from ..files import HAS_LOCKS, make_folder, plain_path, write_file
 
-    slots = [slot for slot in slots_of(unwrapped(component)) if slot.read().device.type != "meta"]
+    # Files hold plain tensors: those that a library has packed stay in memory.
+    plain = (slot for slot in slots_of(unwrapped(component)) if is_plain_tensor(slot.read()))
+    slots = [slot for slot in plain if slot.read().device.type != "meta"]
     path = plain_path(folder) / f"{name}.safetensors"
     make_folder(path.parent)
     mapped: list[Tensor] = []

@@ -144,6 +144,8 @@ def is_ours(function: Any) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     function = getattr(function, "__func__", function)
+    while getattr(function, "__globals__", {}).get("__name__") == "torch.utils._contextlib":  # @torch.no_grad()
+        function = function.__wrapped__
     # ``functools.wraps`` copies ``__module__``, so it may be that of what is wrapped.
     where = getattr(function, "__globals__", {"__name__": type(function).__module__}).get("__name__", "")
     # FSDP gathers the parameters for our stages, too.

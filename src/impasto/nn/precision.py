@@ -180,6 +180,10 @@ class Precision(Handle, Change):
         _change_class(self.module)  # whatever its weights are cast to
         self.put(self.module, _CHOICE)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _change_class(self.module)  # a pickle holds the original class
+
     def remove(self) -> None:
         self.take(self.module, _CHOICE)
 

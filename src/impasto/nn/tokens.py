@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 #: In a sequence of so few tokens, those of all images may be compared.
 _FEW_TOKENS = 128
@@ -143,10 +144,12 @@ def indices(rows: slice | Tensor | list[int], count: int) -> list[int]:
 
 
 def is_tracing() -> bool:
-    """Whether shapes may not depend on values: in what is compiled, exported, traced or vectorized by ``vmap``."""
+    """Whether shapes may not depend on values: in what is compiled, exported, traced or transformed, as by ``vmap``."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:  # tensors without values
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 # --- masks ---

@@ -143,7 +143,7 @@ def _copied(weight: Tensor) -> Tensor:
     memory, count = _buffer.memory, weight.numel()
     if memory is None or memory.numel() < count or memory.device != weight.device:
         with torch.inference_mode(False):  # inference tensors cannot be written to outside of it
-            memory = _buffer.memory = torch.empty(count, device=weight.device)
+            memory = _buffer.memory = torch.empty(count, dtype=torch.float32, device=weight.device)
     wide = memory[:count].view(weight.shape)
     if weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         wide = memory[:count].as_strided(weight.shape, weight.stride())

@@ -47,7 +47,8 @@ class ChosenAdapter(NamedTuple):
     @property
     def name(self) -> str:
         """A short name, for lists and for what is written into images."""
-        return Path(self.source).stem.rpartition(":")[2]
+        name = Path(self.source).name.rpartition(":")[2]
+        return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
 def adapter_defaults(chosen: Sequence[ChosenAdapter]) -> AdapterDefaults:

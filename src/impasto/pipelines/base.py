@@ -30,6 +30,7 @@ from .images import ImageProcessor
 from .latents import unscaled
 from .request import Request
 from .resolution import resize_and_crop
+from .sampling import first_deviation
 from .single_file import SingleFilePipelines
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Pipeline(SingleFilePipelines, LoraMethods, PipelineMethods):
             scaled = self.prepare_latents(
                 batch, channels, height, width, dtype, self.device, request.generators, request.latents
             )
-            return cast(Tensor, scaled / getattr(self.scheduler, "init_noise_sigma", 1.0))
+            return cast(Tensor, scaled / first_deviation(self.scheduler))
         if request.latents is not None:
             return request.latents
         return draw_noise(request.shape, request.generators, self.device, dtype)

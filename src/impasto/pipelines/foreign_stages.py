@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class ForeignContext(NamedTuple):
@@ -18,7 +19,13 @@ class ForeignContext(NamedTuple):
 
     @classmethod
     def concat(cls, contexts: Sequence[ForeignContext]) -> ForeignContext:
-        return cls(torch.cat([context.text for context in contexts]), torch.cat([context.mask for context in contexts]))
+        """With masked zeros after shorter texts."""
+        longest = max(context.text.shape[1] for context in contexts)
+        missing = [longest - context.text.shape[1] for context in contexts]
+        return cls(
+            torch.cat([F.pad(context.text, (0, 0, 0, more)) for context, more in zip(contexts, missing, strict=True)]),
+            torch.cat([F.pad(context.mask, (0, more)) for context, more in zip(contexts, missing, strict=True)]),
+        )
 
 
 class ForeignModulation(NamedTuple):

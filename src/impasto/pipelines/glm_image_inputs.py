@@ -145,10 +145,10 @@ def check_sides(height: Any, width: Any, edits: bool = False) -> None:
 
 
 def _size_of(image: Any) -> tuple[int, int]:
-    """Width and height in pixels of a PIL image, an array [H, W, 3] or a tensor [..., 3, H, W]."""
+    """Width and height in pixels of a PIL image, an array [..., H, W, 3] or a tensor [..., 3, H, W]."""
     if isinstance(image, Image.Image):
         return image.size
-    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else image.shape[-3:-1]
     return int(width), int(height)
 
 

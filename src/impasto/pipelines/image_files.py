@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,9 +80,22 @@ def measure_image(file: str | os.PathLike[str] | IO[bytes], name: str = "") -> t
     with _naming(name), Image.open(file, formats=READ_FORMATS) as image:
         check_pixels(image.size)
         # A PNG may have its EXIF after the pixels, which are not decoded here.
-        known = image.format != "PNG" or "exif" in image.info
-        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else _exif_of_png(file)
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _exif_of_png(file: IO[bytes]) -> Image.Exif:
+    """The EXIF of a PNG, found by the headers of its chunks alone."""
+    found = Image.Exif()
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    while len(header := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        if name == b"eXIf":
+            found.load(file.read(length))
+            break
+        file.seek(length + 4, io.SEEK_CUR)  # with the checksum
+    return found
 
 
 @contextlib.contextmanager

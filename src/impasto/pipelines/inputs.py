@@ -80,6 +80,7 @@ def check_result(
     if callback is not None and not callable(callback):
         raise InputError(f"callback_on_step_end must be a function, not {shown(callback)}")
     names = getattr(callback, "tensor_inputs", names)
+    names = () if names is None else names
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise InputError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(names)}")
     for name in names:
@@ -175,16 +176,16 @@ def check_generator(generator: Any, batch: int) -> Generator | list[Generator] |
     return list(generator)
 
 
-def count_levels(name: str, value: Any) -> int:
-    """The number of timesteps or sigmas in a custom schedule, which must be finite numbers of 0 or more."""
-    if isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided and not value.is_complex():
-        value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else value.tolist()
-    one_row = value.ndim == 1 if isinstance(value, np.ndarray) else isinstance(value, list | tuple | range)
+def levels(name: str, value: Any) -> list[float]:
+    """The timesteps or sigmas of a custom schedule, which must be finite numbers of 0 or more; whole ones stay ints."""
+    plain = isinstance(value, Tensor) and not value.is_meta and value.layout == torch.strided
+    if isinstance(value, np.ndarray) or (plain and not value.is_complex()):
+        value = value.tolist()
+    one_row = isinstance(value, list | tuple | range)
     if not one_row:
         raise InputError(f"{name} must be a list of numbers, one for each step, not {shown(value)}")
     if len(value) == 0:
         raise InputError(f"{name} is empty; give one for each step, or None")
     whole_number(f"the number of {name}", len(value), most=MAX_STEPS)
-    for i, one in enumerate(value):
-        finite(f"{name}[{i}]", one, 0.0)
-    return len(value)
+    checked = [finite(f"{name}[{i}]", one, 0.0) for i, one in enumerate(value)]
+    return [one if type(one) is int else number for one, number in zip(value, checked, strict=True)]

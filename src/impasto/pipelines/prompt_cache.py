@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..checkpoints.config import read_json
 from ..checkpoints.stored import FLOATS, tensor_headers
 from ..errors import CheckpointError, OutputError
+from ..family import text_width
 from ..files import make_folder, remove_abandoned, write_file
 from ..nn.changes import adapters_in_force, is_intercepted, unwrapped
 from ..nn.precision import precision_of
@@ -87,7 +88,7 @@ class PromptCache:
             return encode(texts)
         rows: dict[str, Tensor] = {}  # [tokens, C], without padding
         missing = []
-        width = None if text_encoder is None else unwrapped(text_encoder).config.d_model
+        width = None if text_encoder is None else text_width(unwrapped(text_encoder).config)
         for text in dict.fromkeys(texts):
             found = self._read(self._path(encoder, text, length), length, width)
             if found is None:

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from ..checks import MAX_STEPS, MAX_TOKENS, finite, shown, whole_number
 from ..errors import InputError
+from ..family import text_width
 from . import inputs
 
 
@@ -205,6 +206,7 @@ def read_pixart(
 def _check_text_width(pipe: Any, texts: Texts) -> None:
     """Check that the transformer takes embeddings as wide as those that are given and those to be encoded."""
     config, components = pipe.transformer.config, pipe.components
+    expected = config.get("caption_channels") or config.get("cross_attention_dim")
     widths = {x.shape[-1] for x in (texts.prompt_embeds, texts.negative_prompt_embeds) if x is not None}
     if texts.to_encode and (pipe.prompt_cache is None or components["text_encoder"] is not None):
         missing = [name for name in ("tokenizer", "text_encoder") if components[name] is None]
@@ -215,8 +217,7 @@ def _check_text_width(pipe: Any, texts: Texts) -> None:
             )
         encoder_config = getattr(components["text_encoder"], "config", None)  # wrappers may have none
         if encoder_config is not None:
-            widths.add(encoder_config.d_model)
-    expected = config.get("caption_channels") or config.get("cross_attention_dim")
+            widths.add(text_width(encoder_config) or expected)
     for width in widths:
         if expected is not None and width != expected:
             raise InputError(
@@ -268,8 +269,8 @@ def read_schedule(pipe: Any, arguments: Mapping[str, Any], both: bool = False) -
     Args:
         both: whether timesteps and sigmas may be given together.
     """
-    scheduler, timesteps, sigmas = pipe._require("scheduler"), arguments["timesteps"], arguments["sigmas"]
-    custom = {n: value for n, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+    scheduler = pipe._require("scheduler")
+    custom = {name: arguments[name] for name in ("timesteps", "sigmas") if arguments[name] is not None}
     if len(custom) == 2 and not both:
         raise InputError("timesteps and sigmas were both given; give one of them")
     accepted = inspect.signature(scheduler.set_timesteps).parameters
@@ -279,10 +280,14 @@ def read_schedule(pipe: Any, arguments: Mapping[str, Any], both: bool = False) -
                 f"{type(scheduler).__name__} takes no {name}; leave them out, or use a scheduler that takes them, "
                 f"such as DPMSolverMultistepScheduler"
             )
-    counts = [inputs.count_levels(name, value) for name, value in custom.items()]
+    levels = {name: inputs.levels(name, value) for name, value in custom.items()}
+    counts = [len(values) for values in levels.values()]
     if len({*counts}) > 1:
         raise InputError(f"there are {counts[0]} timesteps and {counts[1]} sigmas; give as many of both")
     requested = arguments["num_inference_steps"]
     steps = counts[0] if counts else whole_number("num_inference_steps", requested, most=MAX_STEPS)
+    timesteps, sigmas = levels.get("timesteps"), levels.get("sigmas")
+    if not both and steps > 1 and sigmas is not None and sigmas[-1] == 0:  # where the last step ends: none of its own
+        steps -= 1
     schedule = Schedule(steps, timesteps, sigmas)
     return schedule.at(arguments["strength"]) if "strength" in arguments else schedule

@@ -318,6 +318,11 @@ def noised(scheduler: Any, latents: Tensor, noise: Tensor, index: int) -> Tensor
     return result.to(latents.dtype)
 
 
+def first_deviation(scheduler: Any) -> Any:
+    """The standard deviation of the first sample; flow matching of other libraries does not state its 1."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
+
+
 def first_latents(scheduler: Any, noise: Tensor, edit: Edit | None, start: int) -> tuple[Tensor, Known | None]:
     """What a run starts from, and what it keeps.
 
@@ -326,7 +331,7 @@ def first_latents(scheduler: Any, noise: Tensor, edit: Edit | None, start: int) 
         start: the index of the first step.
     """
     if edit is None:
-        return noise * scheduler.init_noise_sigma, None
+        return noise * first_deviation(scheduler), None
     if start >= len(scheduler.timesteps):
         raise InputError(f"strength={edit.strength} leaves no step of this schedule; give a larger one")
     check_tensor("edit.latents", edit.latents, noise.shape)
@@ -336,7 +341,7 @@ def first_latents(scheduler: Any, noise: Tensor, edit: Edit | None, start: int) 
     image = edit.latents.to(noise)
     known = None if edit.mask is None else Known(image, noise, edit.mask.to(noise))
     if known is not None and edit.strength == 1.0:  # what is repainted owes nothing to the image
-        return noise * scheduler.init_noise_sigma, known
+        return noise * first_deviation(scheduler), known
     return noised(scheduler, image, noise, start), known
 
 

@@ -28,7 +28,7 @@ from .world import (
 SAMPLE_STREAM = 40_509  # first word of the random seeds; others are in evaluate.py and editing.py
 WORDING_STREAM = 40_510
 WORDINGS = 8  # of a caption in a cache
-KINDS = ("ordinary", "stacks", "adapter")
+KINDS = ("ordinary", "adapter")
 
 
 @dataclass
@@ -56,9 +56,10 @@ class ScenesSource:
         frames: heights and widths in pixels, multiples of 8, which the arrangements take in turn.
         crop: the height and width of a part of the frame, which shows part of a solid; None: whole frames.
         sized: the share of captions that give sizes, 0 to 1.
+        stacks: the share of arrangements that have a solid on another in any case, 0 to 1. One in three of their
+            colourings is of a single colour, where shapes allow it.
         images: False for captions alone, with what they say in ``extra["answers"]`` (`label_caption`).
-        kind: "ordinary" scenes; "stacks", one in three of which has a single colour where shapes allow it; or those
-            of an "adapter", each with the shape or the colour that no other scene has.
+        kind: "ordinary" scenes, or those of an "adapter", each with the shape or the colour that no other scene has.
         colourings: of each arrangement; adjacent samples share it, which makes reading them in order cheaper.
 
     Raises:
@@ -74,22 +75,24 @@ class ScenesSource:
         kind: str = "ordinary",
         colourings: int = 1,
         sized: float = 0.4,
+        stacks: float = 0.0,
         images: bool = True,
     ):
         self.frames = [_size("frames", frame) for frame in frames]
         self.crop = None if crop is None else _size("crop", crop)
         if count < 1 or colourings < 1 or seed < 0 or not self.frames:
             raise InputError("'count' and 'colourings' are at least 1, 'seed' at least 0, and 'frames' not empty.")
-        if not 0 <= sized <= 1:
-            raise InputError(f"'sized' is a share, 0 to 1, not {sized!r}.")
+        for name, share in (("sized", sized), ("stacks", stacks)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{name!r} is a share, 0 to 1, not {share!r}.")
         if kind not in KINDS:
             raise InputError(f"Unknown kind of scenes {kind!r}; use one of {', '.join(KINDS)}.")
         if self.crop and any(self.crop[side] > frame[side] for frame in self.frames for side in (0, 1)):
             raise InputError(f"A crop of {self.crop} does not fit into every frame of {self.frames}.")
-        if kind == "adapter" and not images:
-            raise InputError("Captions alone do not have the words of adapters; leave 'kind' out.")
+        if kind != "ordinary" and not images:
+            raise InputError("Captions alone are those of ordinary scenes; leave 'kind' out.")
         self.count, self.seed, self.kind, self.colourings = count, seed, kind, colourings
-        self.sized, self.images = sized, images
+        self.sized, self.stacks, self.images = sized, stacks, images
 
     def __len__(self) -> int:
         return self.count
@@ -102,13 +105,13 @@ class ScenesSource:
         """The scene of a sample."""
         number, colouring = divmod(index, self.colourings)
         rng = np.random.default_rng([SAMPLE_STREAM, self.seed, number])
-        sample = sample_stack if self.kind == "stacks" else sample_arrangement
-        arrangement = sample(rng, *self._frame(index))
+        stacked = bool(self.stacks) and rng.random() < self.stacks  # otherwise nothing is drawn
+        arrangement = (sample_stack if stacked else sample_arrangement)(rng, *self._frame(index))
         # numpy pads these words with zeros: a colouring 0 would have the arrangement's own random numbers.
         attempts = np.random.default_rng([SAMPLE_STREAM, self.seed, number, 1 + colouring])
         while True:
             scene = recolour(arrangement, attempts)
-            if self.kind == "stacks" and not attempts.integers(3):
+            if stacked and not attempts.integers(3):
                 scene = with_one_colour(scene)
             if self.kind == "adapter":
                 scene = with_adapter_words(scene, attempts)
@@ -142,7 +145,7 @@ class ScenesSource:
             place, buffer = _cropped(scene, target, rng)
         image = shade(buffer, [solid.color for solid in scene.solids], scene.background)
         labels = None
-        if self.kind != "adapter":
+        if self.kind == "ordinary":
             labels = label_cells(buffer.ids[None, ::SUPERSAMPLING, ::SUPERSAMPLING], [scene])[0]
         text = caption(scene, rng, self.sized)
         return SceneSample(image.mul_(2).sub_(1), caption=text, size=size, crop=place, labels=labels)

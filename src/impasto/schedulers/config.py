@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoints.config import DOWNLOAD, PLACE, Configurable, naming, records_config
+from ..checkpoints.frozen import given_values
 from ..checkpoints.keywords import settle
 from ..checkpoints.upload import Uploads
 from ..checks import shown
@@ -50,6 +51,27 @@ class SchedulerConfig(Configurable, Uploads):
 
     config_name: ClassVar[str] = "scheduler_config.json"
     has_compatibles: ClassVar[bool] = True
+    #: Attributes of a schedule, which end with it.
+    _of_schedule: ClassVar[tuple[str, ...]] = ("num_inference_steps", "custom_timesteps", "_step_index", "_begin_index")
+
+    def register_to_config(self, /, **values: Any) -> None:
+        """Add values to the record. Those of arguments rebuild the scheduler, which then needs ``set_timesteps``.
+
+        Raises:
+            ConfigurationError: the value of an argument cannot be used; the scheduler stays as it was.
+        """
+        names = self._argument_names()
+        changed = {name: values.pop(name) for name in names if name in values}
+        if changed:
+            own = given_values(self.config)
+            arguments = {name: value for name, value in own.items() if name in names}
+            built = type(self)(**{**arguments, **changed})
+            others = {name: value for name, value in own.items() if name not in names}
+            for name in self._of_schedule:
+                vars(self).pop(name, None)
+            vars(self).update(vars(built))
+            values = {**others, **values}
+        super().register_to_config(**values)
 
     @overload
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..checkpoints.values import Exponent, Scale, Share, Steps, Tokens
-from ..checks import finite
+from ..checks import MAX_STEPS, finite, whole_number
 from ..errors import ConfigurationError, InputError
 from ..nn.noise import draw_noise
 from . import noise_schedule as schedules
@@ -104,7 +104,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchNames, CountingScheduler):
         levels = None if sigmas is None else schedules.descending("sigmas", sigmas, 1)
         lengths = {len(given) for given in (levels, points) if given is not None}
         if num_inference_steps is not None:
-            lengths.add(self._count_steps(num_inference_steps))
+            lengths.add(whole_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS))
         if len(lengths) != 1:
             counts = " and ".join(map(str, sorted(lengths))) or "no"
             raise InputError(f"set_timesteps was given {counts} steps; give num_inference_steps, sigmas or timesteps")
@@ -125,7 +125,6 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchNames, CountingScheduler):
     def _set(self, levels: Array, timesteps: Array, device: torch.device | str | None) -> None:
         self._set_timesteps(timesteps.astype(np.float32), device)
         self.sigmas = torch.from_numpy(levels.astype(np.float32))  # stays on the CPU
-        self._levels: list[float] = self.sigmas.tolist()
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """(1 - σ) sample + σ noise.
@@ -139,7 +138,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchNames, CountingScheduler):
             steps = [self._first_step(time) for time in times]
         else:
             steps = [self._begin_index if self._step_index is None else self._step_index] * len(times)
-        sigma = per_sample(sample.new_tensor([self._levels[step] for step in steps]), sample)
+        sigma = per_sample(sample.new_tensor([float(self.sigmas[step]) for step in steps]), sample)
         return add_noise(sample, noise, 1.0 - sigma, sigma)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -181,8 +180,8 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchNames, CountingScheduler):
         index = self._this_step(timestep)
         require_same_shape(model_output, sample)
         x = sample.float()  # lower precision would lose small steps
-        sigma: float | Tensor = self._levels[index]
-        following: float | Tensor = self._levels[index + 1]
+        sigma: float | Tensor = float(self.sigmas[index])
+        following: float | Tensor = float(self.sigmas[index + 1])
         if per_token_timesteps is not None:
             sigma = own = (per_token_timesteps / self.config.num_train_timesteps)[..., None]  # [B, N, 1]
             table = self.sigmas.to(own.device)

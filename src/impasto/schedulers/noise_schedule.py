@@ -106,7 +106,9 @@ def sigmas_to_timesteps(sigmas: Array, table: Array) -> Array:
     """Fractional timesteps of noise levels, interpolated in log sigma and clipped to the table."""
     log_table = np.log(table)
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(log_table, log_sigmas, side="right") - 1, 0, len(table) - 2)
+    # The last level that is not above; with rescale_betas_zero_snr the table may fall at its end.
+    ascending = np.minimum.accumulate(log_table[::-1])[::-1]
+    low = np.clip(np.searchsorted(ascending, log_sigmas, side="right") - 1, 0, len(table) - 2)
     weight = np.clip((log_table[low] - log_sigmas) / (log_table[low] - log_table[low + 1]), 0, 1)
     return np.asarray((1 - weight) * low + weight * (low + 1))
 

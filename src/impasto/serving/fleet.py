@@ -20,7 +20,7 @@ from .engine.costs import StepCosts
 from .engine.messages import Broken, Cancel, Ready, Turn
 from .engine.process import EngineProcess
 from .engine.spec import EngineSpec
-from .job import Failed, Finished, Job
+from .job import Failed, Finished, Job, Progress
 from .served import Inspected, ServedModel, look_at
 from .service import Generation, UnavailableError
 from .stats import Stats
@@ -34,6 +34,8 @@ ATTEMPTS = 2
 LOADS = 2
 #: Seconds between looks at deadlines.
 LOOK = 1.0
+#: Seconds after which a default model that could not be loaded again is tried once more.
+RELOAD = 60.0
 #: Seconds after its deadline at which an engine must have ended a job; it ends such jobs at the next step.
 GRACE = 120.0
 #: Jobs that an engine has at once: those that may run, and some to go on with.
@@ -116,15 +118,16 @@ class Fleet:
         self.watch = self.loop.create_task(self._watch())
         default = next(iter(self.served.values()))
         self._load(default)
-        while default.state == "loading":
+        while default.costs is None and default.state == "loading":
             await self._change()
-        if default.state != "ready":
+        if default.costs is None:  # once it was ready, it may already make room for another one
             raise ResourceError(f"{default.name} cannot be loaded: {default.error}")
 
     @property
     def ready(self) -> bool:
-        """Whether jobs are accepted and the default model is loaded."""
-        return not self.draining and next(iter(self.served.values())).costs is not None
+        """Whether jobs are accepted and the default model is loaded, or is loaded again when it is asked for."""
+        default = next(iter(self.served.values()))
+        return not self.draining and default.costs is not None and default.error is None
 
     async def drain(self) -> None:
         """Accept nothing more, and return when all accepted jobs have ended."""
@@ -167,6 +170,12 @@ class Fleet:
                 if hung and served.process is not None:
                     logger.error("the engine of %s does not answer", served.name)
                     served.process.kill()  # what else it has is run again
+            # A load balancer sends nothing to a server that is not ready, so that no request would load its model.
+            default = next(iter(self.served.values()))
+            is_lost = default.costs is not None and default.error is not None and default.state == "absent"
+            rested = time.monotonic() > default.used + RELOAD
+            if is_lost and rested and not self.draining and has_room(self.served.values(), default, self.budget):
+                self._load(default)
             self._dispatch()
 
     # --- jobs ---
@@ -338,7 +347,7 @@ class Fleet:
             if isinstance(event, Finished | Failed):
                 self._end(served, generation, event)
                 continue
-            if generation.step < 0:
+            if isinstance(event, Progress) and event.step >= 1 > generation.step:
                 stats.first_step.add(time.perf_counter() - generation.accepted)
             if generation.is_new(event):
                 generation.queue.put_nowait(event)
@@ -353,7 +362,7 @@ class Fleet:
         lost = [*served.sent.values()]
         served.sent.clear()
         if not expected:
-            self.stats.restarts += 1
+            self.stats.restarts += not was_loading
             logger.error("the engine of %s has ended; %d images were in work", served.name, len(lost))
         for generation in reversed(lost):
             if generation.cancelled:

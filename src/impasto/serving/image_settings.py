@@ -16,6 +16,8 @@ def settings_of(job: Job, sampler: str) -> GenerationSettings:
         extra["Denoising strength"] = f"{job.given.strength:g}"
     if job.adapters:
         extra["Lora"] = "; ".join(f"{adapter.name} {adapter.weight:g}" for adapter in job.adapters)
+    if not job.binning:
+        extra["Binning"] = "off"
     return GenerationSettings(
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,

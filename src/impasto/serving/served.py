@@ -30,6 +30,7 @@ class ServedModel:
         family: "PixArt-α", "PixArt-Σ" or "GLM-Image".
         width, height: of an image if the request does not say, in pixels.
         multiple: sides are multiples of it; others are generated at the nearest size and resized.
+        unit: pixels per token of the transformer along a side.
         most_pixels: of an image.
         steps, guidance_scale: if the request does not say.
         scheduler: its own, by the names of ``Job.scheduler``.
@@ -38,6 +39,7 @@ class ServedModel:
         created: Unix time.
         most_side: the longest side of an image, in pixels; 0: twice that of the largest square.
         most_images: how many images an edit takes.
+        trained_side: of the square images that it was trained on, in pixels, by which bins are chosen; 0: the width.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ServedModel:
     width: int
     height: int
     multiple: int
+    unit: int
     most_pixels: int
     steps: int
     guidance_scale: float
@@ -55,6 +58,14 @@ class ServedModel:
     created: int
     most_side: int = 0
     most_images: int = 1
+    trained_side: int = 0
+
+    def tokens(self, width: int, height: int, binning: bool = False) -> int:
+        """Of an image of this size, at the size that is generated."""
+        bins = bins_for(self.trained_side or self.width) if binning and self.family != GLM_IMAGE.name else None
+        if bins is not None:
+            height, width = nearest_bin(height, width, bins)
+        return max(1, width // self.unit) * max(1, height // self.unit)
 
 
 @dataclass(frozen=True)
@@ -63,23 +74,17 @@ class Inspected:
 
     Attributes:
         class_name: of its pipeline.
-        unit: pixels per token along a side.
         need: bytes that an engine takes for one image of the model's size; 0 without a budget.
     """
 
     served: ServedModel
     path: str
     class_name: str
-    unit: int
     need: int
 
     def tokens(self, job: Job) -> int:
         """Of a job's image."""
-        width, height = job.width or self.served.width, job.height or self.served.height
-        bins = bins_for(self.served.width) if job.binning and self.served.family != GLM_IMAGE.name else None
-        if bins is not None:
-            height, width = nearest_bin(height, width, bins)
-        return max(1, width // self.unit) * max(1, height // self.unit)
+        return self.served.tokens(job.width or self.served.width, job.height or self.served.height, job.binning)
 
 
 def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | None) -> Inspected:
@@ -113,6 +118,7 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
         width=side,
         height=side,
         multiple=PRIOR_PIXELS if family is GLM_IMAGE else unit,
+        unit=unit,
         most_pixels=most,
         steps=family.steps,
         guidance_scale=family.guidance_scale,
@@ -121,9 +127,10 @@ def look_at(name: str, path: str, device: Any, dtype: str | None, budget: int | 
         edits=True,
         masks=family is not GLM_IMAGE,
         most_images=MOST_REFERENCES if family is GLM_IMAGE else 1,
+        trained_side=side,
         created=int((found.folder / "model_index.json").stat().st_mtime),
     )
-    return Inspected(served, path, class_name, unit, need)
+    return Inspected(served, path, class_name, need)
 
 
 def bounded(model: ServedModel, most_side: int | None = None) -> ServedModel:

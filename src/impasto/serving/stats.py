@@ -37,7 +37,7 @@ class Stats:
         models: the names of those that are loaded.
         steps: forward passes; image_steps: steps of images, several of which share a forward pass.
         images: finished; rejected, cancelled, failed: by the reasons "full", "size", "unavailable" for rejections.
-        restarts: engines that died and were started again.
+        restarts: engines that died after they were ready.
         seconds: by stage, the time that engines spent in it; "wait" is the sum over images.
         latency: from acceptance to the image; first_step: from acceptance to the first step.
     """

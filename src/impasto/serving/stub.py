@@ -12,9 +12,9 @@ from .service import Generation, QueueFullError, UnavailableError
 from .stats import Stats
 
 SCENES = ServedModel(
-    name="scenes", family="PixArt-Σ", width=64, height=64, multiple=8, most_pixels=1 << 20, steps=20,
-    guidance_scale=4.5, scheduler="dpm++", schedulers=("dpm++", "ddim", "ddpm", "lcm"), edits=True, masks=True,
-    created=1_790_000_000, most_side=1024,
+    name="scenes", family="PixArt-Σ", width=64, height=64, multiple=8, unit=8, most_pixels=1 << 20,
+    steps=20, guidance_scale=4.5, scheduler="dpm++", schedulers=("dpm++", "ddim", "ddpm", "lcm"), edits=True,
+    masks=True, created=1_790_000_000, most_side=1024,
 )  # fmt: skip
 
 

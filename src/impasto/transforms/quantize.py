@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigurationError, InputError
 from ..nn.changes import Handle, is_plain, refuse_conflicts, unwrapped
+from .adapters.layers import record_of
 from .quantized_linear import SCHEMES, QuantizedLinear, Scheme
 
 Method = Literal["int8-weight-only", "int8-dynamic", "fp8", "nf4"]
@@ -124,9 +125,12 @@ def dequantize(module: Any) -> None:
         ConfigurationError: the originals were not kept; nothing is changed then.
     """
     module = unwrapped(module)
+    records = [record for inner in module.modules() if (record := record_of(inner)) is not None]
+    aside = [place.layer for record in records for place in record.fused]  # where unfuse_lora() takes them from
     originals = [
         (parent, key, child.restored())
-        for parent in module.modules()
+        for root in (module, *aside)
+        for parent in root.modules()
         for key, child in parent._modules.items()
         if isinstance(child, QuantizedLinear)
     ]

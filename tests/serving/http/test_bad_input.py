@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,8 @@ from PIL import Image
 from tests.serving.http.running import Running, running
 from tests.serving.http.test_client import until
 
+from impasto.serving.http import server
+from impasto.serving.http.settings import HttpSettings
 from impasto.serving.stub import StubService
 
 KEY = "0123456789abcdefghij"
@@ -91,6 +94,7 @@ def check_a1111(answer: httpx.Response, status: int, *said: str) -> None:
         (b'{"prompt": "\\ud800"}', "Unicode"),
         (b'{"prompt": "\xff"}', "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"[]," * 60_000 + b"[]]", "120,002 commas and opening brackets"),
         (b'{"prompt": "a", "n": 1' + b"0" * 6000 + b"}", ""),
         (b'{"prompt": "a", "seed": -1}', "seed"),
         (b'{"prompt": ["a"]}', "prompt"),
@@ -339,6 +343,52 @@ def test_slow_readers_are_disconnected(caplog: pytest.LogCaptureFixture):
     assert "does not read its answer" in caplog.text
 
 
+def test_answers_that_nobody_reads_are_bounded_together(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "impasto.serve")
+    with running(send_seconds=8.0, receive_seconds=0.4, max_unread=1000) as served, socket.socket() as connection:
+        served.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        body = json.dumps({"prompt": "a", "n": 10, "size": "512x512", "num_inference_steps": 1})
+        request = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{request}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: "connection of one of them is closed" in caplog.text)
+    assert "does not read its answer" not in caplog.text
+
+
+class Slow:
+    """A transport whose client reads some bytes between two looks."""
+
+    aborted = False
+
+    def __init__(self, *sizes: int):
+        self.sizes = [*sizes]
+
+    def get_write_buffer_size(self) -> int:
+        return self.sizes.pop(0)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize(("read", "aborted"), [(100_000, False), (20_000, True)])
+def test_a_large_answer_is_read_within_minutes(read: int, aborted: bool, monkeypatch: pytest.MonkeyPatch):
+    """60 MB in 600 s are 100,000 bytes a second; in all, 1024 bytes a second would take a day."""
+    now = [0.0]
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    settings = HttpSettings(send_seconds=4.0, receive_seconds=4.0)
+    one: Any = object.__new__(type("Protocol", (server.BoundedProtocol,), {"settings": settings}))
+    one.loop = SimpleNamespace(call_later=lambda *_: None)
+    one.cycle, one.connections = SimpleNamespace(response_complete=False), set()
+    one.transport = Slow(*(60_000_000 - i * read for i in range(8)))
+    one._idle_since = one._read_at = one._unread_since = 0.0
+    one._unread = one._first_unread = 0
+    while one.transport.sizes and not one.transport.aborted:
+        one._check()
+        now[0] += one._tick
+    assert one.transport.aborted == aborted
+
+
 def test_keys():
     with running(keys=("another-key-0123456", KEY)) as served, httpx.Client(base_url=served.url) as client:
         for headers in (
@@ -358,6 +408,8 @@ def test_keys():
             check_a1111(answer, 401, "a key is needed", "the password of HTTP basic authentication")
             assert answer.headers["www-authenticate"].startswith("Basic")
         check(client.get("/metrics"), 401)
+        check(client.get("/openapi.json"), 401)  # it names models and adapters
+        assert client.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).is_success
         assert client.get("/health").status_code == 200
         assert client.post(GENERATIONS, json={"prompt": "a"}, headers={"Authorization": f"Bearer {KEY}"}).is_success
         assert client.post(GENERATIONS, json={"prompt": "a"}, auth=("anyone", KEY)).is_success
@@ -375,6 +427,10 @@ def test_web_pages_of_other_origins():
         assert httpx.post(url, json={"prompt": "a"}, headers={"Origin": served.url}).is_success
         answer = httpx.options(url, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
         assert "access-control-allow-origin" not in answer.headers
+    with running(public_url="https://images.example/some/path/") as served:  # a proxy sends another Host
+        url = f"{served.url}{GENERATIONS}"
+        assert httpx.post(url, json={"prompt": "a"}, headers={"Origin": "https://images.example"}).is_success
+        check(httpx.post(url, json={"prompt": "a"}, headers={"Origin": "https://evil.example"}), 403)
     with running(origins=("https://app.example",)) as served:
         url = f"{served.url}{GENERATIONS}"
         headers = {"Origin": "https://app.example"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 import httpx
+import pytest
 from tests.serving.http.running import running
+from tests.serving.http.test_client import until
 from tests.serving.http.test_openai import call
 
 from impasto.serving.stub import StubService
@@ -34,6 +36,20 @@ def test_requests_and_images_are_counted():
     assert found['impasto_image_seconds_bucket{le="+Inf"}'] == 2
     assert found["impasto_ready"] == 1
     assert found['impasto_model_loaded{model="scenes"}'] == 0
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(True, 499), (False, 200)])
+def test_a_stream_that_its_client_leaves_is_counted_so(leaves: bool, status: int):
+    body = {"prompt": "a", "num_inference_steps": 200 if leaves else 3, "stream": True}
+    path = "/v1/images/generations"
+    counted = f'impasto_http_requests_total{{method="POST",path="{path}",status="{status}"}}'
+    with running(StubService(seconds=0.02)) as served, httpx.Client(base_url=served.url) as client:
+        with client.stream("POST", path, json=body) as answer:
+            texts = answer.iter_text()
+            next(texts)
+            if not leaves:
+                assert "image_generation.completed" in "".join(texts)
+        until(lambda: values(client.get("/metrics").text).get(counted) == 1)
 
 
 def test_readiness_is_that_of_the_service():

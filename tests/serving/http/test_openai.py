@@ -14,10 +14,15 @@ import pytest
 from PIL import Image
 from tests.serving.http.running import running
 
+from impasto.pipelines.adapters import ChosenAdapter
+from impasto.pipelines.image_files import GenerationSettings
 from impasto.serving.http import uploads
 from impasto.serving.http.app import create_app
+from impasto.serving.http.errors import of_failure
 from impasto.serving.http.settings import HttpSettings
-from impasto.serving.stub import StubService
+from impasto.serving.image_settings import settings_of
+from impasto.serving.job import Failed, Job
+from impasto.serving.stub import SCENES, StubService
 
 
 def call(method: str, path: str, service: StubService | None = None, settings: HttpSettings | None = None, **more: Any):
@@ -84,6 +89,30 @@ def test_an_image_may_be_generated_at_its_own_size():
     form = {"prompt": (None, "a"), "use_resolution_binning": (None, "false"), "image": ("a.png", image.getvalue())}
     assert call("POST", "/v1/images/edits", service, files=form).status_code == 200
     assert [job.binning for job in service.submitted] == [True, False, False]
+
+
+def test_usage_is_that_of_the_transformer_at_the_size_that_is_generated():
+    glm = replace(SCENES, family="GLM-Image", multiple=32, unit=16)
+    large = replace(SCENES, unit=16, trained_side=256)
+    for model, binned, tokens in ((glm, True, 64), (large, True, 256), (large, False, 64)):
+        body = {"prompt": "a", "size": "128x128", "use_resolution_binning": binned}
+        answer = call("POST", "/v1/images/generations", StubService(models=[model]), json=body)
+        assert answer.json()["usage"]["output_tokens"] == tokens
+
+
+def test_settings_in_an_image_say_that_it_has_its_own_size():
+    adapters = tuple(ChosenAdapter(name) for name in ("my-lora-v1.5", "a/style.safetensors", "builtin:few", "a/b.v2"))
+    job = Job("1", "scenes", "a", width=64, height=64, binning=False, adapters=adapters)
+    extra = GenerationSettings.from_text(settings_of(job, "ddim").to_text()).extra
+    assert extra["Binning"] == "off"
+    assert extra["Lora"] == "my-lora-v1.5 1; style 1; few 1; b.v2 1"
+    assert "Binning" not in settings_of(replace(job, binning=True), "ddim").extra
+
+
+@pytest.mark.parametrize("reason", ["engine", "deadline", "shutdown", "input"])
+def test_what_would_fail_again_is_not_to_be_repeated(reason: Any):
+    error = of_failure(Failed("1", reason, "no"))
+    assert (error.headers or {}).get("x-should-retry") == ("false" if reason in ("engine", "deadline") else None)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.serving.http.running import running
 from tests.serving.http.test_openai import call, image_of
 
 from impasto.errors import ConfigurationError
+from impasto.serving.http import app
 from impasto.serving.http.settings import HttpSettings
 from impasto.serving.http.storage import Storage
 
@@ -38,6 +39,31 @@ def test_links_to_stored_images(tmp_path: Path):
             assert client.get(f"/v1/images/{id}/content").status_code in (401, 404)
     with running(settings=settings) as served:  # they outlive the server
         assert httpx.get(f"{served.url}/v1/images/{answer['data'][0]['id']}/content").status_code == 200
+
+
+def test_an_image_that_is_removed_before_it_is_sent_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    id = "img-" + "a" * 32
+    monkeypatch.setattr(Storage, "find", lambda *_: (tmp_path / f"{id}.png", "png"))
+    found = tmp_path / f"{id}.png"
+    found.write_bytes(b"x")
+    sent = app.StoredImage.__call__
+
+    async def evicted(self, *arguments):  # type: ignore[no-untyped-def]
+        found.unlink()
+        await sent(self, *arguments)
+
+    monkeypatch.setattr(app.StoredImage, "__call__", evicted)
+    answer = call("GET", f"/v1/images/{id}/content", settings=HttpSettings(storage=tmp_path))
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "image_not_found"
+
+
+def test_saving_lists_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may have a hundred thousand images."""
+    storage = Storage(tmp_path, 1000)
+    monkeypatch.setattr(Path, "glob", None)
+    storage.save("img-" + "a" * 32, "png", b"x")
+    assert storage.find("img-" + "a" * 32) is not None
 
 
 def test_servers_with_one_folder_find_each_other_s_images(tmp_path: Path):

@@ -123,6 +123,16 @@ def test_a_broken_image_leaves_its_place_empty(tmp_path: Path, workers: int, cap
         data([source], batch_size=6, max_broken=0).batch(0)
 
 
+def test_broken_images_of_one_name_in_two_sources_are_two(tmp_path: Path) -> None:
+    sources: list[Source] = []
+    for name in ("a", "b"):
+        sources.append(FolderSource(write_folder(tmp_path / name, [(16, 16)] * 3)))
+        (tmp_path / name / "2.png").write_bytes(b"gone")
+    loaded = data(sources, batch_size=6, max_broken=2)
+    loaded.batch(0)
+    assert loaded.faults.reasons.keys() == {"2.png of source 1", "2.png of source 2"}
+
+
 def test_what_stands_in_for_a_broken_sample_does_not_depend_on_the_ranks(tmp_path: Path) -> None:
     write_folder(tmp_path, [(16, 16)] * 6)
     source = FolderSource(tmp_path)

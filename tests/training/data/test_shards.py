@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from impasto.errors import InputError
+from impasto.pipelines.image_files import measure_image, open_image
 from impasto.training.data import shards as module
 from impasto.training.data.captions import Captions
 from impasto.training.data.folders import FolderSource
@@ -72,11 +75,37 @@ def test_masks_captions_and_other_files(tmp_path: Path) -> None:
         },
     )
     source = ShardSource([tmp_path / "a.tar"])
+    assert source.without_image == 1
     assert [source.name(i) for i in range(len(source))] == ["a.tar/x/one"]
     assert source.captions(0) == Captions(("short",), ("long",))
     sample = source.read(0, (4, 4), rng())
     assert sample.loss_mask is not None
     assert sample.loss_mask.min() == 1
+
+
+def test_a_caption_that_is_null_does_not_hide_the_one_in_a_text_file(tmp_path: Path) -> None:
+    files = {"a.png": png(smooth_image(8, 8)), "a.txt": b"a cat", "a.json": b'{"text": null, "dense": null}'}
+    assert ShardSource(write_shard(tmp_path / "a.tar", files)).captions(0) == Captions(("a cat",), ())
+
+
+def test_sizes_are_upright_if_the_orientation_is_after_the_pixels(tmp_path: Path) -> None:
+    content = late_orientation(smooth_image(200, 300))
+    assert len(content) > 1 << 16
+    source = ShardSource(write_shard(tmp_path / "a.tar", {"a.png": content, "a.txt": b"a cat"}))
+    (tmp_path / "a.png").write_bytes(content)
+    assert source.size(0) == measure_image(tmp_path / "a.png") == (300, 200)
+    assert open_image(tmp_path / "a.png").size == (200, 300)
+
+
+def late_orientation(image: Image.Image) -> bytes:
+    """A PNG whose orientation, a quarter turn, is in a chunk before its end."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content, chunk = io.BytesIO(), exif.tobytes().removeprefix(b"Exif\0\0")
+    image.save(content, "PNG", compress_level=0)
+    named = b"eXIf" + chunk
+    late = struct.pack(">I", len(chunk)) + named + struct.pack(">I", zlib.crc32(named))
+    return content.getvalue()[:-12] + late + content.getvalue()[-12:]
 
 
 def test_damaged_shards_and_samples_are_named_and_left_out(tmp_path: Path) -> None:

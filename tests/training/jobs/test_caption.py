@@ -125,6 +125,18 @@ def test_images_that_were_added_later_are_captioned_too(tmp_path: Path) -> None:
     assert source.captions(1) == Captions(("a person wrote this",), ("an image of 12 x 8",))
 
 
+def test_names_may_have_colons_and_be_written_in_several_ways(tmp_path: Path) -> None:
+    write_folder(tmp_path / "sub", [(8, 8)], captions=False)
+    smooth_image(8, 12).save(tmp_path / "12:30.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "sub\\0.png", "text": "written"}) + "\n")
+    assert caption_folder(tmp_path, count, settings={}) == {"captioned": 2, "kept": 0, "broken": 0}
+    source = FolderSource(tmp_path)
+    assert {source.name(i): source.captions(i) for i in range(2)} == {
+        "sub/0.png": Captions(("written",), ("an image of 8 x 8",)),
+        "12:30.png": Captions((), ("an image of 12 x 8",)),
+    }
+
+
 def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path: Path) -> None:
     smooth_image(8, 8).save(tmp_path / "ü.png")
     try:

@@ -69,6 +69,20 @@ def test_validation_is_the_loss_and_the_share_of_right_answers(tmp_path: Path) -
     assert (tmp_path / "text_encoder" / "config.json").exists()
 
 
+def test_captions_are_encoded_as_pipelines_encode_prompts() -> None:
+    seen: list[str] = []
+
+    def noted(texts: list[str]) -> tuple[Tensor, Tensor]:
+        seen.extend(texts)
+        return tokenize(["10 20"] * len(texts))
+
+    samples = [Sample(caption=" A Red Cube", extra={"answers": torch.zeros(2, 2, dtype=torch.long)})]
+    WarmStart(tiny_text_encoder(num_layers=1), SlotReader(32, 2, (3, 2)), noted)(
+        Batch(samples, 0, 1, 0), Randomness(0, 0)
+    )
+    assert seen == ["a red cube"]
+
+
 def test_one_answer_a_slot_and_question() -> None:
     answers = SlotReader(16, 3, (5, 2))(torch.randn(4, 7, 16), torch.ones(4, 7, dtype=torch.long))
     assert [tuple(a.shape) for a in answers] == [(4, 3, 5), (4, 3, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -438,6 +439,18 @@ def test_agreement_is_the_difference_of_predictions_with_and_without_captions_at
     before = plain.train()(batch, Randomness(0, 0)).each
     assert torch.allclose(loss.each, before + 3 * expected.nan_to_num(), rtol=1e-4, atol=1e-6)
     assert "agreement" not in one.eval()(batch, Randomness(0, 0)).parts
+
+
+def test_agreement_has_the_masks_of_the_loss() -> None:
+    parts = tiny_transformer(0), tiny_text_encoder(num_layers=1, dropout_rate=0.0)
+    one = objective(parts, agreement_weight=1.0, agreement_below=1000, caption_dropout=0.0).train()
+    masks = [torch.zeros(1, 64, 64), torch.ones(1, 64, 64)]
+    batch = flat(0, 2)
+    plain = one(batch, Randomness(0, 0)).parts["agreement"]
+    samples = [dataclasses.replace(sample, loss_mask=mask) for sample, mask in zip(batch.samples, masks)]
+    masked = one(Batch(samples, 0, 2, 0), Randomness(0, 0)).parts["agreement"]
+    assert masked[0] == 0 < plain[0]
+    assert torch.allclose(masked[1], plain[1])
 
 
 def test_agreement_draws_both_predictions_to_each_other() -> None:

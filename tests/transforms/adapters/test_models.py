@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,58 @@ def test_an_adapter_on_a_quantized_base(method: Any, dialect: str, tmp_path: Pat
     handle.remove()
 
 
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_quantized_base_is_cast_or_restored_while_adapters_are_fused(undone: bool) -> None:
+    def model(dtype: torch.dtype) -> Any:
+        found = tiny_transformer(num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64)
+        found.load_lora_adapter(layer_of("transformer_blocks.0.attn1.to_q", 64, 0))
+        return found.to(dtype)
+
+    dtype = torch.float32 if undone else torch.bfloat16
+    found, expected = model(torch.float32), model(dtype)
+    with impasto.quantize(found, "nf4") if undone else nullcontext():
+        if not undone:
+            impasto.quantize(found, "nf4")
+        found.fuse_lora()
+        found.to(dtype)
+    found.unfuse_lora()
+    layer = found.transformer_blocks[0].attn1.to_q
+    assert {p.dtype for p in layer.parameters() if p.is_floating_point()} == {dtype}
+    with torch.no_grad():
+        if undone:
+            assert torch.equal(predict(found), predict(expected))
+        else:
+            inputs = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 5, 32).to(dtype), torch.tensor([7, 500])
+            assert close(found(*inputs).sample.float(), expected(*inputs).sample.float(), 0.5)
+
+
+def test_an_adapter_on_weights_in_a_narrow_dtype() -> None:
+    pair = layer_of("transformer_blocks.0.attn1.to_q", 24, 0)
+    expected, model = tiny_transformer(), tiny_transformer()
+    expected.load_lora_adapter(pair)
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    model.load_lora_adapter(pair)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]), "new")
+    model.set_adapters(["default_0", "new"])
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    with torch.no_grad():
+        assert close(predict(model), predict(expected), 0.1)
+    with pytest.raises(ConfigurationError, match=r"stored in a narrow dtype, .* disable_layerwise_casting\(\)"):
+        model.fuse_lora()
+
+
+def test_unfusing_a_model_that_was_cast_layer_by_layer_meanwhile() -> None:
+    model = tiny_transformer()
+    model.load_lora_adapter(layer_of("transformer_blocks.0.attn1.to_q", 24, 0))
+    expected = predict(model)
+    model.fuse_lora()
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    model.unfuse_lora()
+    layer = model.transformer_blocks[0].attn1.to_q
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert close(predict(model), expected, 0.1)
+
+
 class _Text(nn.Module):
     def get_parameter(self, name: str) -> nn.Parameter:
         return nn.Parameter(torch.zeros(8, 8))
@@ -308,6 +361,9 @@ def test_given_alphas_count_first() -> None:
     assert set(scales.values()) == {1.5}
     with pytest.raises(InputError, match=r"layers that the adapter does not have: proj_in"):
         model.load_lora_adapter(tensors, alpha={"proj_in": 1.0})
+    whole = lokr_of({"transformer_blocks.0.attn1.to_q": (3, 3)})
+    model.load_lora_adapter(whole, adapter_name="whole", alpha=16)
+    assert [layer.scale for layer in collect(model, "whole").values()] == [1.0]  # it has no rank to divide by
 
 
 PAIR = {
@@ -424,6 +480,42 @@ def test_after_deletion_all_layers_have_the_same_active_adapters() -> None:
     model.set_adapter("B")
     model.delete_adapters("C")
     assert model.active_adapters() == ["B"]
+
+
+def convolution(norms: Tensor, name: str, out: int = 24) -> dict[str, Tensor]:
+    """A DoRA of the patch embedding, of 4 inputs."""
+    torch.manual_seed(0)
+    return {
+        "transformer.pos_embed.proj.lora_A.weight": torch.randn(2, 4, 2, 2),
+        "transformer.pos_embed.proj.lora_B.weight": torch.randn(out, 2, 1, 1),
+        f"transformer.pos_embed.proj.{name}": norms,
+    }
+
+
+def test_dora_of_a_convolution_has_norms_of_outputs_or_of_inputs(tmp_path: Path) -> None:
+    weight = tiny_transformer().pos_embed.proj.weight.detach()
+    for rest, shape, name in (
+        ((1, 2, 3), (1, 24, 1, 1), "lora_magnitude_vector"),
+        ((0, 2, 3), (1, 4, 1, 1), "dora_scale"),
+    ):
+        norms = torch.rand(shape) + 1
+        tensors = convolution(norms, name)
+        model = tiny_transformer()
+        model.load_lora_adapter(tensors)
+        a, b = (tensors[f"transformer.pos_embed.proj.lora_{x}.weight"].flatten(1) for x in "AB")
+        changed = weight + (b @ a).reshape(weight.shape)
+        own = norms.reshape(-1, 1, 1, 1) if shape[1] == 24 else norms
+        model.fuse_lora()
+        fused = model.pos_embed.proj.weight.detach()
+        assert close(fused, changed * own / torch.linalg.vector_norm(changed, dim=rest, keepdim=True))
+
+
+def test_peft_loads_a_dora_of_a_convolution(tmp_path: Path) -> None:
+    model = tiny_transformer()
+    model.load_lora_adapter(convolution(torch.rand(1, 24, 1, 1) + 1, "lora_magnitude_vector"), adapter_name="default")
+    model.save_lora_adapter(tmp_path, weight_name="adapter_model.safetensors")
+    with torch.no_grad():
+        assert close(predict(peft.PeftModel.from_pretrained(tiny_transformer(), tmp_path)), predict(model), 1e-6)
 
 
 def lokr_of(first: dict[str, tuple[int, int]]) -> dict[str, Tensor]:

@@ -143,15 +143,17 @@ def _complete(layer: str, kinds: set[Kind], parts: dict[str, Tensor], where: str
     norms = parts.pop("dora_scale", None)
     norms = parts.pop("magnitude", norms)
     if norms is not None:
-        parts["magnitude"] = _magnitude(norms, named, where)
+        parts["magnitude"] = _magnitude(norms, parts, named, where)
     return FoundLayer(dialect, layer.removeprefix(dialect.prefix), kind, parts, value)
 
 
-def _magnitude(tensor: Tensor, named: str, where: str) -> Tensor:
+def _magnitude(tensor: Tensor, parts: Mapping[str, Tensor], named: str, where: str) -> Tensor:
     """DoRA's norms as [out, 1] or [1, in]; peft has [out] (of convolutions [1, out, 1, 1]), others have both."""
     if tensor.ndim == 4 and tensor.shape[0] == 1 and tensor.shape[1] > 1:
-        # peft and OneTrainer (one norm per input) have the same shape here; peft's is the common one.
-        return tensor.reshape(-1, 1)
+        # peft (one norm per output) and OneTrainer (one per input) have the same number of dimensions here. If a layer
+        # has as many inputs as outputs, it is taken for peft's, which is the common one.
+        by_input = "B" in parts and parts["B"].shape[:1] != tensor.shape[1:2] == parts["A"].shape[1:2]
+        return tensor.flatten(1) if by_input else tensor.reshape(-1, 1)
     if tensor.ndim == 1:
         return tensor[:, None]
     flat = tensor.reshape(tensor.shape[0], -1)
@@ -181,7 +183,7 @@ def scaled(layer: FoundLayer, given: float | None, settings: Settings | None, wh
     number: float = rank or 1
     content = {} if settings is None else settings.content
     if given is not None:
-        source, alpha = "given", given
+        source, alpha = "given", given if rank is not None else 1.0
     elif layer.alpha is not None:
         source, alpha = ".alpha in the file", layer.alpha if rank is not None else 1.0  # LyCORIS: whole matrices
     elif settings is not None and (stored := _alpha_of(content, layer.name, where)) is not None:

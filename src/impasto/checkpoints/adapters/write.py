@@ -121,7 +121,8 @@ def stored(layer: AdapterLayer) -> dict[str, Tensor]:
     found = {_LORA[part] if layer.kind == "lora" else prefix + part: tensor for part, tensor in tensors.items()}
     if magnitude is not None:  # the former for peft, the latter for ComfyUI
         if layer.magnitude_is_by_row:
-            found["lora_magnitude_vector"] = magnitude.flatten()
+            is_convolution = layer.kind == "lora" and layer.tensors["A"].ndim == 4
+            found["lora_magnitude_vector"] = magnitude.reshape(1, -1, 1, 1) if is_convolution else magnitude.flatten()
         found["dora_scale"] = magnitude
     return {**found, "alpha": torch.tensor(scale * (rank or 1), dtype=torch.float32)}
 

@@ -25,6 +25,7 @@ from ...errors import ConfigurationError, InputError
 from ...nn.changes import is_compiled, is_watched
 from ...nn.gaussian import DiagonalGaussianDistribution
 from ...nn.outputs import BaseOutput
+from ...nn.tokens import is_tracing
 from ..base import Model
 from ..compat.blending import BlendedTiles
 from ..compat.surface import FusedProjections, GradientCheckpointing
@@ -244,7 +245,7 @@ def _check_blocks(name: str, types: Sequence[str], expected: str, levels: int) -
 def _in_fast_format(x: Tensor) -> Tensor:
     """In inference on the CPU, the memory format in which convolutions are fastest; every layer preserves it."""
     last = torch.channels_last
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.is_contiguous(memory_format=last):
+    if is_tracing() or x.device.type != "cpu" or torch.is_grad_enabled() or x.is_contiguous(memory_format=last):
         return x
     return x.contiguous(memory_format=last)
 

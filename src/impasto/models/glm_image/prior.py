@@ -213,4 +213,4 @@ def _numbers(generators: Generator | list[Generator] | None, batch: int, total: 
         generators = Generator()
         generators.seed()
     each = generators if isinstance(generators, list) else [generators] * batch
-    return torch.stack([torch.rand(total, generator=one, device=one.device).cpu() for one in each])
+    return torch.stack([torch.rand(total, generator=one, device=one.device, dtype=torch.float32).cpu() for one in each])

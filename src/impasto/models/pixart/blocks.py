@@ -77,11 +77,12 @@ class TimestepAndSizeEmbedder(nn.Module):
                 "this model takes micro-conditions: give added_cond_kwargs={'resolution': [B, 2] (height and "
                 "width in pixels), 'aspect_ratio': [B, 1] (height / width)}"
             )
-        rows = resolution.shape[0]
-        if tuple(resolution.shape) != (rows, 2) or aspect_ratio.numel() != rows or rows not in (1, embedded.shape[0]):
+        rows, batch = resolution.shape[0], embedded.shape[0]
+        fits = rows == batch or 1 in (rows, batch)  # one timestep or one size may be for all
+        if tuple(resolution.shape) != (rows, 2) or aspect_ratio.numel() != rows or not fits:
             raise InputError(
                 f"added_cond_kwargs: resolution has shape {list(resolution.shape)} and aspect_ratio "
-                f"{list(aspect_ratio.shape)}; expected [{embedded.shape[0]}, 2] and [{embedded.shape[0]}, 1]"
+                f"{list(aspect_ratio.shape)}; expected [{batch}, 2] and [{batch}, 1]"
             )
         parts = [
             self.resolution_embedder(timestep_features(resolution[:, 0]).to(dtype)),  # [B, D / 3]

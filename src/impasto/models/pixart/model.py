@@ -192,7 +192,7 @@ class PixArtTransformer2DModel(FusedProjections, Caching, GradientCheckpointing,
         if is_watched(self.caption_projection) and not is_tracing():
             return PixArtContext(ProjectedText(text_embeds, bias), projects=True)
         project = self.caption_projection or nn.Identity()
-        masked = is_tracing() or self._makes_keys_each_step()
+        masked = is_tracing() or text_embeds.is_meta or self._makes_keys_each_step()
         if torch.is_grad_enabled():
             masked |= text_embeds.device.type != "cpu" or is_compiled(self.transformer_blocks[0])
         if masked:

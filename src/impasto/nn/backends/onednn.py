@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..changes import is_plain
 from ..machine import has_epilogues, has_onednn_products
+from ..tokens import is_tracing
 
 #: From so many rows on, packing a weight for one call of a model takes less time than it saves.
 PACKING_PAYS = 4096
@@ -114,7 +115,7 @@ def multiplies(layer: nn.Module, x: Tensor) -> bool:
     assert isinstance(weight, Tensor)
     if weight.dtype != x.dtype or weight.device != x.device or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_tracing():
         return False
     return has_onednn_products(x.dtype)
 

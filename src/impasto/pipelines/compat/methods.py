@@ -21,7 +21,7 @@ from ..images import ImageProcessor
 from ..learned_tokens import concepts_of
 from ..prompts import prepare
 from ..request import read_pixart
-from ..sampling import step_options
+from ..sampling import first_deviation, step_options
 from .calls import Call, call_of, calling, remember
 
 
@@ -186,18 +186,24 @@ class PipelineMethods(CallFacts):
 
     # --- stages of a call ---
 
-    def _noise_like(
-        self, shape: Sequence[int], dtype: torch.dtype, device: Any, generator: Any, latents: Tensor | None
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """The given latents, or noise, on the device."""
-        target = as_device(device)
-        if latents is not None:
-            return latents.to(target)
-        return draw_noise(shape, inputs.check_generator(generator, shape[0]), target, dtype)
-
-    def _latent_shape(self, batch: int, channels: int, height: float, width: float) -> list[int]:
-        sides = (int(side) // cast(Any, self).vae_scale_factor for side in (height, width))
-        return [batch, channels, *sides]
+        """Noise [B, C, h, w], or the given latents, times the scheduler's ``init_noise_sigma``, on the device."""
+        target, factor = as_device(device), cast(Any, self).vae_scale_factor
+        if latents is None:
+            shape = [batch_size, num_channels_latents, int(height) // factor, int(width) // factor]
+            latents = draw_noise(shape, inputs.check_generator(generator, batch_size), target, dtype)
+        scaled: Tensor = latents.to(target) * first_deviation(self._require("scheduler"))
+        return scaled
 
     def _arguments(self, **given: Any) -> dict[str, Any]:
         """The arguments of a call: its defaults, and these."""
@@ -238,23 +244,6 @@ class PixArtMethods(PipelineMethods):
         arguments = self._arguments(**given, use_resolution_binning=False)
         read_pixart(self, self._callback_tensor_inputs[1:], arguments)
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise [B, C, h, w], or the given latents, times the scheduler's ``init_noise_sigma``."""
-        shape = self._latent_shape(batch_size, num_channels_latents, height, width)
-        noise = self._noise_like(shape, dtype, device, generator, latents)
-        scaled: Tensor = noise * self._require("scheduler").init_noise_sigma
-        return scaled
-
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Those of ``generator`` and ``eta`` that the scheduler's ``step`` takes."""
         return step_options(self._require("scheduler"), eta=eta, generator=generator)
@@ -294,21 +283,6 @@ class GlmImageMethods(PipelineMethods):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "read_glm_image")}
         given["callback_on_step_end_tensor_inputs"] = callback_on_step_end_tensor_inputs or ()
         read_glm_image(self, self._callback_tensor_inputs[1:], self._arguments(**given))
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise [B, C, h, w], or the given latents, on the device."""
-        shape = self._latent_shape(batch_size, num_channels_latents, height, width)
-        return self._noise_like(shape, dtype, device, generator, latents)
 
     def get_glyph_texts(self, prompt: str | Sequence[str]) -> list[list[str]]:
         """The quoted texts of each prompt."""

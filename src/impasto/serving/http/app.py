@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -26,6 +26,9 @@ from .metrics import Metrics
 from .openai import openai_router
 from .settings import HttpSettings
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger("impasto.serve")
 
@@ -114,6 +117,22 @@ def _health_router(service: Service, metrics: Metrics) -> APIRouter:
     return router
 
 
+def _no_image() -> ApiError:
+    return ApiError("there is no such image, or no more", "id", status=404, code="image_not_found")
+
+
+class StoredImage(FileResponse):
+    """An image that may be removed, to make room for others, before it is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except (FileNotFoundError, RuntimeError) as error:  # starlette raises RuntimeError if there is no file
+            if Path(self.path).is_file():
+                raise
+            raise _no_image() from error
+
+
 def _content_router(storage: Storage) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["images"])
 
@@ -122,10 +141,10 @@ def _content_router(storage: Storage) -> APIRouter:
         """A stored image. Its id is a secret: no further key is needed."""
         found = storage.find(id)
         if found is None or not found[0].is_file():
-            raise ApiError("there is no such image, or no more", "id", status=404, code="image_not_found")
+            raise _no_image()
         headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
         headers["Cache-Control"] = "private, max-age=31536000, immutable"
-        return FileResponse(found[0], media_type=MEDIA_TYPES[found[1]], headers=headers)
+        return StoredImage(found[0], media_type=MEDIA_TYPES[found[1]], headers=headers)
 
     return router
 

@@ -48,7 +48,8 @@ class ApiError(HTTPException):
 
 def of_failure(failed: Failed) -> ApiError:
     """The error of a job that ended without an image."""
-    return ApiError(failed.message, status=_FAILED[failed.reason], code=f"generation_{failed.reason}")
+    headers = NO_RETRY if failed.reason in ("engine", "deadline") else None
+    return ApiError(failed.message, status=_FAILED[failed.reason], code=f"generation_{failed.reason}", headers=headers)
 
 
 def of_fault(error: Exception) -> ApiError:
@@ -140,3 +141,5 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 RETRY = {"Retry-After": "10"}
+#: For OpenAI's client, which repeats requests that are answered with 500 or 504: these would end so again.
+NO_RETRY = {"x-should-retry": "false"}

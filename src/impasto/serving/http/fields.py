@@ -14,6 +14,9 @@ from .errors import ApiError
 
 Schema = dict[str, Any]
 
+#: Commas and opening brackets of JSON: each value takes 25 times its size, and base64, which may be long, has none.
+MOST_VALUES = 100_000
+
 
 class Kind:
     """What values a field takes."""
@@ -227,11 +230,14 @@ def unknown_field(name: str, fields: Iterable[str]) -> ApiError:
 
 
 def parse_json(body: bytes, name: str = "the body") -> Any:
-    """JSON as the standard has it: no NaN, no invalid Unicode, no depth without end.
+    """JSON as the standard has it: no NaN, no invalid Unicode, no depth without end, no more than ``MOST_VALUES``.
 
     Raises:
         InputError: it is something else.
     """
+    values = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+    if values > MOST_VALUES:
+        raise InputError(f"{name} has {values:,} commas and opening brackets; at most {MOST_VALUES:,} are read")
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIN_KEY = 16  # characters
 #: Paths that need a key if there are any. The content of images is found by ids that are keys themselves.
-_PROTECTED = re.compile(r"/(v1|sdapi|metrics)(/|$)")
+_PROTECTED = re.compile(r"/(v1|sdapi|metrics|openapi\.json)(/|$)")
 _CONTENT = re.compile(r"/v1/images/[^/]+/content")
 _KEY = "impasto.key"
 
@@ -62,6 +62,9 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: HttpSettings):
         self.app, self.settings = app, settings
         self.keys = [_digest(key) for key in settings.keys]
+        self.hosts = set[str]()  # of its own origin, if a proxy changes the header Host
+        if settings.public_url is not None:
+            self.hosts.add(urlsplit(settings.public_url).netloc.lower())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,7 +117,7 @@ class Guard:
         if origin is None or origin in self.settings.origins or "*" in self.settings.origins:
             return True
         try:
-            return urlsplit(origin).netloc.lower() == headers.get(b"host", "").lower()
+            return urlsplit(origin).netloc.lower() in {headers.get(b"host", "").lower(), *self.hosts}
         except ValueError:
             return False
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from ...checks import printable
 from .. import stats
 from ..service import Service
-from .running import ClientLeftError
+from .running import UNFINISHED, ClientLeftError
 from .storage import hide_ids
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class _Engines(Collector):
             ("steps", "Forward passes.", found.steps),
             ("image_steps", "Steps of images, several of which share a forward pass.", found.image_steps),
             ("images_accepted", "Accepted images.", found.accepted),
-            ("engine_restarts", "Engines that died and were started again.", found.restarts),
+            ("engine_restarts", "Engines that died after they were ready.", found.restarts),
         ):
             yield CounterMetricFamily(f"impasto_{name}", what, number)
         outcomes = {"finished": found.images, "cancelled": found.cancelled, "failed": found.failed}
@@ -124,6 +124,8 @@ class _Layer:
             status = CLIENT_LEFT
         finally:
             self.metrics.open.dec()
+            if scope.get(UNFINISHED):
+                status = CLIENT_LEFT
             seconds = time.monotonic() - start
             route = getattr(scope.get("route"), "path", "other")  # labels are never forgotten
             method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"

@@ -24,7 +24,7 @@ from .errors import ApiError, error_body, of_failure, of_fault
 from .images import base64_text, encode
 from .limits import release
 from .reading import ImageRequest, Reader
-from .running import events_of, generate
+from .running import UNFINISHED, events_of, generate
 from .storage import hide_ids
 
 logger = logging.getLogger("impasto.serve")
@@ -104,7 +104,7 @@ async def _answer(context: Context, request: Request, wanted: ImageRequest, even
     if wanted.stream:
         (generation,) = context.service.submit(wanted.jobs)
         return StreamingResponse(
-            _stream(context, wanted, generation, event),
+            _stream(context, request, wanted, generation, event),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -154,10 +154,13 @@ async def _store(context: Context, wanted: ImageRequest, job: Job, content: byte
         logger.error("an image is not stored: %s", printable(hide_ids(str(error))))
 
 
-async def _stream(context: Context, wanted: ImageRequest, generation: Generation, event: str) -> AsyncIterator[bytes]:
+async def _stream(
+    context: Context, request: Request, wanted: ImageRequest, generation: Generation, event: str
+) -> AsyncIterator[bytes]:
     """Server-sent events. Steps are comments, which clients ignore unless they know of them."""
     job = generation.job
     common = {"created_at": int(time.time()), "quality": "high", "background": "opaque", "output_format": wanted.kind}
+    request.scope[UNFINISHED] = True
     try:
         async with aclosing(events_of(generation)) as events:
             async for found in events:
@@ -165,6 +168,7 @@ async def _stream(context: Context, wanted: ImageRequest, generation: Generation
     except Exception as error:  # the status is sent, so that this is the only way to say it
         logger.exception("a stream failed")
         yield _sse_error(of_fault(error))
+    request.scope[UNFINISHED] = False
 
 
 async def _written(
@@ -200,13 +204,9 @@ def _usage(context: Context, jobs: list[Job]) -> dict[str, Any]:
     text = sum(len(job.prompt.split()) + len(job.negative_prompt.split()) for job in jobs)
     given = [image for job in jobs if job.given is not None for image in job.given.images]
 
-    def tokens(model: str, width: int, height: int) -> int:
-        multiple = context.service.models[model].multiple
-        return -(-width // multiple) * -(-height // multiple)
-
-    model = jobs[0].model
-    images = sum(tokens(model, image.width, image.height) for image in given)
-    output = sum(tokens(model, job.width, job.height) for job in jobs)
+    model = context.service.models[jobs[0].model]
+    images = sum(model.tokens(image.width, image.height) for image in given)
+    output = sum(model.tokens(job.width, job.height, job.binning) for job in jobs)
     return {
         "input_tokens": text + images,
         "input_tokens_details": {"text_tokens": text, "image_tokens": images},

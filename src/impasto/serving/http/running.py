@@ -19,6 +19,9 @@ from .errors import ApiError, of_failure
 logger = logging.getLogger("impasto.serve")
 T = TypeVar("T")
 
+#: In the scope of a request: whether its answer has begun as a stream whose last event has not been sent.
+UNFINISHED = "impasto.unfinished"
+
 
 class ClientLeftError(Exception):
     """Nobody waits for the answer."""

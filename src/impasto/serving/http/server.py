@@ -27,6 +27,7 @@ logger = logging.getLogger("impasto.serve")
 
 MAX_CONNECTIONS = 1000
 MIN_RATE = 1024  # bytes a second that a client must read
+MAX_READING = 600  # seconds in which it must read what is ready at once
 ANSWER_SECONDS = 30  # in which answers are sent when all images have ended
 
 
@@ -39,7 +40,8 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         now = time.monotonic()
-        self._idle_since, self._read_at, self._unread = now, now, 0
+        self._idle_since = self._read_at = self._unread_since = now
+        self._unread = self._first_unread = 0
         self._timer = self.loop.call_later(self._tick, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,9 +71,14 @@ class BoundedProtocol(H11Protocol):
 
     def _check(self) -> None:
         now, unread = time.monotonic(), self.transport.get_write_buffer_size()
-        if unread == 0 or unread <= self._unread - MIN_RATE * self._tick:
+        self._first_unread = max(self._first_unread, unread) if unread else 0
+        if unread == 0:
+            self._unread_since = now
+        if unread == 0 or unread <= self._unread - max(MIN_RATE, self._first_unread / MAX_READING) * self._tick:
             self._read_at = now
         self._unread = unread
+        if unread:
+            self._bound_unread()
         asks = self.cycle is None or self.cycle.response_complete
         if unread == 0 and asks and now - self._idle_since > self.settings.receive_seconds:
             self.transport.abort()
@@ -80,6 +87,15 @@ class BoundedProtocol(H11Protocol):
             self.transport.abort()
         else:
             self._timer = self.loop.call_later(self._tick, self._check)
+
+    def _bound_unread(self) -> None:
+        """Give up the answer that has been unread for longest, if all have too many bytes together."""
+        known = [one for one in self.connections if isinstance(one, BoundedProtocol)]
+        sizes = {one: one.transport.get_write_buffer_size() for one in known}
+        if sum(sizes.values()) > self.settings.max_unread:
+            longest = min((one for one, size in sizes.items() if size), key=lambda one: one._unread_since)
+            logger.info("clients do not read their answers; the connection of one of them is closed")
+            longest.transport.abort()
 
 
 class Server(uvicorn.Server):

@@ -24,6 +24,8 @@ class HttpSettings:
             page can reach it through a name of its own that points here.
         max_body: bytes of a request.
         max_buffered: bytes of all requests that are being received or read.
+        max_unread: bytes of all answers that clients have not read yet; beyond it, the one that has been unread for
+            longest is given up.
         max_upload_pixels: of an image that is given.
         max_images, max_steps: of a request.
         receive_seconds: the longest pause between two pieces of a request.
@@ -43,6 +45,7 @@ class HttpSettings:
     hosts: tuple[str, ...] | None = None
     max_body: int = 64 * MIB
     max_buffered: int = 512 * MIB
+    max_unread: int = 512 * MIB
     max_upload_pixels: int = 4096**2
     max_images: int = 10
     max_steps: int = 200

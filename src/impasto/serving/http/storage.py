@@ -44,7 +44,7 @@ class Storage:
         """Write an image completely or not at all. Raises OutputError."""
         name = f"{id}.{kind}"
         assert _NAME.fullmatch(name)
-        write_file(self.folder / name, content)
+        write_file(self.folder / name, content, tidy=False)  # __init__ has done it
         with self._lock:
             self._sizes[name] = len(content)
             self._kinds[id] = name

@@ -250,8 +250,9 @@ def open_data(
 def faults_of(source: Source | None) -> Counter[str]:
     """How many samples, or whole shards, a source has left out, by reason."""
     found = [getattr(source, name, None) for name in ("faults", "damaged")]
-    unlisted = Counter({"their file of captions does not list them": getattr(source, "unlisted", 0)})
-    return sum((each.counts() for each in found if each is not None), +unlisted)
+    others = {"unlisted": "their file of captions does not list them", "without_image": "they have no image"}
+    counted = Counter({reason: getattr(source, name, 0) for name, reason in others.items()})
+    return sum((each.counts() for each in found if each is not None), +counted)
 
 
 def buckets_of(settings: DataSettings) -> Buckets:
@@ -268,7 +269,8 @@ def open_source(
     """One source of samples."""
     if settings.kind in kinds:
         source = kinds[settings.kind](settings.options)
-        return source if settings.weight == 1 else Weighted(source, settings.weight)
+        every = [(source, index) for index in range(len(source))]
+        return source if settings.weight == 1 else Part(every, settings.weight)
     if settings.kind not in OWN_KINDS:
         raise InputError(f"there is no source {settings.kind!r}; there are {', '.join([*OWN_KINDS, *kinds])}")
     assert settings.path is not None
@@ -295,31 +297,11 @@ def open_source(
     return FolderSource(settings.path, reading, settings.metadata, settings.mask_suffix, index)
 
 
-class Weighted:
-    """A source whose samples have other weights."""
-
-    def __init__(self, source: Source, weight: float):
-        self.source, self.weight = source, weight
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.source.size(index)
-
-    def name(self, index: int) -> str:
-        return name_of(self.source, index) or f"sample {index}"
-
-    def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
-        sample = self.source.read(index, target, rng)
-        return replace(sample, weight=self.weight * sample.weight)
-
-
 class Part:
-    """Some of the samples of a source, or of several."""
+    """Some of the samples of a source, or of several, whose weights may be multiplied."""
 
-    def __init__(self, places: Sequence[tuple[Source, int]]):
-        self.places = places
+    def __init__(self, places: Sequence[tuple[Source, int]], weight: float = 1.0):
+        self.places, self.weight = places, weight
 
     def __len__(self) -> int:
         return len(self.places)
@@ -334,7 +316,8 @@ class Part:
 
     def read(self, index: int, target: tuple[int, int], rng: np.random.Generator) -> Sample:
         source, inside = self.places[index]
-        return source.read(inside, target, rng)
+        sample = source.read(inside, target, rng)
+        return replace(sample, weight=self.weight * sample.weight)
 
 
 def hold_out(sources: Sequence[Source], count: int, buckets: Buckets) -> tuple[list[Source], Source]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -126,7 +127,8 @@ def _inside(images: str, name: str) -> str:
         InputError: the name leads out of it.
     """
     path = PurePosixPath(images) / name.replace("\\", "/")
-    if "\0" in name or not name or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    outside = path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name) is not None
+    if "\0" in name or not path.parts or outside:
         raise InputError(f"{shown(name)} is not the name of a file below the folder")
     return path.as_posix()
 

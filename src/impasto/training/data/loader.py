@@ -168,8 +168,8 @@ class _Reads(torch.utils.data.Dataset[_Read]):
         )
 
     def _name(self, place: Place) -> str:
-        name = name_of(self.sources[place.source], place.index)
-        return name or f"sample {place.index} of source {place.source + 1}"
+        name = name_of(self.sources[place.source], place.index) or f"sample {place.index}"
+        return name if len(self.sources) == 1 else f"{name} of source {place.source + 1}"
 
 
 class _From(torch.utils.data.Sampler[int]):

@@ -46,6 +46,7 @@ class ShardSource(ImageSource):
 
     Attributes:
         damaged: the shards that are truncated or not readable, which are left out as a whole.
+        without_image: how many samples have no image of a kind that is read.
 
     Raises:
         InputError: no shards, or too many shards or images that cannot be used.
@@ -66,6 +67,7 @@ class ShardSource(ImageSource):
         index = None if index is None else Path(index)
         stored = {} if index is None else _read_index(index)
         self._members: list[_Member] = []
+        self.without_image = 0
         found: list[tuple[str, Captions, tuple[int, int] | str]] = []
         members: list[_Member] = []
         with ThreadPoolExecutor(_THREADS, "scan") as threads:
@@ -77,6 +79,7 @@ class ShardSource(ImageSource):
                 if index is not None and scanned.is_new:
                     make_folder(index.parent)
                     append_line(index, scanned.line())
+                self.without_image += scanned.without_image
                 for entry in scanned.entries:
                     members.append(_Member(number, entry))
                     found.append((f"{names[number]}/{entry.key}", entry.captions, entry.size))
@@ -155,6 +158,7 @@ class _Scanned:
     path: Path
     stamp: tuple[int, int]  # time of change in nanoseconds, bytes
     entries: list[_Entry] = field(default_factory=list)
+    without_image: int = 0  # samples
     is_new: bool = True
 
     def line(self) -> str:
@@ -169,7 +173,13 @@ class _Scanned:
             for each in self.entries
         ]
         return json.dumps(
-            {"shard": str(self.path), "changed": self.stamp[0], "bytes": self.stamp[1], "samples": samples}
+            {
+                "shard": str(self.path),
+                "changed": self.stamp[0],
+                "bytes": self.stamp[1],
+                "samples": samples,
+                "without_image": self.without_image,
+            }
         )
 
 
@@ -225,7 +235,8 @@ def _scan(path: Path, stamp: tuple[int, int]) -> _Scanned:
         if file.read(_BLOCK) != bytes(_BLOCK):  # a tar ends with blocks of zeros
             raise InputError("it is truncated: its end is missing")
         entries = [_entry(file, key, files) for key, files in groups.items()]
-    return _Scanned(path, stamp, [entry for entry in entries if entry is not None])
+    found = [entry for entry in entries if entry is not None]
+    return _Scanned(path, stamp, found, len(entries) - len(found))
 
 
 def _entry(file: io.BufferedReader, key: str, files: dict[str, _Span]) -> _Entry | None:
@@ -257,21 +268,41 @@ def _record(file: io.BufferedReader, files: dict[str, _Span]) -> dict[str, Any]:
             raise InputError(f"its {extension} file cannot be read: {shown(str(error))}") from error
         if not isinstance(value, dict):
             raise InputError(f"its .json file is no object but {shown(value)}")
-        record = value
+        record = {key: each for key, each in value.items() if each is not None}
     return record
 
 
 def _measure(file: io.BufferedReader, span: _Span, key: str) -> tuple[int, int]:
     if span.length > MAX_FILE_BYTES:
         raise InputError(f"{key} has {span.length:,} bytes, and at most {MAX_FILE_BYTES:,} are read")
-    for length in (1 << 16, span.length):  # nearly all headers end before that
-        file.seek(span.start)
-        try:
-            return measure_image(io.BytesIO(file.read(min(length, span.length))), key)
-        except InputError:
-            if length >= span.length:
-                raise
-    raise AssertionError
+    with io.BufferedReader(_Within(file, span), 1 << 14) as inside:
+        return measure_image(inside, key)
+
+
+class _Within(io.RawIOBase):
+    """A file that lies in another one."""
+
+    def __init__(self, file: io.BufferedReader, span: _Span):
+        super().__init__()
+        self._file, self._span, self._place = file, span, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._span.length}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._span.start + self._place)
+        content = self._file.read(max(0, min(len(buffer), self._span.length - self._place)))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
 
 
 def _read_index(path: Path) -> dict[str, _Scanned]:
@@ -291,7 +322,8 @@ def _read_index(path: Path) -> dict[str, _Scanned]:
                 for each in record["samples"]
             ]
             stamp = (int(record["changed"]), int(record["bytes"]))
-            found[record["shard"]] = _Scanned(Path(record["shard"]), stamp, entries, is_new=False)
+            without_image = int(record["without_image"])
+            found[record["shard"]] = _Scanned(Path(record["shard"]), stamp, entries, without_image, is_new=False)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue
     return found

@@ -134,11 +134,16 @@ def caption_folder(
 
 
 def records_of(folder: Path, mask_suffix: str | None = None) -> dict[str, dict[str, Any]]:
-    """The records of a folder's ``metadata.jsonl``, and new ones of other images, with the captions found elsewhere."""
+    """The records of a folder's ``metadata.jsonl``, and new ones of other images, with the captions found elsewhere.
+
+    Returns:
+        them by the names of ``list_folder``.
+    """
     entries = list_folder(folder, mask_suffix=mask_suffix)
     new = [with_text(folder, name) for name in unlisted(folder, entries, mask_suffix)]
     if (folder / METADATA).is_file():
-        records = {record["file_name"]: record for record in read_records(folder / METADATA)}
+        listed = zip(entries, read_records(folder / METADATA), strict=True)
+        records = {entry.name: record for entry, record in listed}  # whose names may be written in other ways
     else:
         records = {entry.name: _record(entry) for entry in entries}
     return records | {entry.name: _record(entry) for entry in new}

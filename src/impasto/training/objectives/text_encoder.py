@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.attention import attention
+from ...pipelines.prompts import prepare
 from ..data.sample import Batch
 from ..running.randomness import Randomness
 from .base import Loss, Objective
@@ -50,7 +51,8 @@ class WarmStart(Objective):
 
     def forward(self, batch: Batch, random: Randomness) -> Loss:
         device = next(self.encoder.parameters()).device
-        ids, mask = (each.to(device) for each in self.tokenize([sample.caption or "" for sample in batch.samples]))
+        captions = [prepare(sample.caption or "", clean=False) for sample in batch.samples]  # as pipelines do
+        ids, mask = (each.to(device) for each in self.tokenize(captions))
         labels = torch.stack([sample.extra["answers"] for sample in batch.samples]).to(device)
         answers = self.reader(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         errors = [

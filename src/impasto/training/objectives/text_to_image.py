@@ -26,7 +26,7 @@ from ..data.sample import Batch, Sample, stacked
 from ..running.randomness import Randomness
 from .autoencoder import images_of
 from .base import Loss, Objective, linear_weights
-from .diffusion_loss import DiffusionLoss, Weighting
+from .diffusion_loss import DiffusionLoss, Weighting, masked_mean
 from .labels import LabelHead
 from .rollout import Rollout, Selection
 from .texts import Texts
@@ -187,7 +187,7 @@ class TextToImage(Objective):
         t: Tensor,
         counts: Tensor,
     ) -> Tensor:
-        """The squared difference [B] of the predictions without captions from those with them.
+        """The squared difference [B] of the predictions without captions from those with them, weighted by loss masks.
 
         Both are drawn to each other: then the gradients of what they share cancel, and what is learned is to use the
         caption less. Drawn to a constant, the prediction without captions takes the other along, away from the data.
@@ -200,10 +200,12 @@ class TextToImage(Objective):
         some = Selection(samples, inputs, counts)
         text, mask = self.texts(some.samples, torch.ones(len(some.samples), dtype=torch.bool))
         alone = self._predict(some.samples, some.of(inputs), text, mask, t[some.places])
-        found = [
-            (x[:, :channels].float() - y[:, :channels].float()).square().flatten(1).mean(1)
-            for x, y in zip(alone, some.of(predictions))
-        ]
+        found, start = [], 0
+        for x, y in zip(alone, some.of(predictions)):
+            difference = x[:, :channels].float() - y[:, :channels].float()
+            mask_of_loss = loss_mask(some.samples[start : start + len(x)], x)
+            found.append(masked_mean(difference.square(), mask_of_loss))
+            start += len(x)
         return torch.zeros(len(samples), device=device).index_put(
             (torch.tensor(some.places, device=device),), torch.cat(found)
         )

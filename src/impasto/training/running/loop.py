@@ -45,8 +45,8 @@ def train(
     Args:
         objective: what it trains computes in ``settings.precision`` meanwhile.
         check: called after each checkpoint with the number of steps done, while what is trained holds its averages;
-            its result is logged. All processes call it, with the same result. A run that was killed meanwhile calls it
-            first when it resumes.
+            its result is logged. All processes call it, with the same result. A run that was killed meanwhile, or
+            ended early at such a step, calls it first when it resumes.
         processes: all of which call this, with the same objective.
         started: called when the state in ``folder``, if any, has been accepted.
 
@@ -98,17 +98,19 @@ def train(
 
             done = step + 1
             stopped = processes.highest(noted.received or 0) or None  # of any process
-            saves = done % settings.checkpoints.every == 0 or done == settings.steps or stopped is not None
+            due = done % settings.checkpoints.every == 0 or done == settings.steps
+            saves = due or stopped is not None
             if saves or done % settings.log_every == 0:  # the window is not part of the state
                 rates = {"rate": settings.optimizer.rate * settings.share(step), "skipped": float(run.guard.skipped)}
                 values = {**rates, **means.take(processes)}
-                if saves and stopped is None and check is not None:  # which may take long
+                if due and check is not None:  # which may take long: if stopped, the run begins with it when it resumes
                     run.unchecked = values
                     _save(run, folder, done)
-                    _check(run, check, folder, done, reporter)
-                    stopped = processes.highest(noted.received or 0) or None
+                    if stopped is None:
+                        _check(run, check, folder, done, reporter)
+                        stopped = processes.highest(noted.received or 0) or None
                 else:
-                    if saves and stopped is None:
+                    if due:
                         run.note_best(done, values)
                     reporter.line(done, values)
                     if saves:

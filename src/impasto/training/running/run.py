@@ -215,6 +215,8 @@ class Run:
         try:
             same = _measure(state["settings"]) == _measure(self.settings.model_dump(mode="json"))
             best = state["best"] if same else None
+            if state["best"] is not None and not same:
+                logger.warning("%s: its best checkpoint does not count, as it was measured in another way", folder)
             self.best_step, self.best_value = (None, 0.0) if best is None else (int(best[0]), float(best[1]))
             unchecked = state["unchecked"]
             self.unchecked = None if unchecked is None else {str(k): float(v) for k, v in unchecked.items()}
@@ -247,8 +249,9 @@ class Run:
 
 def _measure(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a best value depends on: one that was measured in another way cannot be compared with it."""
-    wanted = settings["checkpoints"]
-    return wanted["best"], wanted["best_is"], settings.get("validation"), settings.get("checks")
+    wanted, validation = settings["checkpoints"], settings.get("validation")
+    measured = None if validation is None else {**validation, "batch_size": None}  # it changes the rounding alone
+    return wanted["best"], wanted["best_is"], measured, settings.get("checks")
 
 
 def weights(batch: AnyBatch, like: Tensor) -> Tensor:

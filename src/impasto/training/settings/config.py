@@ -47,7 +47,8 @@ class OptimizerSettings(Section):
     Attributes:
         name: ``muon`` for the matrices inside blocks and AdamW for the rest; others for everything.
         rate: the highest learning rate, as it is used: nothing rescales it.
-        rates: other highest rates, by patterns of names: {"text_encoder.*": 1e-5}; the first that matches counts.
+        rates: other highest rates, by patterns of names: {"text_encoder.*": 1e-5}; the first that matches counts. Not
+            of ``prodigy``.
         weight_decay: not of vectors.
         betas: of the first and the second moments; with ``came``, also of the confidence.
         eps: not of ``came``, which has its own.
@@ -67,6 +68,8 @@ class OptimizerSettings(Section):
             raise ValueError(f"{self.name} has {' or '.join(map(str, counts))} betas, not {len(self.betas)}")
         if self.name == "came" and self.eps != type(self).model_fields["eps"].default:
             raise ValueError("eps is not one of came's settings; leave it out")
+        if self.name == "prodigy" and self.rates:
+            raise ValueError("prodigy has one rate for everything; leave rates out")
         return self
 
 

@@ -59,7 +59,12 @@ def checked(content: Mapping[str, Any], name: str) -> Configuration:
 def text_of(configuration: Configuration) -> str:
     """All settings as YAML, which ``read`` reads."""
     yaml = _yaml()
-    written: str = yaml.safe_dump(configuration.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
+        yaml_implicit_resolvers = _loader().yaml_implicit_resolvers  # a text that would be read as a number is quoted
+
+    content = configuration.model_dump(mode="json")
+    written: str = yaml.dump(content, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
     return written
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError, ConfigurationError
-from ...nn.changes import unwrapped
+from ...nn.changes import of, unwrapped
 from ...nn.layers import PatchConvolution
+from ..layerwise_casting import CastLayer
 from ..quantized_linear import QuantizedLinear
 from .layers import (
     ATTRIBUTE,
@@ -41,7 +42,8 @@ def fuse(module: nn.Module, scale: float = 1.0, check: bool = False, names: Sequ
 
     Raises:
         InputError: there is no adapter, or none of such a name.
-        ConfigurationError: adapters are fused already, or a layer is quantized and its original weight was not kept.
+        ConfigurationError: adapters are fused already, or a layer is quantized and its original weight was not kept, or
+            stored in a narrow dtype.
     """
     module = unwrapped(module)
     require_adapters(module)
@@ -85,10 +87,19 @@ def _put_back(places: Sequence[Place]) -> None:
     for place in places:
         now = cast(Any, place.parent._modules[place.key])
         base = place.layer.get_base_layer()
-        if base.weight.device != now.weight.device or base.weight.dtype != now.weight.dtype:
-            place.layer.to(now.weight.device, now.weight.dtype if now.weight.is_floating_point() else None)
+        dtype = _own_dtype(now)
+        if base.weight.device != now.weight.device or _own_dtype(base) != dtype:
+            place.layer.to(now.weight.device, dtype if dtype.is_floating_point else None)
         place.layer.train(now.training)
         place.parent._modules[place.key] = place.layer
+
+
+def _own_dtype(layer: Any) -> torch.dtype:
+    """The dtype of a layer's weight, or of the weight that quantization or layerwise casting has replaced."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dtype
+    casts = (change.stored for change in of(layer) if isinstance(change, CastLayer))
+    return next(casts, cast(torch.dtype, layer.weight.dtype))
 
 
 def fused_size(module: nn.Module) -> int:
@@ -146,6 +157,11 @@ def _copied(base: Any, name: str) -> nn.Module:
             )
         layer = copy.deepcopy(base.original).to(base.weight.device, base.dtype)
         return layer.requires_grad_(False).train(base.training)
+    if any(isinstance(change, CastLayer) for change in of(base)):
+        raise ConfigurationError(
+            f"{name} is {CastLayer.change}, which has too few digits for the adapter: leave the adapter as it is, or "
+            f"{CastLayer.undo} first"
+        )
     if type(base) not in (nn.Linear, nn.Conv2d, PatchConvolution) or type(base.weight) is not nn.Parameter:
         raise ConfigurationError(
             f"{name} is quantized by another library (a {type(base).__name__}): leave the adapter as it is, or fuse it "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...checkpoints.adapters.layer import AdapterLayer, dense
 from ...checks import printable, shown
 from ...errors import ConfigurationError, InputError, WeightsMismatchError
-from ...nn.changes import unwrapped
+from ...nn.changes import dtype_of, unwrapped
 from ..quantized_linear import QuantizedLinear
 from .binding import Bound, adaptable, plain_weight
 from .layers import (
@@ -74,10 +74,21 @@ def add(module: nn.Module, config: Any, name: str = "default") -> None:
     for place in tuners(module):
         for tuner in nested(place.layer):
             tuner.train(tuner.base_layer.training)
+            _widen(tuner, name, place.layer.get_base_layer())
     # transformers' models have peft's methods, which look at this.
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
     activate(module, name)
     enable(module, True)
+
+
+def _widen(tuner: Any, name: str, own: Any) -> None:
+    """Give a new adapter of a layer that is stored in a narrow dtype the dtype in which the layer computes."""
+    if own.weight.dtype == (dtype := dtype_of(own)) or not own.weight.is_floating_point():
+        return
+    for attribute in tuner.adapter_layer_names:
+        held = getattr(tuner, attribute)
+        if name in held:
+            held[name] = held[name].to(dtype)
 
 
 def _check_name(module: nn.Module, name: Any) -> None:
@@ -208,9 +219,9 @@ def _decompose_factor(layers: Bound) -> int:
 
 
 def _fill(tuner: Any, name: str, layer: AdapterLayer, own: Any) -> None:
-    """Give an adapter of a layer of peft its tensors, in the dtype of the layer that it adapts."""
+    """Give an adapter of a layer of peft its tensors, in the dtype in which the layer that it adapts computes."""
     weight = own.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    dtype = dtype_of(own) if weight.is_floating_point() else torch.float32
     tensors = {part: tensor.to(weight.device, dtype, copy=True) for part, tensor in layer.tensors.items()}
     if layer.kind == "lora":
         for part in "AB":

@@ -26,7 +26,7 @@ from ...errors import CheckpointNotFoundError, InputError, WeightsMismatchError
 from ...nn.changes import unwrapped
 from .binding import bind
 from .injection import load, next_name, swapping
-from .layers import configs_of, delete, refuse_fused
+from .layers import configs_of, delete, enable, refuse_fused
 
 #: Keywords of diffusers that need nothing here.
 _IGNORED = ("proxies", "low_cpu_mem_usage", "_pipeline", "user_agent", "return_lora_metadata", "lora_scale")
@@ -172,4 +172,7 @@ def load_into(
             if name in configs_of(unwrapped(components[component])):
                 delete(components[component], name)
         raise
+    for module in components.values():  # after disable_lora(), all of a pipeline's adapters act again, not some
+        if configs_of(module):
+            enable(module, True)
     return name

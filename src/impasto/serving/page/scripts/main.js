@@ -8,7 +8,7 @@ import { Gallery } from "./images/gallery.js";
 import { Compare } from "./modes/compare.js";
 import { Edit } from "./modes/edit.js";
 import { Grid } from "./modes/grid.js";
-import { randomSeed, SettingsForm } from "./settings/form.js";
+import { randomSeed, seedAfter, SettingsForm } from "./settings/form.js";
 import { readSettings } from "./settings/metadata.js";
 import { startTabs } from "./tabs.js";
 import { startTheme } from "./theme.js";
@@ -50,12 +50,15 @@ const stage = new Stage({
 });
 
 function use(settings) {
-  form.write({ ...settings, adapters: settings.adapters ?? [] });
+  const fit = form.write({ ...settings, adapters: settings.adapters ?? [] });
   form.changed();
   if (mode === "edit") choose("generate");
   byId("prompt").focus();
-  announce("Settings restored");
+  if (fit) announce("Settings restored");
+  else notify(withoutModel(settings));
 }
+
+const withoutModel = ({ model }) => `Prompt and seed restored. The other settings are for the model ${model}, which is not served here.`;
 
 async function editImage(blob, settings) {
   choose("edit");
@@ -67,6 +70,7 @@ async function editImage(blob, settings) {
 // --- generating ---
 
 async function shotsOf() {
+  if (!form.models.length && !(await load())) return null;
   const settings = form.read();
   if (mode === "compare") return compare.check() ? compare.shots(seedOf) : null;
   if (!form.check(mode !== "edit" || edit.takesReferences)) return null;
@@ -80,7 +84,7 @@ async function shotsOf() {
   const first = Number(seedOf(settings.seed));
   return Array.from({ length: settings.count }, (_, i) => ({
     title: settings.count > 1 ? `Image ${i + 1}` : "",
-    settings: { ...settings, seed: String((first + i) % 2 ** 32) },
+    settings: { ...settings, seed: String(seedAfter(first, i)) },
     given,
   }));
 }
@@ -88,7 +92,7 @@ async function shotsOf() {
 let unfinished = 0;
 
 async function start() {
-  if (unfinished || !form.models.length) return;
+  if (unfinished) return;
   unfinished = 1; // preparing counts: a second press must not start it twice
   showRunning();
   const shots = await shotsOf().finally(() => { unfinished--; });
@@ -145,9 +149,9 @@ function showSize() {
 async function restore(file) {
   const found = await readSettings(file);
   if (!found) return notify("This file holds no settings of a generated image.");
-  form.write({ ...found, seed: found.seed ?? "", scheduler: found.sampler });
+  const fit = form.write({ ...found, seed: found.seed ?? "", scheduler: found.sampler });
   form.changed();
-  return notify("Settings restored from the image.");
+  return notify(fit ? "Settings restored from the image." : withoutModel(found));
 }
 
 byId("restore-file").addEventListener("change", ({ target }) => {
@@ -198,12 +202,26 @@ choose = startTabs((chosen) => {
   showRunning();
 });
 
-gallery.more();
-try {
-  const { models, adapters } = await catalogue();
-  form.start(models, adapters);
-  edit.fit();
-  choose(mode);
-} catch (error) {
-  notify(error.message);
+let loading = null;
+
+/** Take what the server serves. Resolves to whether it answers; if not, the person sees why, and can press Generate again. */
+function load() {
+  loading ??= (async () => {
+    try {
+      const { models, adapters } = await catalogue();
+      form.start(models, adapters);
+      edit.fit();
+      choose(mode);
+      return true;
+    } catch (error) {
+      notify(error.message);
+      return false;
+    } finally {
+      loading = null;
+    }
+  })();
+  return loading;
 }
+
+gallery.more();
+load();

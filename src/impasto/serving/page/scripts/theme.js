@@ -1,11 +1,12 @@
 // Light or dark: as the system is, until the person chooses.
 
 import { byId } from "./dom.js";
+import { lasting } from "./storage.js";
 
 const system = matchMedia("(prefers-color-scheme: dark)");
 const ORDER = ["system", "light", "dark"];
 
-const chosen = () => (ORDER.includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : "system");
+const chosen = () => ORDER.find((choice) => choice === lasting.get("theme")) ?? "system";
 
 function show() {
   const choice = chosen();
@@ -20,7 +21,7 @@ export function startTheme() {
   show();
   system.addEventListener("change", show);
   byId("theme").addEventListener("click", () => {
-    localStorage.setItem("theme", ORDER[(ORDER.indexOf(chosen()) + 1) % ORDER.length]);
+    lasting.set("theme", ORDER[(ORDER.indexOf(chosen()) + 1) % ORDER.length]);
     show();
   });
 }

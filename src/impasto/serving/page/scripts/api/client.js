@@ -21,12 +21,17 @@ export async function catalogue() {
 export async function generate(settings, given, signal, watch) {
   const path = given ? "v1/images/edits" : "v1/images/generations";
   const response = await patiently(path, () => bodyOf(settings, given), signal, watch);
-  for await (const event of events(response)) {
-    const kind = event.type ?? "";
-    if (event.error) throw new ApiError(event.error.message ?? "The server could not generate the image.");
-    if (kind === "progress") watch.progress({ step: event.step, steps: event.steps, secondsLeft: event.seconds_left });
-    else if (kind.endsWith(".partial_image")) watch.preview(imageOf(event));
-    else if (kind.endsWith(".completed")) return { blob: imageOf(event), seed: event.seed ?? settings.seed };
+  try {
+    for await (const event of events(response)) {
+      const kind = event.type ?? "";
+      if (event.error) throw new ApiError(event.error.message ?? "The server could not generate the image.");
+      if (kind === "progress") watch.progress({ step: event.step, steps: event.steps, secondsLeft: event.seconds_left });
+      else if (kind.endsWith(".partial_image")) watch.preview(imageOf(event));
+      else if (kind.endsWith(".completed")) return { blob: imageOf(event), seed: event.seed ?? settings.seed };
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || error instanceof ApiError) throw error;
+    // A connection that was cut: the browser's own words for it ("network error") say less than those below.
   }
   throw new ApiError("The connection ended before the image was done.");
 }

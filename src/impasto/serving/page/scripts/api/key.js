@@ -1,17 +1,18 @@
 // The key of a server that asks for one: kept for this tab, sent to this server.
 
 import { byId, complain } from "../dom.js";
+import { ofTab } from "../storage.js";
 
 const NAME = "impasto-key";
 
 export const authorization = () => {
-  const key = sessionStorage.getItem(NAME);
+  const key = ofTab.get(NAME);
   return key ? { Authorization: `Bearer ${key}` } : {};
 };
 
 /** Ask for the key; `wrong`: the one that was given is not valid. */
 export function askForKey(wrong) {
-  sessionStorage.removeItem(NAME);
+  ofTab.remove(NAME);
   const [dialog, field] = [byId("key-dialog"), byId("key")];
   complain(field, wrong ? "This key is not valid." : null);
   field.value = "";
@@ -25,7 +26,7 @@ export function askForKey(wrong) {
         complain(field, "Type the key.");
         return;
       }
-      sessionStorage.setItem(NAME, key);
+      ofTab.set(NAME, key);
       resolve();
     };
   });
@@ -36,12 +37,12 @@ export function startKey() {
   dialog.addEventListener("cancel", (event) => event.preventDefault());
   dialog.addEventListener("close", () => {
     // Browsers close it all the same when Escape is pressed twice; requests still wait for the key.
-    if (!sessionStorage.getItem(NAME) && !dialog.open) dialog.showModal();
+    if (!ofTab.get(NAME) && !dialog.open) dialog.showModal();
   });
   byId("forget-key").addEventListener("click", () => {
-    sessionStorage.removeItem(NAME);
+    ofTab.remove(NAME);
     location.reload();
   });
 }
 
-export const showForget = () => { byId("forget-key").hidden = !sessionStorage.getItem(NAME); };
+export const showForget = () => { byId("forget-key").hidden = !ofTab.get(NAME); };

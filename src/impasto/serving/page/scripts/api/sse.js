@@ -1,15 +1,24 @@
 // Server-sent events of a fetch: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
+const BETWEEN = /\r\n\r\n|\n\n|\r\r/;
+
 /** The data of each event of a response, as JSON; and steps, which are comments: {type: "progress", step, ...}. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let parts = []; // of a block that has not ended
+  let tail = ""; // their last characters, in which a separator may begin
   try {
     for (;;) {
-      const { value, done } = await reader.read();
-      rest += value ?? "";
-      const blocks = rest.split(/\r\n\r\n|\n\n|\r\r/);
-      rest = done ? "" : blocks.pop();
+      const { value = "", done } = await reader.read();
+      parts.push(value);
+      // An image comes in hundreds of parts. Time would grow with their square if each one meant to search all again.
+      if (!done && !BETWEEN.test(tail + value)) {
+        tail = (tail + value).slice(-3);
+        continue;
+      }
+      const blocks = parts.join("").split(BETWEEN);
+      parts = done ? [] : [blocks.pop()];
+      tail = (parts[0] ?? "").slice(-3);
       for (const block of blocks) {
         const step = /^: progress (\{.*\})$/m.exec(block);
         if (step) yield { type: "progress", ...JSON.parse(step[1]) };

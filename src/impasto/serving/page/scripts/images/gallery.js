@@ -96,7 +96,13 @@ export class Gallery {
   async #delete() {
     if (!(await confirmed("Delete this image from the history?"))) return;
     const { shown } = this;
-    if (shown.id > 0) await store.remove(shown.id);
+    try {
+      if (shown.id > 0) await store.remove(shown.id);
+    } catch {
+      byId("viewer").close(); // it would hide the notice
+      notify("This browser could not delete the image. It is still in the history.");
+      return;
+    }
     const place = this.entries.indexOf(shown);
     this.#forget(shown);
     let next;
@@ -113,14 +119,18 @@ export class Gallery {
 
   async #clear() {
     if (!(await confirmed("Delete all images of the history?"))) return;
-    await store.clear().catch(() => {});
+    try {
+      await store.clear();
+    } catch {
+      if (this.entries.some(({ id }) => id > 0)) return notify("This browser could not delete the images. They are still in the history.");
+    }
     for (const entry of this.entries) this.#forget(entry);
     this.entries = [];
     byId("gallery").replaceChildren();
     this.#show(false);
     byId("history-heading").tabIndex = -1;
     byId("history-heading").focus();
-    announce("The history is empty");
+    return announce("The history is empty");
   }
 
   #item(entry) {

@@ -10,6 +10,7 @@ export class Compare {
     this.side = "A";
     for (const radio of document.getElementsByName("side")) radio.addEventListener("change", () => this.#turn(radio.value));
     byId("copy-side").addEventListener("click", () => {
+      if (!this.sides) return;
       this.update();
       this.sides[this.#other] = structuredClone(this.sides[this.side]);
       this.#show();
@@ -61,6 +62,10 @@ export class Compare {
   }
 
   #turn(side) {
+    if (!this.sides) { // no model yet
+      this.side = side;
+      return;
+    }
     this.sides[this.side] = this.form.read();
     this.side = side;
     this.form.write(this.sides[side]);

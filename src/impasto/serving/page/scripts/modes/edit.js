@@ -67,7 +67,7 @@ export class Edit {
 
   /** The model has changed, and with it the size to generate. */
   fit() {
-    if (this.bitmap) {
+    if (this.bitmap && this.model()) {
       const { width, height } = fitted(this.bitmap.width, this.bitmap.height, this.model());
       if (width !== this.mask.canvas.width || height !== this.mask.canvas.height || this.mask.image !== this.bitmap) {
         this.mask.setImage(this.bitmap, width, height);

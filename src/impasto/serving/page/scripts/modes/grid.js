@@ -1,10 +1,11 @@
 // One setting, several values.
 
 import { byId, complain } from "../dom.js";
+import { MOST_SEED } from "../settings/form.js";
 
 const MOST = 36;
 const AXES = {
-  seed: { start: "1-6", help: "Whole numbers or ranges, such as 1-6 or 7, 42.", least: 0, most: 0xffffffff, whole: true, label: "Seed" },
+  seed: { start: "1-6", help: "Whole numbers or ranges, such as 1-6 or 7, 42.", least: 0, most: MOST_SEED, whole: true, label: "Seed" },
   guidance: { start: "1, 2, 3, 4.5, 6, 8", help: "Numbers, such as 1, 2, 4.5.", least: 0, most: 100, whole: false, label: "Guidance" },
   steps: { start: "5, 10, 20, 40", help: "Whole numbers or ranges, such as 5, 10, 20.", least: 1, whole: true, label: "Steps" },
 };
@@ -14,7 +15,7 @@ export function valuesOf(text, axis, mostSteps) {
   const { least, most = mostSteps, whole, label } = AXES[axis];
   const values = [];
   for (const part of text.split(/[,;\s]+/).filter(Boolean)) {
-    const range = whole && /^(\d{1,15})[-–](\d{1,15})$/.exec(part);
+    const range = whole && /^(\d{1,16})[-–](\d{1,16})$/.exec(part);
     const [from, to] = range ? [Number(range[1]), Number(range[2])] : [Number(part), Number(part)];
     const fine = (value) => value >= least && value <= most && (!whole || Number.isInteger(value));
     if (!fine(from) || !fine(to) || to < from) return { problem: `${label}: “${part}” is not ${whole ? "a whole number" : "a number"} from ${least} to ${most}.` };

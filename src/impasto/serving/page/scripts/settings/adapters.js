@@ -2,6 +2,10 @@
 
 import { byId, el } from "../dom.js";
 
+const [LEAST, MOST] = [-10, 10]; // what the API takes
+const [LOW, HIGH] = [-1, 2]; // what the slider shows, as long as no weight is outside
+const STEP = 0.05;
+
 /** Show adapters; `changed(adapter)` is called when the person switches one on, `changed()` after other changes. */
 export function listAdapters(adapters, changed) {
   byId("adapters").hidden = adapters.length === 0;
@@ -13,7 +17,7 @@ function row(adapter, changed) {
   const box = el("input", { type: "checkbox", value: id });
   const value = el("output", {}, "1.00");
   const weight = el("input", {
-    type: "range", min: "-1", max: "2", step: "0.05", value: "1", disabled: true, "aria-label": `Weight of ${id}`,
+    type: "range", min: LOW, max: HIGH, step: STEP, value: "1", disabled: true, "aria-label": `Weight of ${id}`,
   });
   const show = () => {
     weight.disabled = !box.checked;
@@ -21,6 +25,7 @@ function row(adapter, changed) {
   };
   for (const input of [box, weight]) {
     input.addEventListener("input", () => {
+      if (input === weight) weight.step = STEP; // the person has left a weight between the steps
       show();
       changed(input === box && box.checked ? adapter : undefined);
     });
@@ -43,7 +48,15 @@ export function chooseAdapters(chosen) {
     const [box, weight] = [element.querySelector("[type=checkbox]"), element.querySelector("[type=range]")];
     const found = chosen.find(({ name }) => name === box.value);
     box.checked = found !== undefined;
-    weight.value = String(found?.weight ?? 1);
+    setWeight(weight, Number(found?.weight ?? 1));
     element.show();
   }
+}
+
+/** A slider moves a value that is outside of its range, or between its steps, without a word. */
+function setWeight(slider, weight) {
+  slider.min = Math.max(LEAST, Math.floor(Math.min(LOW, weight)));
+  slider.max = Math.min(MOST, Math.ceil(Math.max(HIGH, weight)));
+  slider.step = Math.abs(weight / STEP - Math.round(weight / STEP)) > 1e-6 ? "any" : STEP;
+  slider.value = weight;
 }

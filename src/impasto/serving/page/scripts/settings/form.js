@@ -1,14 +1,19 @@
 // The form: what the person chooses, and what is wrong with it.
 
 import { byId, complain, el } from "../dom.js";
+import { lasting } from "../storage.js";
 import { chooseAdapters, chosenAdapters, listAdapters } from "./adapters.js";
 import { ASPECTS, sizeOf, sizeProblem } from "./sizes.js";
 
 const STORED = "impasto-settings";
-const MOST_SEED = 0xffffffff;
+export const MOST_SEED = Number.MAX_SAFE_INTEGER; // as in the API
+const TEXTS = ["prompt", "negative", "seed"]; // what means the same to every model
 const SCHEDULERS = { "dpm++": "DPM++", ddim: "DDIM", ddpm: "DDPM", lcm: "LCM" };
 
 export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+
+/** The seed of image `i` of several; 0 follows the last one. */
+export const seedAfter = (first, i) => (i <= MOST_SEED - first ? first + i : i - (MOST_SEED - first) - 1);
 
 export class SettingsForm {
   /** `changed()` is called after every change that the person makes. */
@@ -20,7 +25,7 @@ export class SettingsForm {
       changed();
     };
     byId("settings").addEventListener("input", () => this.changed());
-    byId("model").addEventListener("change", () => this.#takeModel(true));
+    byId("model").addEventListener("change", () => this.#takeModel());
     for (const name of ["width", "height"]) byId(name).addEventListener("input", () => this.#showAspect());
     for (const name of ["steps", "guidance"]) this.#pair(byId(name), byId(`${name}-range`));
     byId("swap").addEventListener("click", () => {
@@ -31,6 +36,7 @@ export class SettingsForm {
     byId("seed-random").addEventListener("click", () => this.#setSeed(""));
     byId("seed-reuse").addEventListener("click", () => this.#setSeed(this.lastSeed));
     byId("reset").addEventListener("click", () => {
+      if (!this.models.length) return;
       this.write({ ...this.#defaults(this.models[0]), prompt: "", negative: "", seed: "", adapters: [], count: 1, format: "png" });
       this.changed();
     });
@@ -43,17 +49,19 @@ export class SettingsForm {
   /** Take what the server serves, and what the person chose last time. */
   start(models, adapters) {
     this.models = models;
-    const stored = localStorage.getItem(STORED);
+    const stored = lasting.get(STORED);
+    // What was typed before the server answered is newer than what is stored.
+    const typed = TEXTS.filter((name) => byId(name).value !== "").map((name) => [name, byId(name).value]);
     byId("model").replaceChildren(...models.map(({ id, family }) => new Option(family ? `${id} (${family})` : id, id)));
     listAdapters(adapters, (adapter) => {
       if (adapter) this.#takeAdapter(adapter);
       this.changed();
     });
-    this.#takeModel(true);
+    this.#takeModel();
     try {
-      this.write(JSON.parse(stored) ?? {});
+      this.write({ ...JSON.parse(stored), ...Object.fromEntries(typed) });
     } catch {
-      localStorage.removeItem(STORED);
+      lasting.remove(STORED);
     }
   }
 
@@ -75,22 +83,27 @@ export class SettingsForm {
     };
   }
 
-  /** Show settings; those that are missing, or that this server does not know, stay as they are. */
+  /**
+   * Show settings; those that are missing, or that this server does not know, stay as they are. Returns whether they fit:
+   * if they are of a model that is not served, the values that were right for it may be none that another one accepts.
+   */
   write(settings) {
-    if (this.models.some(({ id }) => id === settings.model) && settings.model !== byId("model").value) {
+    const fit = !known(settings.model) || this.models.some(({ id }) => id === settings.model);
+    if (fit && known(settings.model) && settings.model !== byId("model").value) {
       byId("model").value = settings.model;
-      this.#takeModel(true);
+      this.#takeModel();
     }
-    const fields = ["prompt", "negative", "width", "height", "steps", "guidance", "seed"];
+    const fields = fit ? [...TEXTS, "width", "height", "steps", "guidance"] : TEXTS;
     for (const name of fields) if (known(settings[name])) byId(name).value = settings[name];
-    for (const name of ["scheduler", "count", "format"]) {
+    for (const name of fit ? ["scheduler", "count", "format"] : ["count", "format"]) {
       const options = [...byId(name).options].map((option) => option.value);
       if (options.includes(String(settings[name]))) byId(name).value = settings[name];
     }
-    if (Array.isArray(settings.adapters)) chooseAdapters(settings.adapters);
+    if (fit && Array.isArray(settings.adapters)) chooseAdapters(settings.adapters);
     for (const name of ["steps", "guidance"]) byId(`${name}-range`).value = byId(name).value;
     this.#showAspect();
     this.#remember();
+    return fit;
   }
 
   /** Whether all is well; if not, problems are shown and the first one has the focus. `size`: whether size counts. */
@@ -134,14 +147,14 @@ export class SettingsForm {
   }
 
   /** The model has changed: its schedulers and sizes, and its own values. */
-  #takeModel(defaults) {
+  #takeModel() {
     const model = this.model;
     byId("scheduler-field").hidden = model.schedulers.length < 2;
     byId("scheduler").replaceChildren(...model.schedulers.map((name) => new Option(SCHEDULERS[name] ?? name, name)));
     byId("aspects").replaceChildren(...ASPECTS.map((aspect) => this.#aspect(aspect)));
     for (const name of ["width", "height"]) byId(name).step = model.multiple;
     byId("steps").max = model.most_steps;
-    if (defaults) this.write({ ...this.#defaults(model), model: undefined });
+    this.write({ ...this.#defaults(model), model: undefined });
   }
 
   /** An adapter that was trained for other values than the model's brings them along. */
@@ -174,12 +187,13 @@ export class SettingsForm {
   }
 
   #remember() {
+    if (!this.models.length) return; // a form without a model has nothing worth more than what is stored
     const settings = this.read();
-    localStorage.setItem(STORED, JSON.stringify(settings));
+    lasting.set(STORED, JSON.stringify(settings));
     byId("summary").textContent = `${settings.width} × ${settings.height} · ${settings.steps} steps`;
   }
 }
 
 const known = (value) => value !== null && value !== undefined;
-const whole = (text, least, most) => /^\d{1,15}$/.test(text) && Number(text) >= least && Number(text) <= most;
+const whole = (text, least, most) => /^\d{1,16}$/.test(text) && Number(text) >= least && Number(text) <= most;
 const real = (text, least, most) => text !== "" && Number.isFinite(Number(text)) && Number(text) >= least && Number(text) <= most;

@@ -100,6 +100,8 @@ const asciiFirst = (text) => text.length > 1 && text[0] !== 0 && text[1] === 0;
 
 const NEGATIVE = "Negative prompt: ";
 const NEGATIVE_FROM = "Negative prompt from line";
+// Other programs name adapters in the prompt. This API takes a list, and would read a tag as words.
+const TAG = /<(?:lora|lyco):[^:<>]{1,200}(?::[^<>]{0,100})?>/gi;
 
 export function parse(text) {
   const lines = text.replace(/\n+$/, "").split("\n");
@@ -111,8 +113,9 @@ export function parse(text) {
   const start = NEGATIVE_FROM in entries ? Number(entries[NEGATIVE_FROM]) : marker;
   const size = /^(\d+)x(\d+)$/.exec(entries.Size ?? "");
   const number = (name) => (/^-?\d+(\.\d+)?$/.test(entries[name] ?? "") ? Number(entries[name]) : null);
+  const prompt = (start ? lines.slice(0, start - 1) : lines).join("\n");
   return {
-    prompt: (start ? lines.slice(0, start - 1) : lines).join("\n"),
+    prompt: "Lora" in entries ? prompt.replace(TAG, "").trim() : prompt,
     negative: start ? lines.slice(start - 1).join("\n").slice(NEGATIVE.length) : "",
     steps: number("Steps"),
     guidance: number("CFG scale"),
