@@ -36,6 +36,9 @@ def test_pairs():
     assert pairs("--model", ["a=x/y", "builtin:scenes", "some/folder"]) == {
         "a": "x/y", "scenes": "builtin:scenes", "folder": "some/folder",
     }  # fmt: skip
+    assert pairs("--model", ["models/sigma-0.5", "models/sigma-0.6.safetensors", "sigma.v1.pth"]) == {
+        "sigma-0.5": "models/sigma-0.5", "sigma-0.6": "models/sigma-0.6.safetensors", "sigma.v1": "sigma.v1.pth",
+    }  # fmt: skip
     for given in (["a="], ["=x"], ["a=1", "a=2"], ["<b>=x"], ["\x1b=x"]):
         with pytest.raises(InputError, match="--model"):
             pairs("--model", given)

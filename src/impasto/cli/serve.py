@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..serving.http.settings import HttpSettings
 
 DEFAULT_MODEL = "scenes=builtin:scenes"
+_FILES = (".safetensors", ".pth", ".pt", ".bin")  # no part of a name, unlike the ".5" of a folder sigma-0.5
 
 
 def serve(
@@ -175,12 +176,13 @@ async def run(fleet: Fleet, server: Server, bound: socket.socket, ready: Sequenc
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, str]:
-    """``NAME=VALUE`` of an option that may be repeated; a value alone is named by its last component."""
+    """``NAME=VALUE`` of an option that may be repeated; a value alone is named by the file or folder."""
     found: dict[str, str] = {}
     for one in given:
         name, equals, value = one.partition("=")
         if not equals:
-            name, value = Path(one.rpartition(":")[2]).stem, one
+            path = Path(one.rpartition(":")[2])
+            name, value = path.stem if path.suffix in _FILES else path.name, one
         if not value or not re.fullmatch(r"[\w.+@-][\w.+@ -]{0,99}", name):
             raise InputError(f"{option} {shown(one)} is not understood; write it like NAME=VALUE, with a plain name")
         if name in found:

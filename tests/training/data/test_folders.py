@@ -68,6 +68,15 @@ def test_text_files_next_to_images(tmp_path: Path) -> None:
     assert captions(FolderSource(tmp_path)) == {"0.png": Captions(("ein Würfel",)), "1.png": Captions(("a sphere",))}
 
 
+def test_links_to_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("here", "elsewhere"):
+        write_folder(tmp_path / name, [(8, 8)])
+    (tmp_path / "here" / "more").symlink_to(tmp_path / "elsewhere")
+    with caplog.at_level(logging.WARNING):
+        assert list(captions(FolderSource(tmp_path / "here"))) == ["0.png"]
+    assert [str(tmp_path / "here" / "more") in record.getMessage() for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("place", ["InternData/data_info.json", "InternData/partition/data_info.json"])
 def test_the_original_codes_json(tmp_path: Path, place: str) -> None:
     write_folder(tmp_path / "InternImgs", [(8, 12)], captions=False)

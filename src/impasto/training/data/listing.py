@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from ...checks import MAX_CHARACTERS, shown
 from ...errors import InputError
 from ...pipelines.images import reason
 from .captions import Captions, captions_of
+
+logger = logging.getLogger("impasto")
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
@@ -79,8 +82,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _image_names(folder: Path, mask_suffix: str | None) -> list[str]:
     names: list[str] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):  # which follows no links, as they may lead to a folder above
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for linked in (Path(parent, name) for name in folders):
+            if linked.is_symlink():
+                logger.warning("%s is a link to a folder and is skipped; make it a data source of its own", linked)
         for file in sorted(files):
             stem, extension = os.path.splitext(file)
             is_mask = mask_suffix is not None and stem.endswith(mask_suffix)
