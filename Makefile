@@ -111,8 +111,12 @@ $(SCENES)/edges/result/model_index.json: $(SCENES)/multiaspect/result/model_inde
 	$(call ENCODE,scenes-edges) $(call CONTINUE,multiaspect)
 	$(call TRAIN,scenes-edges,edges) $(call CONTINUE,multiaspect) $(call LATENTS,scenes-edges)
 
-$(SCENES)/finish/result/model_index.json: $(SCENES)/edges/result/model_index.json
-	$(call TRAIN,scenes-finish,finish) $(call CONTINUE,edges) $(call LATENTS,scenes-edges)
+$(SCENES)/details/result/model_index.json: $(SCENES)/edges/result/model_index.json
+	$(call ENCODE,scenes-details) $(call CONTINUE,edges)
+	$(call TRAIN,scenes-details,details) $(call CONTINUE,edges) $(call LATENTS,scenes-details)
+
+$(SCENES)/finish/result/model_index.json: $(SCENES)/details/result/model_index.json
+	$(call TRAIN,scenes-finish,finish) $(call CONTINUE,details) $(call LATENTS,scenes-details)
 
 $(SCENES)/lcm/result: $(SCENES)/finish/result/model_index.json
 	$(call ENCODE,scenes-lcm) --set models.pipeline=$(SCENES)/finish/result

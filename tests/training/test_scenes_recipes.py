@@ -125,7 +125,7 @@ def test_the_chain_of_the_bundled_model(tmp_path: Path) -> None:
     assert (third / "result" / "model_index.json").exists()
 
     last = third
-    for name, part in (("scenes-edges", "rollout"), ("scenes-finish", "agreement")):
+    for name, part in (("scenes-edges", "rollout"), ("scenes-details", "t0_250"), ("scenes-finish", "agreement")):
         last = run(
             name,
             tmp_path,
